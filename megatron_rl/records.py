@@ -1,0 +1,148 @@
+"""What travels between the stations of a step.
+
+Legend of shapes, used in every docstring of the package:
+`P` prompts, `G` samples a prompt (the group), `L` tokens of one sequence, `T` tokens of one packed row,
+`S` packed sequences in a row, `M` micro-batches, `V` vocabulary (the local shard where said), `H` hidden size.
+
+Three policies, three names, never shortened:
+`rollout_logprobs` (the engine's, when it sampled), `recomputed_logprobs` (the learner's at the weights before the
+update), `policy_logprobs` (the learner's, under gradient).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question, tokenized.
+
+    Example: `Prompt(index=17, source="chain_sum", text="4+3=", token_ids=(1, 23, 14, 22, 32), answer="7",
+    metadata={"difficulty": 1})`. `index` is the global position in the run's stream of prompts: sampling seeds
+    derive from it and never from a rank.
+    """
+
+    index: int
+    source: str  # which task or file it came from, for metrics by source
+    text: str  # what the tokenizer was given, chat template included
+    token_ids: tuple[int, ...]
+    answer: str  # what the verifier compares with
+    metadata: dict[str, Any] = field(
+        default_factory=dict
+    )  # the task's own record, for its verifier; plain JSON values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled sequence; what `loss_mask` keeps is the response, wherever it stands.
+
+    Example: prompt "4+3=" and the answer "7<eos>": `Rollout(token_ids=(1, 23, 14, 22, 32, 26, 2),
+    loss_mask=(False,) * 5 + (True, True), rollout_logprobs=(0.0,) * 5 + (-0.21, -0.03),
+    weight_versions=(-1,) * 5 + (3, 3), finish_reason="stop", text="7")`.
+    """
+
+    token_ids: tuple[int, ...]  # [L], prompt included
+    loss_mask: tuple[bool, ...]  # [L], True where the policy chose the token
+    rollout_logprobs: tuple[
+        float, ...
+    ]  # [L] log-prob of token_ids[t] when sampled, 0.0 where the mask is False
+    weight_versions: tuple[
+        int, ...
+    ]  # [L] version of the weights that sampled the token, -1 where the mask is False
+    finish_reason: str  # "stop": the model ended; "length": cut at max_tokens
+    text: str  # the response, decoded without special tokens
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(self.loss_mask)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """A prompt and the `G` rollouts sampled for it; scored whole, on one rank.
+
+    Example: `RolloutGroup(prompt=Prompt(index=17, ...), rollouts=(Rollout(...), Rollout(...)))`.
+    """
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]  # [G]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a verifier said of one response.
+
+    Example: `Score(reward=1.0, is_formatted=True, failure=None)`; a verifier that ran out of time gives
+    `Score(reward=0.0, is_formatted=False, failure="timeout")`, which is counted apart and never passes for a wrong answer.
+    """
+
+    reward: float
+    is_formatted: bool  # an answer could be read from the response, right or wrong
+    failure: str | None  # "timeout", "crash", or None when the verifier did its work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sequence on its way to the learner: a rollout, and what was made of its group's rewards.
+
+    Example: `Sample(prompt_index=17, sample_index=2, rollout=Rollout(...), reward=1.0, advantage=0.98)`.
+    """
+
+    prompt_index: int
+    sample_index: int  # 0 to G-1
+    rollout: Rollout
+    reward: float
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A packed row of a fixed token budget. Every `[T]` tensor is aligned with the *prediction*: position t of the row
+    predicts `labels[t]`, which is the sequence's next token; nothing is shifted later.
+
+    Example: the sequence (1, 32, 26, 2) with response (26, 2), padded to 4 of T=8: `tokens=[1,32,26,2,0,0,0,0]`,
+    `labels=[32,26,2,0,0,0,0,0]`, `loss_mask=[F,T,T,F,F,F,F,F]`, `positions=[0,1,2,3,0,1,2,3]`,
+    `cu_seqlens=[0,4]`, `cu_seqlens_padded=[0,4]`; the rest of the row is padding that belongs to no sequence.
+    """
+
+    tokens: torch.Tensor  # [T] int64
+    labels: torch.Tensor  # [T] int64, 0 where nothing is predicted
+    positions: torch.Tensor  # [T] int64, restart at 0 in every sequence
+    loss_mask: torch.Tensor  # [T] bool, True where labels[t] was sampled by the policy
+    rollout_logprobs: torch.Tensor  # [T] float32
+    advantages: torch.Tensor  # [T] float32, the sequence's advantage on each of its tokens
+    weight_versions: torch.Tensor  # [T] int64, -1 where the mask is False
+    sequence_ids: torch.Tensor  # [T] int64, 0 to S-1, -1 on padding
+    cu_seqlens: torch.Tensor  # [S+1] int32, real lengths, cumulated
+    cu_seqlens_padded: (
+        torch.Tensor
+    )  # [S+1] int32, where each sequence starts in the row; lengths padded to 2 x CP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """This rank's share of a global batch; every DP rank holds the same number of micro-batches.
+
+    Example: `TrainBatch(micro_batches=(MicroBatch(...), MicroBatch(...)), num_global_sequences=256,
+    num_global_tokens=1830)`: 256 sequences and 1,830 response tokens over all ranks.
+    """
+
+    micro_batches: tuple[MicroBatch, ...]  # [M]
+    num_global_sequences: int
+    num_global_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one training step did, the same on every rank.
+
+    Example: `StepReport(step=12, dual_value=0.104, metrics={"discrepancy/mean": 0.0041, "learner/grad_norm": 0.7})`.
+    """
+
+    step: int
+    dual_value: float  # lambda after this step's dual update
+    metrics: dict[str, float]
