@@ -1,8 +1,11 @@
 """Every setting of a run, with its default, in one place.
 
-A run is a YAML file with `key=value` overrides: `load_config("configs/quickstart.yaml", ["loop.num_steps=50"])`.
-Loading is strict: an unknown key, a wrong type or a rule between keys that does not hold is a ConfigError of one line
-that names the key and the nearest valid one, before any process is started.
+A run is a YAML file with `key=value` overrides, read by `megatron_rl.config_file.load_config`:
+`load_config("configs/quickstart.yaml", ["loop.num_steps=50"])`. Loading is strict: an unknown key,
+a wrong type or a rule between keys that does not hold is a ConfigError of one line that names the
+key and the nearest valid one, before any process is started.
+
+A rule of one section names its keys without the section; the loader puts the section before them.
 """
 
 from __future__ import annotations
@@ -17,16 +20,28 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    names = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    _require(value in choices, f"{key}: expected {names}, got {value!r}")
+
+
+def _at_least(bound: float, /, **values: float) -> None:
+    for key, value in values.items():
+        _require(value >= bound, f"{key}: expected at least {bound:g}, got {value:g}")
+
+
+def _above_zero(**values: float) -> None:
+    for key, value in values.items():
+        _require(value > 0, f"{key}: expected above 0, got {value:g}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str = ""  # Hugging Face checkpoint folder: config.json, tokenizer, *.safetensors
     dtype: str = "float32"  # of the learner: float32, bfloat16 (main weights stay float32)
 
     def __post_init__(self) -> None:
-        _require(
-            self.dtype in ("float32", "bfloat16"),
-            f"model.dtype: expected float32 or bfloat16, got {self.dtype!r}",
-        )
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +51,8 @@ class ParallelConfig:
     timeout_seconds: float = 600.0  # of every collective
 
     def __post_init__(self) -> None:
-        _require(self.tensor >= 1, f"parallel.tensor: expected at least 1, got {self.tensor}")
-        _require(self.pipeline >= 1, f"parallel.pipeline: expected at least 1, got {self.pipeline}")
+        _at_least(1, tensor=self.tensor, pipeline=self.pipeline)
+        _above_zero(timeout_seconds=self.timeout_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +66,50 @@ class TaskConfig:
     prompt_column: str = "question"  # a dotted path into the record, e.g. "metadata.expression"
     answer_column: str = "answer"  # e.g. "reward_model.ground_truth" (DAPO-Math-17k)
     template: str = "{prompt}"  # text around the prompt, before any chat template
-    verifier: str = "auto"  # auto, reasoning_gym, exact, numeric, math_verify, or an import path "package.module:function"
-    # auto: the task's own scorer for reasoning-gym, math_verify for files
+    # auto (the task's own scorer for reasoning-gym, math_verify for files), reasoning_gym, exact,
+    # numeric, math_verify, or an import path "package.module:function"
+    verifier: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name or self.path),
+            "name: expected a reasoning-gym task, or a label with path, got neither",
+        )
+        _above_zero(weight=self.weight)
+        _require(
+            "{prompt}" in self.template,
+            f"template: expected a text with {{prompt}} in it, got {self.template!r}",
+        )
+        _require(
+            self.verifier in ("auto", "reasoning_gym", "exact", "numeric", "math_verify")
+            or ":" in self.verifier,
+            "verifier: expected auto, reasoning_gym, exact, numeric, math_verify or "
+            f'"package.module:function", got {self.verifier!r}',
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     tasks: list[TaskConfig] = field(default_factory=list)
     seed: int = 0
-    held_out_seed: int = (
-        1_000_003  # held-out prompts are drawn with it, and their texts never appear in training
-    )
+    # held-out prompts are drawn with it, and their texts never appear in training
+    held_out_seed: int = 1_000_003
     num_held_out: int = 200
-    max_prompt_tokens: int = 0  # 0: the model's context less rollout.max_tokens
+    max_prompt_tokens: int = 0  # 0: the model's context less rollout.sampling.max_tokens
     chat_template: str = "auto"  # auto: where the tokenizer has one; never; always
 
     def __post_init__(self) -> None:
+        _one_of("chat_template", self.chat_template, ("auto", "never", "always"))
+        _at_least(
+            0,
+            seed=self.seed,
+            held_out_seed=self.held_out_seed,
+            num_held_out=self.num_held_out,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
         _require(
-            self.chat_template in ("auto", "never", "always"),
-            f"data.chat_template: expected auto, never or always, got {self.chat_template!r}",
+            self.held_out_seed != self.seed,
+            f"held_out_seed: expected another seed than data.seed, got {self.held_out_seed}",
         )
 
 
@@ -77,9 +117,12 @@ class DataConfig:
 class RewardConfig:
     num_workers: int = 2
     timeout_seconds: float = 10.0  # for one response; longer counts as "timeout", not as wrong
-    truncated_reward: float | None = (
-        None  # reward of a response cut at max_tokens; None: whatever the verifier says
-    )
+    # reward of a response cut at max_tokens; null: whatever the verifier says
+    truncated_reward: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, num_workers=self.num_workers)
+        _above_zero(timeout_seconds=self.timeout_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,22 +134,18 @@ class SamplingConfig:
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
-        _require(
-            self.temperature > 0, f"sampling temperature: expected above 0, got {self.temperature}"
-        )
-        _require(
-            self.max_tokens >= 1, f"sampling max_tokens: expected at least 1, got {self.max_tokens}"
-        )
-        _require(0 < self.top_p <= 1, f"sampling top_p: expected in (0, 1], got {self.top_p}")
-        _require(self.top_k >= 0, f"sampling top_k: expected 0 (off) or more, got {self.top_k}")
+        _above_zero(temperature=self.temperature)
+        _at_least(1, max_tokens=self.max_tokens)
+        _require(0 < self.top_p <= 1, f"top_p: expected in (0, 1], got {self.top_p:g}")
+        _require(self.top_k >= 0, f"top_k: expected 0 (off) or more, got {self.top_k}")
+        _require(0 <= self.min_p < 1, f"min_p: expected in [0, 1), got {self.min_p:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     num_engines: int = 1  # servers started by the run; 0 with `urls`
-    urls: list[str] = field(
-        default_factory=list
-    )  # servers already running; their token comes from MEGATRON_RL_TOKEN
+    # servers already running; their token comes from MEGATRON_RL_TOKEN
+    urls: list[str] = field(default_factory=list)
     dtype: str = "bfloat16"  # of the engine: float32, bfloat16
     kv_cache_dtype: str = "auto"
     max_model_len: int = 0  # 0: the model's own context
@@ -124,38 +163,78 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.urls) != (self.num_engines > 0),
-            "rollout: give either urls of running servers and num_engines=0, or num_engines of 1 or more and no urls",
+            bool(self.urls) != (self.num_engines > 0) and self.num_engines >= 0,
+            "num_engines: expected 1 or more and no urls, or 0 with urls of running servers, "
+            f"got num_engines={self.num_engines} and {len(self.urls)} urls",
+        )
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _at_least(
+            0,
+            max_model_len=self.max_model_len,
+            num_threads=self.num_threads,
+            max_retries=self.max_retries,
+        )
+        _at_least(1, max_num_seqs=self.max_num_seqs, max_in_flight=self.max_in_flight)
+        _above_zero(
+            kv_cache_gib=self.kv_cache_gib,
+            startup_timeout_seconds=self.startup_timeout_seconds,
+            request_timeout_seconds=self.request_timeout_seconds,
+        )
+        _require(
+            0 < self.gpu_memory_utilization <= 1,
+            f"gpu_memory_utilization: expected in (0, 1], got {self.gpu_memory_utilization:g}",
+        )
+        _require(
+            self.port == 0 or 1024 <= self.port <= 65536 - self.num_engines,
+            "port: expected 0 (free ones) or a first port from 1024 that leaves room for "
+            f"{self.num_engines} below 65536, got {self.port}",
+        )
+        _require(
+            self.max_model_len == 0 or self.sampling.max_tokens < self.max_model_len,
+            f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
+            f"got {self.sampling.max_tokens}",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConstraintConfig:
-    """DCMDP (arXiv 2606.08779): E[|p_train - p_inf|] <= tolerance, through one dual variable lambda."""
+    """DCMDP (arXiv 2606.08779): E[|p_train - p_inf|] <= tolerance, through a dual variable."""
 
-    enabled: bool = True  # False: plain GRPO, the discrepancy is only measured
+    enabled: bool = True  # false: plain GRPO, the discrepancy is only measured
     initial: float = 0.1  # lambda before the first step
-    learning_rate: float = (
-        1.0  # eta of lambda <- clip(lambda + eta * (mean discrepancy - tolerance))
-    )
+    # eta of lambda <- clip(lambda + eta * (mean discrepancy - tolerance), minimum, maximum)
+    learning_rate: float = 1.0
     tolerance: float = 0.0037
     minimum: float = 0.0
     maximum: float = 10.0
+
+    def __post_init__(self) -> None:
+        _at_least(0, learning_rate=self.learning_rate, minimum=self.minimum)
+        _require(
+            0 <= self.tolerance <= 1,
+            f"tolerance: expected a difference of probabilities in [0, 1], got {self.tolerance:g}",
+        )
+        _require(
+            self.minimum <= self.initial <= self.maximum,
+            f"initial: expected from minimum={self.minimum:g} to maximum={self.maximum:g}, "
+            f"got {self.initial:g}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     clip_low: float = 0.2
     clip_high: float = 0.24
-    normalize: str = "token_mean"  # token_mean: over the global batch's kept tokens; sequence_mean: mean of sequences' means
+    # token_mean: over the global batch's kept tokens; sequence_mean: mean of sequences' means
+    normalize: str = "token_mean"
     advantage_epsilon: float = 1e-6
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
 
     def __post_init__(self) -> None:
-        _require(
-            self.normalize in ("token_mean", "sequence_mean"),
-            f"objective.normalize: expected token_mean or sequence_mean, got {self.normalize!r}",
-        )
+        _one_of("normalize", self.normalize, ("token_mean", "sequence_mean"))
+        _require(0 <= self.clip_low < 1, f"clip_low: expected in [0, 1), got {self.clip_low:g}")
+        _at_least(0, clip_high=self.clip_high)
+        _above_zero(advantage_epsilon=self.advantage_epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,38 +243,56 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
-    clip_grad: float = 1.0
+    clip_grad: float = 1.0  # largest norm of the global gradient; 0: no clipping
     warmup_steps: int = 0
     decay: str = "constant"  # constant, linear, cosine (over loop.num_steps)
     distributed: bool = False  # Megatron's distributed optimizer: states sharded over DP
+
+    def __post_init__(self) -> None:
+        _one_of("decay", self.decay, ("constant", "linear", "cosine"))
+        _at_least(
+            0,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            clip_grad=self.clip_grad,
+            warmup_steps=self.warmup_steps,
+        )
+        _above_zero(epsilon=self.epsilon)
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"betas: expected two numbers in [0, 1), got {list(self.betas)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     tokens_per_micro_batch: int = 4096  # T, the budget of a packed row
     mini_batches_per_step: int = 1  # optimizer steps on one batch of rollouts
-    recompute: str = (
-        "auto"  # auto: no separate forward pass when there is one optimizer step a batch; always
-    )
+    # auto: no separate forward pass when there is one optimizer step a batch; always
+    recompute: str = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        _require(
-            self.recompute in ("auto", "always"),
-            f"learner.recompute: expected auto or always, got {self.recompute!r}",
+        _one_of("recompute", self.recompute, ("auto", "always"))
+        _at_least(
+            1,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
+            mini_batches_per_step=self.mini_batches_per_step,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:
     bucket_mib: float = 64.0  # memory of one bucket; the peak extra memory of an update
-    timeout_seconds: float = (
-        120.0  # of each call of an update; an engine left half-updated this long is poisoned
-    )
+    # of each call of an update; an engine left half-updated this long is poisoned
+    timeout_seconds: float = 120.0
     probe_num_tokens: int = 48  # tokens of the parity probe after each sync; 0: no probe
-    probe_tolerance: float = (
-        0.0  # largest mean |p_learner - p_engine| of the probe; 0: by precision (sync/probe.py)
-    )
+    # largest mean |p_learner - p_engine| of the probe; 0: by precision (sync/probe.py)
+    probe_tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        _above_zero(bucket_mib=self.bucket_mib, timeout_seconds=self.timeout_seconds)
+        _at_least(0, probe_num_tokens=self.probe_num_tokens, probe_tolerance=self.probe_tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +303,20 @@ class EvalConfig:
     at_end: bool = True
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
 
+    def __post_init__(self) -> None:
+        _at_least(0, every=self.every)
+        _at_least(1, num_samples=self.num_samples)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 10  # steps; 0: only at the end
     keep: int = 2
     save_hf: bool = True  # the final weights also as a Hugging Face checkpoint
+
+    def __post_init__(self) -> None:
+        _at_least(0, every=self.every)
+        _at_least(1, keep=self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,27 +326,38 @@ class LoopConfig:
     samples_per_prompt: int = 8
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(0, num_steps=self.num_steps, seed=self.seed)
+        _at_least(1, prompts_per_step=self.prompts_per_step)
+        _at_least(2, samples_per_prompt=self.samples_per_prompt)  # a group of 1 has no advantage
+
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStartConfig:
-    """`python -m megatron_rl.sft`: supervised next-token training on prompt and response, loss on the response."""
+    """`python -m megatron_rl.sft`: next-token training on responses to prompts."""
 
     num_steps: int = 200
     sequences_per_step: int = 256
     learning_rate: float = 2e-3
     warmup_steps: int = 50
-    path: str = ""  # JSONL or Parquet file of prompt and response pairs; "": prompts and answers of data.tasks
+    # JSONL or Parquet file of prompt and response pairs; "": prompts and answers of data.tasks
+    path: str = ""
     response_column: str = "response"
     output: str = ""  # folder of the Hugging Face checkpoint; "": <run_dir>/warm_start
+
+    def __post_init__(self) -> None:
+        _at_least(0, num_steps=self.num_steps, warmup_steps=self.warmup_steps)
+        _at_least(0, learning_rate=self.learning_rate)
+        _at_least(1, sequences_per_step=self.sequences_per_step)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     run_dir: str = "runs/default"
-    resume: str = "auto"  # auto: go on from run_dir/checkpoints/latest if there is one; never; or a checkpoint folder
-    replay: str = (
-        ""  # a run's rollouts/ folder: train from its recorded rollouts, without an engine
-    )
+    # auto: go on from run_dir/checkpoints/latest if there is one; never; or a checkpoint folder
+    resume: str = "auto"
+    # a run's rollouts/ folder: train from its recorded rollouts, without an engine
+    replay: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -254,3 +370,26 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.run_dir), "run_dir: expected a folder, got an empty text")
+        _require(bool(self.resume), "resume: expected auto, never or a folder, got an empty text")
+        sequences = self.loop.prompts_per_step * self.loop.samples_per_prompt
+        _require(
+            self.learner.mini_batches_per_step <= sequences,
+            f"learner.mini_batches_per_step: expected at most the {sequences} sequences of a step "
+            f"(loop), got {self.learner.mini_batches_per_step}",
+        )
+        longest = self.rollout.sampling.max_tokens + max(self.data.max_prompt_tokens, 1)
+        _require(
+            longest <= self.learner.tokens_per_micro_batch,
+            "learner.tokens_per_micro_batch: expected room for the longest prompt and response, "
+            f"{longest} tokens (data.max_prompt_tokens, rollout.sampling.max_tokens), "
+            f"got {self.learner.tokens_per_micro_batch}",
+        )
+        optimizer = self.learner.optimizer
+        _require(
+            optimizer.decay == "constant" or optimizer.warmup_steps < max(self.loop.num_steps, 1),
+            "learner.optimizer.warmup_steps: expected below loop.num_steps="
+            f"{self.loop.num_steps} with decay={optimizer.decay}, got {optimizer.warmup_steps}",
+        )

@@ -62,6 +62,17 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAddress:
+    """Where a rollout engine listens, and the run's bearer token; the token is never printed.
+
+    Example: `EngineAddress(url="http://127.0.0.1:18400", token="...")`.
+    """
+
+    url: str
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
     """A prompt and the `G` rollouts sampled for it; scored whole, on one rank.
 

@@ -1,0 +1,76 @@
+"""AdamW that keeps its state as Transformer Engine's and apex's FusedAdam do.
+
+Where neither is installed, Megatron-Core falls back to torch's AdamW, whose per-parameter `step` its distributed
+checkpoints cannot hold (optimizer/distrib_optimizer.py looks for it in the parameter groups). This one counts steps in
+the group, so that a run without Transformer Engine saves, loads and reshards like any other. The arithmetic is
+torch's own functional AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class FusedLayoutAdamW(torch.optim.Optimizer):
+    """`step` lives in the parameter group; the state of a parameter is `exp_avg` and `exp_avg_sq` alone."""
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("FusedLayoutAdamW: expected decoupled weight decay (AdamW), got adam_w_mode=False")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One AdamW update of every parameter that has a gradient."""
+        assert closure is None, "closures are not used by Megatron"
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            for param in params:
+                if not self.state[param]:
+                    self.state[param]["exp_avg"] = torch.zeros_like(param)
+                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+            # torch's kernel adds 1 to the count it is given
+            counts = [torch.tensor(float(group["step"] - 1), device=param.device) for param in params]
+            adamw(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [],
+                counts,
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def use_fused_layout() -> None:
+    """Give Megatron-Core this optimizer where it would fall back to torch's; idempotent."""
+    import megatron.core.optimizer as megatron_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        megatron_optimizer.Adam = FusedLayoutAdamW
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        # The state has apex's layout from here on, and the distributed optimizer must read it so.
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_APEX_OPTIMIZER = True

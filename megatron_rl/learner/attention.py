@@ -1,0 +1,94 @@
+"""Causal attention over packed rows, for machines where Transformer Engine's is not there.
+
+Megatron-Core's own `DotProductAttention` refuses packed sequences (transformer/dot_product_attention.py), so the layer
+spec is given this one: `query [T, heads, dim]`, `key` and `value [T, groups, dim]` and the borders of the sequences
+come in, `[T, heads x dim]` goes out, and no position sees another sequence. Sequences of similar length are stacked and
+handed to torch's scaled_dot_product_attention together; what a sequence gets does not depend on its neighbours, since
+padding stands behind it and attention is causal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WIDTH_STEP = 8  # lengths are rounded up to a multiple of this, so that few stacks are needed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackPlan:
+    """How the sequences of one packed row are stacked; made once a row, used by every layer.
+
+    Example: sequences of 3 and 5 positions at 0 and 3 of T=9: one stack of width 8, `gather=([0..2, 0.., 3..7, 3..],)`
+    of shape [2, 8]; `scatter` picks the 8 real positions out of the 16 and a zero for the row's last one.
+    """
+
+    gather: tuple[Tensor, ...]  # [n, width] int64 a stack: which row position stands where
+    scatter: Tensor  # [T] int64: where in the concatenated stacks (or behind them: zero) a row position stands
+
+
+def plan_stacks(cu_seqlens: Tensor, cu_seqlens_padded: Tensor, num_tokens: int) -> StackPlan:
+    """The plan for a row of `num_tokens` whose sequences start at `cu_seqlens_padded` ([S+1] int32)."""
+    starts = cu_seqlens_padded[:-1].to(torch.int64)
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64)
+    widths = (lengths + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
+    num_stacked = int(widths.sum())
+    scatter = torch.full((num_tokens,), num_stacked, dtype=torch.int64, device=starts.device)
+    gather, offset = [], 0
+    for width in widths.unique().tolist():
+        if width == 0:
+            continue
+        chosen = (widths == width).nonzero()[:, 0]
+        steps = torch.arange(width, device=starts.device)
+        is_real = steps < lengths[chosen, None]
+        positions = starts[chosen, None] + torch.where(is_real, steps, 0)
+        places = offset + torch.arange(positions.numel(), device=starts.device).view_as(positions)
+        scatter[positions[is_real]] = places[is_real]
+        gather.append(positions)
+        offset += positions.numel()
+    return StackPlan(gather=tuple(gather), scatter=scatter)
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, plan: StackPlan, scale: float) -> Tensor:
+    """Causal attention within each sequence of a row.
+
+    Args:
+        query: [T, heads, dim]; key, value: [T, groups, dim]; any floating dtype.
+    Returns:
+        [T, heads, dim]; zeros where the row has no sequence.
+    """
+    outputs = []
+    for positions in plan.gather:
+        flat = positions.flatten()
+        stacked = (
+            tensor.index_select(0, flat).view(*positions.shape, *tensor.shape[1:]).transpose(1, 2)
+            for tensor in (query, key, value)
+        )
+        output = F.scaled_dot_product_attention(*stacked, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(output.transpose(1, 2).reshape(-1, *query.shape[1:]))
+    outputs.append(query.new_zeros(1, *query.shape[1:]))
+    return torch.cat(outputs).index_select(0, plan.scatter)
+
+
+def packed_attention_module() -> type:
+    """The class to give a Megatron layer spec as `core_attention`; made on demand, for it derives from Megatron's."""
+    from megatron.core.transformer.module import MegatronModule
+
+    class PackedAttention(MegatronModule):
+        """Takes the place of Megatron's DotProductAttention; needs `packed_seq_params.stack_plan`."""
+
+        def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
+            super().__init__(config=config)
+            self._scale = softmax_scale or config.kv_channels**-0.5
+
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **__: Any
+        ) -> Tensor:
+            output = packed_attention(query, key, value, packed_seq_params.stack_plan, self._scale)
+            return output.flatten(1)
+
+    return PackedAttention

@@ -1,0 +1,112 @@
+"""[door: megatron] One rank of the learner: a model stage, its optimizer, and the passes over a batch.
+
+`Learner` is what the loops in train.py and sft.py hold; what it does stands in the files beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from megatron_rl.config import ModelConfig, OptimizerConfig
+from megatron_rl.errors import DivergenceError
+from megatron_rl.learner.export import full_tensors, tensor_shapes
+from megatron_rl.learner.forward import RowOutput, row_output, run_schedule
+from megatron_rl.learner.model import build_model
+from megatron_rl.learner.optimizer import build_optimizer
+from megatron_rl.learner.parallel import Parallel
+from megatron_rl.learner.recompute import recompute_logprobs
+from megatron_rl.records import MicroBatch
+from megatron_rl.weights.geometry import Geometry
+
+# Given a row's number and its output: Megatron's contract (sum, count), and anything to hand back.
+RowLoss = Callable[[int, RowOutput], tuple[torch.Tensor, torch.Tensor, object]]
+
+
+class Learner:
+    """A model of `geometry`, loaded from `model.path`, on this rank of `parallel`."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        geometry: Geometry,
+        parallel: Parallel,
+        *,
+        num_updates: int,
+        temperature: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            num_updates: optimizer steps of the whole run, for a decaying learning rate.
+            temperature: of the policy, at which every log-prob of the learner is taken.
+        """
+        self.geometry = geometry
+        self.parallel = parallel
+        self.temperature = temperature
+        self.model = build_model(
+            model, geometry, parallel, use_distributed_optimizer=optimizer.distributed
+        )
+        self.optimizer, self.scheduler = build_optimizer(
+            optimizer, self.model, num_updates=num_updates
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last optimizer step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def recompute(self, rows: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """`recomputed_logprobs` at the present weights: on the last stage a [T] float32 a row, elsewhere nothing."""
+        return recompute_logprobs(
+            self.model,
+            rows,
+            temperature=self.temperature,
+            vocab_size=self.geometry.vocab_size,
+            parallel=self.parallel,
+        )
+
+    def update(self, rows: Sequence[MicroBatch], row_loss: RowLoss) -> tuple[list[object], float]:
+        """Forward, backward and one optimizer step over all ranks' rows.
+
+        Args:
+            rows: this rank's micro-batches; the same number on every DP rank.
+            row_loss: called on the last stage for each row.
+        Returns:
+            What `row_loss` handed back for each row (on the last stage; empty elsewhere), and the gradient's norm
+            before clipping.
+        Raises:
+            DivergenceError: the gradient's norm is not finite (on every rank).
+        """
+
+        def on_output(index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
+            output = row_output(
+                logits,
+                rows[index],
+                temperature=self.temperature,
+                vocab_size=self.geometry.vocab_size,
+                parallel=self.parallel,
+            )
+            return row_loss(index, output)
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = run_schedule(self.model, rows, on_output, forward_only=False)
+        self.scheduler.step(1)  # before the step, so that a warm-up's first step does not have a rate of 0
+        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = float(grad_norm)
+        if grad_norm != grad_norm or grad_norm == float("inf"):
+            raise DivergenceError(
+                f"optimizer step: expected a finite gradient norm, got {grad_norm}; lower "
+                "learner.optimizer.learning_rate, or go on from the last checkpoint"
+            )
+        return results, grad_norm
+
+    def tensor_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every Hugging Face tensor, in the order of `full_tensors`."""
+        return tensor_shapes(self.geometry)
+
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective: the weights as Hugging Face tensors, on global rank 0; see learner/export.py."""
+        return full_tensors(self.model.module, self.geometry, self.parallel)

@@ -1,0 +1,37 @@
+"""A forward-only pass through Megatron's schedule: rows in, `recomputed_logprobs` out, at the weights as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rl.learner.forward import row_output, run_schedule
+from megatron_rl.learner.parallel import Parallel
+from megatron_rl.records import MicroBatch
+
+
+@torch.no_grad()
+def recompute_logprobs(
+    model: torch.nn.Module,
+    rows: Sequence[MicroBatch],
+    *,
+    temperature: float,
+    vocab_size: int,
+    parallel: Parallel,
+) -> list[torch.Tensor]:
+    """The learner's log-probs of every kept label.
+
+    Returns:
+        On the last pipeline stage a [T] float32 a row, 0 where its loss mask is False; empty on other stages.
+    """
+    if not rows:
+        return []
+
+    def on_output(index: int, logits: torch.Tensor) -> torch.Tensor:
+        output = row_output(
+            logits, rows[index], temperature=temperature, vocab_size=vocab_size, parallel=parallel
+        )
+        return output.logprobs
+
+    return run_schedule(model, rows, on_output, forward_only=True)

@@ -1,0 +1,130 @@
+"""Per-token losses come in, Megatron's loss contract goes out: `(weighted sum, integer count)` of this micro-batch.
+
+Under `calculate_per_token_loss` Megatron adds both over micro-batches and over every DP and CP rank, and divides the
+gradients by the count once (megatron/core/distributed/finalize_model_grads.py). So all weighting lives in the sum, and
+with the weights below the result does not depend on which micro-batch or rank a sequence, or a part of one, fell to:
+
+    token_mean:     weight 1,              count = kept tokens            -> mean over kept tokens of the global batch
+    sequence_mean:  weight 1 / n_s,        count = sequences with n_s > 0 -> mean of the sequences' own means
+
+`n_s` is the number of kept tokens of the *whole* sequence s, also when this rank holds a part of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rl.errors import ConfigError
+
+MODES = ("token_mean", "sequence_mean")
+
+
+def kept_tokens_per_sequence(
+    mask: torch.Tensor, sequence_ids: torch.Tensor, num_sequences: int
+) -> torch.Tensor:
+    """How many tokens of each sequence the mask keeps.
+
+    Args:
+        mask: [T] bool, of the whole row, before it is split over CP ranks.
+        sequence_ids: [T] int64, 0 to S-1, -1 on padding.
+        num_sequences: S.
+
+    Returns:
+        [S] int64; 0 for an empty or fully masked sequence.
+    """
+    _check_same_shape(mask=mask, sequence_ids=sequence_ids)
+    counts = torch.zeros(num_sequences + 1, dtype=torch.int64, device=mask.device)
+    # Slot 0 takes the padding, whose id is -1.
+    counts.index_add_(0, sequence_ids + 1, mask.long())
+    return counts[1:]
+
+
+def token_weights(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every kept token weighs 1.
+
+    Args:
+        mask: [T] bool, the tokens that this rank holds.
+
+    Returns:
+        weights [T] float32, 0 where masked; count [] int32, the kept tokens.
+    """
+    return mask.float(), mask.sum(dtype=torch.int32)
+
+
+def sequence_weights(
+    mask: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    num_kept_tokens: torch.Tensor,
+    *,
+    should_count: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept tokens of a sequence weigh 1 together.
+
+    Args:
+        mask: [T] bool, the tokens that this rank holds.
+        sequence_ids: [T] int64, 0 to S-1, -1 on padding.
+        num_kept_tokens: [S] int64, kept tokens of the whole sequences (`kept_tokens_per_sequence` before the CP split).
+        should_count: True on exactly one of the CP ranks that share the row, so that a sequence counts once.
+
+    Returns:
+        weights [T] float32, 0 where masked; count [] int32, the sequences with a kept token (0 unless `should_count`).
+    """
+    _check_same_shape(mask=mask, sequence_ids=sequence_ids)
+    if num_kept_tokens.numel() == 0:
+        return torch.zeros_like(mask, dtype=torch.float32), mask.new_zeros((), dtype=torch.int32)
+    per_token = num_kept_tokens[sequence_ids.clamp(min=0)].clamp(min=1).float()
+    # Padding (id -1) is masked by contract; the mask here also protects against a mask that is True there.
+    is_kept = mask & (sequence_ids >= 0)
+    weights = torch.where(is_kept, per_token.reciprocal(), 0.0)
+    count = (num_kept_tokens > 0).sum(dtype=torch.int32)
+    return weights, count if should_count else torch.zeros_like(count)
+
+
+def normalized_sum(
+    per_token_loss: torch.Tensor,
+    mask: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    *,
+    normalize: str,
+    num_kept_tokens: torch.Tensor | None = None,
+    should_count: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a Megatron loss function returns first and second.
+
+    Args:
+        per_token_loss: [T] float32, 0 where masked (`objective.loss.policy_loss`).
+        mask: [T] bool, the tokens that this rank holds.
+        sequence_ids: [T] int64, 0 to S-1, -1 on padding.
+        normalize: "token_mean" or "sequence_mean".
+        num_kept_tokens: [S] int64, of the whole sequences; None when this rank holds its sequences whole (CP = 1).
+        should_count: for "sequence_mean" under CP, True on one CP rank only.
+
+    Returns:
+        sum [] float32, under gradient and attached to the graph also when every token is masked (a rank that
+        skipped the backward pass would hang the others); count [] int32.
+
+    Raises:
+        ConfigError: an unknown `normalize`.
+    """
+    _check_same_shape(per_token_loss=per_token_loss, mask=mask, sequence_ids=sequence_ids)
+    if normalize == "token_mean":
+        weights, count = token_weights(mask)
+    elif normalize == "sequence_mean":
+        if num_kept_tokens is None:
+            num_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
+            num_kept_tokens = kept_tokens_per_sequence(mask, sequence_ids, num_sequences)
+        weights, count = sequence_weights(
+            mask, sequence_ids, num_kept_tokens, should_count=should_count
+        )
+    else:
+        raise ConfigError(
+            f"objective.normalize: expected one of {', '.join(MODES)}, got {normalize!r}"
+        )
+    # Advantages cancel over a group: added in float64, the small sum that is left keeps its digits.
+    return (per_token_loss.double() * weights.double()).sum().float(), count
+
+
+def _check_same_shape(**tensors: torch.Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(f"expected tensors of one shape [T], got {shapes}")

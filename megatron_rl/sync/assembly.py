@@ -1,0 +1,149 @@
+"""The receiving half of the wire format: buckets of bytes in, whole checked tensors out.
+
+It knows neither vLLM nor the transport. It holds an update to its manifest: tensors come in the
+announced order, whole, once, with the announced checksum; the manifest itself is held against what
+the engine's own checkpoint has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from megatron_rl.errors import SyncError
+from megatron_rl.sync.wire import (
+    CASTABLE,
+    DTYPE_NAMES,
+    Bucket,
+    Manifest,
+    Piece,
+    TensorSpec,
+    new_checksum,
+)
+
+
+def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> None:
+    """Hold an announced update against the tensors the engine was built from.
+
+    Raises:
+        SyncError: a name that is unknown, missing or given twice, another shape, or a dtype the
+            engine cannot load
+            there (float32, float16 and bfloat16 stand in for each other; everything else must
+            match).
+    """
+    seen: set[str] = set()
+    for spec in manifest.specs:
+        wanted = expected.get(spec.name)
+        if wanted is None:
+            raise SyncError(
+                f"{spec.name}: expected a tensor of the engine's checkpoint ({len(expected)} tensors; a tied lm_head "
+                "is not one of them), got an unknown name"
+            )
+        if spec.name in seen:
+            raise SyncError(f"{spec.name}: expected each name once, got it twice")
+        seen.add(spec.name)
+        if spec.shape != wanted.shape:
+            raise SyncError(f"{spec.name}: expected shape {wanted.shape}, got {spec.shape}")
+        if spec.dtype != wanted.dtype and not (spec.dtype in CASTABLE and wanted.dtype in CASTABLE):
+            raise SyncError(
+                f"{spec.name}: expected {DTYPE_NAMES[wanted.dtype]}, got {DTYPE_NAMES[spec.dtype]}"
+            )
+    missing = [name for name in expected if name not in seen]
+    if missing:
+        raise SyncError(
+            f"manifest: expected all {len(expected)} tensors of the engine's checkpoint, {len(missing)} are missing, "
+            f"the first is {missing[0]}"
+        )
+
+
+class Assembly:
+    """One update on its way in.
+
+    Args:
+        manifest: already checked.
+        read: `(bucket_offset, nbytes) -> [nbytes] uint8` view of the transport's current bucket, on
+            the CPU. acknowledge: called with (index into the manifest, digest of DIGEST_BYTES) for
+            every tensor that arrived whole.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        read: Callable[[int, int], torch.Tensor],
+        acknowledge: Callable[[int, bytes], None],
+    ) -> None:
+        self.manifest = manifest
+        self._read = read
+        self._acknowledge = acknowledge
+        self._num_buckets = 0
+        self._num_complete = 0  # tensors; the next expected piece belongs to this one
+        self._bytes: torch.Tensor | None = None  # [nbytes] uint8 of the tensor under way
+        self._offset = 0  # bytes of it that have arrived
+
+    def tensors_of(
+        self, bucket: Bucket, checksums: dict[int, str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor, on the CPU and owning its memory, for each tensor that this bucket
+        completes.
+
+        Raises:
+            SyncError: a bucket or piece out of turn, or bytes that do not give the announced
+                checksum.
+        """
+        if bucket.index != self._num_buckets:
+            raise SyncError(f"bucket: expected number {self._num_buckets}, got {bucket.index}")
+        for piece in bucket.pieces:
+            spec = self._take(piece)
+            if self._offset == spec.nbytes:
+                yield spec.name, self._complete(spec, checksums)
+        self._num_buckets += 1
+
+    def check_complete(self) -> None:
+        """Raises SyncError naming the first tensor that has not arrived."""
+        num_tensors = len(self.manifest.specs)
+        if self._num_complete < num_tensors:
+            raise SyncError(
+                f"update: expected {num_tensors} tensors before its end, got {self._num_complete}; the first that did "
+                f"not arrive is {self.manifest.specs[self._num_complete].name}"
+            )
+
+    def _take(self, piece: Piece) -> TensorSpec:
+        if piece.tensor != self._num_complete or piece.tensor >= len(self.manifest.specs):
+            raise SyncError(
+                f"bucket: expected bytes of tensor {self._num_complete} of {len(self.manifest.specs)}, "
+                f"got tensor {piece.tensor}"
+            )
+        spec = self.manifest.specs[piece.tensor]
+        if (
+            piece.tensor_offset != self._offset
+            or piece.nbytes <= 0
+            or piece.tensor_offset + piece.nbytes > spec.nbytes
+        ):
+            raise SyncError(
+                f"{spec.name}: expected bytes from {self._offset} of {spec.nbytes}, "
+                f"got {piece.tensor_offset} to {piece.tensor_offset + piece.nbytes}"
+            )
+        if self._bytes is None:
+            self._bytes = torch.empty(spec.nbytes, dtype=torch.uint8)
+        # A copy, because the bucket is filled again while vLLM still holds on to the tensors of an
+        # unfinished layer.
+        self._bytes[self._offset : self._offset + piece.nbytes] = self._read(
+            piece.bucket_offset, piece.nbytes
+        )
+        self._offset += piece.nbytes
+        return spec
+
+    def _complete(self, spec: TensorSpec, checksums: dict[int, str]) -> torch.Tensor:
+        assert self._bytes is not None
+        checksum = new_checksum(self._bytes.numpy())  # of the copy: what will be loaded
+        announced = checksums.get(self._num_complete)
+        if checksum.hexdigest() != announced:
+            raise SyncError(
+                f"{spec.name}: expected checksum {announced}, got {checksum.hexdigest()}"
+            )
+        self._acknowledge(self._num_complete, checksum.digest())
+        tensor = self._bytes.view(spec.dtype).view(spec.shape)
+        self._num_complete += 1
+        self._bytes, self._offset = None, 0
+        return tensor

@@ -1,0 +1,180 @@
+"""Read and write Hugging Face checkpoints: `config.json`, the tokenizer's files, (sharded) safetensors.
+
+Reading is by slice, so that a rank loads no more than its own shard. Nothing is unpickled, and a shard index that
+points outside the checkpoint's folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_rl.errors import DataError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class CheckpointReader:
+    """Slices of the tensors of a checkpoint folder; files are opened when first needed and kept open.
+
+    Raises:
+        DataError: a missing or truncated file, or an index that does not hold what it should.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._file_of = self._read_index()
+        self._open: dict[Path, safe_open] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def read(self, name: str, dimension: int | None, start: int, stop: int) -> torch.Tensor:
+        """Rows (`dimension` 0) or columns (1) `start` to `stop` of a tensor, or all of it (None)."""
+        if name not in self._file_of:
+            raise DataError(
+                f"{self._folder}: expected a tensor named {name}, got none of that name in the checkpoint"
+            )
+        path = self._file_of[name]
+        try:
+            tensor = self._opened(path).get_slice(name)
+        except SafetensorError as error:
+            raise DataError(
+                f"{path}: expected to hold {name} as the index says, got: {error}"
+            ) from error
+        if dimension is None:
+            return tensor[:]
+        return tensor[start:stop] if dimension == 0 else tensor[:, start:stop]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        if name not in self._file_of:
+            raise DataError(
+                f"{self._folder}: expected a tensor named {name}, got none of that name in the checkpoint"
+            )
+        return tuple(self._opened(self._file_of[name]).get_slice(name).get_shape())
+
+    def _opened(self, path: Path) -> safe_open:
+        if path not in self._open:
+            if not path.is_file():
+                raise DataError(
+                    f"{path}: expected a shard that the checkpoint's index names, got no such file"
+                )
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise DataError(
+                    f"{path}: expected a whole safetensors file, got: {error}"
+                ) from error
+        return self._open[path]
+
+    def _read_index(self) -> dict[str, Path]:
+        index, single = self._folder / INDEX_NAME, self._folder / SINGLE_NAME
+        if not index.is_file():
+            if not single.is_file():
+                raise DataError(
+                    f"{self._folder}: expected {SINGLE_NAME} or {INDEX_NAME}, got neither"
+                )
+            return dict.fromkeys(_names_in(single), single)
+        try:
+            files = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise DataError(f"{index}: expected JSON with a weight_map, got {error!r}") from error
+        for file in set(files.values()):
+            if Path(file).name != file:
+                raise DataError(
+                    f"{index}: expected names of files in the same folder, got {file!r}"
+                )
+        return {name: self._folder / file for name, file in files.items()}
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise DataError(f"{path}: expected a whole safetensors file, got: {error}") from error
+
+
+def write_checkpoint(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    like: str | Path,
+    max_shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a Hugging Face checkpoint: tensors as they come, in shards, and every small file of `like`.
+
+    The folder appears whole or not at all: it is written beside its place and moved there at the end.
+
+    Args:
+        tensors: full tensors, in the order in which they shall stand; kept on the CPU until their shard is full.
+        like: the checkpoint whose config and tokenizer are copied.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    dtypes: set[torch.dtype] = set()
+    num_bytes = total_bytes = 0
+    for name, tensor in tensors:
+        if pending and num_bytes + tensor.nbytes > max_shard_bytes:
+            _write_shard(partial, len(shards), pending, shards)
+            pending, num_bytes = {}, 0
+        pending[name] = tensor.detach().cpu().contiguous()
+        dtypes.add(tensor.dtype)
+        num_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    _write_shard(partial, len(shards), pending, shards)
+    _name_shards(partial, shards, total_bytes)
+    _copy_small_files(Path(like), partial, dtypes)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(folder)
+
+
+def _write_shard(
+    folder: Path, number: int, tensors: dict[str, torch.Tensor], shards: list[list[str]]
+) -> None:
+    save_file(tensors, folder / f"shard-{number}", metadata={"format": "pt"})
+    shards.append(list(tensors))
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """The final names carry the number of shards, which is known only now."""
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / SINGLE_NAME)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
+
+
+def _copy_small_files(source: Path, target: Path, dtypes: set[torch.dtype]) -> None:
+    for path in source.iterdir():
+        if (
+            path.is_file()
+            and path.suffix in (".json", ".txt", ".model", ".jinja")
+            and path.name != INDEX_NAME
+        ):
+            shutil.copyfile(path, target / path.name)
+    if len(dtypes) == 1:
+        config = json.loads((target / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,211 @@
+"""Settings: every knob frozen, and every way to get one wrong answered in one line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config import (
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    LearnerConfig,
+    LoopConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SamplingConfig,
+    TaskConfig,
+)
+from megatron_rl.config_file import list_knobs, load_config, save_config
+from megatron_rl.errors import ConfigError
+
+KNOBS = Path(__file__).with_name("knobs.txt")
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_list_of_knobs_is_frozen():
+    """A new, renamed or changed default is a change of the interface: put it into knobs.txt too."""
+    now = [f"{name} = {default!r}" for name, default in list_knobs().items()]
+    assert now == KNOBS.read_text(encoding="utf-8").splitlines()
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    assert load_config(write(tmp_path, "")) == Config()
+
+
+def test_values_keep_the_types_of_the_dataclasses(tmp_path):
+    path = write(
+        tmp_path,
+        "learner: {optimizer: {learning_rate: 1e-6, betas: [0, 0.5]}}\n"
+        "rollout: {kv_cache_gib: 2}\n"
+        "reward: {truncated_reward: -1}\n"
+        "data: {tasks: [{name: chain_sum, options: {min_terms: 2, deep: [1, {a: b}]}}]}\n",
+    )
+    config = load_config(path)
+    assert config.learner.optimizer.learning_rate == 1e-6
+    assert config.learner.optimizer.betas == (0.0, 0.5)
+    assert isinstance(config.rollout.kv_cache_gib, float)
+    assert isinstance(config.reward.truncated_reward, float)
+    assert config.data.tasks == [
+        TaskConfig(name="chain_sum", options={"min_terms": 2, "deep": [1, {"a": "b"}]})
+    ]
+
+
+def test_a_section_given_in_part_keeps_its_own_defaults(tmp_path):
+    config = load_config(write(tmp_path, "eval: {sampling: {max_tokens: 8}}"))
+    assert config.eval.sampling == SamplingConfig(temperature=0.7, max_tokens=8)
+
+
+def test_overrides_win_and_reach_list_items(tmp_path):
+    path = write(tmp_path, "data: {tasks: [{name: a}, {name: b}]}\nloop: {num_steps: 3}\nreplay: x")
+    config = load_config(
+        path,
+        [
+            "loop.num_steps=5",
+            "data.tasks.0.weight=2",
+            "data.tasks[1].options.max_terms=4",
+            "learner.optimizer.betas.1=0.99",
+            "objective.constraint.tolerance=5e-3",
+            "replay=",
+        ],
+    )
+    assert config.loop.num_steps == 5
+    assert [task.weight for task in config.data.tasks] == [2.0, 1.0]
+    assert config.data.tasks[1].options == {"max_terms": 4}
+    assert config.learner.optimizer.betas == (0.9, 0.99)
+    assert config.objective.constraint.tolerance == 0.005
+    assert config.replay == ""
+
+
+def test_saved_settings_load_to_an_equal_config(tmp_path):
+    text = "data: {tasks: [{name: a, template: '{prompt} \\${x} = 1e-6', options: {z: null}}]}"
+    config = load_config(write(tmp_path, text), ["model.path='007'", "loop.seed=9"])
+    assert config.data.tasks[0].template == "{prompt} ${x} = 1e-6"
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("loop: {num_step: 5}", "loop.num_step: expected a known key, got 'num_step'; the nearest"),
+        ("lop: {num_steps: 5}", "the nearest valid one is loop"),
+        ("prompts_per_step: 5", "the nearest valid one is loop.prompts_per_step"),
+        (
+            "data: {tasks: [{name: a, weihgt: 2}]}",
+            "data.tasks[0].weihgt: expected a known key, got 'weihgt'; "
+            "the nearest valid one is data.tasks[0].weight",
+        ),
+        ("loop: {num_steps: '5'}", "loop.num_steps: expected an integer, got '5'"),
+        ("loop: {num_steps: 5.5}", "loop.num_steps: expected an integer, got 5.5"),
+        ("loop: {num_steps: true}", "loop.num_steps: expected an integer, got true"),
+        ("resume: no", "resume: expected a text, got false"),
+        ("eval: {at_end: 1}", "eval.at_end: expected true or false, got 1"),
+        ("loop:", "loop: expected a mapping, got null"),
+        ("data: {tasks: {name: a}}", "data.tasks: expected a list, got {'name': 'a'}"),
+        ("data: {tasks: [a]}", "data.tasks[0]: expected a mapping, got 'a'"),
+        ("rollout: {urls: [1]}", "rollout.urls[0]: expected a text, got 1"),
+        ("reward: {truncated_reward: a}", "expected a number or null, got 'a'"),
+        ("learner: {optimizer: {betas: [1]}}", "betas: expected a list of 2 numbers, got [1]"),
+        ("learner: {optimizer: {learning_rate: .nan}}", "expected a number, got nan"),
+        ("- a", "expected a mapping of settings at the top, got a list"),
+        ("loop:\n  a: [b", "line 3, column 1: expected YAML, got"),
+        (
+            "loop: {seed: 1}\nloop: {seed: 2}",
+            "line 2, column 1: expected YAML, got found duplicate",
+        ),
+        ("loop: {seed: '${loop.sed}'}", "loop.seed: Interpolation key 'loop.sed' not found"),
+        ("loop: {seed: '${model.dtype}'}", "loop.seed: expected an integer, got 'float32'"),
+        ("eval: {sampling: {top_p: 0}}", "eval.sampling.top_p: expected in (0, 1], got 0"),
+        (
+            "data: {tasks: [{name: a}, {name: b, weight: 0}]}",
+            "data.tasks[1].weight: expected above",
+        ),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_file_and_key(tmp_path, text, expected):
+    path = write(tmp_path, text)
+    message = complaint(path)
+    assert message.startswith(f"{path}: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("loop.num_steps", "expected key=value"),
+        ("--loop.num_steps=3", "expected key=value"),
+        ("loop.num_step=3", "the nearest valid one is loop.num_steps"),
+        ("loop.num_steps=x", "loop.num_steps: expected an integer, got 'x'"),
+        ("loop.num_steps.deep=2", "expected no key below loop.num_steps, which is an integer"),
+        ("loop.num_steps=[1", "expected a YAML value"),
+        ("data.tasks.1.weight=2", "data.tasks: expected the index of one of its 1 items, got '1'"),
+        ("data.tasks.0.weihgt=2", "the nearest valid one is data.tasks[0].weight"),
+        ("data=null", "data: expected a mapping, got null"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_quotes_it(tmp_path, override, expected):
+    message = complaint(write(tmp_path, "data: {tasks: [{name: a}]}"), override)
+    assert message.startswith(f"override {override!r}: ")
+    assert expected in message
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "nowhere.yaml: expected a readable YAML file" in complaint(tmp_path / "nowhere.yaml")
+    assert "Is a directory" in complaint(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9")
+    assert "expected UTF-8 text" in complaint(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        (OptimizerConfig, "learning_rate", -1e-6),
+        (OptimizerConfig, "betas", (0.9, 1.0)),
+        (OptimizerConfig, "decay", "step"),
+        (ConstraintConfig, "tolerance", -0.1),
+        (ConstraintConfig, "initial", 11.0),
+        (ConstraintConfig, "learning_rate", float("nan")),
+        (SamplingConfig, "top_k", -1),
+        (SamplingConfig, "min_p", 1.0),
+        (SamplingConfig, "max_tokens", 0),
+        (RolloutConfig, "num_engines", 0),
+        (RolloutConfig, "port", 80),
+        (RolloutConfig, "max_model_len", 256),
+        (LearnerConfig, "recompute", "never"),
+        (LearnerConfig, "mini_batches_per_step", 0),
+        (LoopConfig, "samples_per_prompt", 1),
+        (LoopConfig, "prompts_per_step", -64),
+        (DataConfig, "held_out_seed", 0),
+    ],
+)
+def test_rules_of_one_section(section, key, value):
+    section()  # its defaults are fine
+    with pytest.raises(ConfigError, match=key):
+        section(**{key: value})
+
+
+def test_rules_between_sections():
+    config = Config()
+    with pytest.raises(ConfigError, match="mini_batches_per_step: expected at most the 512"):
+        replace(config, learner=LearnerConfig(mini_batches_per_step=513))
+    with pytest.raises(ConfigError, match=r"tokens_per_micro_batch: .* 257 tokens"):
+        replace(config, learner=LearnerConfig(tokens_per_micro_batch=256))
+    slow_start = LearnerConfig(optimizer=OptimizerConfig(decay="cosine", warmup_steps=100))
+    with pytest.raises(ConfigError, match="warmup_steps: expected below loop"):
+        replace(config, learner=slow_start)
+    replace(config, learner=LearnerConfig(optimizer=OptimizerConfig(learning_rate=0.0)))

@@ -1,0 +1,93 @@
+"""The quickstart's model: it loads, its tokenizer keeps every character apart, and a second run changes nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TOOL = Path(__file__).parents[2] / "tools" / "make_tiny_model.py"
+
+
+def make(out: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(TOOL), str(out), *options], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny") / "model"
+    result = make(out)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def test_one_line_with_the_parameter_count(checkpoint):
+    out, stdout = checkpoint
+    model = AutoModelForCausalLM.from_pretrained(out)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert stdout.splitlines() == [
+        f"{out}: qwen3, {count:,} parameters, vocabulary of {model.config.vocab_size}"
+    ]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_tokenizer_round_trips_a_token_a_character(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint[0])
+    text = "".join(map(chr, range(32, 127))) + "\n37  - 45 =\n -8"
+    token_ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(token_ids) == len(text)
+    assert tokenizer.unk_token_id not in token_ids
+    assert tokenizer.decode(token_ids) == text
+    assert tokenizer("4+3=").input_ids == [1, 23, 14, 22, 32]
+    assert tokenizer.decode([1, 26, 2, 0], skip_special_tokens=True) == "7"
+    assert tokenizer("é", add_special_tokens=False).input_ids == [tokenizer.unk_token_id]
+
+
+def test_ids_of_tokenizer_and_model_agree(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint[0])
+    config = AutoModelForCausalLM.from_pretrained(checkpoint[0]).config
+    assert len(tokenizer) == config.vocab_size
+    named = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert named == (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+
+
+def test_it_generates_and_stops_at_eos(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    assert model.generation_config.eos_token_id == 2
+    with torch.no_grad():  # the head prefers eos whatever the hidden state's sign
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[2] = model.model.norm.weight
+    prompt = AutoTokenizer.from_pretrained(checkpoint[0])("3 + 4=", return_tensors="pt")
+    assert set(prompt) >= {"input_ids", "attention_mask"}
+    tokens = model.generate(
+        input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=4
+    )
+    assert tokens.shape[1] <= prompt.input_ids.shape[1] + 4
+
+
+def test_a_second_run_changes_nothing_and_another_model_is_refused(checkpoint):
+    out = checkpoint[0]
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    assert make(out).returncode == 0
+    other = make(out, "--layers", "2")
+    assert other.returncode == 1
+    assert "remove it or name another OUT" in other.stderr
+    assert "Traceback" not in other.stderr
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    assert after == before
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_options_reach_the_model(tmp_path):
+    options = ["--hidden", "64", "--layers", "1", "--heads", "2", "--kv-heads", "1"]
+    result = make(tmp_path / "other", *options, "--tie-embeddings", "--context", "64")
+    assert result.returncode == 0, result.stderr
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "other").config
+    shape = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+    assert shape == (64, 192, 1)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 32)
+    assert config.tie_word_embeddings and config.max_position_embeddings == 64
