@@ -11,6 +11,7 @@ A rule of one section names its keys without the section; the loader puts the se
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_rl.errors import ConfigError
 
@@ -69,6 +70,11 @@ class TaskConfig:
     # auto (the task's own scorer for reasoning-gym, math_verify for files), reasoning_gym, exact,
     # numeric, math_verify, or an import path "package.module:function"
     verifier: str = "auto"
+
+    @property
+    def source(self) -> str:
+        """What its prompts, their verifier and their metrics are called: the name, or the file's stem."""
+        return self.name or Path(self.path).stem
 
     def __post_init__(self) -> None:
         _require(
@@ -342,13 +348,17 @@ class WarmStartConfig:
     warmup_steps: int = 50
     # JSONL or Parquet file of prompt and response pairs; "": prompts and answers of data.tasks
     path: str = ""
+    prompt_column: str = "prompt"  # dotted paths into the records of `path`
     response_column: str = "response"
-    output: str = ""  # folder of the Hugging Face checkpoint; "": <run_dir>/warm_start
+    output: str = ""  # of the Hugging Face checkpoint; "": <run_dir>/warm_start/checkpoint
+    decay: str = "cosine"  # constant, linear, cosine (over warm_start.num_steps)
+    log_every: int = 10  # steps between lines of metrics
 
     def __post_init__(self) -> None:
         _at_least(0, num_steps=self.num_steps, warmup_steps=self.warmup_steps)
         _at_least(0, learning_rate=self.learning_rate)
-        _at_least(1, sequences_per_step=self.sequences_per_step)
+        _at_least(1, sequences_per_step=self.sequences_per_step, log_every=self.log_every)
+        _one_of("decay", self.decay, ("constant", "linear", "cosine"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ update), `policy_logprobs` (the learner's, under gradient).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # reward workers and the launcher read these records without paying for torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,15 +137,13 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """This rank's share of a global batch; every DP rank holds the same number of micro-batches.
+    """This rank's share of a global batch, an optimizer step a mini-batch. In each mini-batch every
+    data-parallel rank holds the same number of micro-batches, filled up with fully masked ones.
 
-    Example: `TrainBatch(micro_batches=(MicroBatch(...), MicroBatch(...)), num_global_sequences=256,
-    num_global_tokens=1830)`: 256 sequences and 1,830 response tokens over all ranks.
+    Example: one optimizer step on two rows: `TrainBatch(mini_batches=((MicroBatch(...), MicroBatch(...)),))`.
     """
 
-    micro_batches: tuple[MicroBatch, ...]  # [M]
-    num_global_sequences: int
-    num_global_tokens: int
+    mini_batches: tuple[tuple[MicroBatch, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,12 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("FusedLayoutAdamW: expected decoupled weight decay (AdamW), got adam_w_mode=False")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+            raise ValueError(
+                "FusedLayoutAdamW: expected decoupled weight decay (AdamW), got adam_w_mode=False"
+            )
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -44,7 +48,9 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
                     self.state[param]["exp_avg"] = torch.zeros_like(param)
                     self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
             # torch's kernel adds 1 to the count it is given
-            counts = [torch.tensor(float(group["step"] - 1), device=param.device) for param in params]
+            counts = [
+                torch.tensor(float(group["step"] - 1), device=param.device) for param in params
+            ]
             adamw(
                 params,
                 [param.grad for param in params],

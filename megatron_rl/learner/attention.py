@@ -53,7 +53,9 @@ def plan_stacks(cu_seqlens: Tensor, cu_seqlens_padded: Tensor, num_tokens: int) 
     return StackPlan(gather=tuple(gather), scatter=scatter)
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, plan: StackPlan, scale: float) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: StackPlan, scale: float
+) -> Tensor:
     """Causal attention within each sequence of a row.
 
     Args:
@@ -68,7 +70,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, plan: StackPlan,
             tensor.index_select(0, flat).view(*positions.shape, *tensor.shape[1:]).transpose(1, 2)
             for tensor in (query, key, value)
         )
-        output = F.scaled_dot_product_attention(*stacked, is_causal=True, scale=scale, enable_gqa=True)
+        output = F.scaled_dot_product_attention(
+            *stacked, is_causal=True, scale=scale, enable_gqa=True
+        )
         outputs.append(output.transpose(1, 2).reshape(-1, *query.shape[1:]))
     outputs.append(query.new_zeros(1, *query.shape[1:]))
     return torch.cat(outputs).index_select(0, plan.scatter)
@@ -86,7 +90,13 @@ def packed_attention_module() -> type:
             self._scale = softmax_scale or config.kv_channels**-0.5
 
         def forward(
-            self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **__: Any
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *_: Any,
+            packed_seq_params: Any,
+            **__: Any,
         ) -> Tensor:
             output = packed_attention(query, key, value, packed_seq_params.stack_plan, self._scale)
             return output.flatten(1)

@@ -26,16 +26,44 @@ class Spot:
 
 
 SPOTS = (
-    Spot(file="pipeline_parallel/schedules.py", pattern=r'torch\.zeros\(.*device="cuda"', answer="_factories_on_cpu"),
+    Spot(
+        file="pipeline_parallel/schedules.py",
+        pattern=r'torch\.zeros\(.*device="cuda"',
+        answer="_factories_on_cpu",
+    ),
     Spot(file="optimizer/optimizer.py", pattern=r"device='cuda'", answer="_factories_on_cpu"),
-    Spot(file="tensor_parallel/layers.py", pattern=r"torch\.cuda\.current_device\(\)", answer="_cuda_is_the_cpu"),
-    Spot(file="tensor_parallel/random.py", pattern=r"torch\.cuda\.default_generators", answer="_generators_on_cpu"),
+    Spot(
+        file="tensor_parallel/layers.py",
+        pattern=r"torch\.cuda\.current_device\(\)",
+        answer="_cuda_is_the_cpu",
+    ),
+    Spot(
+        file="tensor_parallel/random.py",
+        pattern=r"torch\.cuda\.default_generators",
+        answer="_generators_on_cpu",
+    ),
     Spot(file="tensor_parallel/random.py", pattern=r"_lazy_call\(", answer="_cuda_is_the_cpu"),
-    Spot(file="tensor_parallel/random.py", pattern=r"torch\.cuda\.get_rng_state\(", answer="_generators_on_cpu"),
-    Spot(file="pipeline_parallel/p2p_communication.py", pattern=r"torch\.cuda\.synchronize\(", answer="_cuda_is_the_cpu"),
+    Spot(
+        file="tensor_parallel/random.py",
+        pattern=r"torch\.cuda\.get_rng_state\(",
+        answer="_generators_on_cpu",
+    ),
+    Spot(
+        file="pipeline_parallel/p2p_communication.py",
+        pattern=r"torch\.cuda\.synchronize\(",
+        answer="_cuda_is_the_cpu",
+    ),
     Spot(file="optimizer/clip_grads.py", pattern=r"device='cuda'", answer="_factories_on_cpu"),
-    Spot(file="optimizer/optimizer.py", pattern=r"'torch\.cuda\.FloatTensor'", answer="_type_names_of_cuda"),
-    Spot(file="models/common/language_module/language_module.py", pattern=r"\.cuda\(\)", answer="_moves_stay"),
+    Spot(
+        file="optimizer/optimizer.py",
+        pattern=r"'torch\.cuda\.FloatTensor'",
+        answer="_type_names_of_cuda",
+    ),
+    Spot(
+        file="models/common/language_module/language_module.py",
+        pattern=r"\.cuda\(\)",
+        answer="_moves_stay",
+    ),
 )
 
 
@@ -69,7 +97,19 @@ def _factories_on_cpu() -> None:
 
         return call
 
-    names = ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "rand", "randn", "randint")
+    names = (
+        "tensor",
+        "as_tensor",
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "arange",
+        "linspace",
+        "rand",
+        "randn",
+        "randint",
+    )
     for name in (*names, "empty_like", "zeros_like", "ones_like", "full_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
@@ -89,7 +129,9 @@ class _CpuGenerators:
 
 def _generators_on_cpu() -> None:
     torch.cuda.default_generators = _CpuGenerators()
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_, **__: (
+        torch.get_rng_state()
+    )
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.manual_seed
 

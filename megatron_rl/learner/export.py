@@ -15,7 +15,13 @@ import torch.distributed as dist
 from megatron_rl.learner.model import stage_tensors
 from megatron_rl.learner.parallel import Parallel
 from megatron_rl.weights.geometry import Geometry
-from megatron_rl.weights.naming import TensorRule, hf_from_shard, hf_shapes, join_parts, tensor_rules
+from megatron_rl.weights.naming import (
+    TensorRule,
+    hf_from_shard,
+    hf_shapes,
+    join_parts,
+    tensor_rules,
+)
 
 
 def tensor_shapes(geometry: Geometry) -> list[tuple[str, tuple[int, ...]]]:
@@ -60,8 +66,12 @@ def _join_over_tensor_parallel(
     """The full tensor on TP rank 0 of the stage that owns it; None on its other ranks."""
     if parallel.tp_size == 1 or rule.kind == "replicated":
         return join_parts(rule, geometry, [part]) if parallel.tp_rank == 0 else None
-    parts = [torch.empty_like(part) for _ in range(parallel.tp_size)] if parallel.tp_rank == 0 else None
-    dist.gather(part, parts, dst=dist.get_global_rank(parallel.tp_group, 0), group=parallel.tp_group)
+    parts = (
+        [torch.empty_like(part) for _ in range(parallel.tp_size)] if parallel.tp_rank == 0 else None
+    )
+    dist.gather(
+        part, parts, dst=dist.get_global_rank(parallel.tp_group, 0), group=parallel.tp_group
+    )
     return None if parts is None else join_parts(rule, geometry, parts)
 
 

@@ -50,7 +50,12 @@ def packed_seq_params(row: MicroBatch) -> Any:
 
 
 def row_output(
-    logits: torch.Tensor, row: MicroBatch, *, temperature: float, vocab_size: int, parallel: Parallel
+    logits: torch.Tensor,
+    row: MicroBatch,
+    *,
+    temperature: float,
+    vocab_size: int,
+    parallel: Parallel,
 ) -> RowOutput:
     """Log-probs of the kept labels from vocabulary-parallel logits.
 

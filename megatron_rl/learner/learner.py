@@ -80,7 +80,9 @@ class Learner:
             DivergenceError: the gradient's norm is not finite (on every rank).
         """
 
-        def on_output(index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
+        def on_output(
+            index: int, logits: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, object]:
             output = row_output(
                 logits,
                 rows[index],
@@ -93,7 +95,9 @@ class Learner:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_schedule(self.model, rows, on_output, forward_only=False)
-        self.scheduler.step(1)  # before the step, so that a warm-up's first step does not have a rate of 0
+        self.scheduler.step(
+            1
+        )  # before the step, so that a warm-up's first step does not have a rate of 0
         _, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm)
         if grad_norm != grad_norm or grad_norm == float("inf"):

@@ -57,7 +57,9 @@ def build_model(
     return ddp
 
 
-def transformer_config(geometry: Geometry, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    geometry: Geometry, parallel: Parallel, dtype: torch.dtype
+) -> TransformerConfig:
     """Megatron's settings for this model and layout."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer import TransformerConfig
@@ -130,7 +132,9 @@ def layer_spec(geometry: Geometry) -> object:
     from megatron.core.models.gpt import gpt_layer_specs
 
     if has_transformer_engine():
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=geometry.has_qk_norm)
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=geometry.has_qk_norm
+        )
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
         qk_layernorm=geometry.has_qk_norm, normalization="RMSNorm"
     )
@@ -163,7 +167,9 @@ def _use_hf_rope(model: GPTModel, model_path: str | Path) -> None:
         model.config.yarn_rotary_scaling_factor = scale
 
 
-def load_weights(model: GPTModel, geometry: Geometry, parallel: Parallel, reader: CheckpointReader) -> None:
+def load_weights(
+    model: GPTModel, geometry: Geometry, parallel: Parallel, reader: CheckpointReader
+) -> None:
     """Read this rank's shard of every tensor of this stage; DataError where the checkpoint does not fit."""
     parameters = dict(model.named_parameters())
     for rule, name in stage_tensors(geometry, parallel, parameters):
@@ -177,7 +183,9 @@ def load_weights(model: GPTModel, geometry: Geometry, parallel: Parallel, reader
         with torch.no_grad():
             parameters.pop(name).copy_(shard)
     if parameters:
-        raise ConfigError(f"model: no Hugging Face tensor is known for Megatron's {', '.join(parameters)}")
+        raise ConfigError(
+            f"model: no Hugging Face tensor is known for Megatron's {', '.join(parameters)}"
+        )
 
 
 def stage_tensors(

@@ -75,12 +75,12 @@ class Parallel:
         dist.broadcast_object_list(box, src=source, group=self.model_group, device=self.device)
         return box[0]
 
-    def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` as the last pipeline stage has them, on every stage; same shape and dtype everywhere."""
-        if self.pp_size > 1:
-            source = dist.get_global_rank(self.pp_group, self.pp_size - 1)
-            dist.broadcast(values, src=source, group=self.pp_group)
-        return values
+    def from_last_stage(self, value: object) -> object:
+        """The value of the last pipeline stage on every stage; the others' argument is ignored."""
+        box = [value]
+        source = dist.get_global_rank(self.pp_group, self.pp_size - 1)
+        dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
+        return box[0]
 
     def reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
         """`(float64 tensor, "sum" | "max" | "min") -> reduced over the data-parallel ranks`, for metrics."""

@@ -1,1 +1,1 @@
-"""From rewards and three policies' log-probs to a loss: torch functions without collectives, config or logging."""
+"""Rewards and log-probs to a loss: torch functions without collectives, config or logging."""

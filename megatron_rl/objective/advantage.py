@@ -1,6 +1,9 @@
-"""The rewards of one group come in, its advantages go out: `A[i] = (R[i] - mean) / (std + epsilon)`.
+"""The rewards of one group come in, its advantages go out.
 
-Source: GRPO (arXiv 2402.03300), with the population standard deviation, as DC-GRPO (arXiv 2606.08779) uses it.
+    A[i] = (R[i] - mean) / (std + epsilon)
+
+Source: GRPO (arXiv 2402.03300), with the population standard deviation, as DC-GRPO (arXiv
+2606.08779) uses it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ def group_advantages(rewards: torch.Tensor, *, epsilon: float = 1e-6) -> torch.T
     """Advantages of the `G` responses to one prompt, relative to each other.
 
     Args:
-        rewards: [G], any real dtype, finite. A group of one, and a group of equal rewards, gives exact zeros.
+        rewards: [G], any real dtype, finite. A group of one, and a group of equal rewards, gives
+            exact zeros.
         epsilon: added to the standard deviation, in units of the reward.
 
     Returns:
@@ -33,7 +37,8 @@ def group_advantages(rewards: torch.Tensor, *, epsilon: float = 1e-6) -> torch.T
             f"group_advantages: expected finite rewards, got {rewards.tolist()}; "
             "look at the verifier named in data.tasks"
         )
-    # Relative to the first one, equal rewards are exact zeros, which their mean (a rounded sum) need not keep.
+    # Relative to the first one, equal rewards are exact zeros, which their mean (a rounded sum)
+    # need not keep.
     shifted = rewards - rewards[:1]
     centered = shifted - shifted.mean()
     deviation = centered.square().mean().sqrt()

@@ -1,9 +1,10 @@
-"""The mean gap of a step comes in, the penalty that shapes the next step's advantages goes out (DCMDP, arXiv 2606.08779).
+"""The mean gap of a step comes in, the penalty that shapes the next step's advantages goes out
+(DCMDP, arXiv 2606.08779).
 
 Maximise reward subject to `E[delta] <= c`. Its Lagrangian has one dual variable,
-`lambda <- clip(lambda + eta * (delta_bar - c), lambda_min, lambda_max)`, stepped once a training step, and shapes
-every token's advantage, `A'[t] = A[t] - lambda * delta[t]`. The lambda that shapes a batch is the one from before that
-batch's dual step.
+`lambda <- clip(lambda + eta * (delta_bar - c), lambda_min, lambda_max)`, stepped once a training
+step, and shapes every token's advantage, `A'[t] = A[t] - lambda * delta[t]`. The lambda that shapes
+a batch is the one from before that batch's dual step.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class DualVariable:
         ):
             if not math.isfinite(number) or number < 0:
                 raise ConfigError(
-                    f"dual variable's {name}: expected a finite number of at least 0, got {number}; {_WHERE}"
+                    f"dual variable's {name}: expected a finite number of at least 0, "
+                    f"got {number}; {_WHERE}"
                 )
         if not minimum <= value <= maximum:
             raise ConfigError(

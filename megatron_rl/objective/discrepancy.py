@@ -1,13 +1,15 @@
 """Two log-probs of every sampled token come in, the gap between the engines goes out.
 
-    delta[t] = |exp(recomputed_logprobs[t]) - exp(rollout_logprobs[t])|        (DCMDP, arXiv 2606.08779)
+    delta[t] = |exp(recomputed_logprobs[t]) - exp(rollout_logprobs[t])|     (arXiv 2606.08779)
 
-An absolute difference of probabilities: between 0 and 1, and without a ratio that explodes where both are small. Its
-mean is over every response token that was sampled, before anything is rejected or masked: masking the tokens with a
-large gap must not make the gap look small.
+An absolute difference of probabilities: between 0 and 1, and without a ratio that explodes where
+both are small. Its mean is over every response token that was sampled, before anything is rejected
+or masked: masking the tokens with a large gap must not make the gap look small.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -17,7 +19,7 @@ from megatron_rl.observe.metrics import Histogram, Max, Mean, Metric
 
 INVALID_LOGPROB = -9999.0  # how vLLM's HTTP route writes NaN and -inf
 MAX_ROUNDING = 1e-3  # a log-prob this little above 0 is rounding; more is an error
-HISTOGRAM_EDGES = (0.0, *(10.0 ** (exponent / 4) for exponent in range(-28, 1)))  # 1e-7 to 1
+HISTOGRAM_EDGES = (0.0, *(10.0 ** (tenth / 10) for tenth in range(-70, 1)))  # 0, 1e-7 to 1
 
 
 def discrepancy(recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> torch.Tensor:
@@ -28,8 +30,9 @@ def discrepancy(recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tenso
         rollout_logprobs: same shape, float; the engine's, when it sampled.
 
     Returns:
-        Same shape, float32, exactly 0 where both are equal. Computed in float64: two probabilities near 1 that differ
-        in the seventh digit would leave one digit of their difference in float32.
+        Same shape, float32, exactly 0 where both are equal. Computed in float64: two probabilities
+        near 1 that differ in the seventh digit would leave one digit of their difference in
+        float32.
     """
     if recomputed_logprobs.shape != rollout_logprobs.shape:
         raise ValueError(
@@ -47,7 +50,8 @@ def check_logprobs(logprobs: torch.Tensor, mask: torch.Tensor, *, name: str = "l
         name: which policy's, for the message.
 
     Raises:
-        DivergenceError: a kept log-prob that is NaN, -9999 or below, or above 0; names the worst position.
+        DivergenceError: a kept log-prob that is NaN, -9999 or below, or above 0; names the worst
+            position.
     """
     if logprobs.shape != mask.shape:
         raise ValueError(
@@ -64,8 +68,8 @@ def check_logprobs(logprobs: torch.Tensor, mask: torch.Tensor, *, name: str = "l
     position = int(badness.argmax())
     raise DivergenceError(
         f"{name} at position {position}: expected a number in ({INVALID_LOGPROB:g}, 0], got "
-        f"{logprobs[position].item()} ({int(is_broken.sum())} of {int(mask.sum())} kept tokens are broken); "
-        f"look for NaN in the weights or logits of the engine that computed it"
+        f"{logprobs[position].item()} ({int(is_broken.sum())} of {int(mask.sum())} kept tokens are "
+        f"broken); look for NaN in the weights or logits of the engine that computed it"
     )
 
 
@@ -86,13 +90,14 @@ def discrepancy_metrics(
 
     Returns:
         With `rho = p_train / p_inf`, log-ratios clamped to +-20 before exp:
-        `discrepancy/mean`, `discrepancy/max`, `discrepancy/histogram`: delta;
-        `discrepancy/age_0/mean`, `.../age_1/mean`, `.../age_2_plus/mean`: delta by age, and `discrepancy/age/mean`;
+        `discrepancy/mean`, `discrepancy/max`, and `discrepancy` (a histogram): delta;
+        `discrepancy/age_0/mean`, `.../age_1/mean`, `.../age_2_plus/mean`: delta by age, and
+        `discrepancy/age/mean`;
         `discrepancy/probability_difference/mean`: p_train - p_inf, signed;
         `discrepancy/log_ratio/mean`: log rho, unclamped;
-        `discrepancy/kl_k1/mean`, `discrepancy/kl_k3/mean`: -log rho and rho - 1 - log rho, estimates of
-        KL(p_inf || p_train) in nats; `discrepancy/mult_prob_error/mean`: exp|log rho|, 1 where the engines agree.
-        An empty mask gives no `discrepancy/max`.
+        `discrepancy/kl_k1/mean`, `discrepancy/kl_k3/mean`: -log rho and rho - 1 - log rho,
+        estimates of KL(p_inf || p_train) in nats; `discrepancy/mult_prob_error/mean`: exp|log rho|,
+        1 where the engines agree. The keys are the same for every input, an empty mask included.
     """
     for name, tensor in (
         ("recomputed_logprobs", recomputed_logprobs),
@@ -113,7 +118,7 @@ def discrepancy_metrics(
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     everything = torch.ones_like(age, dtype=torch.bool)
     # What is averaged, and over which tokens.
-    means = {
+    averaged = {
         "discrepancy/mean": (delta, everything),
         "discrepancy/age_0/mean": (delta, age <= 0),
         "discrepancy/age_1/mean": (delta, age == 1),
@@ -125,27 +130,13 @@ def discrepancy_metrics(
         "discrepancy/kl_k3/mean": (torch.expm1(clamped) - clamped, everything),
         "discrepancy/mult_prob_error/mean": (clamped.abs().exp(), everything),
     }
-    # One copy to the host for all of them, not one each.
-    sums_and_counts = torch.stack(
-        [
-            torch.stack((torch.where(is_counted, values, 0.0).sum(), is_counted.double().sum()))
-            for values, is_counted in means.values()
-        ]
-    ).tolist()
     metrics: dict[str, Metric] = {
-        name: Mean(sum=total, count=int(count))
-        for name, (total, count) in zip(means, sums_and_counts, strict=True)
+        name: Mean(
+            sum=torch.where(is_counted, values, 0.0).sum(),
+            count=is_counted.sum(dtype=torch.float64),
+        )
+        for name, (values, is_counted) in averaged.items()
     }
-    metrics["discrepancy/histogram"] = _histogram(delta)
-    if delta.numel():
-        metrics["discrepancy/max"] = Max(value=delta.max().item())
+    metrics["discrepancy/max"] = Max(delta.max() if delta.numel() else -math.inf)
+    metrics["discrepancy"] = Histogram.of(delta, edges=HISTOGRAM_EDGES)
     return metrics
-
-
-def _histogram(delta: torch.Tensor) -> Histogram:
-    edges = torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64, device=delta.device)
-    # Bin i holds edges[i] <= delta < edges[i+1]; the last one also its right edge.
-    bins = torch.bucketize(delta, edges, right=True) - 1
-    bins = bins.clamp(max=len(HISTOGRAM_EDGES) - 2)
-    counts = torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) - 1)
-    return Histogram(edges=HISTOGRAM_EDGES, counts=tuple(counts.tolist()))

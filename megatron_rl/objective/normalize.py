@@ -1,13 +1,15 @@
-"""Per-token losses come in, Megatron's loss contract goes out: `(weighted sum, integer count)` of this micro-batch.
+"""Per-token losses come in, Megatron's loss contract `(weighted sum, integer count)` goes out.
 
-Under `calculate_per_token_loss` Megatron adds both over micro-batches and over every DP and CP rank, and divides the
-gradients by the count once (megatron/core/distributed/finalize_model_grads.py). So all weighting lives in the sum, and
-with the weights below the result does not depend on which micro-batch or rank a sequence, or a part of one, fell to:
+Under `calculate_per_token_loss` Megatron adds both over micro-batches and over every DP and CP
+rank, and divides the gradients by the count once
+(megatron/core/distributed/finalize_model_grads.py). So all weighting lives in the sum, and with the
+weights below the result does not depend on which micro-batch or rank a sequence, or a part of one,
+fell to:
 
-    token_mean:     weight 1,              count = kept tokens            -> mean over kept tokens of the global batch
-    sequence_mean:  weight 1 / n_s,        count = sequences with n_s > 0 -> mean of the sequences' own means
+    token_mean:     weight 1,        count = kept tokens             -> mean over all kept tokens
+    sequence_mean:  weight 1 / n_s,  count = sequences with n_s > 0  -> mean of sequences' means
 
-`n_s` is the number of kept tokens of the *whole* sequence s, also when this rank holds a part of it.
+`n_s` is the number of kept tokens of the *whole* sequence s, also when this rank holds a part.
 """
 
 from __future__ import annotations
@@ -63,17 +65,20 @@ def sequence_weights(
     Args:
         mask: [T] bool, the tokens that this rank holds.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
-        num_kept_tokens: [S] int64, kept tokens of the whole sequences (`kept_tokens_per_sequence` before the CP split).
-        should_count: True on exactly one of the CP ranks that share the row, so that a sequence counts once.
+        num_kept_tokens: [S] int64, kept tokens of the whole sequences (`kept_tokens_per_sequence`
+            before the CP split).
+        should_count: True on exactly one of the CP ranks that share the row, so that a sequence
+            counts once.
 
     Returns:
-        weights [T] float32, 0 where masked; count [] int32, the sequences with a kept token (0 unless `should_count`).
+        weights [T] float32, 0 where masked; count [] int32, the sequences with a kept token (0
+        unless `should_count`).
     """
     _check_same_shape(mask=mask, sequence_ids=sequence_ids)
     if num_kept_tokens.numel() == 0:
         return torch.zeros_like(mask, dtype=torch.float32), mask.new_zeros((), dtype=torch.int32)
     per_token = num_kept_tokens[sequence_ids.clamp(min=0)].clamp(min=1).float()
-    # Padding (id -1) is masked by contract; the mask here also protects against a mask that is True there.
+    # Padding (id -1) is masked by contract; it stays out here also if it is not.
     is_kept = mask & (sequence_ids >= 0)
     weights = torch.where(is_kept, per_token.reciprocal(), 0.0)
     count = (num_kept_tokens > 0).sum(dtype=torch.int32)
@@ -96,12 +101,13 @@ def normalized_sum(
         mask: [T] bool, the tokens that this rank holds.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
         normalize: "token_mean" or "sequence_mean".
-        num_kept_tokens: [S] int64, of the whole sequences; None when this rank holds its sequences whole (CP = 1).
+        num_kept_tokens: [S] int64, of the whole sequences; None when this rank holds its sequences
+            whole (CP = 1).
         should_count: for "sequence_mean" under CP, True on one CP rank only.
 
     Returns:
-        sum [] float32, under gradient and attached to the graph also when every token is masked (a rank that
-        skipped the backward pass would hang the others); count [] int32.
+        sum [] float32, under gradient and attached to the graph also when every token is masked (a
+        rank that skipped the backward pass would hang the others); count [] int32.
 
     Raises:
         ConfigError: an unknown `normalize`.

@@ -1,15 +1,15 @@
-"""Logits, or hidden states and the output weight, come in; the log-prob of each row's label goes out, under gradient.
+"""Logits, or hidden states and the output weight, come in; each label's log-prob goes out.
 
     y = x / temperature,    logprob = y[label] - log sum exp(y)  over the true vocabulary
     d logprob / d x[j] = ([j == label] - softmax(y)[j]) / temperature
 
-Arithmetic: plain torch. A row is divided by the temperature, compared with its maximum and exponentiated in float32, in
-torch's own order of summation; what is left of it (one maximum, one sum) is joined over the ranks and finished in
-float64. Close to the float64 result (relative error some 1e-7), the same for every row order and batch, but the last
-bits depend on the number of shards, the device and the torch build.
+Arithmetic: plain torch. A row is divided by the temperature, compared with its maximum and
+exponentiated in float32, and added in torch's own order; what is left of it (one maximum, one sum)
+is joined over the ranks and finished in float64. The last bits depend on the number of shards, the
+device, the CPU's vector width and the torch build.
 
-Collectives: two all-reduces of [N] numbers in the forward pass, however many chunks; none in the backward pass of
-`token_logprobs`. Every rank of the group must call with the same labels.
+Collectives: two all-reduces of [N] numbers in the forward pass, however many chunks; none in the
+backward pass of `token_logprobs`. Every rank of the group must call with the same labels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_rl.ops.vocab_parallel import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Elements worked on at once: on a CPU what a core's cache holds, on a GPU what keeps temporaries small.
+# Elements worked on at once: what a CPU core's cache holds, and small temporaries on a GPU.
 CPU_CHUNK_ELEMENTS = 2**18
 GPU_CHUNK_ELEMENTS = 2**26
 
@@ -57,22 +57,24 @@ def token_logprobs(
     """Log-prob of one label a row.
 
     Args:
-        logits: [N, V] float32, bfloat16 or float16: this rank's contiguous shard, as wide as every other rank's.
-            -inf is allowed (a column that cannot be sampled).
+        logits: [N, V] float32, bfloat16 or float16: this rank's contiguous shard, as wide as every
+            other rank's. -inf is allowed (a column that cannot be sampled).
         labels: [N] int64, global token ids, the same on every rank.
         temperature: the sampler's; logits are divided by it in float32.
         vocab_size: V without padded columns, which stand at the global end; None: no padding.
         group: tensor-parallel group over which the vocabulary is sharded, or None.
 
     Returns:
-        [N] float32, the same on every rank. The gradient arrives in the logits' dtype, exactly 0 on padded columns
-        and on rows whose incoming gradient is 0; every rank is expected to feed the same incoming gradient.
+        [N] float32, the same on every rank. The gradient arrives in the logits' dtype, exactly 0 on
+        padded columns and on rows whose incoming gradient is 0; every rank is expected to feed the
+        same incoming gradient.
 
     Raises:
-        DataError: a label outside the vocabulary. DivergenceError: a row with NaN, +inf or nothing but -inf. Both name
-        the row and are raised on every rank. On a CUDA device nothing waits for the check: such a row's log-prob is NaN
-        (`objective.discrepancy.check_logprobs` finds it).
-        ValueError: shapes or dtypes that do not fit. ConfigError: a temperature that is not above 0.
+        DataError: a label outside the vocabulary. DivergenceError: a row with NaN, +inf or nothing
+            but -inf. Both name the row and are raised on every rank. On a CUDA device nothing waits
+            for the check: such a row's log-prob is NaN (`objective.discrepancy.check_logprobs`
+            finds it).
+        ValueError: shapes or dtypes that do not fit. ConfigError: a temperature of 0 or below.
     """
     logprobs, _ = _from_logits(logits, labels, temperature, vocab_size, group, has_entropy=False)
     return logprobs
@@ -86,7 +88,7 @@ def token_logprobs_and_entropy(
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs`, and beside it the entropy of every row in nats, [N] float32, without gradient."""
+    """`token_logprobs`, and beside it every row's entropy in nats, [N] float32, no gradient."""
     return _from_logits(logits, labels, temperature, vocab_size, group, has_entropy=True)
 
 
@@ -100,10 +102,10 @@ def linear_token_logprobs(
     group: ProcessGroup | None = None,
     chunk_size: int = 1024,
 ) -> torch.Tensor:
-    """`token_logprobs(hidden @ weight.T, labels)` with `chunk_size` rows of logits in memory at a time.
+    """`token_logprobs(hidden @ weight.T, labels)` with `chunk_size` rows of logits at a time.
 
-    The backward pass computes each chunk's logits again. Every product has `chunk_size` rows, the last one filled up
-    with zeros, because a product's bits depend on its number of rows.
+    The backward pass computes each chunk's logits again. Every product has `chunk_size` rows, the
+    last one filled up with zeros, because a product's bits depend on its number of rows.
 
     Args:
         hidden: [N, H] float32, bfloat16 or float16, the same on every rank of the group.
@@ -112,8 +114,9 @@ def linear_token_logprobs(
         chunk_size: rows of logits at a time, at least 1.
 
     Returns:
-        [N] float32. The gradient of `hidden` is already summed over the group (one all-reduce, in float32), so the
-        caller must not reduce it again; that of `weight` is this rank's shard, accumulated in float32.
+        [N] float32. The gradient of `hidden` is already summed over the group (one all-reduce, in
+        float32), so the caller must not reduce it again; that of `weight` is this rank's shard,
+        accumulated in float32.
 
     Raises:
         As `token_logprobs`.
@@ -125,7 +128,8 @@ def linear_token_logprobs(
         )
     if hidden.dtype != weight.dtype:
         raise ValueError(
-            f"linear_token_logprobs: expected one dtype, got hidden {hidden.dtype} and weight {weight.dtype}"
+            f"linear_token_logprobs: expected one dtype, got hidden {hidden.dtype} "
+            f"and weight {weight.dtype}"
         )
     if chunk_size < 1:
         raise ConfigError(
@@ -230,7 +234,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 class _PartialStatistics:
-    """Maximum and sums of this rank's columns, filled chunk by chunk, joined over the ranks once."""
+    """Maximum and sums of this rank's columns, filled by chunks, joined over ranks once."""
 
     def __init__(self, num_rows: int, device: torch.device, has_entropy: bool) -> None:
         self.has_entropy = has_entropy
@@ -248,22 +252,25 @@ class _PartialStatistics:
         temperature: float,
         shard: VocabShard,
     ) -> None:
-        """Take in the rows `rows` of the whole, whose logits [rows, V] and labels [rows] these are."""
+        """Take in logits [n, V] and labels [n], which are the rows `rows` of the whole."""
         if shard.width == 0 or logits.shape[0] == 0:
             return
         maximum, sums = self.maximum[rows], self.sums[:, rows]
         column, is_local = shard.locate(labels)
         label_logits = logits.gather(1, column[:, None])[:, 0].float()
-        sums[1] = torch.where(is_local, _divided(label_logits, temperature), 0.0)
-        for chunk in _row_chunks(logits.shape[0], shard.width, logits.device):
-            y = _divided(logits[chunk, : shard.width].float(), temperature)
-            top = y.amax(dim=1)
-            maximum[chunk] = top
+        if temperature != 1.0:
+            label_logits /= _divisor(temperature, logits.device)
+        sums[1] = torch.where(is_local, label_logits, 0.0)
+        chunks = _row_chunks(logits.shape[0], shard.width, logits.device)
+        work, *weighted = _scratch(chunks, shard.width, logits.device, 1 + self.has_entropy)
+        for chunk in chunks:
+            z = _scaled(logits[chunk, : shard.width], temperature, work)
+            torch.amax(z, dim=1, out=maximum[chunk])
             # A shard may hold -inf only: measured against 0 its sum is a sound 0.
-            z = y - torch.where(top.isneginf(), 0.0, top)[:, None]
+            z -= torch.where(maximum[chunk].isneginf(), 0.0, maximum[chunk])[:, None]
             if self.has_entropy:
                 z.clamp_(min=-150.0)  # exp of it is 0, and 0 * z stays 0, which 0 * -inf is not
-                e = z.exp()
+                e = torch.exp(z, out=weighted[0][: z.shape[0]])
                 sums[0, chunk] = e.sum(dim=1).double()
                 sums[2, chunk] = e.mul_(z).sum(dim=1).double()
             else:
@@ -280,8 +287,9 @@ class _PartialStatistics:
             row = int(is_broken.int().argmax())
             found = "nothing but -inf" if maximum[row] < 0 else "NaN or +inf"
             raise DivergenceError(
-                f"logits of row {row}: expected numbers and -inf, with at least one number, got {found} "
-                f"({int(is_broken.sum())} of {maximum.numel()} rows are broken); look at the weights and the hidden states"
+                f"logits of row {row}: expected numbers and -inf, with at least one number, got "
+                f"{found} ({int(is_broken.sum())} of {maximum.numel()} rows are broken); "
+                "look for NaN in the weights and the hidden states"
             )
         is_empty = local.isneginf()
         shift = torch.where(is_empty, 0.0, local.double() - maximum.double())
@@ -309,22 +317,25 @@ def _write_logits_gradient(
     temperature: float,
     shard: VocabShard,
 ) -> None:
-    """Fill grad_logits [N, V], which may be `logits` itself, with `(onehot - softmax) * grad / temperature`."""
+    """Fill grad_logits [N, V] with `(onehot - softmax) * grad / temperature`.
+
+    It may be `logits` itself, which is then written over.
+    """
     if logits.shape[0] == 0:
         return
     scaled = grad_logprobs.double() / temperature
     # 0 - ... gives +0, not -0, where the incoming gradient is 0.
     factor = (0.0 - scaled / total).float()[:, None]
-    # 1 - p of the label from its log-prob: exact also where p is nearly 1 and the difference cancels.
-    at_label = (scaled * -torch.expm1(logprobs)).to(grad_logits.dtype)[:, None]
+    # The label's own column, g * (1 - p), is rounded to the logits' dtype once, as the others are.
+    at_label = (scaled * (1.0 - logprobs.exp()) + 0.0).to(grad_logits.dtype)[:, None]
     column, is_local = shard.locate(labels)
-    for chunk in _row_chunks(logits.shape[0], max(shard.width, 1), logits.device):
+    chunks = _row_chunks(logits.shape[0], shard.width, logits.device)
+    (work,) = _scratch(chunks, shard.width, logits.device, 1)
+    for chunk in chunks:
         target = grad_logits[chunk]
-        if shard.width:
-            y = _divided(logits[chunk, : shard.width].float(), temperature)
-            target[:, : shard.width] = (
-                (y - maximum[chunk, None]).exp_().mul_(factor[chunk])
-            )
+        p = _scaled(logits[chunk, : shard.width], temperature, work)
+        p.sub_(maximum[chunk, None]).exp_().mul_(factor[chunk])
+        target[:, : shard.width] = p
         target[:, shard.width :] = 0.0
         kept = target.gather(1, column[chunk, None])
         target.scatter_(
@@ -334,18 +345,29 @@ def _write_logits_gradient(
         )
 
 
-def _divided(values: torch.Tensor, temperature: float) -> torch.Tensor:
-    if temperature == 1.0:
-        return values
-    # A tensor on the device: torch's CUDA division by a Python number multiplies by its rounded reciprocal instead.
-    return values / torch.full((), temperature, dtype=torch.float32, device=values.device)
+def _divisor(temperature: float, device: torch.device) -> torch.Tensor:
+    # A tensor on the device: by a Python number, CUDA multiplies with its rounded reciprocal.
+    return torch.full((), temperature, dtype=torch.float32, device=device)
 
 
-def _row_chunks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
+def _scaled(logits: torch.Tensor, temperature: float, work: torch.Tensor) -> torch.Tensor:
+    """`logits / temperature` in float32, in the first rows of `work`."""
+    y = work[: logits.shape[0]].copy_(logits)
+    return y if temperature == 1.0 else y.div_(_divisor(temperature, logits.device))
+
+
+def _row_chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
     elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    step = max(1, elements // width)
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
+    step = max(1, elements // max(width, 1))
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _scratch(
+    chunks: list[slice], width: int, device: torch.device, num_buffers: int
+) -> list[torch.Tensor]:
+    """Buffers of one chunk, used again and again: fresh ones made a CPU pass three times slower."""
+    num_rows = chunks[0].stop - chunks[0].start
+    return [torch.empty(num_rows, width, device=device) for _ in range(num_buffers)]
 
 
 def _row_tiles(hidden: torch.Tensor, chunk_size: int) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -358,9 +380,7 @@ def _row_tiles(hidden: torch.Tensor, chunk_size: int) -> Iterator[tuple[slice, t
         yield rows, torch.nn.functional.pad(tile, (0, 0, 0, missing)) if missing else tile
 
 
-def _check(
-    rows: torch.Tensor, labels: torch.Tensor, temperature: float, shard: VocabShard
-) -> None:
+def _check(rows: torch.Tensor, labels: torch.Tensor, temperature: float, shard: VocabShard) -> None:
     if rows.dtype not in DTYPES:
         raise ValueError(f"token_logprobs: expected float32, bfloat16 or float16, got {rows.dtype}")
     if labels.shape != rows.shape[:1] or labels.dtype != torch.int64:
@@ -370,7 +390,8 @@ def _check(
         )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ConfigError(
-            f"temperature: expected a finite number above 0, got {temperature}; change sampling.temperature"
+            f"temperature: expected a finite number above 0, got {temperature}; "
+            "change rollout.sampling.temperature"
         )
     if labels.device.type != "cpu":
         return
@@ -378,6 +399,6 @@ def _check(
     if bool(is_outside.any()):
         row = int(is_outside.int().argmax())
         raise DataError(
-            f"label of row {row}: expected a token id of 0 to {shard.vocab_size - 1}, got {int(labels[row])}; "
-            "do tokenizer and model have the same vocabulary?"
+            f"label of row {row}: expected a token id of 0 to {shard.vocab_size - 1}, "
+            f"got {int(labels[row])}; do tokenizer and model have the same vocabulary?"
         )

@@ -1,7 +1,8 @@
 """Which columns of the vocabulary a tensor-parallel rank holds, and the collectives over them.
 
-Every rank holds a contiguous shard of equally many columns, in rank order; columns added to make the shards equal (as
-Megatron pads its embedding) stand at the end of the last ones and belong to no token.
+Every rank holds a contiguous shard of equally many columns, in rank order; columns added to make
+the shards equal (as Megatron pads its embedding) stand at the end of the last ones and belong to no
+token.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import distributed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabShard:
-    """Example: 7 columns on rank 1 of 2, vocabulary of 11: `VocabShard(start=7, width=4, vocab_size=11)`."""
+    """Example: 7 columns on rank 1 of 2, vocabulary of 11:
+    `VocabShard(start=7, width=4, vocab_size=11)`.
+    """
 
     start: int  # global id of this rank's first column
     width: int  # columns of this rank that belong to the vocabulary; 0 when it holds only padding
@@ -53,8 +56,8 @@ def vocab_shard(
         vocab_size = capacity
     if not 1 <= vocab_size <= capacity:
         raise ValueError(
-            f"vocab_size: expected 1 to {capacity} ({num_columns} columns on each of {world_size} ranks), "
-            f"got {vocab_size}; logits' last dimension must be this rank's shard"
+            f"vocab_size: expected 1 to {capacity} ({num_columns} columns on each of {world_size} "
+            f"ranks), got {vocab_size}; logits' last dimension must be this rank's shard"
         )
     start = rank * num_columns
     width = min(max(vocab_size - start, 0), num_columns)
@@ -62,7 +65,7 @@ def vocab_shard(
 
 
 def all_reduce_max(tensor: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Elementwise maximum over the group, in place; no NaN may be in it (backends disagree on them)."""
+    """Elementwise maximum over the group, in place; free of NaN (backends disagree on it)."""
     if group is not None and group.size() > 1:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group)
     return tensor

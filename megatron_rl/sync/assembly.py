@@ -37,8 +37,8 @@ def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> No
         wanted = expected.get(spec.name)
         if wanted is None:
             raise SyncError(
-                f"{spec.name}: expected a tensor of the engine's checkpoint ({len(expected)} tensors; a tied lm_head "
-                "is not one of them), got an unknown name"
+                f"{spec.name}: expected one of the {len(expected)} tensors of the engine's "
+                "checkpoint (a tied lm_head is not one of them), got an unknown name"
             )
         if spec.name in seen:
             raise SyncError(f"{spec.name}: expected each name once, got it twice")
@@ -52,8 +52,8 @@ def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> No
     missing = [name for name in expected if name not in seen]
     if missing:
         raise SyncError(
-            f"manifest: expected all {len(expected)} tensors of the engine's checkpoint, {len(missing)} are missing, "
-            f"the first is {missing[0]}"
+            f"manifest: expected all {len(expected)} tensors of the engine's checkpoint, "
+            f"{len(missing)} are missing, the first is {missing[0]}"
         )
 
 
@@ -104,15 +104,16 @@ class Assembly:
         num_tensors = len(self.manifest.specs)
         if self._num_complete < num_tensors:
             raise SyncError(
-                f"update: expected {num_tensors} tensors before its end, got {self._num_complete}; the first that did "
-                f"not arrive is {self.manifest.specs[self._num_complete].name}"
+                f"update: expected {num_tensors} tensors before its end, got {self._num_complete}; "
+                "the first that did not arrive is "
+                f"{self.manifest.specs[self._num_complete].name}"
             )
 
     def _take(self, piece: Piece) -> TensorSpec:
         if piece.tensor != self._num_complete or piece.tensor >= len(self.manifest.specs):
             raise SyncError(
-                f"bucket: expected bytes of tensor {self._num_complete} of {len(self.manifest.specs)}, "
-                f"got tensor {piece.tensor}"
+                f"bucket: expected bytes of tensor {self._num_complete} of "
+                f"{len(self.manifest.specs)}, got tensor {piece.tensor}"
             )
         spec = self.manifest.specs[piece.tensor]
         if (

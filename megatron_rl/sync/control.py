@@ -29,6 +29,8 @@ class EngineControl:
             base_url=self.url,
             headers={"Authorization": f"Bearer {address.token}"},
             timeout=timeout_seconds,
+            # uvicorn closes a connection after a failed call; the next one must not meet that
+            limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=False,  # a proxy from the environment must not see weights or token
         )
 
@@ -41,6 +43,9 @@ class EngineControl:
 
     def initialize(self, values: dict[str, Any]) -> None:
         self._call("connect", "POST", "/init_weight_transfer_engine", {"init_info": values})
+
+    def is_paused(self) -> bool:
+        return bool(self._call("pause", "GET", "/is_paused")["is_paused"])
 
     def pause(self) -> None:
         """Return when every request in flight is answered; new ones wait in the engine."""

@@ -1,13 +1,13 @@
 """From a learner's full tensors to every rollout engine, through shared memory on one host.
 
-In, on one rank: tensors named as Hugging Face does, in layer order, from a lazy iterator. Out: engines
-that serve them, all under the same version, and a report of who received what. Per update:
-pause (wait for what is in flight) -> start -> manifest -> buckets -> finish -> reset the prefix cache
-and look at its answer -> resume. All engines read the same bucket, so the extra memory is one bucket
-for the sender, and one layer for each engine.
+In, on one rank: tensors named as Hugging Face does, in layer order, from a lazy iterator. Out:
+engines that serve them, all under the same version, and a report of who received what. Per update:
+pause (wait for what is in flight) -> start -> manifest -> buckets -> finish -> reset the prefix
+cache and look at its answer -> resume. All engines read the same bucket, so the extra memory is one
+bucket for the sender, and one layer for each engine.
 
-The parity probe cannot stand before resume: a paused vLLM accepts a request and does not schedule it
-(vllm/v1/core/sched/scheduler.py, `PauseState.PAUSED_NEW`). So the caller sends no prompt before
+The parity probe cannot stand before resume: a paused vLLM accepts a request and does not schedule
+it (vllm/v1/core/sched/scheduler.py, `PauseState.PAUSED_NEW`). So the caller sends no prompt before
 `sync/probe.py` has passed.
 """
 
@@ -28,16 +28,15 @@ from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
 from megatron_rl.sync.control import EngineControl
 from megatron_rl.sync.segment import Segment
+from megatron_rl.sync.source import TensorSource
 from megatron_rl.sync.wire import (
     ALIGNMENT,
-    CASTABLE,
     DIGEST_BYTES,
     Bucket,
     Manifest,
     TensorSpec,
     bucket_to_json,
     manifest_to_json,
-    new_checksum,
     plan_buckets,
     total_checksum,
     wire_specs,
@@ -64,7 +63,8 @@ class PublishReport:
 
 
 class Publisher:
-    """Moves weights into engines on this host. A context manager; nothing of it outlives the process.
+    """Moves weights into engines on this host. A context manager; nothing of it outlives the
+    process.
 
     Args:
         addresses: the engines; all get the same weights, at the same time.
@@ -141,17 +141,17 @@ class Publisher:
                 )
             buckets = plan_buckets(sent, self._bucket_bytes)
             checksums = self._send(sent, buckets, tensors, seconds)
+            received = self._received(sent, world_sizes, checksums)
             with _timed(seconds, "finish"):
                 self._on_all(lambda engine: engine.finish(version))
-            received = self._received(sent, world_sizes, checksums)
             with _timed(seconds, "reset"):
-                self._on_all(EngineControl.reset_prefix_cache)
+                self._on_all(lambda engine: engine.reset_prefix_cache())
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             self._on_all(lambda engine: engine.abandon(reason))
             raise
         with _timed(seconds, "resume"):
-            self._on_all(EngineControl.resume)
+            self._on_all(lambda engine: engine.resume())
         seconds["total"] = time.perf_counter() - begin
         return PublishReport(
             version=version,
@@ -165,7 +165,7 @@ class Publisher:
 
     def _connect(self, num_tensors: int) -> list[int]:
         """Show every engine the shared memory, each time anew: one may have been restarted."""
-        world_sizes = self._on_all(EngineControl.world_size)
+        world_sizes = self._on_all(lambda engine: engine.world_size())
         nbytes = self._bucket_bytes + sum(world_sizes) * num_tensors * DIGEST_BYTES
         if self._segment is None or self._segment.address.nbytes < nbytes:
             if self._segment is not None:
@@ -189,11 +189,16 @@ class Publisher:
         return world_sizes
 
     def _pause(self, seconds: dict[str, float]) -> None:
+        """Pause all. If that fails, the engines that were serving before go on with what they have.
+
+        An engine that was paused already stays so: it may hold half of an earlier update.
+        """
+        was_paused = dict(zip(self._engines, self._on_all(lambda engine: engine.is_paused())))
         try:
             with _timed(seconds, "pause"):
-                self._on_all(EngineControl.pause)
+                self._on_all(lambda engine: engine.pause())
         except SyncError:
-            self._on_all(_resume_whole)
+            self._on_all(lambda engine: None if was_paused[engine] else _resume_whole(engine))
             raise
 
     def _send(
@@ -204,7 +209,7 @@ class Publisher:
         seconds: dict[str, float],
     ) -> list[str]:
         """Fill a bucket, let every engine load it, fill the next. Returns a checksum per spec."""
-        source = _TensorSource(specs, tensors)
+        source = TensorSource(specs, tensors)
         checksums: list[str] = []
         for bucket in buckets:
             with _timed(seconds, "send"):
@@ -220,7 +225,7 @@ class Publisher:
         source.check_exhausted()
         return checksums
 
-    def _fill(self, bucket: Bucket, source: _TensorSource) -> dict[int, str]:
+    def _fill(self, bucket: Bucket, source: TensorSource) -> dict[int, str]:
         """Copy a bucket's bytes; returns the checksums of the tensors that end in it, by index."""
         completed = {}
         for piece in bucket.pieces:
@@ -257,75 +262,20 @@ class Publisher:
         return [row.numpy().tobytes().hex() for row in digests.view(num_tensors, DIGEST_BYTES)]
 
     def _on_all(self, call: Callable[[EngineControl], object]) -> list:
-        """Run on every engine at once and wait for all, also when one fails; the first error wins."""
+        """Run on every engine at once and wait for all, also when one fails; the first error
+        wins.
+        """
         futures = [self._pool.submit(call, engine) for engine in self._engines]
         for future in futures:
             future.exception()
         return [future.result() for future in futures]
 
 
-class _TensorSource:
-    """Walks the learner's iterator in step with the plan, and holds it to the specs."""
-
-    def __init__(
-        self, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> None:
-        self._specs = specs
-        self._iterator = iter(tensors)
-        self._index = -1
-        self._flat = torch.empty(0)
-        self._checksum = new_checksum()
-
-    def copy(self, index: int, offset: int, target: torch.Tensor) -> str | None:
-        """Cast bytes from `offset` of tensor `index` into `target`, [n] uint8.
-
-        Returns the tensor's checksum when these were its last bytes.
-        """
-        if index != self._index:
-            self._advance(index)
-        spec = self._specs[index]
-        first = offset // spec.dtype.itemsize
-        count = target.numel() // spec.dtype.itemsize
-        target.view(spec.dtype).copy_(self._flat[first : first + count])
-        self._checksum.update(target.numpy())
-        return self._checksum.hexdigest() if offset + target.numel() == spec.nbytes else None
-
-    def check_exhausted(self) -> None:
-        extra = next(self._iterator, None)
-        if extra is not None:
-            raise SyncError(
-                f"publish: expected the {len(self._specs)} tensors of the specs, got {extra[0]} after them"
-            )
-
-    def _advance(self, index: int) -> None:
-        spec = self._specs[index]
-        item = next(self._iterator, None)
-        if item is None:
-            raise SyncError(
-                f"publish: expected {spec.name} as tensor {index} of {len(self._specs)}, got the end"
-            )
-        name, tensor = item
-        if name != spec.name or tuple(tensor.shape) != spec.shape:
-            raise SyncError(
-                f"publish: expected {spec.name} {spec.shape} as tensor {index}, "
-                f"got {name} {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != spec.dtype and not _may_cast(tensor.dtype, spec.dtype):
-            raise SyncError(f"publish: expected {spec.name} in {spec.dtype}, got {tensor.dtype}")
-        self._index = index
-        self._flat = tensor.detach().reshape(-1)  # a view, unless the learner's is not contiguous
-        self._checksum = new_checksum()
-
-
-def _may_cast(source: torch.dtype, target: torch.dtype) -> bool:
-    return source in CASTABLE and target in CASTABLE
-
-
 def _start(engine: EngineControl) -> None:
     """Begin an update; end one that a dead or failed sender left open, once.
 
-    vLLM refuses a start while an update is active (vllm/v1/worker/gpu_worker.py), and only a failing
-    `/update_weights` makes it inactive; that is what `abandon` is for.
+    vLLM refuses a start while an update is active (vllm/v1/worker/gpu_worker.py), and only a
+    failing `/update_weights` makes it inactive; that is what `abandon` is for.
     """
     try:
         engine.start()

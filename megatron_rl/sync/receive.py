@@ -9,6 +9,8 @@ next start takes the broken reload back before it begins anew.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from megatron_rl.errors import SyncError
+from megatron_rl.lifetime import die_with_parent
 from megatron_rl.sync.assembly import Assembly, check_manifest
 from megatron_rl.sync.segment import Segment, SegmentAddress
 from megatron_rl.sync.wire import (
@@ -38,6 +41,11 @@ def register() -> None:
     vLLM, maybe twice.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    # EngineCore and workers, when below the guard of rollout/guard.py: they survive their parent
+    # otherwise, where the guard is killed too.
+    if "MEGATRON_RL_GUARDED" in os.environ and multiprocessing.parent_process() is not None:
+        die_with_parent()
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
@@ -176,7 +184,8 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _read(self, offset: int, nbytes: int) -> torch.Tensor:
         if offset < 0 or offset + nbytes > self._init.bucket_bytes:
             raise SyncError(
-                f"bucket: expected bytes within {self._init.bucket_bytes}, got {offset} to {offset + nbytes}"
+                f"bucket: expected bytes within {self._init.bucket_bytes}, "
+                f"got {offset} to {offset + nbytes}"
             )
         return self._segment.bytes_of(offset, nbytes)
 

@@ -75,8 +75,9 @@ class Segment:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise SyncError(
-                f"shared memory: expected process {address.pid} to hold it as {path}, got: {error}; "
-                "learner and engine must run on one host, as one user, in one process namespace"
+                f"shared memory: expected process {address.pid} to hold it as {path}, "
+                f"got: {error}; learner and engine must run on one host, as one user, in one "
+                "process namespace"
             ) from error
         try:
             nbytes = os.fstat(fd).st_size

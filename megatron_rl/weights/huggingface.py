@@ -55,6 +55,11 @@ class CheckpointReader:
             return tensor[:]
         return tensor[start:stop] if dimension == 0 else tensor[:, start:stop]
 
+    def check_whole(self) -> None:
+        """Open every file that the index names: DataError where one is missing or truncated."""
+        for path in set(self._file_of.values()):
+            self._opened(path)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
         if name not in self._file_of:

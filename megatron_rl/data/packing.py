@@ -1,0 +1,211 @@
+"""Samples in, packed rows for the learner out; pure functions, the same on every rank that is given
+the same samples.
+
+`deal` shares sequences out over data-parallel ranks by token count (longest processing time first,
+Graham 1969), `split_mini_batches` cuts a rank's share into optimizer steps, `pack` fills rows of a
+fixed token budget (first fit decreasing), `fill` adds fully masked rows until every rank has the
+same number. Labels are shifted here, once: position t of a row predicts the sequence's token t+1,
+and every other tensor is aligned with that prediction.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+
+from megatron_rl.errors import DataError
+from megatron_rl.records import MicroBatch, Sample
+
+Item = TypeVar("Item")
+
+
+def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Shares sequences out so that the ranks get about the same number of tokens.
+
+    The longest goes first, to the rank with the fewest tokens so far; a tie goes to the lowest
+    rank, equal lengths in the order they came.
+
+    Args:
+        lengths: tokens of each sequence.
+    Returns:
+        for each rank the indices that it gets, ascending; every index once. A rank may get none.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"expected at least 1 rank, got {num_ranks}")
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0, rank) for rank in range(num_ranks)]  # a heap: fewest tokens, then lowest rank
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(index)
+        heapq.heappush(loads, (load + lengths[index], rank))
+    return [sorted(share) for share in shares]
+
+
+def split_mini_batches(samples: Sequence[Item], num: int) -> list[list[Item]]:
+    """Cuts samples, in their order, into `num` mini-batches of whole sequences whose sizes differ
+    by at most one.
+
+    Raises:
+        DataError: fewer samples than mini-batches.
+    """
+    if len(samples) < num:
+        raise DataError(
+            f"expected at least one sequence a mini-batch, got {len(samples)} sequences for "
+            f"{num} mini-batches: lower learner.mini_batches_per_step, raise loop.prompts_per_step"
+        )
+    borders = [len(samples) * number // num for number in range(num + 1)]
+    return [list(samples[start:stop]) for start, stop in pairwise(borders)]
+
+
+def pack(
+    samples: Sequence[Sample], *, tokens_per_row: int, context_parallel: int = 1
+) -> list[MicroBatch]:
+    """Packs whole sequences into rows of `tokens_per_row` positions, the longest first, each into
+    the first row with room.
+
+    A sequence takes its length rounded up to a multiple of 2 x `context_parallel` (of 1 without
+    context parallelism), so that every context-parallel rank holds two equal pieces of it.
+
+    Returns:
+        rows as `MicroBatch` describes them; none for no samples. Positions count on through a
+        sequence's own padding and restart at 0 in the row's; advantages stand on every real token
+        of their sequence.
+    Raises:
+        DataError: a sequence longer than the budget, or whose fields do not match.
+    """
+    widths = _widths(samples, tokens_per_row, context_parallel)
+    return [
+        _row([samples[index] for index in row], [widths[index] for index in row], tokens_per_row)
+        for row in _fit_rows(widths, tokens_per_row)
+    ]
+
+
+def plan_rows(
+    samples: Sequence[Sample], *, tokens_per_row: int, context_parallel: int = 1
+) -> list[list[int]]:
+    """Which samples `pack` puts into which row, in the order in which they stand there."""
+    return _fit_rows(_widths(samples, tokens_per_row, context_parallel), tokens_per_row)
+
+
+def _widths(samples: Sequence[Sample], tokens_per_row: int, context_parallel: int) -> list[int]:
+    multiple = 2 * context_parallel if context_parallel > 1 else 1
+    if tokens_per_row % multiple:
+        raise DataError(
+            f"learner.tokens_per_micro_batch: expected a multiple of 2 x context parallel "
+            f"= {multiple}, got {tokens_per_row}"
+        )
+    return [_padded_width(sample, multiple, tokens_per_row) for sample in samples]
+
+
+def _fit_rows(widths: Sequence[int], tokens_per_row: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(widths)), key=lambda index: (-widths[index], index)):
+        width = widths[index]
+        number = next((n for n, left in enumerate(room) if left >= width), len(rows))
+        if number == len(rows):
+            rows.append([])
+            room.append(tokens_per_row)
+        rows[number].append(index)
+        room[number] -= width
+    return rows
+
+
+def empty_micro_batch(tokens_per_row: int) -> MicroBatch:
+    """A fully masked row: one sequence of one token, padded to the whole row.
+
+    One token and not the whole row, so that attention costs nothing; one sequence and not none, so
+    that no kernel or index meets an empty list; padded to the row, so that it divides as the row
+    does under context parallelism.
+    """
+    nothing = torch.zeros(tokens_per_row, dtype=torch.int64)
+    return MicroBatch(
+        tokens=nothing,
+        labels=nothing.clone(),
+        positions=torch.arange(tokens_per_row),
+        loss_mask=torch.zeros(tokens_per_row, dtype=torch.bool),
+        rollout_logprobs=torch.zeros(tokens_per_row),
+        advantages=torch.zeros(tokens_per_row),
+        weight_versions=torch.full((tokens_per_row,), -1),
+        sequence_ids=torch.tensor([0] + [-1] * (tokens_per_row - 1)),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        cu_seqlens_padded=torch.tensor([0, tokens_per_row], dtype=torch.int32),
+    )
+
+
+def fill(micro_batches: Sequence[MicroBatch], num: int, tokens_per_row: int) -> list[MicroBatch]:
+    """Adds fully masked rows behind `micro_batches` until there are `num`, as many as every other
+    rank has.
+    """
+    if len(micro_batches) > num:
+        raise ValueError(f"expected at most {num} micro-batches, got {len(micro_batches)}")
+    missing = num - len(micro_batches)
+    return [*micro_batches, *(empty_micro_batch(tokens_per_row) for _ in range(missing))]
+
+
+def _padded_width(sample: Sample, multiple: int, tokens_per_row: int) -> int:
+    rollout = sample.rollout
+    length = len(rollout.token_ids)
+    where = f"prompt {sample.prompt_index}, sample {sample.sample_index}"
+    fields = (rollout.loss_mask, rollout.rollout_logprobs, rollout.weight_versions)
+    if length == 0 or any(len(values) != length for values in fields):
+        raise DataError(
+            f"{where}: expected as many mask, log-prob and version entries as tokens (at least "
+            f"1), got {length} tokens and {', '.join(str(len(values)) for values in fields)}"
+        )
+    if rollout.loss_mask[0]:
+        raise DataError(
+            f"{where}: expected a first token from the prompt, got one that the policy sampled"
+        )
+    width = -(-length // multiple) * multiple
+    if width > tokens_per_row:
+        raise DataError(
+            f"{where}: expected a sequence of at most {tokens_per_row} tokens, got {length}"
+            + (f" ({width} padded)" if width != length else "")
+            + ": raise learner.tokens_per_micro_batch, or lower rollout.sampling.max_tokens"
+        )
+    return width
+
+
+def _row(samples: Sequence[Sample], widths: Sequence[int], tokens_per_row: int) -> MicroBatch:
+    tokens: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    loss_mask: list[bool] = []
+    rollout_logprobs: list[float] = []
+    advantages: list[float] = []
+    weight_versions: list[int] = []
+    sequence_ids: list[int] = []
+    ends, padded_ends = [0], [0]
+    for number, (sample, width) in enumerate(zip(samples, widths)):
+        rollout = sample.rollout
+        length = len(rollout.token_ids)
+        padding = width - length
+        tokens += [*rollout.token_ids, *[0] * padding]
+        # The last token predicts nothing: what follows it belongs to another sequence.
+        labels += [*rollout.token_ids[1:], *[0] * (padding + 1)]
+        positions += range(width)
+        loss_mask += [*rollout.loss_mask[1:], *[False] * (padding + 1)]
+        rollout_logprobs += [*rollout.rollout_logprobs[1:], *[0.0] * (padding + 1)]
+        weight_versions += [*rollout.weight_versions[1:], *[-1] * (padding + 1)]
+        advantages += [sample.advantage] * length + [0.0] * padding
+        sequence_ids += [number] * length + [-1] * padding
+        ends.append(ends[-1] + length)
+        padded_ends.append(padded_ends[-1] + width)
+    rest = tokens_per_row - len(tokens)
+    return MicroBatch(
+        tokens=torch.tensor(tokens + [0] * rest),
+        labels=torch.tensor(labels + [0] * rest),
+        positions=torch.tensor([*positions, *range(rest)]),
+        loss_mask=torch.tensor(loss_mask + [False] * rest),
+        rollout_logprobs=torch.tensor(rollout_logprobs + [0.0] * rest, dtype=torch.float32),
+        advantages=torch.tensor(advantages + [0.0] * rest, dtype=torch.float32),
+        weight_versions=torch.tensor(weight_versions + [-1] * rest),
+        sequence_ids=torch.tensor(sequence_ids + [-1] * rest),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+        cu_seqlens_padded=torch.tensor(padded_ends, dtype=torch.int32),
+    )

@@ -1,0 +1,166 @@
+"""Settings in, prompts out: the stream that a run trains on, and the prompts held out of it.
+
+Prompt number i is a function of (data.seed, i): the cursor of a run is its next index, and neither
+the number of ranks nor what was asked for before changes a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_rl.config import DataConfig, TaskConfig
+from megatron_rl.data.candidate import Candidate, Layout, Messages
+from megatron_rl.data.files import FileSource
+from megatron_rl.data.mixture import Mixture, derive_seed
+from megatron_rl.data.tokenizer import PromptFormat
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.records import Prompt
+
+_MAX_ATTEMPTS = 1000  # at a training prompt that is not held out
+_DRAWS_PER_HELD_OUT = 100  # before a task counts as too small
+
+
+class PromptStream:
+    """The prompts of a run.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        max_prompt_tokens: longest prompt; the caller resolves `data.max_prompt_tokens` = 0.
+    Raises:
+        ConfigError: no task, an unknown one, or options that it does not accept.
+        DataError: a file with a row that cannot be read or is too long, or too few distinct prompts
+            to hold out.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any, max_prompt_tokens: int) -> None:
+        if not config.tasks:
+            raise ConfigError("data.tasks: expected at least one task or file, got none")
+        if max_prompt_tokens < 1:
+            raise ConfigError(
+                f"data.max_prompt_tokens: expected room for a prompt, got {max_prompt_tokens} "
+                "tokens: lower rollout.sampling.max_tokens, or use a model with a longer context"
+            )
+        self._config = config
+        self._format = PromptFormat(tokenizer, config.chat_template)
+        self._max_prompt_tokens = max_prompt_tokens
+        self._sources = [_open_source(task) for task in config.tasks]
+        weights = [task.weight for task in config.tasks]
+        self._mixture = Mixture(weights, config.seed)
+        self._held_out = self._draw_held_out(weights)
+        self._held_out_texts = frozenset(prompt.text for prompt in self._held_out)
+        for source in self._sources:
+            if isinstance(source, FileSource):
+                source.keep(self._is_for_training)
+
+    @property
+    def held_out_texts(self) -> frozenset[str]:
+        """The texts that training must not see."""
+        return self._held_out_texts
+
+    def held_out(self) -> list[Prompt]:
+        """The `data.num_held_out` prompts for evaluation, indices 0 to n-1, all distinct."""
+        return list(self._held_out)
+
+    def prompts(self, start: int, count: int) -> list[Prompt]:
+        """The training prompts `start` to `start + count - 1`.
+
+        Raises:
+            DataError: a prompt that is too long, a row without the columns, or a task whose every
+                question is held out.
+        """
+        return [self._prompt(index) for index in range(start, start + count)]
+
+    def _prompt(self, index: int) -> Prompt:
+        number = self._mixture.task(index)
+        position = self._mixture.rank(index)
+        seed = derive_seed(self._config.seed, number)
+        for attempt in range(_MAX_ATTEMPTS):
+            candidate = self._sources[number].candidate(seed, position, attempt)
+            text = self._format.text(candidate.messages)
+            if text not in self._held_out_texts:
+                return self._make(index, number, candidate, text)
+        raise DataError(
+            f"data.tasks: {self._config.tasks[number].source}: expected prompts besides the "
+            f"{len(self._held_out)} held-out ones, got none in {_MAX_ATTEMPTS} draws: lower "
+            "data.num_held_out, or widen the task's options"
+        )
+
+    def _is_for_training(self, messages: Messages, where: str) -> bool:
+        text = self._format.text(messages)
+        # A token is a byte or more (of nearly all tokenizers): most rows need no tokenizing here.
+        if len(text.encode()) > self._max_prompt_tokens:
+            self._check_length(self._format.token_ids(text), text, where)
+        return text not in self._held_out_texts
+
+    def _draw_held_out(self, weights: list[float]) -> list[Prompt]:
+        seed = self._config.held_out_seed
+        mixture = Mixture(weights, seed)
+        positions = [0] * len(self._sources)
+        held_out: list[Prompt] = []
+        texts: set[str] = set()
+        for index in range(self._config.num_held_out):
+            number = mixture.task(index)
+            source = self._sources[number]
+            # Of a file every row is looked at once, of a task as many as should be enough.
+            limit = (
+                len(source)
+                if isinstance(source, FileSource)
+                else _DRAWS_PER_HELD_OUT * self._config.num_held_out + 1000
+            )
+            while True:
+                if positions[number] >= limit:
+                    raise self._too_few(number, index, len(texts))
+                candidate = source.candidate(derive_seed(seed, number), positions[number])
+                positions[number] += 1
+                text = self._format.text(candidate.messages)
+                if text not in texts:
+                    break
+            texts.add(text)
+            held_out.append(self._make(index, number, candidate, text))
+        return held_out
+
+    def _too_few(self, number: int, index: int, num_distinct: int) -> DataError:
+        task = self._config.tasks[number]
+        return DataError(
+            f"data.num_held_out: expected {self._config.num_held_out} distinct prompts, got "
+            f"{num_distinct}: {task.source} has no further one; lower it, or "
+            + ("give a larger file" if task.path else "widen the task's options")
+        )
+
+    def _make(self, index: int, number: int, candidate: Candidate, text: str) -> Prompt:
+        token_ids = self._format.token_ids(text)
+        source = self._config.tasks[number].source
+        self._check_length(token_ids, text, f"prompt {index} of {source}")
+        return Prompt(
+            index=index,
+            source=source,
+            text=text,
+            token_ids=token_ids,
+            answer=candidate.answer,
+            metadata=candidate.metadata,
+        )
+
+    def _check_length(self, token_ids: tuple[int, ...], text: str, what: str) -> None:
+        if not token_ids:
+            raise DataError(f"{what}: expected at least one token, got none")
+        if len(token_ids) > self._max_prompt_tokens:
+            raise DataError(
+                f"{what}: expected at most {self._max_prompt_tokens} tokens, got "
+                f"{len(token_ids)}: take it out of the data, or raise data.max_prompt_tokens (0: "
+                "the model's context less rollout.sampling.max_tokens). It begins "
+                f"{text[:60]!r}"
+            )
+
+
+def _open_source(task: TaskConfig) -> Any:
+    if task.path:
+        layout = Layout(
+            prompt_column=task.prompt_column,
+            answer_column=task.answer_column,
+            template=task.template,
+        )
+        return FileSource(task.path, layout)
+    # Imported on demand: reasoning-gym takes a second, and a run from files does without it.
+    from megatron_rl.data.reasoning_tasks import ReasoningSource
+
+    return ReasoningSource(task)

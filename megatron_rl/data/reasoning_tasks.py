@@ -1,0 +1,96 @@
+"""A reasoning-gym task in, candidates out: an endless stream, a function of (seed, position).
+
+A data set of reasoning-gym is made for one seed and a size; positions are cut into chunks, each a
+data set with a seed of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections import OrderedDict
+from typing import Any
+
+from reasoning_gym.factory import DATASETS, create_dataset
+
+from megatron_rl.config import TaskConfig
+from megatron_rl.data.candidate import Candidate, Layout, read_candidate
+from megatron_rl.data.mixture import derive_seed
+from megatron_rl.errors import ConfigError
+
+_CHUNK = 256  # prompts of one data set; some tasks build all of them when they are made
+_NUM_KEPT = 4  # data sets
+
+
+class ReasoningSource:
+    """A reasoning-gym task with its options.
+
+    Raises:
+        ConfigError: an unknown task or option (with the nearest), or an option it does not accept.
+    """
+
+    def __init__(self, task: TaskConfig) -> None:
+        self._name = task.name
+        self._options = dict(task.options)
+        self._layout = Layout(
+            prompt_column=task.prompt_column,
+            answer_column=task.answer_column,
+            template=task.template,
+        )
+        self._datasets: OrderedDict[int, Any] = OrderedDict()
+        _check_options(task)
+        try:
+            create_dataset(self._name, seed=0, size=1, **self._options)
+        except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"data.tasks: {self._name}: expected options that the task accepts, got "
+                f"{self._options}: {error}"
+            ) from error
+
+    def candidate(self, seed: int, position: int, attempt: int = 0) -> Candidate:
+        """The question at a position; another attempt is another question.
+
+        Its metadata is what `reward/reasoning_gym.py` needs to score an answer.
+
+        Raises:
+            DataError: a column is missing, or not a text.
+        """
+        chunk, place = divmod(position, _CHUNK)
+        dataset = self._dataset(derive_seed(seed, chunk, attempt))
+        # What is recorded and replayed is JSON: tuples become lists here, for every use alike.
+        entry = json.loads(json.dumps(dataset[place]))
+        metadata = {"task": self._name, "options": self._options, "entry": entry}
+        # A task with many right answers names none.
+        record = {**entry, "answer": "" if entry["answer"] is None else entry["answer"]}
+        return read_candidate(record, self._layout, f"task {self._name}", metadata)
+
+    def _dataset(self, seed: int) -> Any:
+        if seed not in self._datasets:
+            self._datasets[seed] = create_dataset(
+                self._name, seed=seed, size=_CHUNK, **self._options
+            )
+            if len(self._datasets) > _NUM_KEPT:
+                self._datasets.popitem(last=False)
+        return self._datasets[seed]
+
+
+def _check_options(task: TaskConfig) -> None:
+    if task.name not in DATASETS:
+        near = difflib.get_close_matches(task.name, DATASETS, n=3, cutoff=0.0)
+        raise ConfigError(
+            f"data.tasks[].name: expected a reasoning-gym task (or a path beside it), got "
+            f"{task.name!r} (nearest: {', '.join(near)})"
+        )
+    names = [field.name for field in dataclasses.fields(DATASETS[task.name][1])]
+    for option in task.options:
+        if option in ("seed", "size"):
+            raise ConfigError(
+                f"data.tasks: {task.name}: options.{option} is set by the stream of prompts: "
+                "change data.seed and data.held_out_seed instead"
+            )
+        if option not in names:
+            near = difflib.get_close_matches(option, names, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"data.tasks: {task.name}: unknown option {option!r} (nearest: {near})"
+            )

@@ -1,0 +1,40 @@
+"""Objects between data-parallel ranks: what each rank packs for another comes out there; nobody holds everything."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+
+
+def exchange(
+    items_for: Sequence[Sequence[Item]], group: dist.ProcessGroup, device: torch.device
+) -> list[Item]:
+    """All-to-all of Python objects between the ranks of one run.
+
+    Args:
+        items_for: for every rank of the group, what it shall get.
+    Returns:
+        What the ranks packed for this one, in order of their ranks.
+    """
+    packed = [pickle.dumps(list(items)) for items in items_for]
+    send_sizes = torch.tensor([len(each) for each in packed], dtype=torch.int64, device=device)
+    receive_sizes = torch.empty_like(send_sizes)
+    dist.all_to_all_single(receive_sizes, send_sizes, group=group)
+    sent = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8).to(device)
+    received = torch.empty(int(receive_sizes.sum()), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(received, sent, receive_sizes.tolist(), send_sizes.tolist(), group=group)
+    pieces = received.cpu().split(receive_sizes.tolist())
+    return [item for piece in pieces for item in pickle.loads(piece.numpy().tobytes())]
+
+
+def gather_from_all(value: Item, group: dist.ProcessGroup) -> list[Item]:
+    """A small object of every rank of the group, in order of their ranks, on each of them."""
+    values: list[Item] = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

@@ -1,0 +1,120 @@
+"""How processes of a run end: children with their parent, ranks at once on a signal. Linux only.
+
+A leaf: no torch, no vllm. A learner rank blocks in C++ for minutes inside a gloo collective,
+where Python's signal handlers do not run; so signals are read by a thread of their own
+(`signal.set_wakeup_fd` is written by the C handler), which ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
+CLEANUP_SECONDS = 5.0  # all cleanups together, after a signal
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_cleanups: list[Callable[[], None]] = []
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}, {value}): {os.strerror(code)}")
+
+
+def die_with_parent(signum: int = signal.SIGKILL, *, parent_pid: int | None = None) -> None:
+    """Have the kernel send `signum` to this process when its parent ends.
+
+    `parent_pid` is who the parent should be: known to a forked child, and to a child of
+    `multiprocessing`, which is the default; else whoever is the parent now. A parent that was
+    gone before the call is noticed too. The kernel means the *thread* that forked: start such
+    children from a thread that lives as long as its process.
+    """
+    if parent_pid is None:
+        process = multiprocessing.parent_process()
+        parent_pid = os.getppid() if process is None else process.pid
+    _prctl(PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signum)
+
+
+def become_subreaper() -> None:
+    """Adopt orphaned descendants instead of leaving them to init, so that they can be found and
+    ended.
+    """
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def register_cleanup(cleanup: Callable[[], None]) -> None:
+    """Run `cleanup` when a signal ends this process (see `watch_signals`); the last registered
+    runs first.
+    """
+    _cleanups.append(cleanup)
+
+
+def unregister_cleanup(cleanup: Callable[[], None]) -> None:
+    """Forget a registered cleanup; one that is not registered is ignored."""
+    with contextlib.suppress(ValueError):
+        _cleanups.remove(cleanup)
+
+
+def watch_signals(describe: Callable[[], str]) -> None:
+    """From now on SIGINT and SIGTERM end this process at once, also while its main thread is
+    blocked in C++.
+
+    One line goes to stderr, `stopped by SIGTERM: <describe()>`; the registered cleanups get
+    CLEANUP_SECONDS together; the exit code is 128 + signal. Call it once, from the main thread;
+    `describe` runs in the watching thread.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        # The byte is written for signals that have a Python handler; the thread does the work.
+        signal.signal(signum, _leave_to_the_watcher)
+    threading.Thread(
+        target=_end_on_signal, args=(reader, describe), name="signal-watcher", daemon=True
+    ).start()
+
+
+def _leave_to_the_watcher(signum: int, frame: object) -> None:
+    pass
+
+
+def _end_on_signal(reader: int, describe: Callable[[], str]) -> None:
+    for signum in _signals(reader):
+        if signum not in (signal.SIGINT, signal.SIGTERM):
+            continue  # another handler of this process, told through the same pipe
+        try:
+            _say(f"stopped by {signal.Signals(signum).name}: {describe()}")
+            worker = threading.Thread(target=run_cleanups, name="cleanup", daemon=True)
+            worker.start()
+            worker.join(CLEANUP_SECONDS)
+        finally:
+            os._exit(128 + signum)
+
+
+def _signals(reader: int) -> Iterator[int]:
+    while received := os.read(reader, 64):
+        yield from received
+
+
+def run_cleanups() -> None:
+    for cleanup in reversed(_cleanups):
+        try:
+            cleanup()
+        except Exception as error:  # the others still have to run, and the process ends anyway
+            _say(f"cleanup {cleanup!r} failed: {error!r}")
+
+
+def _say(line: str) -> None:
+    # Not sys.stderr: the main thread may hold its lock.
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, (line + "\n").encode())

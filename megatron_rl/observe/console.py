@@ -1,0 +1,147 @@
+"""What a person sees of a run: a progress bar, one line a step, and a table at the end.
+
+On a terminal the bar stays below the lines; elsewhere (a log file, SLURM) only the lines come.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+SECONDS = "speed/seconds/"  # before a station's name
+
+
+class StepConsole:
+    """Shows steps as they end; a context manager, so that the bar gives the terminal back.
+
+    Args:
+        num_steps: of the whole run.
+        num_done: steps that a resumed run has behind it.
+        console: where to; standard output by default.
+    """
+
+    def __init__(self, *, num_steps: int, num_done: int = 0, console: Console | None = None):
+        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._width = len(str(num_steps))
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=num_steps, completed=num_done)
+
+    def __enter__(self) -> StepConsole:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def show_station(self, station: str) -> None:
+        """Names what the run is doing beside the bar."""
+        self._progress.update(self._task, description=station)
+
+    def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Prints one line; what the metrics lack is left out of it."""
+        self.console.print(step_line(step, metrics, width=self._width))
+        self._progress.update(self._task, completed=step)
+
+    def say(self, message: str) -> None:
+        """Prints a line of its own above the bar."""
+        self.console.print(Text(message))
+
+
+def step_line(step: int, metrics: Mapping[str, float], *, width: int = 4) -> Text:
+    """`step  12  reward 0.412  gap 0.0041/0.0037  lambda 0.104  grad 0.70  5310 tok/s  ...`."""
+    line = Text.assemble(("step ", "dim"), (f"{step:>{width}}", "bold"))
+    if "reward/mean" in metrics:
+        line.append("  reward ", "dim").append(f"{metrics['reward/mean']:.3f}", "bold green")
+    if "discrepancy/mean" in metrics:
+        gap, tolerance = metrics["discrepancy/mean"], metrics.get("constraint/tolerance")
+        is_over = tolerance is not None and gap > tolerance
+        line.append("  discrepancy ", "dim").append(f"{gap:.4f}", "yellow" if is_over else "cyan")
+        if tolerance is not None:
+            line.append(f" {'>' if is_over else '<='} {tolerance:.4f}", "dim")
+    for key, label, form in (
+        ("constraint/lambda", "lambda", ".4f"),
+        ("learner/grad_norm", "grad", ".3g"),
+        ("speed/tokens_per_second", "tok/s", ",.0f"),
+    ):
+        if key in metrics:
+            line.append(f"  {label} ", "dim").append(f"{metrics[key]:{form}}")
+    seconds = {k.removeprefix(SECONDS): v for k, v in metrics.items() if k.startswith(SECONDS)}
+    if seconds:
+        parts = "  ".join(f"{station} {value:.1f}s" for station, value in seconds.items())
+        line.append(f"  | {parts}", "dim")
+    for key, value in metrics.items():
+        if key.startswith("eval/avg_at_"):
+            name = key.removeprefix("eval/avg_at_")
+            line.append(f"  avg@{name} ", "dim").append(f"{value:.3f}", "bold magenta")
+    return line
+
+
+def summary_table(records: Sequence[Mapping[str, float | None]], *, title: str) -> Table:
+    """First and last value of what a run is judged by, from the lines of its metrics.jsonl.
+
+    Rewards, discrepancies and speeds are means over the first and the last tenth of the steps (at
+    least one), since a single step is noisy; evaluations and lambda are the values themselves.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("first", "last", "change"):
+        table.add_column(heading, justify="right")
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    evaluations = [key for key in keys if key.startswith("eval/")]
+    for key in evaluations:
+        _add_row(table, key, records, share=0.0, form=".3f")
+    for key, share, form in (
+        ("reward/mean", 0.1, ".3f"),
+        ("discrepancy/mean", 0.1, ".5f"),
+        ("discrepancy/max", 0.1, ".3f"),
+        ("constraint/tolerance", 0.0, ".5f"),
+        ("constraint/lambda", 0.0, ".5f"),
+        ("speed/tokens_per_second", 0.1, ",.0f"),
+        *((key, 0.1, ".2f") for key in keys if key.startswith(SECONDS)),
+    ):
+        _add_row(table, key, records, share=share, form=form)
+    return table
+
+
+def _add_row(
+    table: Table,
+    key: str,
+    records: Sequence[Mapping[str, float | None]],
+    *,
+    share: float,
+    form: str,
+) -> None:
+    values = [record[key] for record in records if record.get(key) is not None]
+    if not values:
+        return
+    num_averaged = max(1, int(share * len(values)))
+    first = sum(values[:num_averaged]) / num_averaged
+    last = sum(values[-num_averaged:]) / num_averaged
+    table.add_row(_label(key), f"{first:{form}}", f"{last:{form}}", f"{last - first:+{form}}")
+
+
+def _label(key: str) -> str:
+    if key.startswith(SECONDS):
+        return f"seconds, {key.removeprefix(SECONDS)}"
+    if key.startswith(("eval/avg_at_", "eval/pass_at_")):
+        return key.removeprefix("eval/").replace("_at_", "@")
+    return key.removeprefix("constraint/").replace("/", " ").replace("_", " ")

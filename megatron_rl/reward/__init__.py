@@ -1,0 +1,1 @@
+"""Responses in, scores out; verifiers run in worker processes. Nothing here imports torch."""

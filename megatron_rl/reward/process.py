@@ -1,0 +1,131 @@
+"""One scoring process and its pipe, as its owner sees it: requests with a hard time limit.
+
+Not `multiprocessing`, nor a pool built on it: a spawned child would import the run's main module,
+and torch with it; a fork copies the locks of a process full of threads; and pools that share one
+queue between workers can be left locked by a worker that is killed. Here each worker has its own
+pipe, so that the death of one harms nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_rl.errors import ConfigError
+
+STARTUP_TIMEOUT_SECONDS = 120.0  # of importing the verifiers; a cold disk of a cluster is slow
+
+
+class WorkerTimeout(Exception):
+    """No answer within the time limit; the process was killed."""
+
+
+class WorkerCrash(Exception):
+    """The process ended instead of answering."""
+
+
+class WorkerProcess:
+    """A scoring process. Start it from a thread that lives as long as the process is needed: the
+    kernel ends it together with that thread.
+    """
+
+    def __init__(self, verifiers: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_rl.reward.worker", str(os.getpid()), *verifiers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            # A group of its own: Ctrl-C is for the run, and what a verifier starts is killed too.
+            start_new_session=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._requests, False)
+        self._is_ready = False
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_until_ready(self) -> None:
+        """Waits for the verifiers' imports.
+
+        Raises:
+            ConfigError: a verifier could not be imported, or the process did not come up.
+        """
+        if self._is_ready:
+            return
+        try:
+            error = self._exchange(b"", STARTUP_TIMEOUT_SECONDS)["error"]
+        except (WorkerTimeout, WorkerCrash) as failure:
+            error = f"the scoring process did not start: {failure}"
+        if error is not None:
+            self.kill()
+            raise ConfigError(f"data.tasks[].verifier: expected one that can be imported: {error}")
+        self._is_ready = True
+
+    def request(self, question: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+        """Sends one response and waits for its score.
+
+        Raises:
+            WorkerTimeout, WorkerCrash: the process is gone; start another.
+        """
+        return self._exchange(json.dumps(question).encode() + b"\n", timeout_seconds)
+
+    def interrupt(self) -> None:
+        """Ends the process and what it started, at once; from any thread."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Ends the process as `interrupt` does, reaps it and closes its pipes; may be repeated."""
+        self.interrupt()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _exchange(self, outgoing: bytes, timeout_seconds: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_seconds
+        incoming = b""
+        while not incoming.endswith(b"\n"):
+            poller = select.poll()
+            poller.register(self._answers, select.POLLIN)
+            if outgoing:
+                poller.register(self._requests, select.POLLOUT)
+            ready = dict(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            if not ready:
+                self.kill()
+                raise WorkerTimeout(f"no answer within {timeout_seconds:g} s")
+            try:
+                if self._requests in ready:
+                    outgoing = outgoing[os.write(self._requests, outgoing) :]
+                if self._answers in ready:
+                    received = os.read(self._answers, 65536)
+                    if not received:
+                        raise BrokenPipeError
+                    incoming += received
+            except BrokenPipeError:
+                self.kill()
+                raise WorkerCrash(_how_it_ended(self._process.returncode)) from None
+        return json.loads(incoming)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"the scoring process exited with code {code}"
+    return f"the scoring process was killed by {signal.Signals(-code).name}"

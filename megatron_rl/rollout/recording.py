@@ -1,0 +1,275 @@
+"""Every step's rollouts on disk, and back: for reading, and for replay without an engine.
+
+    step_000012.rank0.jsonl                    a line a sample, readable
+    step_000012.rank0.safetensors              the same numbers, exact
+    step_000012.rank0.recomputed.safetensors   the learner's log-probs, by the rank that computed
+    them
+
+Each file is written under another name first and renamed when it is whole. A group stands whole in
+the files of the rank that scored it; recomputed log-probs stand where the sequence was dealt to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from megatron_rl.errors import DataError
+from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+
+FILE_NAME = re.compile(r"step_(\d{6,})\.rank(\d+)\.(jsonl|safetensors|recomputed\.safetensors)")
+
+
+def write_step(
+    folder: Path,
+    step: int,
+    rank: int,
+    groups: Sequence[RolloutGroup],
+    scores: Sequence[Sequence[Score]],
+    advantages: Sequence[Sequence[float]],
+    *,
+    num_ranks: int,
+) -> None:
+    """Write one rank's groups of a step; a rank without groups writes files without samples.
+
+    Args:
+        rank: 0 to num_ranks - 1, of those that write; a reader misses the file of one that did not.
+        scores, advantages: [P][G], as the groups' rollouts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        _line(step, group.prompt, index, rollout, score, advantage)
+        for group, group_scores, group_advantages in zip(groups, scores, advantages, strict=True)
+        for index, (rollout, score, advantage) in enumerate(
+            zip(group.rollouts, group_scores, group_advantages, strict=True)
+        )
+    ]
+    metadata = {"num_ranks": str(num_ranks), "num_samples": str(len(lines))}
+    stem = f"step_{step:06d}.rank{rank}"
+    _write(folder / f"{stem}.safetensors", save(_tensors(lines), metadata))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
+    _write(folder / f"{stem}.jsonl", text.encode(errors="backslashreplace"))
+
+
+def write_recomputed(
+    folder: Path,
+    step: int,
+    rank: int,
+    *,
+    prompt_index: Sequence[int],
+    sample_index: Sequence[int],
+    lengths: Sequence[int],
+    recomputed_logprobs: torch.Tensor,
+) -> None:
+    """Write the log-probs that the learner recomputed for the sequences dealt to one rank.
+
+    Args:
+        prompt_index, sample_index, lengths: [S], `lengths` in tokens, prompt included.
+        recomputed_logprobs: [sum of lengths] float32, sequence after sequence; position t belongs
+            to token t of the sequence, as in Rollout, 0.0 where the mask is False.
+    """
+    if recomputed_logprobs.shape != (sum(lengths),):
+        raise ValueError(
+            f"recomputed_logprobs: expected [{sum(lengths)}], the sum of lengths, "
+            f"got {list(recomputed_logprobs.shape)}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "prompt_index": torch.tensor(list(prompt_index), dtype=torch.int64),
+        "sample_index": torch.tensor(list(sample_index), dtype=torch.int64),
+        "lengths": torch.tensor(list(lengths), dtype=torch.int64),
+        "recomputed_logprobs": recomputed_logprobs.detach().to("cpu", torch.float32).contiguous(),
+    }
+    _write(folder / f"step_{step:06d}.rank{rank}.recomputed.safetensors", save(tensors))
+
+
+def read_step(folder: Path, step: int) -> tuple[list[RolloutGroup], list[tuple[Score, ...]]]:
+    """All ranks' groups of a step by prompt index, and their scores, every float as it was.
+
+    Raises DataError naming the file that is missing, cut short, or at odds with its twin.
+    """
+    first = folder / f"step_{step:06d}.rank0.safetensors"
+    num_ranks = int(_open(first)[1].get("num_ranks", "1"))
+    scored: list[tuple[RolloutGroup, tuple[Score, ...]]] = []
+    for rank in range(num_ranks):
+        scored += _read_rank(folder / f"step_{step:06d}.rank{rank}")
+    scored.sort(key=lambda pair: pair[0].prompt.index)
+    return [group for group, _ in scored], [scores for _, scores in scored]
+
+
+def read_recomputed(folder: Path, step: int) -> dict[tuple[int, int], torch.Tensor]:
+    """(prompt index, sample index) to the sequence's recomputed log-probs, [L] float32.
+
+    Empty where none were written; DataError for a file that is cut short.
+    """
+    result: dict[tuple[int, int], torch.Tensor] = {}
+    for path, found_step in _step_files(folder):
+        if found_step != step or not path.name.endswith(".recomputed.safetensors"):
+            continue
+        tensors, _ = _open(path)
+        pieces = tensors["recomputed_logprobs"].split(tensors["lengths"].tolist())
+        keys = zip(tensors["prompt_index"].tolist(), tensors["sample_index"].tolist())
+        result.update(zip(keys, pieces, strict=True))
+    return result
+
+
+def truncate_after(folder: Path, step: int) -> None:
+    """Delete the files of later steps: a resumed run makes them anew."""
+    for path, found_step in _step_files(folder):
+        if found_step > step:
+            path.unlink()
+
+
+def _line(
+    step: int, prompt: Prompt, sample_index: int, rollout: Rollout, score: Score, advantage: float
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt_index": prompt.index,
+        "sample_index": sample_index,
+        "source": prompt.source,
+        "prompt": prompt.text,
+        "response": rollout.text,
+        "answer": prompt.answer,
+        "reward": float(score.reward),
+        "advantage": float(advantage),
+        "is_formatted": score.is_formatted,
+        "failure": score.failure,
+        "finish_reason": rollout.finish_reason,
+        "num_prompt_tokens": len(prompt.token_ids),
+        "token_ids": list(rollout.token_ids),
+        "loss_mask": [int(kept) for kept in rollout.loss_mask],
+        "rollout_logprobs": list(rollout.rollout_logprobs),
+        "weight_versions": list(rollout.weight_versions),
+        "metadata": prompt.metadata,
+    }
+
+
+# Of each sample [1], then of all tokens one after the other. float64 holds whatever a Python float
+# does; the engine's log-probs are float32, and come back as the same numbers.
+SAMPLE_TENSORS = {
+    "prompt_index": torch.int64,
+    "sample_index": torch.int64,
+    "reward": torch.float64,
+    "advantage": torch.float64,
+}
+TOKEN_TENSORS = {
+    "token_ids": torch.int64,
+    "loss_mask": torch.bool,
+    "rollout_logprobs": torch.float64,
+    "weight_versions": torch.int64,
+}
+
+
+def _tensors(lines: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    tensors = {
+        key: torch.tensor([line[key] for line in lines], dtype=dtype)
+        for key, dtype in SAMPLE_TENSORS.items()
+    }
+    for key, dtype in TOKEN_TENSORS.items():
+        values = [value for line in lines for value in line[key]]
+        tensors[key] = torch.tensor(values, dtype=dtype)
+    lengths = [len(line["token_ids"]) for line in lines]
+    tensors["lengths"] = torch.tensor(lengths, dtype=torch.int64)
+    return tensors
+
+
+def _read_rank(stem: Path) -> Iterator[tuple[RolloutGroup, tuple[Score, ...]]]:
+    """The groups of one rank: words from the JSONL, numbers from the safetensors."""
+    lines = _read_lines(Path(f"{stem}.jsonl"))
+    tensors, metadata = _open(Path(f"{stem}.safetensors"))
+    if len(lines) != int(metadata.get("num_samples", "-1")):
+        raise DataError(
+            f"{stem}.jsonl: expected {metadata.get('num_samples')} samples as in {stem.name}"
+            f".safetensors, got {len(lines)}; delete the step, or record it again"
+        )
+    lengths = tensors["lengths"].tolist()
+    columns = {key: tensors[key].tolist() for key in SAMPLE_TENSORS}
+    columns |= {
+        key: [piece.tolist() for piece in tensors[key].split(lengths)] for key in TOKEN_TENSORS
+    }
+    groups: dict[int, list[tuple[dict[str, Any], Rollout, Score]]] = {}
+    for row, line in enumerate(lines):
+        exact = line | {key: column[row] for key, column in columns.items()}
+        groups.setdefault(exact["prompt_index"], []).append((exact, *_sample(exact)))
+    for samples in groups.values():
+        samples.sort(key=lambda sample: sample[0]["sample_index"])
+        rollouts = tuple(rollout for _, rollout, _ in samples)
+        yield (
+            RolloutGroup(prompt=_prompt(samples[0][0]), rollouts=rollouts),
+            tuple(score for _, _, score in samples),
+        )
+
+
+def _sample(line: dict[str, Any]) -> tuple[Rollout, Score]:
+    rollout = Rollout(
+        token_ids=tuple(line["token_ids"]),
+        loss_mask=tuple(line["loss_mask"]),
+        rollout_logprobs=tuple(line["rollout_logprobs"]),
+        weight_versions=tuple(line["weight_versions"]),
+        finish_reason=line["finish_reason"],
+        text=line["response"],
+    )
+    score = Score(reward=line["reward"], is_formatted=line["is_formatted"], failure=line["failure"])
+    return rollout, score
+
+
+def _prompt(line: dict[str, Any]) -> Prompt:
+    return Prompt(
+        index=line["prompt_index"],
+        source=line["source"],
+        text=line["prompt"],
+        token_ids=tuple(line["token_ids"][: line["num_prompt_tokens"]]),
+        answer=line["answer"],
+        metadata=line["metadata"],
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected the samples of a recorded step, got no file") from None
+    lines = []
+    # Not splitlines: a response may hold other line ends than \n.
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: expected JSON, got {error}") from error
+    return lines
+
+
+def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    if not path.exists():
+        raise DataError(f"{path}: expected the tensors of a recorded step, got no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DataError(f"{path}: expected a whole safetensors file, got {error}") from error
+
+
+def _step_files(folder: Path) -> Iterator[tuple[Path, int]]:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := FILE_NAME.fullmatch(path.name):
+            yield path, int(match[1])
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)

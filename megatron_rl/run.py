@@ -1,0 +1,237 @@
+"""A run put together: engines, learner, prompts, scorer, publisher and recorder, each on the ranks that need it.
+
+Everything that can be wrong with the settings, the data and the checkpoint is found before a process is started.
+Engines start first and load while the learner does.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rl.config import Config
+from megatron_rl.config_file import save_config
+from megatron_rl.data.prompts import PromptStream
+from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.entry import Progress
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.model import DTYPES
+from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
+from megatron_rl.lifetime import register_cleanup
+from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.observe.recorder import Recorder
+from megatron_rl.observe.timing import Stations
+from megatron_rl.records import EngineAddress
+from megatron_rl.reward.score import Scorer
+from megatron_rl.reward.verifiers import resolve_verifiers
+from megatron_rl.rollout.client import RolloutClient
+from megatron_rl.rollout.recording import truncate_after
+from megatron_rl.rollout.server import Engine, given_addresses, start_engines
+from megatron_rl.sync.publish import Publisher
+from megatron_rl.weights.geometry import Geometry, read_geometry
+from megatron_rl.weights.huggingface import CheckpointReader
+
+
+class Run:
+    """All that one rank of a training run holds; a context manager that ends what it started."""
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self.config = config
+        self.run_dir = Path(config.run_dir)
+        self.stations = Stations()
+        self.step = 0
+        progress.describe = self._describe
+        self._stack = ExitStack()
+        self._engines: list[Engine] = []
+        self.geometry, self.tokenizer, self.stream = prepare_data(config)
+        self.verifiers = resolve_verifiers(config.data.tasks)
+        self.is_replay = bool(config.replay)
+        self.replay_dir = Path(config.replay)
+
+    def __enter__(self) -> Run:
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        config = self.config
+        is_first = int(os.environ.get("RANK", "0")) == 0
+        if is_first:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.run_dir / "config.yaml")
+            if not self.is_replay:
+                self._start_engines()
+        self.parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
+        self._stack.callback(shut_down_parallel)
+        self.learner = Learner(
+            config.model,
+            config.learner.optimizer,
+            self.geometry,
+            self.parallel,
+            num_updates=config.loop.num_steps * config.learner.mini_batches_per_step,
+            temperature=config.rollout.sampling.temperature,
+        )
+        constraint = config.objective.constraint
+        self.dual = DualVariable(
+            constraint.initial,
+            constraint.learning_rate,
+            constraint.tolerance,
+            constraint.minimum,
+            constraint.maximum,
+        )
+        self.next_prompt = 0
+        self._resume()
+        self.recorder = self._stack.enter_context(
+            Recorder(
+                self.run_dir,
+                rank=self.parallel.rank,
+                num_steps=config.loop.num_steps,
+                last_step=self.step if self.was_resumed else -1,
+            )
+        )
+        if self.parallel.is_replica_head and not self.is_replay:
+            self.scorer = self._stack.enter_context(Scorer(config.reward, self.verifiers))
+        self._connect()
+
+    def _start_engines(self) -> None:
+        rollout = self.config.rollout
+        self._engines = start_engines(
+            rollout,
+            model_path=self.config.model.path,
+            log_dir=self.run_dir / "logs",
+            token=os.environ.get("MEGATRON_RL_TOKEN") or secrets.token_urlsafe(32),
+            seed=self.config.loop.seed,
+            update_timeout_seconds=self.config.sync.timeout_seconds,
+        )
+        for engine in self._engines:
+            self._stack.callback(engine.stop)
+            register_cleanup(engine.stop)
+
+    def _connect(self) -> None:
+        """Wait for the engines and tell every replica's head where they are."""
+        addresses: list[EngineAddress] = []
+        if self.parallel.rank == 0 and not self.is_replay:
+            for engine in self._engines:
+                engine.wait_ready()
+            addresses = [engine.address for engine in self._engines]
+            addresses += given_addresses(self.config.rollout)
+        box: list[Any] = [addresses]
+        dist.broadcast_object_list(box, src=0, device=self.parallel.device)
+        self.addresses: Sequence[EngineAddress] = box[0]
+        if self.parallel.rank == 0 and not self.is_replay:
+            # Weights travel in the engine's dtype.
+            self.publisher = self._stack.enter_context(
+                Publisher(
+                    self.addresses,
+                    self.config.sync,
+                    wire_dtype=DTYPES[self.config.rollout.dtype],
+                )
+            )
+        if self.parallel.is_replica_head and not self.is_replay:
+            self.client = RolloutClient(
+                self.addresses, self.config.rollout, decode=self._decode, check=self.check_engines
+            )
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def check_engines(self) -> None:
+        """EngineError where an engine that this rank started has died."""
+        for engine in self._engines:
+            engine.check()
+
+    def _resume(self) -> None:
+        """Take up where the latest checkpoint stands, if there is one and the config wants it."""
+        folder = checkpoint_to_resume(self.config)
+        self.was_resumed = folder is not None
+        if folder is not None:
+            state = load_checkpoint(folder, self.learner)
+            self.step = state["step"]
+            self.next_prompt = state["next_prompt"]
+            self.dual.load_state_dict(state["dual"])
+        if self.parallel.rank == 0 and not self.is_replay:
+            truncate_after(self.run_dir / "rollouts", self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint of the step that has just ended."""
+        save_checkpoint(
+            self.run_dir / "checkpoints",
+            self.learner,
+            {"step": self.step, "next_prompt": self.next_prompt, "dual": self.dual.state_dict()},
+            step=self.step,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are still to do, 1 to `loop.num_steps`."""
+        while self.step < self.config.loop.num_steps:
+            self.step += 1
+            yield self.step
+
+    def _describe(self) -> str:
+        latest = latest_checkpoint(self.run_dir / "checkpoints")
+        go_on = (
+            f"resume=auto goes on after {latest.name}"
+            if latest
+            else "no checkpoint was written yet"
+        )
+        return f"in step {self.step}, station {self.stations.current or 'start'}; {go_on}"
+
+    def share(self, count: int) -> tuple[int, int]:
+        """First and number of this replica's items, of `count` that all replicas share."""
+        parallel: Parallel = self.parallel
+        start = count * parallel.dp_rank // parallel.dp_size
+        return start, count * (parallel.dp_rank + 1) // parallel.dp_size - start
+
+
+def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
+    """Model shape, tokenizer and prompts, checked against each other before anything is started.
+
+    Raises:
+        ConfigError, DataError: what is wrong, and where to change it.
+    """
+    geometry = read_geometry(config.model.path)
+    geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    CheckpointReader(config.model.path).check_whole()
+    tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
+    context = config.rollout.max_model_len or geometry.max_position_embeddings
+    if context > geometry.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_model_len: expected at most the model's {geometry.max_position_embeddings} "
+            f"positions, got {context}"
+        )
+    limit = config.data.max_prompt_tokens or context - config.rollout.sampling.max_tokens
+    if limit + config.rollout.sampling.max_tokens > context:
+        raise ConfigError(
+            f"data.max_prompt_tokens={limit}: expected room for rollout.sampling.max_tokens="
+            f"{config.rollout.sampling.max_tokens} in the model's context of {context}"
+        )
+    return geometry, tokenizer, PromptStream(config.data, tokenizer, limit)
+
+
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The checkpoint that `resume` names: none, the run's latest, or a given folder."""
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return latest_checkpoint(Path(config.run_dir) / "checkpoints")
+    folder = Path(config.resume)
+    if not folder.is_dir():
+        raise DataError(
+            f"resume: expected auto, never or a checkpoint folder, got {folder}, which is none"
+        )
+    return folder

@@ -1,0 +1,128 @@
+"""`python -m megatron_rl.sft CONFIG [key=value ...]` under torchrun: supervised warm start.
+
+Pairs of prompt and response in, a Hugging Face checkpoint out, through the same learner as RL: the loss is the mean
+negative log-prob of the response's tokens over the global batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_rl.batch import pack_rows
+from megatron_rl.config import Config
+from megatron_rl.data.pairs import Pair, PairStream
+from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.entry import Progress, run_command
+from megatron_rl.errors import DivergenceError
+from megatron_rl.learner.forward import RowOutput
+from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.parallel import initialize_parallel, shut_down_parallel
+from megatron_rl.objective.normalize import normalized_sum
+from megatron_rl.observe.metrics import Mean, merge, reduce
+from megatron_rl.observe.recorder import Recorder
+from megatron_rl.records import MicroBatch, Rollout, Sample
+from megatron_rl.weights.geometry import read_geometry
+from megatron_rl.weights.huggingface import CheckpointReader, write_checkpoint
+
+
+def warm_start(config: Config, progress: Progress) -> None:
+    """Train on the responses, save the checkpoint; see the head of this file."""
+    settings = config.warm_start
+    folder = Path(config.run_dir) / "warm_start"
+    geometry = read_geometry(config.model.path)
+    geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    CheckpointReader(config.model.path).check_whole()
+    stream = PairStream(config, load_tokenizer(config.model.path, geometry.vocab_size))
+    parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
+    learner = Learner(
+        config.model,
+        replace(
+            config.learner.optimizer,
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            decay=settings.decay,
+        ),
+        geometry,
+        parallel,
+        num_updates=settings.num_steps,
+    )
+    recorder = Recorder(folder, rank=parallel.rank, num_steps=settings.num_steps, last_step=-1)
+    with recorder:
+        for step in range(1, settings.num_steps + 1):
+            progress.describe = lambda step=step: f"in step {step} of the warm start"
+            first = (step - 1) * settings.sequences_per_step
+            start = settings.sequences_per_step * parallel.dp_rank // parallel.dp_size
+            stop = settings.sequences_per_step * (parallel.dp_rank + 1) // parallel.dp_size
+            samples = as_samples(stream.pairs(first + start, stop - start), first + start)
+            rows = pack_rows(samples, parallel, config.learner.tokens_per_micro_batch)
+            metrics = learn(learner, rows)
+            if step % settings.log_every == 0 or step == settings.num_steps:
+                recorder.write(step, metrics)
+    tensors = learner.full_tensors()
+    if parallel.rank == 0:
+        output = Path(settings.output or folder / "checkpoint")
+        write_checkpoint(output, tensors, like=config.model.path)
+        recorder.say(f"warm start saved in {output}")
+    else:
+        for _ in tensors:
+            pass
+    shut_down_parallel()
+
+
+def as_samples(pairs: Sequence[Pair], first_index: int) -> list[Sample]:
+    """Pairs in the form that is packed: the response is what the mask keeps."""
+    samples = []
+    for index, (prompt_ids, response_ids) in enumerate(pairs):
+        length = len(prompt_ids) + len(response_ids)
+        rollout = Rollout(
+            token_ids=(*prompt_ids, *response_ids),
+            loss_mask=(False,) * len(prompt_ids) + (True,) * len(response_ids),
+            rollout_logprobs=(0.0,) * length,
+            weight_versions=(-1,) * length,
+            finish_reason="stop",
+            text="",
+        )
+        samples.append(
+            Sample(
+                prompt_index=first_index + index,
+                sample_index=0,
+                rollout=rollout,
+                reward=0.0,
+                advantage=0.0,
+            )
+        )
+    return samples
+
+
+def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
+    """One optimizer step on the mean negative log-prob of the kept tokens; metrics on every rank."""
+
+    def row_loss(index: int, output: RowOutput) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        row = rows[index]
+        total, count = normalized_sum(
+            -output.logprobs, row.loss_mask, row.sequence_ids, normalize="token_mean"
+        )
+        if not bool(torch.isfinite(total)):
+            raise DivergenceError(
+                f"warm start, rank {learner.parallel.rank}: expected a finite loss, got "
+                f"{total.item()}; lower warm_start.learning_rate"
+            )
+        return total, count, {"loss/mean": Mean(sum=total.item(), count=int(count))}
+
+    results, grad_norm = learner.update(rows, row_loss)
+    parallel = learner.parallel
+    reduced = reduce(merge(results), parallel.reducer()) if parallel.is_last_stage else {}
+    metrics = parallel.from_last_stage(reduced)
+    return metrics | {
+        "learner/grad_norm": grad_norm,
+        "learner/learning_rate": learner.learning_rate,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("Supervised warm start.", warm_start))

@@ -1,0 +1,85 @@
+"""`python -m megatron_rl.train CONFIG [key=value ...]` under torchrun: the journey of a prompt.
+
+    prompt -> rollout -> reward -> advantage -> pack -> recomputed logprobs -> discrepancy -> loss
+           -> optimizer step -> weight sync
+
+Every rank runs this loop. The heads of the replicas (first rank of TP x PP) ask the engines and score; global rank 0
+publishes weights and writes the records.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_rl.batch import deal_batch
+from megatron_rl.config import Config
+from megatron_rl.entry import Progress, run_command
+from megatron_rl.learner.step import train_step
+from megatron_rl.run import Run
+from megatron_rl.stations import (
+    advantages_of,
+    evaluate_held_out,
+    make_samples,
+    publish_weights,
+    record_rollouts,
+    rollout_and_score,
+    save_hf_checkpoint,
+    write_metrics,
+)
+
+
+def train(config: Config, progress: Progress) -> None:
+    """Run all steps that are still to do; see the head of this file."""
+    with Run(config, progress) as run:
+        publish_weights(run)
+        if config.eval.at_start and run.step == 0:
+            write_metrics(run, evaluate_held_out(run, with_constant_answer=True))
+        for step in run.steps():
+            groups, scores = rollout_and_score(run)
+            advantages = advantages_of(run, scores)
+            with run.stations.time("learner"):
+                dealt = deal_batch(
+                    make_samples(groups, scores, advantages),
+                    run.parallel,
+                    first_prompt=run.next_prompt,
+                    num_prompts=config.loop.prompts_per_step,
+                    samples_per_prompt=config.loop.samples_per_prompt,
+                    num_mini_batches=config.learner.mini_batches_per_step,
+                    tokens_per_row=config.learner.tokens_per_micro_batch,
+                )
+                report, recomputed = train_step(
+                    run.learner,
+                    dealt.batch,
+                    run.dual,
+                    config.objective,
+                    step=step,
+                    weight_version=step - 1,
+                    should_recompute=config.learner.recompute == "always",
+                )
+            run.next_prompt += config.loop.prompts_per_step
+            parity = publish_weights(run)
+            record_rollouts(run, groups, scores, advantages, dealt, recomputed)
+            evaluation = evaluate_held_out(run) if should_evaluate(config, step) else {}
+            # Before the checkpoint: a step that is resumed after has its line, and loses it if it is done again.
+            write_metrics(run, report.metrics, parity, evaluation, groups=groups, scores=scores)
+            if should_save(config, step):
+                with run.stations.time("checkpoint"):
+                    run.save()
+        save_hf_checkpoint(run)
+        run.recorder.summarize()
+
+
+def should_evaluate(config: Config, step: int) -> bool:
+    """Every `eval.every` steps, and after the last one where `eval.at_end` says so."""
+    is_due = config.eval.every > 0 and step % config.eval.every == 0
+    return is_due or (config.eval.at_end and step == config.loop.num_steps)
+
+
+def should_save(config: Config, step: int) -> bool:
+    """Every `checkpoint.every` steps, and always after the last one."""
+    is_due = config.checkpoint.every > 0 and step % config.checkpoint.every == 0
+    return is_due or step == config.loop.num_steps
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("Train by RL with a discrepancy constraint.", train))

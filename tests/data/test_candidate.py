@@ -1,0 +1,91 @@
+import pytest
+
+from megatron_rl.data.candidate import Candidate, Layout, read_candidate
+from megatron_rl.errors import DataError
+
+PLAIN = Layout(prompt_column="question", answer_column="answer")
+
+
+def read(record, **layout):
+    settings = {"prompt_column": "question", "answer_column": "answer", **layout}
+    return read_candidate(record, Layout(**settings), "file, line 1", {})
+
+
+def test_plain():
+    assert read({"question": "4+3=", "answer": 7}) == Candidate(
+        messages=(("user", "4+3="),), answer="7", metadata={}
+    )
+
+
+def test_template_keeps_its_own_braces():
+    candidate = read({"question": "4+3", "answer": "7"}, template=r"{prompt}= \boxed{}")
+    assert candidate.messages == (("user", r"4+3= \boxed{}"),)
+
+
+def test_dapo_layout_with_system_message():
+    record = {
+        "prompt": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What is 4+3?"},
+        ],
+        "reward_model": {"ground_truth": "7", "style": "rule"},
+    }
+    candidate = read(
+        record,
+        prompt_column="prompt",
+        answer_column="reward_model.ground_truth",
+        template="Q: {prompt}",
+    )
+    assert candidate.messages == (("system", "Be brief."), ("user", "Q: What is 4+3?"))
+    assert candidate.answer == "7"
+
+
+@pytest.mark.parametrize(
+    ("answer", "final"),
+    [
+        ("He has 4+3=<<4+3=7>>7 apples.\n#### 7", "7"),
+        ("...\n#### 1,234", "1234"),
+        ("...\n#### -12,345.5 ", "-12345.5"),
+        ("...\n#### (1,2)", "(1,2)"),
+        ("no mark 1,234", "no mark 1,234"),
+    ],
+)
+def test_gsm8k_answers(answer, final):
+    assert read({"question": "q", "answer": answer}).answer == final
+    assert read({"question": "q", "answer": answer}, is_final_answer=False).answer == answer
+
+
+def test_dotted_paths():
+    record = {"a": {"b": {"c": "deep"}}, "a.x": "whole name", "turns": [{"t": "zero"}, "one"]}
+    for path, text in [
+        ("a.b.c", "deep"),
+        ("a.x", "whole name"),
+        ("turns.0.t", "zero"),
+        ("turns.1", "one"),
+    ]:
+        assert read(record, prompt_column=path, answer_column=path).messages == (("user", text),)
+
+
+@pytest.mark.parametrize("path", ["question.x", "turns.2", "turns.x", "metadata.expresion", ""])
+def test_a_missing_column_names_the_nearest(path):
+    record = {"question": "q", "metadata": {"expression": "1"}, "turns": ["a", "b"], "answer": ""}
+    with pytest.raises(DataError, match=r"file, line 1: expected a col.*prompt_column.*nearest"):
+        read(record, prompt_column=path)
+
+
+def test_the_nearest_column_is_a_dotted_one():
+    record = {"question": "q", "metadata": {"expression": "1"}}
+    with pytest.raises(DataError, match=r"answer_column.*nearest: metadata\.expression\)"):
+        read(record, answer_column="metadata.expresion")
+
+
+@pytest.mark.parametrize("value", [None, 7, [], ["a"], [{"role": "user"}], {"content": "x"}])
+def test_a_prompt_that_is_no_text(value):
+    with pytest.raises(DataError, match=r"a text or a list of chat messages in column 'question'"):
+        read({"question": value, "answer": "1"})
+
+
+@pytest.mark.parametrize("value", [None, [1], {"a": 1}, True])
+def test_an_answer_that_is_no_text(value):
+    with pytest.raises(DataError, match=r"a text or a number in column 'answer'"):
+        read({"question": "q", "answer": value})

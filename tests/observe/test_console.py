@@ -1,0 +1,64 @@
+import io
+
+from rich.console import Console
+
+from megatron_rl.observe.console import StepConsole, step_line, summary_table
+
+METRICS = {
+    "reward/mean": 0.4123,
+    "discrepancy/mean": 0.0041,
+    "constraint/tolerance": 0.0037,
+    "constraint/lambda": 0.1004,
+    "learner/grad_norm": 0.7012,
+    "speed/tokens_per_second": 5310.4,
+    "speed/seconds/rollout": 1.24,
+    "speed/seconds/learner": 0.5,
+    "eval/avg_at_8": 0.55,
+}
+
+
+def test_a_step_is_one_line():
+    assert step_line(12, METRICS).plain == (
+        "step   12  reward 0.412  discrepancy 0.0041 > 0.0037  lambda 0.1004  grad 0.701"
+        "  tok/s 5,310  | rollout 1.2s  learner 0.5s  avg@8 0.550"
+    )
+    assert step_line(3, {"reward/mean": 1.0}, width=1).plain == "step 3  reward 1.000"
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    stream = io.StringIO()
+    console = Console(file=stream, width=40, soft_wrap=True)
+    with StepConsole(num_steps=2, console=console) as shown:
+        shown.show_station("rollout")
+        shown.show_step(1, METRICS)
+        shown.say("saved [checkpoint]")
+    first, second = stream.getvalue().splitlines()
+    assert first == step_line(1, METRICS, width=1).plain
+    assert second == "saved [checkpoint]"
+
+
+def test_a_bar_on_a_terminal():
+    stream = io.StringIO()
+    console = Console(file=stream, width=120, force_terminal=True)
+    with StepConsole(num_steps=4, num_done=2, console=console) as shown:
+        shown.show_step(3, {"reward/mean": 0.5})
+    assert "3/4" in stream.getvalue() and "\x1b[" in stream.getvalue()
+
+
+def test_the_table_compares_first_and_last():
+    records = [{"step": 0, "eval/avg_at_8": 0.4}]
+    records += [
+        {"step": step, "reward/mean": step / 20, "speed/seconds/rollout": 2.0}
+        for step in range(1, 21)
+    ]
+    records.append({"step": 21, "eval/avg_at_8": 0.65, "reward/mean": None})
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(summary_table(records, title="runs/x"))
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:5]
+        for line in stream.getvalue().splitlines()
+        if "│" in line
+    }
+    assert [cell.strip() for cell in rows["avg@8"]] == ["0.400", "0.650", "+0.250"]
+    assert [cell.strip() for cell in rows["reward mean"]] == ["0.075", "0.975", "+0.900"]
+    assert [cell.strip() for cell in rows["seconds, rollout"]] == ["2.00", "2.00", "+0.00"]

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: formatting, lint, tests. Arguments go to pytest:
+#   tests/run.sh                      all but the slow ones
+#   tests/run.sh -m slow              the slow ones
+#   tests/run.sh tests/objective -x   one room
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tools/bootstrap.sh
+source .venv/bin/activate
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+ruff check .
+ruff format --check .
+exec python -m pytest -m "not slow" "$@"

@@ -1,0 +1,271 @@
+"""The publisher against one real vLLM server behind its gate; transformers in float32 is the
+truth.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from sender import send
+from tiny_checkpoints import specs_of, tensors_of, write_checkpoint, write_tokenizer
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.config import RolloutConfig, SyncConfig
+from megatron_rl.errors import SyncError
+from megatron_rl.records import EngineAddress
+from megatron_rl.rollout.server import start_engines
+from megatron_rl.sync.control import EngineControl
+from megatron_rl.sync.probe import check_parity
+from megatron_rl.sync.publish import Publisher
+
+CONFIG = SyncConfig(bucket_mib=0.25, timeout_seconds=20.0)
+UPDATE_TIMEOUT = 3.0  # of the gate, for an update that nobody goes on with
+# More than two blocks of the prefix cache, which are 128 tokens each on the CPU.
+PROMPT = torch.randint(3, 128, (270,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Versions 0, 1 and 2 of one model; the server starts from 0."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = [write_checkpoint(root / str(seed), "untied", seed) for seed in range(3)]
+    write_tokenizer(folders[0])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def address(
+    folders: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineAddress]:
+    config = RolloutConfig(dtype="float32", max_num_seqs=32, kv_cache_gib=0.25, max_model_len=512)
+    (engine,) = start_engines(
+        config,
+        model_path=str(folders[0]),
+        log_dir=tmp_path_factory.mktemp("logs"),
+        token="a-token-for-this-test",
+        seed=0,
+        update_timeout_seconds=UPDATE_TIMEOUT,
+    )
+    with engine:
+        engine.wait_ready()
+        yield engine.address
+
+
+@pytest.fixture(scope="module")
+def publisher(address: EngineAddress) -> Iterator[Publisher]:
+    with Publisher([address], CONFIG, wire_dtype=None) as publisher:
+        yield publisher
+
+
+def client_of(address: EngineAddress) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {address.token}"}
+    return httpx.Client(base_url=address.url, headers=headers, timeout=30.0, trust_env=False)
+
+
+def generate(client: httpx.Client, num_tokens: int = 32, samples: int = 4) -> httpx.Response:
+    sampling = {"n": samples, "temperature": 1.0, "max_tokens": num_tokens, "logprobs": 0}
+    sampling["ignore_eos"] = True
+    return client.post(
+        "/inference/v1/generate", json={"token_ids": PROMPT, "sampling_params": sampling}
+    )
+
+
+def worst_gap(answer: httpx.Response, folder: Path, version: str) -> float:
+    """Largest |difference of log-probs| / max(1, |logprob|) between the answer and transformers."""
+    assert answer.status_code == 200, answer.text
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    gap = 0.0
+    for choice in answer.json()["choices"]:
+        assert {span["version"] for span in choice["weight_versions"]} == {version}
+        tokens = choice["token_ids"]
+        rollout = torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
+        with torch.no_grad():
+            logits = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
+        recomputed = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        report = check_parity(
+            rollout,
+            recomputed,
+            engine_dtype="float32",
+            learner_dtype="float32",
+            tolerance=1.0,  # the test below judges
+        )
+        gap = max(gap, report.max_relative_logprob_gap)
+    return gap
+
+
+def publish(publisher: Publisher, folder: Path, version: int):
+    tensors = tensors_of(folder)
+    return publisher.publish(specs_of(tensors), tensors.items(), version=version)
+
+
+def assert_poisoned_then_heal(publisher: Publisher, address: EngineAddress, folder: Path) -> None:
+    with client_of(address) as client:
+        refused = generate(client)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["type"] == "weights_poisoned"
+        assert client.get("/is_paused").json()["is_paused"]
+        publish(publisher, folder, 50)
+        assert worst_gap(generate(client), folder, "50") <= 2e-5
+
+
+def test_three_updates_serve_what_was_published(publisher, address, folders):
+    with client_of(address) as client:
+        for version, folder in ((1, folders[1]), (2, folders[2]), (3, folders[1])):
+            report = publish(publisher, folder, version)
+            assert worst_gap(generate(client), folder, str(version)) <= 2e-5
+            assert report.received == {address.url: (report.checksum,)}
+            assert list(report.checksums) == list(tensors_of(folder))
+            assert report.num_buckets > 3
+
+
+def test_same_weights_have_the_same_checksums(publisher, folders):
+    first, second = publish(publisher, folders[1], 1), publish(publisher, folders[1], 2)
+    other = publish(publisher, folders[2], 3)
+    assert first.checksums == second.checksums and first.checksum == second.checksum
+    assert other.checksum != first.checksum
+
+
+def test_cast_on_the_way(address, folders):
+    tensors = tensors_of(folders[1])
+    with Publisher([address], CONFIG, wire_dtype=torch.bfloat16) as publisher:
+        report = publisher.publish(specs_of(tensors), tensors.items(), version=4)
+    assert report.num_bytes == sum(tensor.nbytes for tensor in tensors.values()) // 2
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    with Publisher([address], CONFIG, wire_dtype=None) as publisher:
+        assert (
+            publisher.publish(specs_of(rounded), rounded.items(), version=5).checksum
+            == report.checksum
+        )
+
+
+def test_requests_in_flight_end_under_the_old_version(publisher, address, folders):
+    publish(publisher, folders[1], 6)
+    with client_of(address) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(generate, client, num_tokens=200, samples=16)
+        time.sleep(0.3)
+        assert not answer.done()
+        publish(publisher, folders[2], 7)
+        in_flight = answer.result()
+        assert worst_gap(in_flight, folders[1], "6") <= 2e-5
+        assert min(len(choice["token_ids"]) for choice in in_flight.json()["choices"]) == 200
+        assert worst_gap(generate(client), folders[2], "7") <= 2e-5
+
+
+def test_a_paused_engine_answers_nothing(publisher, address, folders):
+    """So the parity probe cannot stand before resume."""
+    publish(publisher, folders[1], 8)
+    control = EngineControl(address, 20.0)
+    with client_of(address) as client:
+        control.pause()
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(
+                "/inference/v1/generate",
+                json={"token_ids": PROMPT, "sampling_params": {"max_tokens": 1}},
+                timeout=1.0,
+            )
+        control.resume()
+        assert worst_gap(generate(client), folders[1], "8") <= 2e-5
+    control.close()
+
+
+@pytest.mark.parametrize("fault", ["missing name", "unknown name", "twice", "shape", "dtype"])
+def test_a_wrong_manifest_is_refused(publisher, address, folders, fault):
+    tensors = tensors_of(folders[2])
+    if fault == "missing name":
+        tensors.pop("model.layers.1.mlp.up_proj.weight")
+        expected = "model.layers.1.mlp.up_proj.weight"
+    elif fault == "unknown name":
+        tensors["model.layers.1.mlp.up_proj.bias"] = torch.zeros(256)  # vLLM would skip it
+        expected = "unknown name"
+    elif fault == "shape":
+        tensors["model.norm.weight"] = torch.zeros(1)
+        expected = "model.norm.weight: expected shape"
+    elif fault == "dtype":
+        tensors["model.norm.weight"] = torch.zeros(128, dtype=torch.int8)
+        expected = "expected float32, got int8"
+    specs, items = specs_of(tensors), list(tensors.items())
+    if fault == "twice":
+        specs, items = [*specs, specs[-1]], [*items, items[-1]]
+        expected = "expected each name once"
+    with pytest.raises(SyncError, match="manifest") as failure:
+        publisher.publish(specs, items, version=9)
+    assert address.url in str(failure.value) and expected in str(failure.value)
+    assert_poisoned_then_heal(publisher, address, folders[2])
+
+
+def test_half_an_update_is_refused(publisher, address, folders):
+    tensors = tensors_of(folders[2])
+    half = list(tensors.items())[: len(tensors) // 2]
+    with pytest.raises(SyncError, match="got the end"):
+        publisher.publish(specs_of(tensors), half, version=9)
+    assert_poisoned_then_heal(publisher, address, folders[2])
+
+
+def test_a_learner_that_raises_half_way(publisher, address, folders):
+    tensors = tensors_of(folders[2])
+
+    def gather():
+        for name, tensor in tensors.items():
+            if name.startswith("model.layers.1"):
+                raise RuntimeError("a rank died while gathering")
+            yield name, tensor
+
+    with pytest.raises(RuntimeError, match="a rank died"):
+        publisher.publish(specs_of(tensors), gather(), version=9)
+    assert_poisoned_then_heal(publisher, address, folders[2])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("wrong checksum", r"bucket 2: .*expected checksum 0000"),
+        ("torn bytes", r"bucket 2: .*expected checksum"),
+        ("skipped bucket", r"bucket 3: .*expected number 2, got 3"),
+        ("early finish", r"finish: .*the first that did not arrive"),
+    ],
+)
+def test_a_faulty_sender_is_refused(publisher, address, folders, fault, message):
+    with pytest.raises(SyncError, match=message):
+        send(address, folders[2], fault)
+    assert_poisoned_then_heal(publisher, address, folders[2])
+
+
+def test_a_sender_killed_half_way(publisher, address, folders):
+    publish(publisher, folders[1], 10)
+    script = str(Path(__file__).parent / "sender.py")
+    environment = {**os.environ, "MEGATRON_RL_TOKEN": address.token}
+    sender = subprocess.run(
+        [sys.executable, script, address.url, str(folders[2]), "killed"], env=environment
+    )
+    assert sender.returncode == -signal.SIGKILL
+    with client_of(address) as client:
+        assert generate(client).json()["error"]["type"] == "weights_updating"
+        time.sleep(UPDATE_TIMEOUT + 0.5)
+    assert_poisoned_then_heal(publisher, address, folders[2])
+
+
+def test_a_dead_engine_is_named_in_time(folders):
+    with socket.socket() as listener:  # accepts, and never answers
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        silent = EngineAddress(url=url, token="secret-token")
+        begin = time.monotonic()
+        with (
+            Publisher([silent], SyncConfig(timeout_seconds=1.0), wire_dtype=None) as publisher,
+            pytest.raises(SyncError, match=r"connect: expected an answer within 1\.0 s") as failure,
+        ):
+            publish(publisher, folders[1], 1)
+        assert time.monotonic() - begin < 3.0
+        assert url in str(failure.value) and "secret-token" not in str(failure.value)

@@ -1,0 +1,107 @@
+"""On rollouts that the recorder wrote, and a tokenizer that the project makes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_rl.config import Config, ModelConfig
+from megatron_rl.config_file import save_config
+from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.rollout.recording import write_recomputed, write_step
+from tools import inspect_rollouts, make_tiny_model
+
+DIGIT = {str(digit): 3 + ord(str(digit)) - 32 for digit in range(10)}  # ids of make_tiny_model.py
+
+
+def group(index: int, source: str, answers: tuple[str, ...]) -> RolloutGroup:
+    prompt = (1, DIGIT["4"], DIGIT["3"])
+    rollouts = tuple(
+        Rollout(
+            token_ids=(*prompt, DIGIT[answer], 2),
+            loss_mask=(False,) * 3 + (True, True),
+            rollout_logprobs=(0.0,) * 3 + (math.log(0.5), math.log(0.9)),
+            weight_versions=(-1,) * 3 + (7, 7),
+            finish_reason="stop",
+            text=answer,
+        )
+        for answer in answers
+    )
+    return RolloutGroup(
+        prompt=Prompt(index=index, source=source, text="43", token_ids=prompt, answer="7"),
+        rollouts=rollouts,
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    model = folder / "model"
+    make_tiny_model.build_tokenizer().save_pretrained(model)
+    save_config(replace(Config(), model=ModelConfig(path=str(model))), folder / "config.yaml")
+    groups = [group(17, "sums", ("7", "8")), group(18, "other", ("7", "9"))]
+    scores = [[Score(reward=r, is_formatted=True, failure=None) for r in (1.0, 0.0)]] * 2
+    for step in (3, 12):
+        write_step(folder / "rollouts", step, 0, groups, scores, [[1.0, -1.0]] * 2, num_ranks=1)
+    gaps = (0.001, 0.002, 0.2, 0.003)  # of the first response token of each sample
+    recomputed = [x for gap in gaps for x in (0.0, 0.0, 0.0, math.log(0.5 + gap), math.log(0.9))]
+    write_recomputed(
+        folder / "rollouts",
+        12,
+        0,
+        prompt_index=(17, 17, 18, 18),
+        sample_index=(0, 1, 0, 1),
+        lengths=(5, 5, 5, 5),
+        recomputed_logprobs=torch.tensor(recomputed),
+    )
+    return folder
+
+
+@pytest.fixture
+def inspect(capsys, monkeypatch):
+    """Runs the tool; returns its exit status, standard output and standard error."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = inspect_rollouts.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_numbers_of_the_last_step(run_dir, inspect):
+    _, shown, _ = inspect(run_dir, "--no-color")
+    assert "step 12: 4 of 4 samples" in shown
+    assert "prompt 17.0  sums  reward 1  advantage +1.000  stop  answer '7'" in shown
+    row = next(line.split() for line in shown.splitlines() if line.startswith("'8'"))
+    assert row == ["'8'", str(DIGIT["8"]), "0.50000", "0.50200", "0.00200"]
+    assert "discrepancy mean 0.1000 max 0.2000" in shown
+
+
+def test_the_worst_first_and_of_one_source(run_dir, inspect):
+    _, worst, _ = inspect(run_dir, "--worst", "--num", 1, "--no-color")
+    assert "prompt 18.0" in worst and worst.count("prompt ") == 1
+    _, other, _ = inspect(run_dir, "--source", "sums")
+    assert "2 of 4 samples" in other and "prompt 18" not in other
+
+
+def test_colours_on_a_terminal(run_dir, inspect, monkeypatch):
+    for name, value in (("FORCE_COLOR", "1"), ("COLORTERM", "truecolor"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    _, shown, _ = inspect(run_dir)
+    assert "(tolerance 0.0037)" in shown
+    green, crimson = "48;2;183;228;199m", "48;2;122;15;43m"
+    assert f"{green}8" in shown and f"{crimson}7" in shown and f"{crimson}9" not in shown
+
+
+def test_a_step_without_recomputed_logprobs_says_so(run_dir, inspect):
+    assert "no recomputed log-probs were recorded" in inspect(run_dir, "--step", 3)[1]
+
+
+def test_what_is_missing_is_named(run_dir, inspect, tmp_path):
+    status, _, error = inspect(run_dir, "--step", 99)
+    assert status == 1 and "expected files of step 99" in error
+    status, _, error = inspect(tmp_path)
+    assert status == 1 and "config.yaml: expected a readable YAML" in error

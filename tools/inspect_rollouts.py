@@ -1,0 +1,211 @@
+"""Shows a run's samples in the terminal, each token coloured by its discrepancy |p_train - p_inf|.
+
+Colours are relative to the run's tolerance. Without colours (`--no-color`, or a pipe) every token
+comes as a line of numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_rl.config_file import load_config
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.rollout.recording import read_recomputed
+
+# Up to which multiple of the tolerance a colour reaches.
+SHADES = (
+    (1.0, "black on #b7e4c7"),
+    (3.0, "black on #fff3b0"),
+    (10.0, "black on #f9b572"),
+    (30.0, "white on #d9534f"),
+    (math.inf, "bold white on #7a0f2b"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One response token. Example: `Token(text="7", id=26, p_rollout=0.81, p_recomputed=0.80)`."""
+
+    text: str
+    id: int
+    p_rollout: float
+    p_recomputed: float | None  # None where the run recorded no recomputed log-probs
+
+    @property
+    def discrepancy(self) -> float:
+        return 0.0 if self.p_recomputed is None else abs(self.p_recomputed - self.p_rollout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A line of a rollout file, and its response tokens."""
+
+    line: dict[str, Any]
+    tokens: tuple[Token, ...]
+
+    @property
+    def worst(self) -> float:
+        return max((token.discrepancy for token in self.tokens), default=0.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder that holds rollouts/ and config.yaml")
+    parser.add_argument("--step", type=int, help="default: the last recorded one")
+    parser.add_argument("--num", type=int, default=8, help="samples shown, default 8")
+    parser.add_argument("--source", help="only prompts of this task or file")
+    parser.add_argument("--worst", action="store_true", help="largest token discrepancy first")
+    parser.add_argument("--no-color", action="store_true", help="numbers in place of colours")
+    options = parser.parse_args(arguments)
+    console = Console(no_color=options.no_color, highlight=False)
+    try:
+        _show(options, console)
+    except (ConfigError, DataError) as error:
+        print(f"inspect_rollouts: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show(options: argparse.Namespace, console: Console) -> None:
+    config = load_config(options.run_dir / "config.yaml")
+    folder = options.run_dir / "rollouts"
+    step = last_step(folder) if options.step is None else options.step
+    samples = read_samples(folder, step, decoder(config.model.path))
+    total = len(samples)
+    if options.source is not None:
+        samples = [sample for sample in samples if sample.line["source"] == options.source]
+    if options.worst:
+        samples = sorted(samples, key=lambda sample: sample.worst, reverse=True)
+    samples = samples[: options.num]
+    tolerance = config.objective.constraint.tolerance
+    should_color = console.is_terminal and not options.no_color
+    console.print(f"step {step}: {len(samples)} of {total} samples")
+    if not any(token.p_recomputed is not None for sample in samples for token in sample.tokens):
+        console.print("no recomputed log-probs were recorded: no discrepancy to show")
+    if should_color:
+        console.print(legend(tolerance))
+    for sample in samples:
+        console.rule(style="dim")
+        console.print(heading(sample))
+        console.print(Text(sample.line["prompt"], style="dim"))
+        console.print(colored(sample, tolerance) if should_color else numbers(sample))
+
+
+def last_step(folder: Path) -> int:
+    """The highest step number among the files of a rollouts/ folder."""
+    steps = [int(path.name[5:].partition(".")[0]) for path in folder.glob("step_*.rank*.jsonl")]
+    if not steps:
+        raise DataError(f"{folder}: expected step_000000.rank0.jsonl or others, got none")
+    return max(steps)
+
+
+def decoder(model_path: str) -> Callable[[int], str]:
+    """Token id to text, by the tokenizer of the run's model."""
+    # Imported here: it takes seconds, and a wrong folder should be told at once.
+    from transformers import AutoTokenizer
+
+    if not Path(model_path).is_dir():
+        raise DataError(f"model.path of the run: expected a checkpoint folder, got {model_path!r}")
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    return lambda token_id: tokenizer.decode([token_id])
+
+
+def read_samples(folder: Path, step: int, decode: Callable[[int], str]) -> list[Shown]:
+    """All ranks' samples of a step, by prompt and sample index."""
+    paths = sorted(folder.glob(f"step_{step:06d}.rank*.jsonl"))
+    if not paths:
+        raise DataError(f"{folder}: expected files of step {step}, got none; see --step")
+    # Not splitlines: a response may hold other line ends than \n.
+    lines = [
+        json.loads(line) for path in paths for line in path.read_text().split("\n") if line.strip()
+    ]
+    lines.sort(key=lambda line: (line["prompt_index"], line["sample_index"]))
+    recomputed = read_recomputed(folder, step)
+    samples = []
+    for line in lines:
+        logprobs = recomputed.get((line["prompt_index"], line["sample_index"]))
+        tokens = tuple(
+            Token(
+                text=decode(token_id),
+                id=token_id,
+                p_rollout=math.exp(line["rollout_logprobs"][index]),
+                p_recomputed=None if logprobs is None else math.exp(logprobs[index].item()),
+            )
+            for index, token_id in enumerate(line["token_ids"])
+            if line["loss_mask"][index]
+        )
+        samples.append(Shown(line=line, tokens=tokens))
+    return samples
+
+
+def heading(sample: Shown) -> Text:
+    line = sample.line
+    reward_style = "bold green" if line["reward"] > 0 else "bold red"
+    text = Text.assemble(
+        (f"prompt {line['prompt_index']}.{line['sample_index']}", "bold"),
+        f"  {line['source']}  reward ",
+        (f"{line['reward']:g}", reward_style),
+        f"  advantage {line['advantage']:+.3f}  {line['finish_reason']}",
+        f"  answer {line['answer']!r}",
+    )
+    if line["failure"]:
+        text.append(f"  verifier: {line['failure']}", "bold red")
+    if not line["is_formatted"]:
+        text.append("  no answer found in it", "red")
+    if sample.tokens and sample.tokens[0].p_recomputed is not None:
+        mean = sum(token.discrepancy for token in sample.tokens) / len(sample.tokens)
+        text.append(f"  discrepancy mean {mean:.4f} max {sample.worst:.4f}", "cyan")
+    return text
+
+
+def legend(tolerance: float) -> Text:
+    text = Text("discrepancy ")
+    for multiple, style in SHADES:
+        bound = f"<= {multiple * tolerance:.4f}" if math.isfinite(multiple) else "above"
+        text.append(f" {bound} ", style).append(" ")
+    return text.append(f"(tolerance {tolerance:g})", "dim")
+
+
+def colored(sample: Shown, tolerance: float) -> Text:
+    """The response as text, a background for every token."""
+    text = Text()
+    for token in sample.tokens:
+        shade = next(
+            style for multiple, style in SHADES if token.discrepancy <= multiple * tolerance
+        )
+        style = "" if token.p_recomputed is None else shade
+        text.append(token.text.replace("\n", "↵\n"), style)
+    return text
+
+
+def numbers(sample: Shown) -> Table:
+    """The response as one line a token."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("token")
+    for title in ("id", "p rollout", "p recomputed", "discrepancy"):
+        table.add_column(title, justify="right")
+    for token in sample.tokens:
+        has_both = token.p_recomputed is not None
+        table.add_row(
+            Text(repr(token.text)),
+            str(token.id),
+            f"{token.p_rollout:.5f}",
+            f"{token.p_recomputed:.5f}" if has_both else "-",
+            f"{token.discrepancy:.5f}" if has_both else "-",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

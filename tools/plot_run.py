@@ -1,0 +1,133 @@
+"""Draws a run's reward, discrepancy with its tolerance, and lambda into one PNG."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from megatron_rl.errors import DataError
+from megatron_rl.observe.run_log import Record, read_metrics
+
+BLUE, ORANGE, RED, GREEN, GREY = "#2563a8", "#d9822b", "#c23b3b", "#2f8f5b", "#5f6b7a"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder that holds metrics.jsonl")
+    parser.add_argument("-o", "--output", type=Path, help="PNG; default RUN_DIR/curves.png")
+    options = parser.parse_args(arguments)
+    output = options.output or options.run_dir / "curves.png"
+    try:
+        records = read_metrics(options.run_dir / "metrics.jsonl")
+        if not records:
+            raise DataError(f"{options.run_dir / 'metrics.jsonl'}: expected steps, got none")
+        plot_run(records, output, title=str(options.run_dir))
+    except (DataError, OSError) as error:
+        print(f"plot_run: {error}", file=sys.stderr)
+        return 1
+    print(output)
+    return 0
+
+
+def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
+    """Writes one PNG of three panels above each other, on a common axis of steps.
+
+    Args:
+        records: lines of a metrics.jsonl; steps without a key are left out of its curve.
+        output: the PNG's path.
+        title: stands above the panels.
+    """
+    style = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.grid": True,
+        "grid.color": "#e3e7ec",
+        "legend.frameon": False,
+    }
+    with pyplot.rc_context(style):
+        figure, (reward, gap, dual) = pyplot.subplots(
+            3, 1, figsize=(8, 8), sharex=True, height_ratios=[1.3, 1.1, 0.8]
+        )
+        _draw_reward(reward, records)
+        _draw_discrepancy(gap, records)
+        dual.plot(*series(records, "constraint/lambda"), color=ORANGE, linewidth=2)
+        dual.set_ylabel("lambda")
+        dual.set_xlabel("step")
+        figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
+        figure.align_ylabels()
+        figure.tight_layout()
+        figure.savefig(output, dpi=150)
+        pyplot.close(figure)
+
+
+def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it is there and finite."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean over a centred window, cut off at both ends."""
+    half = window // 2
+    parts = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def _draw_curve(axes: Axes, records: Sequence[Record], key: str, *, color: str, label: str) -> None:
+    """The values faintly, and their moving mean over a tenth of the run."""
+    steps, values = series(records, key)
+    window = max(1, len(values) // 10)
+    if window > 2:
+        axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+    axes.plot(steps, smooth(values, window), color=color, linewidth=2, label=label)
+
+
+def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
+    _draw_curve(axes, records, "reward/mean", color=BLUE, label="reward, training prompts")
+    keys = sorted({k for record in records for k in record if k.startswith("eval/avg_at_")})
+    for key in keys:
+        steps, values = series(records, key)
+        name = key.removeprefix("eval/").replace("_at_", "@")
+        axes.plot(
+            steps, values, "o--", color=GREEN, linewidth=1, markersize=7, label=f"{name}, held out"
+        )
+        for step, value in zip(steps, values):
+            axes.annotate(
+                f"{value:.2f}",
+                (step, value),
+                textcoords="offset points",
+                xytext=(0, 9),
+                ha="center",
+                color=GREEN,
+                fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            )
+    axes.margins(y=0.18)
+    axes.set_ylabel("reward")
+    axes.legend(loc="lower right")
+
+
+def _draw_discrepancy(axes: Axes, records: Sequence[Record]) -> None:
+    _draw_curve(axes, records, "discrepancy/mean", color=BLUE, label="mean |p_train - p_inf|")
+    steps, tolerances = series(records, "constraint/tolerance")
+    if steps:
+        axes.plot(steps, tolerances, "--", color=RED, linewidth=1.5, label="tolerance")
+        _, gaps = series(records, "discrepancy/mean")
+        top = 1.15 * max(*gaps, *tolerances) if gaps else None
+        axes.set_ylim(bottom=0, top=top)
+    axes.set_ylabel("discrepancy")
+    axes.legend(loc="upper right", ncols=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
