@@ -1,4 +1,6 @@
-"""Build of megatron_rl. Metadata, extras and entry points are in pyproject.toml; the native extension is built here."""
+"""Build of megatron_rl. Metadata, extras and entry points are in pyproject.toml; the native
+extension is built here.
+"""
 
 from setuptools import setup
 

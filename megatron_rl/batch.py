@@ -1,8 +1,9 @@
 """Samples of every replica in, each rank's packed rows out.
 
-Only the heads of the replicas (first rank of TP x PP) hold samples. They deal the sequences anew among themselves, so
-that every replica gets about as many tokens; each head then hands its share to the other ranks of its replica, and all
-of them pack it alike. How many ranks there are changes who computes a sequence, never in which mini-batch it is.
+Only the heads of the replicas (first rank of TP x PP) hold samples. They deal the sequences anew
+among themselves, so that every replica gets about as many tokens; each head then hands its share to
+the other ranks of its replica, and all of them pack it alike. How many ranks there are changes who
+computes a sequence, never in which mini-batch it is.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from megatron_rl.records import MicroBatch, Sample, TrainBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DealtBatch:
-    """A TrainBatch and the samples that its rows hold: `samples[m][r][s]` is sequence s of row r of mini-batch m.
+    """A TrainBatch and the samples that its rows hold: `samples[m][r][s]` is sequence s of row r of
+    mini-batch m.
 
-    Example: one mini-batch of one row with two sequences: `samples=(((Sample(...), Sample(...)),),)`.
+    Example: one mini-batch of one row with two sequences: `samples=(((Sample(...),
+    Sample(...)),),)`.
     """
 
     batch: TrainBatch
@@ -44,7 +47,8 @@ def deal_batch(
 
     Args:
         samples: this replica's own, on its head; ignored elsewhere.
-        first_prompt, num_prompts, samples_per_prompt: of the global batch, by which a sample's mini-batch is found.
+        first_prompt, num_prompts, samples_per_prompt: of the global batch, by which a sample's
+            mini-batch is found.
     """
     num_samples = num_prompts * samples_per_prompt
     mini_batches, held = [], []
@@ -71,7 +75,9 @@ def deal_batch(
 def pack_rows(
     samples: Sequence[Sample], parallel: Parallel, tokens_per_row: int
 ) -> tuple[MicroBatch, ...]:
-    """This replica's samples as rows, filled up with masked ones to as many as any replica has; a collective."""
+    """This replica's samples as rows, filled up with masked ones to as many as any replica has; a
+    collective.
+    """
     rows = pack(samples, tokens_per_row=tokens_per_row)
     most = torch.tensor([len(rows)], dtype=torch.int64, device=parallel.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel.dp_group)
@@ -90,10 +96,12 @@ def to_device(row: MicroBatch, device: torch.device) -> MicroBatch:
 def recomputed_by_sample(
     dealt: DealtBatch, recomputed: Sequence[Sequence[torch.Tensor]]
 ) -> list[tuple[Sample, torch.Tensor]]:
-    """Each sample with its recomputed log-probs, [L] float32 aligned with its own tokens (0.0 for the first).
+    """Each sample with its recomputed log-probs, [L] float32 aligned with its own tokens (0.0 for
+    the first).
 
     Args:
-        recomputed: a [T] a row a mini-batch, aligned with the prediction, as `train_step` returns it.
+        recomputed: a [T] a row a mini-batch, aligned with the prediction, as `train_step` returns
+            it.
     """
     found = []
     for rows, row_samples, row_values in zip(

@@ -73,7 +73,9 @@ class TaskConfig:
 
     @property
     def source(self) -> str:
-        """What its prompts, their verifier and their metrics are called: the name, or the file's stem."""
+        """What its prompts, their verifier and their metrics are called: the name, or the file's
+        stem.
+        """
         return self.name or Path(self.path).stem
 
     def __post_init__(self) -> None:

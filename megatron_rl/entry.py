@@ -1,7 +1,8 @@
 """How `python -m megatron_rl.<command> CONFIG [key=value ...]` starts and ends on every rank.
 
-A rank dies with its torchrun agent, and ends at once on SIGINT or SIGTERM. An error that a user can mend is told once,
-by the first rank that meets it, in one line and in `<run_dir>/error.txt`; every other rank then just ends.
+A rank dies with its torchrun agent, and ends at once on SIGINT or SIGTERM. An error that a user can
+mend is told once, by the first rank that meets it, in one line and in `<run_dir>/error.txt`; every
+other rank then just ends.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def run_command(
 
 
 def _leave(code: int) -> None:
-    """End without waiting for the other ranks: they may stand in a collective that this one will never join."""
+    """End without waiting for the other ranks: they may stand in a collective that this one will
+    never join.
+    """
     from megatron_rl.lifetime import run_cleanups
 
     run_cleanups()
@@ -98,7 +101,9 @@ def _is_first(error_file: Path, message: str) -> bool:
 
 
 def _quiet_libraries() -> None:
-    """Only what concerns the user: libraries' notices about optional packages and future versions are not."""
+    """Only what concerns the user: libraries' notices about optional packages and future versions
+    are not.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", module=r"megatron\.")

@@ -1,4 +1,6 @@
-"""The errors that a user can meet. Each message says what was expected, what came, and where to change it."""
+"""The errors that a user can meet. Each message says what was expected, what came, and where to
+change it.
+"""
 
 
 class ConfigError(ValueError):
@@ -14,7 +16,9 @@ class EngineError(RuntimeError):
 
 
 class SyncError(RuntimeError):
-    """Weights that did not arrive whole in a rollout engine; the engine is poisoned until published to again."""
+    """Weights that did not arrive whole in a rollout engine; the engine is poisoned until published
+    to again.
+    """
 
 
 class DivergenceError(RuntimeError):

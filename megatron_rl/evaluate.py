@@ -10,7 +10,8 @@ from megatron_rl.records import Prompt, RolloutGroup, Score
 from megatron_rl.reward.score import Scorer
 from megatron_rl.rollout.client import RolloutClient, sampling_seed
 
-EVAL_STEP = -1  # evaluation's seeds do not depend on the step, so that two evaluations differ by the weights alone
+# evaluation's seeds do not depend on the step, so that two evaluations differ by the weights alone
+EVAL_STEP = -1
 
 
 def evaluate(
@@ -24,8 +25,9 @@ def evaluate(
     """Metrics of these prompts, to be reduced over the replicas that share the held-out set.
 
     Returns:
-        `eval/avg_at_<k>` (share of correct samples), `eval/pass_at_<k>` (share of prompts with a correct sample),
-        `eval/reward/mean`, `eval/format_rate/mean`, `eval/truncation_rate/mean`, `eval/failures`.
+        `eval/avg_at_<k>` (share of correct samples), `eval/pass_at_<k>` (share of prompts with a
+        correct sample), `eval/reward/mean`, `eval/format_rate/mean`, `eval/truncation_rate/mean`,
+        `eval/failures`.
     """
     groups = client.generate(
         prompts,

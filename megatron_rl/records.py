@@ -1,12 +1,13 @@
 """What travels between the stations of a step.
 
 Legend of shapes, used in every docstring of the package:
-`P` prompts, `G` samples a prompt (the group), `L` tokens of one sequence, `T` tokens of one packed row,
-`S` packed sequences in a row, `M` micro-batches, `V` vocabulary (the local shard where said), `H` hidden size.
+`P` prompts, `G` samples a prompt (the group), `L` tokens of one sequence, `T` tokens of one packed
+row, `S` packed sequences in a row, `M` micro-batches, `V` vocabulary (the local shard where said),
+`H` hidden size.
 
 Three policies, three names, never shortened:
-`rollout_logprobs` (the engine's, when it sampled), `recomputed_logprobs` (the learner's at the weights before the
-update), `policy_logprobs` (the learner's, under gradient).
+`rollout_logprobs` (the engine's, when it sampled), `recomputed_logprobs` (the learner's at the
+weights before the update), `policy_logprobs` (the learner's, under gradient).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ if TYPE_CHECKING:  # reward workers and the launcher read these records without 
 class Prompt:
     """One question, tokenized.
 
-    Example: `Prompt(index=17, source="chain_sum", text="4+3=", token_ids=(1, 23, 14, 22, 32), answer="7",
-    metadata={"difficulty": 1})`. `index` is the global position in the run's stream of prompts: sampling seeds
-    derive from it and never from a rank.
+    Example: `Prompt(index=17, source="chain_sum", text="4+3=", token_ids=(1, 23, 14, 22, 32),
+    answer="7", metadata={"difficulty": 1})`. `index` is the global position in the run's stream of
+    prompts: sampling seeds derive from it and never from a rank.
     """
 
     index: int
@@ -88,8 +89,9 @@ class RolloutGroup:
 class Score:
     """What a verifier said of one response.
 
-    Example: `Score(reward=1.0, is_formatted=True, failure=None)`; a verifier that ran out of time gives
-    `Score(reward=0.0, is_formatted=False, failure="timeout")`, which is counted apart and never passes for a wrong answer.
+    Example: `Score(reward=1.0, is_formatted=True, failure=None)`; a verifier that ran out of time
+    gives `Score(reward=0.0, is_formatted=False, failure="timeout")`, which is counted apart and
+    never passes for a wrong answer.
     """
 
     reward: float
@@ -101,7 +103,8 @@ class Score:
 class Sample:
     """One sequence on its way to the learner: a rollout, and what was made of its group's rewards.
 
-    Example: `Sample(prompt_index=17, sample_index=2, rollout=Rollout(...), reward=1.0, advantage=0.98)`.
+    Example: `Sample(prompt_index=17, sample_index=2, rollout=Rollout(...), reward=1.0,
+    advantage=0.98)`.
     """
 
     prompt_index: int
@@ -113,12 +116,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A packed row of a fixed token budget. Every `[T]` tensor is aligned with the *prediction*: position t of the row
-    predicts `labels[t]`, which is the sequence's next token; nothing is shifted later.
+    """A packed row of a fixed token budget. Every `[T]` tensor is aligned with the *prediction*:
+    position t of the row predicts `labels[t]`, which is the sequence's next token; nothing is
+    shifted later.
 
-    Example: the sequence (1, 32, 26, 2) with response (26, 2), padded to 4 of T=8: `tokens=[1,32,26,2,0,0,0,0]`,
-    `labels=[32,26,2,0,0,0,0,0]`, `loss_mask=[F,T,T,F,F,F,F,F]`, `positions=[0,1,2,3,0,1,2,3]`,
-    `cu_seqlens=[0,4]`, `cu_seqlens_padded=[0,4]`; the rest of the row is padding that belongs to no sequence.
+    Example: the sequence (1, 32, 26, 2) with response (26, 2), padded to 4 of T=8:
+    `tokens=[1,32,26,2,0,0,0,0]`, `labels=[32,26,2,0,0,0,0,0]`, `loss_mask=[F,T,T,F,F,F,F,F]`,
+    `positions=[0,1,2,3,0,1,2,3]`, `cu_seqlens=[0,4]`, `cu_seqlens_padded=[0,4]`; the rest of the
+    row is padding that belongs to no sequence.
     """
 
     tokens: torch.Tensor  # [T] int64
@@ -140,7 +145,8 @@ class TrainBatch:
     """This rank's share of a global batch, an optimizer step a mini-batch. In each mini-batch every
     data-parallel rank holds the same number of micro-batches, filled up with fully masked ones.
 
-    Example: one optimizer step on two rows: `TrainBatch(mini_batches=((MicroBatch(...), MicroBatch(...)),))`.
+    Example: one optimizer step on two rows: `TrainBatch(mini_batches=((MicroBatch(...),
+    MicroBatch(...)),))`.
     """
 
     mini_batches: tuple[tuple[MicroBatch, ...], ...]
@@ -150,7 +156,8 @@ class TrainBatch:
 class StepReport:
     """What one training step did, the same on every rank.
 
-    Example: `StepReport(step=12, dual_value=0.104, metrics={"discrepancy/mean": 0.0041, "learner/grad_norm": 0.7})`.
+    Example: `StepReport(step=12, dual_value=0.104, metrics={"discrepancy/mean": 0.0041,
+    "learner/grad_norm": 0.7})`.
     """
 
     step: int

@@ -1,7 +1,8 @@
-"""A run put together: engines, learner, prompts, scorer, publisher and recorder, each on the ranks that need it.
+"""A run put together: engines, learner, prompts, scorer, publisher and recorder, each on the ranks
+that need it.
 
-Everything that can be wrong with the settings, the data and the checkpoint is found before a process is started.
-Engines start first and load while the learner does.
+Everything that can be wrong with the settings, the data and the checkpoint is found before a
+process is started. Engines start first and load while the learner does.
 """
 
 from __future__ import annotations
@@ -211,7 +212,8 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
     context = config.rollout.max_model_len or geometry.max_position_embeddings
     if context > geometry.max_position_embeddings:
         raise ConfigError(
-            f"rollout.max_model_len: expected at most the model's {geometry.max_position_embeddings} "
+            "rollout.max_model_len: expected at most the model's "
+            f"{geometry.max_position_embeddings} "
             f"positions, got {context}"
         )
     limit = config.data.max_prompt_tokens or context - config.rollout.sampling.max_tokens

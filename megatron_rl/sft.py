@@ -1,7 +1,7 @@
 """`python -m megatron_rl.sft CONFIG [key=value ...]` under torchrun: supervised warm start.
 
-Pairs of prompt and response in, a Hugging Face checkpoint out, through the same learner as RL: the loss is the mean
-negative log-prob of the response's tokens over the global batch.
+Pairs of prompt and response in, a Hugging Face checkpoint out, through the same learner as RL: the
+loss is the mean negative log-prob of the response's tokens over the global batch.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def as_samples(pairs: Sequence[Pair], first_index: int) -> list[Sample]:
 
 
 def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
-    """One optimizer step on the mean negative log-prob of the kept tokens; metrics on every rank."""
+    """One optimizer step on the mean negative log-prob of the kept tokens; metrics on every "
+    "rank."""
 
     def row_loss(index: int, output: RowOutput) -> tuple[torch.Tensor, torch.Tensor, dict]:
         row = rows[index]

@@ -1,6 +1,6 @@
-"""What train.py does at each station, on the ranks that take part: rollout, reward, advantage, weight sync, evaluation,
-records. Groups, scores and advantages are held by the heads of the replicas, each its own prompts; elsewhere the lists
-are empty.
+"""What train.py does at each station, on the ranks that take part: rollout, reward, advantage,
+weight sync, evaluation, records. Groups, scores and advantages are held by the heads of the
+replicas, each its own prompts; elsewhere the lists are empty.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ def _recorded_groups(run: Run, start: int, count: int) -> tuple[Groups, Scores]:
     got = len(groups), len(groups[0].rollouts) if groups else 0
     if got != expected or groups[0].prompt.index != run.next_prompt:
         raise DataError(
-            f"replay={run.replay_dir}: expected step {run.step} to hold {expected[0]} prompts from prompt "
-            f"{run.next_prompt} on with {expected[1]} samples each (loop.prompts_per_step, loop.samples_per_prompt), "
+            f"replay={run.replay_dir}: expected step {run.step} to hold {expected[0]} prompts "
+            "from prompt "
+            f"{run.next_prompt} on with {expected[1]} samples each (loop.prompts_per_step, "
+            "loop.samples_per_prompt), "
             f"got {got[0]} with {got[1]}"
         )
     return groups[start : start + count], scores[start : start + count]
@@ -134,8 +136,7 @@ def _probe(run: Run) -> dict[str, float]:
     box: list[object] = [None]
     if run.parallel.rank == 0:
         prompts = run.stream.prompts(
-            0, 
-            len(run.addresses) * max(2, sync.probe_num_tokens // sampling.max_tokens)
+            0, len(run.addresses) * max(2, sync.probe_num_tokens // sampling.max_tokens)
         )
         groups = run.client.generate(
             prompts,
@@ -247,7 +248,9 @@ def write_metrics(
 
 
 def rollout_metrics(groups: Groups, scores: Scores) -> dict[str, Metric]:
-    """Reward, lengths, rates and policy versions of one replica's groups, to be reduced over the replicas."""
+    """Reward, lengths, rates and policy versions of one replica's groups, to be reduced over the
+    replicas.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     flat = [score for of_group in scores for score in of_group]
     lengths = [rollout.num_response_tokens for rollout in rollouts]

@@ -3,8 +3,8 @@
     prompt -> rollout -> reward -> advantage -> pack -> recomputed logprobs -> discrepancy -> loss
            -> optimizer step -> weight sync
 
-Every rank runs this loop. The heads of the replicas (first rank of TP x PP) ask the engines and score; global rank 0
-publishes weights and writes the records.
+Every rank runs this loop. The heads of the replicas (first rank of TP x PP) ask the engines and
+score; global rank 0 publishes weights and writes the records.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def train(config: Config, progress: Progress) -> None:
             parity = publish_weights(run)
             record_rollouts(run, groups, scores, advantages, dealt, recomputed)
             evaluation = evaluate_held_out(run) if should_evaluate(config, step) else {}
-            # Before the checkpoint: a step that is resumed after has its line, and loses it if it is done again.
+            # Before the checkpoint: a step that is resumed after has its line, and loses it if it
+            # is done again.
             write_metrics(run, report.metrics, parity, evaluation, groups=groups, scores=scores)
             if should_save(config, step):
                 with run.stations.time("checkpoint"):

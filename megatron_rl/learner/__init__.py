@@ -1,1 +1,3 @@
-"""The learner: Megatron-Core models, their log-probs, their optimizer steps, their weights and checkpoints."""
+"""The learner: Megatron-Core models, their log-probs, their optimizer steps, their weights and
+checkpoints.
+"""

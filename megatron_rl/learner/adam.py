@@ -1,9 +1,10 @@
 """AdamW that keeps its state as Transformer Engine's and apex's FusedAdam do.
 
-Where neither is installed, Megatron-Core falls back to torch's AdamW, whose per-parameter `step` its distributed
-checkpoints cannot hold (optimizer/distrib_optimizer.py looks for it in the parameter groups). This one counts steps in
-the group, so that a run without Transformer Engine saves, loads and reshards like any other. The arithmetic is
-torch's own functional AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+Where neither is installed, Megatron-Core falls back to torch's AdamW, whose per-parameter `step`
+its distributed checkpoints cannot hold (optimizer/distrib_optimizer.py looks for it in the
+parameter groups). This one counts steps in the group, so that a run without Transformer Engine
+saves, loads and reshards like any other. The arithmetic is torch's own functional AdamW (Loshchilov
+and Hutter, arXiv 1711.05101).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch.optim.adamw import adamw
 
 
 class FusedLayoutAdamW(torch.optim.Optimizer):
-    """`step` lives in the parameter group; the state of a parameter is `exp_avg` and `exp_avg_sq` alone."""
+    """`step` lives in the parameter group; the state of a parameter is `exp_avg` and `exp_avg_sq`
+    alone.
+    """
 
     def __init__(
         self,

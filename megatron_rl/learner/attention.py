@@ -1,10 +1,11 @@
 """Causal attention over packed rows, for machines where Transformer Engine's is not there.
 
-Megatron-Core's own `DotProductAttention` refuses packed sequences (transformer/dot_product_attention.py), so the layer
-spec is given this one: `query [T, heads, dim]`, `key` and `value [T, groups, dim]` and the borders of the sequences
-come in, `[T, heads x dim]` goes out, and no position sees another sequence. Sequences of similar length are stacked and
-handed to torch's scaled_dot_product_attention together; what a sequence gets does not depend on its neighbours, since
-padding stands behind it and attention is causal.
+Megatron-Core's own `DotProductAttention` refuses packed sequences
+(transformer/dot_product_attention.py), so the layer spec is given this one: `query [T, heads,
+dim]`, `key` and `value [T, groups, dim]` and the borders of the sequences come in, `[T, heads x
+dim]` goes out, and no position sees another sequence. Sequences of similar length are stacked and
+handed to torch's scaled_dot_product_attention together; what a sequence gets does not depend on its
+neighbours, since padding stands behind it and attention is causal.
 """
 
 from __future__ import annotations
@@ -23,16 +24,20 @@ WIDTH_STEP = 8  # lengths are rounded up to a multiple of this, so that few stac
 class StackPlan:
     """How the sequences of one packed row are stacked; made once a row, used by every layer.
 
-    Example: sequences of 3 and 5 positions at 0 and 3 of T=9: one stack of width 8, `gather=([0..2, 0.., 3..7, 3..],)`
-    of shape [2, 8]; `scatter` picks the 8 real positions out of the 16 and a zero for the row's last one.
+    Example: sequences of 3 and 5 positions at 0 and 3 of T=9: one stack of width 8, `gather=([0..2,
+    0.., 3..7, 3..],)` of shape [2, 8]; `scatter` picks the 8 real positions out of the 16 and a
+    zero for the row's last one.
     """
 
     gather: tuple[Tensor, ...]  # [n, width] int64 a stack: which row position stands where
-    scatter: Tensor  # [T] int64: where in the concatenated stacks (or behind them: zero) a row position stands
+    # [T] int64: where in the concatenated stacks (or behind them: zero) a row position stands
+    scatter: Tensor
 
 
 def plan_stacks(cu_seqlens: Tensor, cu_seqlens_padded: Tensor, num_tokens: int) -> StackPlan:
-    """The plan for a row of `num_tokens` whose sequences start at `cu_seqlens_padded` ([S+1] int32)."""
+    """The plan for a row of `num_tokens` whose sequences start at `cu_seqlens_padded` ([S+1]
+    int32).
+    """
     starts = cu_seqlens_padded[:-1].to(torch.int64)
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64)
     widths = (lengths + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
@@ -79,11 +84,14 @@ def packed_attention(
 
 
 def packed_attention_module() -> type:
-    """The class to give a Megatron layer spec as `core_attention`; made on demand, for it derives from Megatron's."""
+    """The class to give a Megatron layer spec as `core_attention`; made on demand, for it derives
+    from Megatron's.
+    """
     from megatron.core.transformer.module import MegatronModule
 
     class PackedAttention(MegatronModule):
-        """Takes the place of Megatron's DotProductAttention; needs `packed_seq_params.stack_plan`."""
+        """Takes the place of Megatron's DotProductAttention; needs "
+        "`packed_seq_params.stack_plan`."""
 
         def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
             super().__init__(config=config)

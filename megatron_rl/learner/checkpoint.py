@@ -1,9 +1,10 @@
 """[door: megatron] Save and load all that a run needs to go on as if it had never stopped.
 
-A checkpoint is a folder `checkpoints/step_000012`: Megatron's distributed checkpoint of model and optimizer (float32
-main weights and moments), which any other TP x PP x DP layout can read; `run_state.json` (step, lambda, schedule, data
-cursor); and every rank's random state. It is written under another name, synced to disk and renamed, and only then
-does the file `checkpoints/latest` name it: a kill at any moment leaves the previous checkpoint in force.
+A checkpoint is a folder `checkpoints/step_000012`: Megatron's distributed checkpoint of model and
+optimizer (float32 main weights and moments), which any other TP x PP x DP layout can read;
+`run_state.json` (step, lambda, schedule, data cursor); and every rank's random state. It is written
+under another name, synced to disk and renamed, and only then does the file `checkpoints/latest`
+name it: a kill at any moment leaves the previous checkpoint in force.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> dict[str, Any]:
-    """Load model, optimizer, schedule and random state, whatever layout saved them; returns the run state.
+    """Load model, optimizer, schedule and random state, whatever layout saved them; returns the run
+    state.
 
     Raises:
         DataError: a missing, truncated or foreign checkpoint.
@@ -133,8 +135,11 @@ def _write_parts(folder: Path, learner: Learner, run_state: dict[str, Any]) -> N
 
 
 def _results_stay_in_process() -> None:
-    """Megatron keeps the writers' results in a manager process of its own, which would outlive a killed rank
-    (dist_checkpointing/strategies/filesystem_async.py). A synchronous save needs no more than a queue."""
+    """Megatron keeps the writers' results in a manager process of its own, which would outlive a
+    killed rank
+    (dist_checkpointing/strategies/filesystem_async.py). A synchronous save needs no more than a
+    queue.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
@@ -155,7 +160,9 @@ def _random_state() -> dict[str, torch.Tensor]:
 
 
 def _load_random_state(folder: Path, learner: Learner) -> None:
-    """Nothing random decides a run's course (seeds derive from step and prompt), so another layout starts afresh."""
+    """Nothing random decides a run's course (seeds derive from step and prompt), so another layout
+    starts afresh.
+    """
     from megatron.core import tensor_parallel
 
     saved_world_size = json.loads((folder / STATE).read_text())["world_size"]

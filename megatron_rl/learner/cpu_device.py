@@ -1,8 +1,10 @@
-"""Megatron-Core on a machine without CUDA: every adaptation, and the place in Megatron-Core that needs it.
+"""Megatron-Core on a machine without CUDA: every adaptation, and the place in Megatron-Core that
+needs it.
 
-Megatron-Core asks for "the CUDA device" in a few dozen places and compares the names of tensor types; here the CPU
-answers. `run_on_cpu()` must come before the first import of `megatron.core`; it does nothing where a GPU is present.
-`SPOTS` is read by a test that fails when a pinned release no longer has such a place, so that nothing stays behind.
+Megatron-Core asks for "the CUDA device" in a few dozen places and compares the names of tensor
+types; here the CPU answers. `run_on_cpu()` must come before the first import of `megatron.core`; it
+does nothing where a GPU is present. `SPOTS` is read by a test that fails when a pinned release no
+longer has such a place, so that nothing stays behind.
 """
 
 from __future__ import annotations
@@ -152,7 +154,8 @@ def _moves_stay() -> None:
 
 
 def _type_names_of_cuda() -> None:
-    """The mixed-precision optimizers compare type names with `torch.cuda.FloatTensor` and the like."""
+    """The mixed-precision optimizers compare type names with `torch.cuda.FloatTensor` and the "
+    "like."""
     tensor_type = torch.Tensor.type
 
     def type_of(self: torch.Tensor, *positional: Any, **keywords: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Objects between data-parallel ranks: what each rank packs for another comes out there; nobody holds everything."""
+"""Objects between data-parallel ranks: what each rank packs for another comes out there; nobody
+holds everything.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Megatron shards to full Hugging Face tensors, one at a time, in layer order.
 
-Every rank of the first data-parallel replica iterates `full_tensors` in step: the shards of a tensor are gathered over
-TP on its pipeline stage and sent to global rank 0, which alone is given `(name, tensor)`. No rank ever holds more than
-one full tensor, and the other replicas take no part.
+Every rank of the first data-parallel replica iterates `full_tensors` in step: the shards of a
+tensor are gathered over TP on its pipeline stage and sent to global rank 0, which alone is given
+`(name, tensor)`. No rank ever holds more than one full tensor, and the other replicas take no part.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def tensor_shapes(geometry: Geometry) -> list[tuple[str, tuple[int, ...]]]:
 def full_tensors(
     model: torch.nn.Module, geometry: Geometry, parallel: Parallel
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `(Hugging Face name, full tensor)` on global rank 0, in the model's dtype; nothing on other ranks.
+    """Yield `(Hugging Face name, full tensor)` on global rank 0, in the model's dtype; nothing on
+    other ranks.
 
     A collective: every rank must run it to its end (`for _ in full_tensors(...): pass`).
     """
@@ -44,7 +45,7 @@ def full_tensors(
         return
     parameters = dict(model.named_parameters())
     dtype = next(iter(parameters.values())).dtype
-    names = {rule: name for rule, name in stage_tensors(geometry, parallel, parameters)}
+    names = dict(stage_tensors(geometry, parallel, parameters))
     for rule in tensor_rules(geometry):
         stage = rule.stage(geometry.num_layers, parallel.pp_size)
         parts = [None] * len(rule.hf_names)

@@ -1,7 +1,8 @@
-"""[door: megatron] A packed row through the model: what both the recomputation and the training step do first.
+"""[door: megatron] A packed row through the model: what both the recomputation and the training
+step do first.
 
-In comes a `MicroBatch`, out go the log-probs of its kept labels on the last pipeline stage. `run_schedule` drives
-Megatron's own forward-backward schedule with it, whatever the pipeline.
+In comes a `MicroBatch`, out go the log-probs of its kept labels on the last pipeline stage.
+`run_schedule` drives Megatron's own forward-backward schedule with it, whatever the pipeline.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class RowOutput:
 
 
 def packed_seq_params(row: MicroBatch) -> Any:
-    """The row's borders as Megatron's attention layers want them; the padding behind the last sequence is one more."""
+    """The row's borders as Megatron's attention layers want them; the padding behind the last
+    sequence is one more.
+    """
     from megatron.core.packed_seq_params import PackedSeqParams
 
     num_tokens = row.tokens.numel()
@@ -87,10 +90,12 @@ def run_schedule(
 
     Args:
         rows: this rank's micro-batches, the same number on every DP rank.
-        on_output: `(index of the row, logits [1, T, V / TP])`, called on the last stage. In training it returns
-            Megatron's `(sum, count, anything)`; with `forward_only` it returns anything.
+        on_output: `(index of the row, logits [1, T, V / TP])`, called on the last stage. In
+            training it returns Megatron's `(sum, count, anything)`; with `forward_only` it returns
+            anything.
     Returns:
-        What `on_output` returned (the third item in training), a row each, on the last stage; empty elsewhere.
+        What `on_output` returned (the third item in training), a row each, on the last stage; empty
+        elsewhere.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 

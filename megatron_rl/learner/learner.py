@@ -1,4 +1,5 @@
-"""[door: megatron] One rank of the learner: a model stage, its optimizer, and the passes over a batch.
+"""[door: megatron] One rank of the learner: a model stage, its optimizer, and the passes over a
+batch.
 
 `Learner` is what the loops in train.py and sft.py hold; what it does stands in the files beside it.
 """
@@ -58,7 +59,9 @@ class Learner:
         return self.optimizer.param_groups[0]["lr"]
 
     def recompute(self, rows: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """`recomputed_logprobs` at the present weights: on the last stage a [T] float32 a row, elsewhere nothing."""
+        """`recomputed_logprobs` at the present weights: on the last stage a [T] float32 a row,
+        elsewhere nothing.
+        """
         return recompute_logprobs(
             self.model,
             rows,
@@ -74,8 +77,8 @@ class Learner:
             rows: this rank's micro-batches; the same number on every DP rank.
             row_loss: called on the last stage for each row.
         Returns:
-            What `row_loss` handed back for each row (on the last stage; empty elsewhere), and the gradient's norm
-            before clipping.
+            What `row_loss` handed back for each row (on the last stage; empty elsewhere), and the
+            gradient's norm before clipping.
         Raises:
             DivergenceError: the gradient's norm is not finite (on every rank).
         """
@@ -112,5 +115,6 @@ class Learner:
         return tensor_shapes(self.geometry)
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Collective: the weights as Hugging Face tensors, on global rank 0; see learner/export.py."""
+        """Collective: the weights as Hugging Face tensors, on global rank 0; see "
+        "learner/export.py."""
         return full_tensors(self.model.module, self.geometry, self.parallel)

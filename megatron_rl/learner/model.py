@@ -1,7 +1,9 @@
-"""[door: megatron] A Megatron-Core GPT model from a Hugging Face config, with this rank's shard of the weights.
+"""[door: megatron] A Megatron-Core GPT model from a Hugging Face config, with this rank's shard of
+the weights.
 
-In come a checkpoint folder and this rank's place, out goes the model of this pipeline stage, in Megatron's own DDP.
-With a GPU and Transformer Engine the layers are Transformer Engine's, otherwise Megatron's own with packed attention.
+In come a checkpoint folder and this rank's place, out goes the model of this pipeline stage, in
+Megatron's own DDP. With a GPU and Transformer Engine the layers are Transformer Engine's, otherwise
+Megatron's own with packed attention.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def build_model(
     config: ModelConfig, geometry: Geometry, parallel: Parallel, *, use_distributed_optimizer: bool
 ) -> DistributedDataParallel:
-    """This rank's stage, loaded with the checkpoint's weights, in Megatron's DDP with float32 gradients.
+    """This rank's stage, loaded with the checkpoint's weights, in Megatron's DDP with float32
+    gradients.
 
     Raises:
         ConfigError: a layout or option that the model cannot have.
@@ -44,7 +47,8 @@ def build_model(
     transformer = transformer_config(geometry, parallel, DTYPES[config.dtype])
     model = build_gpt(geometry, parallel, transformer, config.path)
     load_weights(model, geometry, parallel, CheckpointReader(config.path))
-    # Not Megatron's Float16Module: it would widen the logits to float32, and logits keep their dtype here.
+    # Not Megatron's Float16Module: it would widen the logits to float32, and logits keep their
+    # dtype here.
     model.to(device=parallel.device, dtype=DTYPES[config.dtype])
     ddp = DistributedDataParallel(
         transformer,
@@ -143,7 +147,9 @@ def layer_spec(geometry: Geometry) -> object:
 
 
 def _use_hf_rope(model: GPTModel, model_path: str | Path) -> None:
-    """Take the inverse frequencies from transformers, so that every scaling means the same on both sides."""
+    """Take the inverse frequencies from transformers, so that every scaling means the same on both
+    sides.
+    """
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -156,12 +162,14 @@ def _use_hf_rope(model: GPTModel, model_path: str | Path) -> None:
         inverse, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
     model.rotary_pos_emb.inv_freq = inverse.to(model.rotary_pos_emb.inv_freq.device)
     if factor != 1.0:
-        # Megatron multiplies cosines and sines by 0.1 x ln(scale) + 1 of this attribute (yarn_rotary_pos_embedding.py)
+        # Megatron multiplies cosines and sines by 0.1 x ln(scale) + 1 of this attribute
+        # (yarn_rotary_pos_embedding.py)
         scale = rope["factor"]
         expected = 0.1 * torch.tensor(float(scale)).log().item() + 1.0
         if abs(factor - expected) > 1e-6:
             raise ConfigError(
-                f"model.path={model_path}: expected YaRN's attention factor {expected:.6f} for a scale of {scale}, "
+                f"model.path={model_path}: expected YaRN's attention factor {expected:.6f} for a "
+                f"scale of {scale}, "
                 f"got {factor:.6f}; the learner builds only the standard one"
             )
         model.config.yarn_rotary_scaling_factor = scale
@@ -170,13 +178,16 @@ def _use_hf_rope(model: GPTModel, model_path: str | Path) -> None:
 def load_weights(
     model: GPTModel, geometry: Geometry, parallel: Parallel, reader: CheckpointReader
 ) -> None:
-    """Read this rank's shard of every tensor of this stage; DataError where the checkpoint does not fit."""
+    """Read this rank's shard of every tensor of this stage; DataError where the checkpoint does not
+    fit.
+    """
     parameters = dict(model.named_parameters())
     for rule, name in stage_tensors(geometry, parallel, parameters):
         for hf_name, expected in zip(rule.hf_names, hf_shapes(rule, geometry), strict=True):
             if reader.shape(hf_name) != expected:
                 raise DataError(
-                    f"checkpoint tensor {hf_name}: expected shape {list(expected)} from config.json, got "
+                    f"checkpoint tensor {hf_name}: expected shape {list(expected)} from "
+                    "config.json, got "
                     f"{list(reader.shape(hf_name))}"
                 )
         shard = shard_from_hf(rule, geometry, reader.read, parallel.tp_rank, parallel.tp_size)

@@ -1,7 +1,8 @@
 """[door: megatron] Start the process groups and hand them out.
 
-In comes the layout of the config, out goes a `Parallel`: this rank's place and the groups that the rest of the learner
-is given explicitly. NCCL where there is a GPU, gloo otherwise, from the same code.
+In comes the layout of the config, out goes a `Parallel`: this rank's place and the groups that the
+rest of the learner is given explicitly. NCCL where there is a GPU, gloo otherwise, from the same
+code.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from megatron_rl.learner.cpu_device import is_cpu_run, run_on_cpu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """This rank's place in the layout. Example: rank 1 of 2 with TP=2: `tp_rank=1, pp_rank=0, dp_rank=0`."""
+    """This rank's place in the layout. Example: rank 1 of 2 with TP=2: `tp_rank=1, pp_rank=0,
+    dp_rank=0`.
+    """
 
     rank: int
     world_size: int
@@ -83,7 +86,9 @@ class Parallel:
         return box[0]
 
     def reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
-        """`(float64 tensor, "sum" | "max" | "min") -> reduced over the data-parallel ranks`, for metrics."""
+        """`(float64 tensor, "sum" | "max" | "min") -> reduced over the data-parallel ranks`, for
+        metrics.
+        """
         operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
         def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
@@ -104,8 +109,10 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     model_size = config.tensor * config.pipeline
     if world_size % model_size:
         raise ConfigError(
-            f"parallel: expected a world size that is a multiple of tensor x pipeline = {model_size}, got "
-            f"{world_size}; change parallel.tensor, parallel.pipeline or torchrun's --nproc_per_node"
+            "parallel: expected a world size that is a multiple of tensor x pipeline = "
+            f"{model_size}, got "
+            f"{world_size}; change parallel.tensor, parallel.pipeline or torchrun's "
+            "--nproc_per_node"
         )
     run_on_cpu()
     from megatron.core import parallel_state, tensor_parallel

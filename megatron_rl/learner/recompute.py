@@ -1,4 +1,6 @@
-"""A forward-only pass through Megatron's schedule: rows in, `recomputed_logprobs` out, at the weights as they are."""
+"""A forward-only pass through Megatron's schedule: rows in, `recomputed_logprobs` out, at the
+weights as they are.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def recompute_logprobs(
     """The learner's log-probs of every kept label.
 
     Returns:
-        On the last pipeline stage a [T] float32 a row, 0 where its loss mask is False; empty on other stages.
+        On the last pipeline stage a [T] float32 a row, 0 where its loss mask is False; empty on
+        other stages.
     """
     if not rows:
         return []

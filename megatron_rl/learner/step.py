@@ -1,12 +1,13 @@
-"""A batch in, new weights and a new lambda out: the RL update with the discrepancy under its constraint.
+"""A batch in, new weights and a new lambda out: the RL update with the discrepancy under its
+constraint.
 
 For every kept token, with lambda from before this step (design: DCMDP, arXiv 2606.08779):
 
     delta = |p_recomputed - p_rollout|,   A' = A - lambda * delta,   loss = clipped surrogate of A'
 
-then `lambda <- clip(lambda + eta * (mean delta - tolerance))` from the mean over the global batch. The sums are added
-over micro-batches and data-parallel ranks and sent from the last pipeline stage to the others, so that lambda is the
-same number on every rank.
+then `lambda <- clip(lambda + eta * (mean delta - tolerance))` from the mean over the global batch.
+The sums are added over micro-batches and data-parallel ranks and sent from the last pipeline stage
+to the others, so that lambda is the same number on every rank.
 """
 
 from __future__ import annotations
@@ -54,11 +55,14 @@ def train_step(
 
     Args:
         dual: lambda; stepped here, unless the constraint is off.
-        weight_version: of the learner's present weights, which the ages of the rollouts are counted from.
-        should_recompute: a forward pass of its own for `recomputed_logprobs`. With one mini-batch it can be saved:
-            the policy's log-probs before the first step are the same arithmetic and the same bits.
+        weight_version: of the learner's present weights, which the ages of the rollouts are counted
+            from.
+        should_recompute: a forward pass of its own for `recomputed_logprobs`. With one mini-batch
+            it can be saved: the policy's log-probs before the first step are the same arithmetic
+            and the same bits.
     Returns:
-        The report, the same on every rank; and `recomputed_logprobs`, a [T] a row a mini-batch, on the last stage.
+        The report, the same on every rank; and `recomputed_logprobs`, a [T] a row a mini-batch, on
+        the last stage.
     Raises:
         DivergenceError: a log-prob, the loss or the gradient's norm is not finite.
     """
@@ -135,7 +139,8 @@ class _RowLoss:
         )
         if not bool(torch.isfinite(total)):
             raise DivergenceError(
-                f"{self._place}, row {index}: expected a finite loss, got {total.item()}; worst token at position "
+                f"{self._place}, row {index}: expected a finite loss, got {total.item()}; worst "
+                "token at position "
                 f"{int(per_token.detach().abs().argmax())}; lower learner.optimizer.learning_rate"
             )
         metrics |= discrepancy_metrics(

@@ -10,23 +10,26 @@ from torch.utils.tensorboard import SummaryWriter
 # Custom Scalars page: category -> chart -> tags (regular expressions) drawn into it.
 LAYOUT = {
     "reward": {
-        "reward": ["Multiline", ["^reward/mean$", "^reward/[^/]+/mean$"]],
-        "evaluation": ["Multiline", ["^eval/.*"]],
+        "reward": ["Multiline", ["^reward/mean$", "^eval/reward/mean$"]],
+        "evaluation": ["Multiline", ["^eval/(avg|pass)_at_[0-9]+$"]],
+        "rates": ["Multiline", ["^reward/[^/]+_rate/mean$", "^rollout/truncation_rate/mean$"]],
+        "response tokens": ["Multiline", ["^rollout/response_tokens/.*"]],
     },
     "discrepancy and constraint": {
         "mean and tolerance": ["Multiline", ["^discrepancy/mean$", "^constraint/tolerance$"]],
         "quantiles and max": ["Multiline", ["^discrepancy/q[0-9.]+$", "^discrepancy/max$"]],
         "lambda": ["Multiline", ["^constraint/lambda$"]],
+        "by age": ["Multiline", ["^discrepancy/age_.*"]],
     },
     "learner": {
-        "loss": ["Multiline", ["^learner/loss.*"]],
+        "loss": ["Multiline", ["^loss/mean$"]],
         "gradient norm": ["Multiline", ["^learner/grad_norm$"]],
-        "clip fraction": ["Multiline", ["^learner/clip_fraction.*"]],
-        "entropy": ["Multiline", ["^learner/entropy.*"]],
+        "clip fraction": ["Multiline", ["^loss/clip_fraction.*"]],
+        "entropy": ["Multiline", ["^loss/entropy/mean$"]],
         "learning rate": ["Multiline", ["^learner/learning_rate$"]],
     },
     "speed": {
-        "tokens per second": ["Multiline", ["^speed/tokens_per_second.*"]],
+        "tokens per second": ["Multiline", ["^speed/tokens_per_second$"]],
         "seconds by station": ["Multiline", ["^speed/seconds/.*"]],
     },
 }

@@ -1,1 +1,3 @@
-"""Weights as names and shards: what Megatron calls a tensor, what Hugging Face calls it, and how it is cut."""
+"""Weights as names and shards: what Megatron calls a tensor, what Hugging Face calls it, and how it
+is cut.
+"""

@@ -1,8 +1,8 @@
 """The shape of a decoder, read from a Hugging Face `config.json`.
 
-In comes a checkpoint folder, out goes a `Geometry`: the numbers that the learner builds its layers from and that the
-naming table cuts tensors by. What a model has and this learner does not build is a ConfigError here, before anything
-is started.
+In comes a checkpoint folder, out goes a `Geometry`: the numbers that the learner builds its layers
+from and that the naming table cuts tensors by. What a model has and this learner does not build is
+a ConfigError here, before anything is started.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ PADDING_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this tim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """Example: `Geometry(model_type="qwen3", num_layers=4, hidden_size=128, ffn_hidden_size=384, num_heads=4,
-    num_query_groups=2, head_dim=32, vocab_size=128, max_position_embeddings=256, norm_epsilon=1e-6,
+    """Example: `Geometry(model_type="qwen3", num_layers=4, hidden_size=128, ffn_hidden_size=384,
+    num_heads=4, num_query_groups=2, head_dim=32, vocab_size=128, max_position_embeddings=256,
+    norm_epsilon=1e-6,
     has_qk_norm=True, has_qkv_bias=False, is_tied=False, rope_theta=10000.0, ...)`."""
 
     model_type: str
@@ -41,7 +42,9 @@ class Geometry:
     has_rope_scaling: bool
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """V rounded up to a multiple of 128 x TP, as Megatron does; the columns from V on are never sampled."""
+        """V rounded up to a multiple of 128 x TP, as Megatron does; the columns from V on are never
+        sampled.
+        """
         multiple = PADDING_MULTIPLE * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
@@ -54,12 +57,14 @@ class Geometry:
         ):
             if count % tensor_parallel:
                 raise ConfigError(
-                    f"parallel.tensor={tensor_parallel} does not divide the model's {count} {what}: expected a "
+                    f"parallel.tensor={tensor_parallel} does not divide the model's {count} "
+                    f"{what}: expected a "
                     f"divisor of {count}; change parallel.tensor"
                 )
         if self.num_layers % pipeline_parallel:
             raise ConfigError(
-                f"parallel.pipeline={pipeline_parallel} does not divide the model's {self.num_layers} layers: "
+                f"parallel.pipeline={pipeline_parallel} does not divide the model's "
+                f"{self.num_layers} layers: "
                 f"expected a divisor of {self.num_layers}; change parallel.pipeline"
             )
 
@@ -75,7 +80,8 @@ def read_geometry(model_path: str | Path) -> Geometry:
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(
-            f"model.path={model_path}: expected model_type one of {', '.join(SUPPORTED_MODEL_TYPES)}, "
+            f"model.path={model_path}: expected model_type one of "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}, "
             f"got {model_type!r} in config.json"
         )
     _check_supported(raw, model_path)
@@ -114,7 +120,9 @@ def read_hf_config(model_path: str | Path) -> dict[str, Any]:
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """Rope settings in transformers' present form, from that form or the older `rope_scaling` and `rope_theta`."""
+    """Rope settings in transformers' present form, from that form or the older `rope_scaling` and
+    `rope_theta`.
+    """
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
@@ -135,5 +143,6 @@ def _check_supported(raw: dict[str, Any], model_path: str | Path) -> None:
     for key, is_unsupported in unsupported.items():
         if is_unsupported:
             raise ConfigError(
-                f"model.path={model_path}: config.json has {key}={raw.get(key)!r}, which the learner does not build"
+                f"model.path={model_path}: config.json has {key}={raw.get(key)!r}, which the "
+                "learner does not build"
             )

@@ -1,7 +1,8 @@
-"""Read and write Hugging Face checkpoints: `config.json`, the tokenizer's files, (sharded) safetensors.
+"""Read and write Hugging Face checkpoints: `config.json`, the tokenizer's files, (sharded)
+safetensors.
 
-Reading is by slice, so that a rank loads no more than its own shard. Nothing is unpickled, and a shard index that
-points outside the checkpoint's folder is refused.
+Reading is by slice, so that a rank loads no more than its own shard. Nothing is unpickled, and a
+shard index that points outside the checkpoint's folder is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SINGLE_NAME = "model.safetensors"
 
 
 class CheckpointReader:
-    """Slices of the tensors of a checkpoint folder; files are opened when first needed and kept open.
+    """Slices of the tensors of a checkpoint folder; files are opened when first needed and kept
+    open.
 
     Raises:
         DataError: a missing or truncated file, or an index that does not hold what it should.
@@ -39,10 +41,12 @@ class CheckpointReader:
         return list(self._file_of)
 
     def read(self, name: str, dimension: int | None, start: int, stop: int) -> torch.Tensor:
-        """Rows (`dimension` 0) or columns (1) `start` to `stop` of a tensor, or all of it (None)."""
+        """Rows (`dimension` 0) or columns (1) `start` to `stop` of a tensor, or all of it "
+        "(None)."""
         if name not in self._file_of:
             raise DataError(
-                f"{self._folder}: expected a tensor named {name}, got none of that name in the checkpoint"
+                f"{self._folder}: expected a tensor named {name}, got none of that name in the "
+                "checkpoint"
             )
         path = self._file_of[name]
         try:
@@ -64,7 +68,8 @@ class CheckpointReader:
         """Full shape of a tensor."""
         if name not in self._file_of:
             raise DataError(
-                f"{self._folder}: expected a tensor named {name}, got none of that name in the checkpoint"
+                f"{self._folder}: expected a tensor named {name}, got none of that name in the "
+                "checkpoint"
             )
         return tuple(self._opened(self._file_of[name]).get_slice(name).get_shape())
 
@@ -117,12 +122,15 @@ def write_checkpoint(
     like: str | Path,
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write a Hugging Face checkpoint: tensors as they come, in shards, and every small file of `like`.
+    """Write a Hugging Face checkpoint: tensors as they come, in shards, and every small file of
+    `like`.
 
-    The folder appears whole or not at all: it is written beside its place and moved there at the end.
+    The folder appears whole or not at all: it is written beside its place and moved there at the
+    end.
 
     Args:
-        tensors: full tensors, in the order in which they shall stand; kept on the CPU until their shard is full.
+        tensors: full tensors, in the order in which they shall stand; kept on the CPU until their
+            shard is full.
         like: the checkpoint whose config and tokenizer are copied.
     """
     folder = Path(folder)

@@ -1,13 +1,15 @@
 """Megatron's tensors and Hugging Face's: one table, read in both directions.
 
-A Megatron tensor is made of one or more Hugging Face tensors, each cut along one dimension for tensor parallelism:
+A Megatron tensor is made of one or more Hugging Face tensors, each cut along one dimension for
+tensor parallelism:
 
-- `linear_qkv` holds, for each query group, that group's query heads, its key head and its value head;
+- `linear_qkv` holds, for each query group, that group's query heads, its key head and its value
+head;
 - `linear_fc1` holds the gate's rows, then the up projection's;
 - the embedding and the output layer are padded with zero rows up to 128 x TP.
 
-`shard_from_hf` cuts what one TP rank needs (reading no more than that); `hf_from_shard` is its inverse on one shard.
-Pure: names and tensors, no process group, no Megatron.
+`shard_from_hf` cuts what one TP rank needs (reading no more than that); `hf_from_shard` is its
+inverse on one shard. Pure: names and tensors, no process group, no Megatron.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ SliceReader = Callable[
 class TensorRule:
     """One Megatron tensor and what it is made of.
 
-    Example: `TensorRule(kind="qkv", hf_names=("...q_proj.weight", "...k_proj.weight", "...v_proj.weight"),
-    megatron_names=("decoder.layers.0.self_attention.linear_qkv.weight",), layer=0)`. `layer` is None outside the
-    decoder layers. `megatron_names` lists every name that a Megatron layer spec may use for it.
+    Example: `TensorRule(kind="qkv", hf_names=("...q_proj.weight", "...k_proj.weight",
+    "...v_proj.weight"), megatron_names=("decoder.layers.0.self_attention.linear_qkv.weight",),
+    layer=0)`. `layer` is None outside the decoder layers. `megatron_names` lists every name that a
+    Megatron layer spec may use for it.
     """
 
     kind: Kind
@@ -51,7 +54,9 @@ class TensorRule:
 
 
 def tensor_rules(geometry: Geometry) -> list[TensorRule]:
-    """Every tensor of the model in layer order: embedding, layers, final norm, output layer (none when tied)."""
+    """Every tensor of the model in layer order: embedding, layers, final norm, output layer (none
+    when tied).
+    """
     rules = [
         TensorRule(
             kind="vocab",
@@ -97,7 +102,8 @@ def _layer_rules(geometry: Geometry, layer: int) -> list[TensorRule]:
         )
 
     rules = [
-        # Megatron's own layers keep the norm apart; Transformer Engine's fuse it into the linear layer that follows.
+        # Megatron's own layers keep the norm apart; Transformer Engine's fuse it into the linear
+        # layer that follows.
         rule(
             "replicated",
             ["input_layernorm.weight"],
@@ -132,7 +138,9 @@ def _layer_rules(geometry: Geometry, layer: int) -> list[TensorRule]:
 
 
 def cut_dimension(kind: Kind) -> int | None:
-    """The dimension of the *Hugging Face* tensors along which TP cuts; None where every rank holds all."""
+    """The dimension of the *Hugging Face* tensors along which TP cuts; None where every rank holds
+    all.
+    """
     return {"replicated": None, "row": 1}.get(kind, 0)
 
 
@@ -178,9 +186,11 @@ def shard_from_hf(
 
 
 def hf_from_shard(rule: TensorRule, geometry: Geometry, shard: torch.Tensor) -> list[torch.Tensor]:
-    """This shard's part of each of the rule's Hugging Face tensors, in the order of `rule.hf_names`.
+    """This shard's part of each of the rule's Hugging Face tensors, in the order of
+    `rule.hf_names`.
 
-    The parts of all TP ranks, concatenated along `cut_dimension` and cut to the true vocabulary, are the full tensors.
+    The parts of all TP ranks, concatenated along `cut_dimension` and cut to the true vocabulary,
+    are the full tensors.
     """
     if rule.kind == "qkv":
         return _split_qkv(shard, geometry)
@@ -213,7 +223,9 @@ def _read_vocab_shard(
 
 
 def _interleave_qkv(parts: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tensor:
-    """[q rows], [k rows], [v rows] -> per query group: its query heads, its key head, its value head."""
+    """[q rows], [k rows], [v rows] -> per query group: its query heads, its key head, its value
+    head.
+    """
     query, key, value = parts
     rest = query.shape[1:]
     groups = key.shape[0] // geometry.head_dim

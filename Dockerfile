@@ -1,0 +1,21 @@
+# The GPU profile: CUDA, Python 3.12, the `gpu` extra. NOT built or tried by this project's own
+# checks, which run on machines without a GPU; the CPU profile is tools/bootstrap.sh.
+#   docker build -t megatron_rl .
+#   docker run --gpus all --ipc host --rm -it -v "$PWD/runs:/workspace/runs" megatron_rl \
+#       launch/torchrun.sh megatron_rl.train configs/CONFIG.yaml
+# --ipc host: weights go from the learners to a vLLM server of the same host through shared memory.
+FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
+
+RUN apt-get update && apt-get install --yes --no-install-recommends \
+        python3.12 python3.12-dev python3.12-venv build-essential git ninja-build \
+    && rm -rf /var/lib/apt/lists/*
+
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:/usr/local/cuda/bin:$PATH CUDA_HOME=/usr/local/cuda
+RUN python3.12 -m venv /opt/venv
+
+WORKDIR /workspace
+# setup.py decides on CUDA_HOME, not on a visible GPU. Torch first: Transformer Engine and this
+# package are built against it.
+RUN pip install --no-cache-dir "setuptools>=77,<81" wheel ninja packaging torch==2.13.0
+COPY . .
+RUN pip install --no-cache-dir --no-build-isolation ".[gpu,test]"

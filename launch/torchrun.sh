@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Starts the learner ranks of one node:
+#   launch/torchrun.sh megatron_rl.train configs/quickstart.yaml loop.num_steps=50
+#   NPROC=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh megatron_rl.train CONFIG
+# NPROC         ranks on this node; default: one per GPU, or 2 where there is none
+# NNODES        nodes; default 1, and then nothing listens beyond this host
+# NODE_RANK     of this node; MASTER_ADDR and MASTER_PORT name the first one; RDZV_ID the run
+# OMP_NUM_THREADS   default: this node's cores shared by the ranks, at most 8
+set -euo pipefail
+
+num_gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
+num_ranks="${NPROC:-$((num_gpus > 0 ? num_gpus : 2))}"
+num_threads=$(($(nproc) / num_ranks))
+num_threads=$((num_threads < 1 ? 1 : num_threads > 8 ? 8 : num_threads))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$num_threads}"
+
+rendezvous=(--standalone)
+if [ "${NNODES:-1}" -gt 1 ]; then
+    : "${MASTER_ADDR:?expected the first node of NNODES=$NNODES}"
+    rendezvous=(
+        --nnodes "$NNODES" --node_rank "${NODE_RANK:?expected 0 to NNODES-1}"
+        --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}"
+        --rdzv_id "${RDZV_ID:-megatron_rl}"
+    )
+fi
+exec torchrun "${rendezvous[@]}" --nproc_per_node "$num_ranks" -m "$@"
