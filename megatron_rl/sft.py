@@ -100,8 +100,7 @@ def as_samples(pairs: Sequence[Pair], first_index: int) -> list[Sample]:
 
 
 def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
-    """One optimizer step on the mean negative log-prob of the kept tokens; metrics on every "
-    "rank."""
+    """One optimizer step on the mean negative log-prob of the kept tokens; its metrics."""
 
     def row_loss(index: int, output: RowOutput) -> tuple[torch.Tensor, torch.Tensor, dict]:
         row = rows[index]

@@ -90,8 +90,7 @@ def packed_attention_module() -> type:
     from megatron.core.transformer.module import MegatronModule
 
     class PackedAttention(MegatronModule):
-        """Takes the place of Megatron's DotProductAttention; needs "
-        "`packed_seq_params.stack_plan`."""
+        """In place of Megatron's DotProductAttention; needs `packed_seq_params.stack_plan`."""
 
         def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
             super().__init__(config=config)

@@ -154,8 +154,7 @@ def _moves_stay() -> None:
 
 
 def _type_names_of_cuda() -> None:
-    """The mixed-precision optimizers compare type names with `torch.cuda.FloatTensor` and the "
-    "like."""
+    """The mixed-precision optimizers compare type names with `torch.cuda.FloatTensor`."""
     tensor_type = torch.Tensor.type
 
     def type_of(self: torch.Tensor, *positional: Any, **keywords: Any) -> Any:

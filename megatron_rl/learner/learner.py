@@ -115,6 +115,5 @@ class Learner:
         return tensor_shapes(self.geometry)
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Collective: the weights as Hugging Face tensors, on global rank 0; see "
-        "learner/export.py."""
+        """The weights as Hugging Face tensors, on global rank 0; a collective (export.py)."""
         return full_tensors(self.model.module, self.geometry, self.parallel)

@@ -20,10 +20,13 @@ PADDING_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this tim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """Example: `Geometry(model_type="qwen3", num_layers=4, hidden_size=128, ffn_hidden_size=384,
+    """What the layers are built from.
+
+    Example: `Geometry(model_type="qwen3", num_layers=4, hidden_size=128, ffn_hidden_size=384,
     num_heads=4, num_query_groups=2, head_dim=32, vocab_size=128, max_position_embeddings=256,
-    norm_epsilon=1e-6,
-    has_qk_norm=True, has_qkv_bias=False, is_tied=False, rope_theta=10000.0, ...)`."""
+    norm_epsilon=1e-6, has_qk_norm=True, has_qkv_bias=False, is_tied=False, rope_theta=10000.0,
+    has_rope_scaling=False)`.
+    """
 
     model_type: str
     num_layers: int

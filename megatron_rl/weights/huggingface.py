@@ -41,8 +41,7 @@ class CheckpointReader:
         return list(self._file_of)
 
     def read(self, name: str, dimension: int | None, start: int, stop: int) -> torch.Tensor:
-        """Rows (`dimension` 0) or columns (1) `start` to `stop` of a tensor, or all of it "
-        "(None)."""
+        """Rows (`dimension` 0) or columns (1) from `start` to `stop`; None reads all."""
         if name not in self._file_of:
             raise DataError(
                 f"{self._folder}: expected a tensor named {name}, got none of that name in the "
