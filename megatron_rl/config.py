@@ -13,27 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_rl.errors import ConfigError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    names = f"{', '.join(choices[:-1])} or {choices[-1]}"
-    _require(value in choices, f"{key}: expected {names}, got {value!r}")
-
-
-def _at_least(bound: float, /, **values: float) -> None:
-    for key, value in values.items():
-        _require(value >= bound, f"{key}: expected at least {bound:g}, got {value:g}")
-
-
-def _above_zero(**values: float) -> None:
-    for key, value in values.items():
-        _require(value > 0, f"{key}: expected above 0, got {value:g}")
+from megatron_rl.config_rules import above_zero, at_least, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +22,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the learner: float32, bfloat16 (main weights stay float32)
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +32,8 @@ class ParallelConfig:
     timeout_seconds: float = 600.0  # of every collective
 
     def __post_init__(self) -> None:
-        _at_least(1, tensor=self.tensor, pipeline=self.pipeline)
-        _above_zero(timeout_seconds=self.timeout_seconds)
+        at_least(1, tensor=self.tensor, pipeline=self.pipeline)
+        above_zero(timeout_seconds=self.timeout_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +59,16 @@ class TaskConfig:
         return self.name or Path(self.path).stem
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.name or self.path),
             "name: expected a reasoning-gym task, or a label with path, got neither",
         )
-        _above_zero(weight=self.weight)
-        _require(
+        above_zero(weight=self.weight)
+        require(
             "{prompt}" in self.template,
             f"template: expected a text with {{prompt}} in it, got {self.template!r}",
         )
-        _require(
+        require(
             self.verifier in ("auto", "reasoning_gym", "exact", "numeric", "math_verify")
             or ":" in self.verifier,
             "verifier: expected auto, reasoning_gym, exact, numeric, math_verify or "
@@ -107,15 +87,15 @@ class DataConfig:
     chat_template: str = "auto"  # auto: where the tokenizer has one; never; always
 
     def __post_init__(self) -> None:
-        _one_of("chat_template", self.chat_template, ("auto", "never", "always"))
-        _at_least(
+        one_of("chat_template", self.chat_template, ("auto", "never", "always"))
+        at_least(
             0,
             seed=self.seed,
             held_out_seed=self.held_out_seed,
             num_held_out=self.num_held_out,
             max_prompt_tokens=self.max_prompt_tokens,
         )
-        _require(
+        require(
             self.held_out_seed != self.seed,
             f"held_out_seed: expected another seed than data.seed, got {self.held_out_seed}",
         )
@@ -129,8 +109,8 @@ class RewardConfig:
     truncated_reward: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least(1, num_workers=self.num_workers)
-        _above_zero(timeout_seconds=self.timeout_seconds)
+        at_least(1, num_workers=self.num_workers)
+        above_zero(timeout_seconds=self.timeout_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +122,11 @@ class SamplingConfig:
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
-        _above_zero(temperature=self.temperature)
-        _at_least(1, max_tokens=self.max_tokens)
-        _require(0 < self.top_p <= 1, f"top_p: expected in (0, 1], got {self.top_p:g}")
-        _require(self.top_k >= 0, f"top_k: expected 0 (off) or more, got {self.top_k}")
-        _require(0 <= self.min_p < 1, f"min_p: expected in [0, 1), got {self.min_p:g}")
+        above_zero(temperature=self.temperature)
+        at_least(1, max_tokens=self.max_tokens)
+        require(0 < self.top_p <= 1, f"top_p: expected in (0, 1], got {self.top_p:g}")
+        require(self.top_k >= 0, f"top_k: expected 0 (off) or more, got {self.top_k}")
+        require(0 <= self.min_p < 1, f"min_p: expected in [0, 1), got {self.min_p:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,34 +150,34 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.urls) != (self.num_engines > 0) and self.num_engines >= 0,
             "num_engines: expected 1 or more and no urls, or 0 with urls of running servers, "
             f"got num_engines={self.num_engines} and {len(self.urls)} urls",
         )
-        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        _at_least(
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        at_least(
             0,
             max_model_len=self.max_model_len,
             num_threads=self.num_threads,
             max_retries=self.max_retries,
         )
-        _at_least(1, max_num_seqs=self.max_num_seqs, max_in_flight=self.max_in_flight)
-        _above_zero(
+        at_least(1, max_num_seqs=self.max_num_seqs, max_in_flight=self.max_in_flight)
+        above_zero(
             kv_cache_gib=self.kv_cache_gib,
             startup_timeout_seconds=self.startup_timeout_seconds,
             request_timeout_seconds=self.request_timeout_seconds,
         )
-        _require(
+        require(
             0 < self.gpu_memory_utilization <= 1,
             f"gpu_memory_utilization: expected in (0, 1], got {self.gpu_memory_utilization:g}",
         )
-        _require(
+        require(
             self.port == 0 or 1024 <= self.port <= 65536 - self.num_engines,
             "port: expected 0 (free ones) or a first port from 1024 that leaves room for "
             f"{self.num_engines} below 65536, got {self.port}",
         )
-        _require(
+        require(
             self.max_model_len == 0 or self.sampling.max_tokens < self.max_model_len,
             f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
             f"got {self.sampling.max_tokens}",
@@ -217,12 +197,12 @@ class ConstraintConfig:
     maximum: float = 10.0
 
     def __post_init__(self) -> None:
-        _at_least(0, learning_rate=self.learning_rate, minimum=self.minimum)
-        _require(
+        at_least(0, learning_rate=self.learning_rate, minimum=self.minimum)
+        require(
             0 <= self.tolerance <= 1,
             f"tolerance: expected a difference of probabilities in [0, 1], got {self.tolerance:g}",
         )
-        _require(
+        require(
             self.minimum <= self.initial <= self.maximum,
             f"initial: expected from minimum={self.minimum:g} to maximum={self.maximum:g}, "
             f"got {self.initial:g}",
@@ -239,10 +219,10 @@ class ObjectiveConfig:
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
 
     def __post_init__(self) -> None:
-        _one_of("normalize", self.normalize, ("token_mean", "sequence_mean"))
-        _require(0 <= self.clip_low < 1, f"clip_low: expected in [0, 1), got {self.clip_low:g}")
-        _at_least(0, clip_high=self.clip_high)
-        _above_zero(advantage_epsilon=self.advantage_epsilon)
+        one_of("normalize", self.normalize, ("token_mean", "sequence_mean"))
+        require(0 <= self.clip_low < 1, f"clip_low: expected in [0, 1), got {self.clip_low:g}")
+        at_least(0, clip_high=self.clip_high)
+        above_zero(advantage_epsilon=self.advantage_epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,16 +237,16 @@ class OptimizerConfig:
     distributed: bool = False  # Megatron's distributed optimizer: states sharded over DP
 
     def __post_init__(self) -> None:
-        _one_of("decay", self.decay, ("constant", "linear", "cosine"))
-        _at_least(
+        one_of("decay", self.decay, ("constant", "linear", "cosine"))
+        at_least(
             0,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             clip_grad=self.clip_grad,
             warmup_steps=self.warmup_steps,
         )
-        _above_zero(epsilon=self.epsilon)
-        _require(
+        above_zero(epsilon=self.epsilon)
+        require(
             all(0 <= beta < 1 for beta in self.betas),
             f"betas: expected two numbers in [0, 1), got {list(self.betas)}",
         )
@@ -281,8 +261,8 @@ class LearnerConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        _one_of("recompute", self.recompute, ("auto", "always"))
-        _at_least(
+        one_of("recompute", self.recompute, ("auto", "always"))
+        at_least(
             1,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             mini_batches_per_step=self.mini_batches_per_step,
@@ -299,8 +279,8 @@ class SyncConfig:
     probe_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        _above_zero(bucket_mib=self.bucket_mib, timeout_seconds=self.timeout_seconds)
-        _at_least(0, probe_num_tokens=self.probe_num_tokens, probe_tolerance=self.probe_tolerance)
+        above_zero(bucket_mib=self.bucket_mib, timeout_seconds=self.timeout_seconds)
+        at_least(0, probe_num_tokens=self.probe_num_tokens, probe_tolerance=self.probe_tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,8 +292,8 @@ class EvalConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
 
     def __post_init__(self) -> None:
-        _at_least(0, every=self.every)
-        _at_least(1, num_samples=self.num_samples)
+        at_least(0, every=self.every)
+        at_least(1, num_samples=self.num_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +303,8 @@ class CheckpointConfig:
     save_hf: bool = True  # the final weights also as a Hugging Face checkpoint
 
     def __post_init__(self) -> None:
-        _at_least(0, every=self.every)
-        _at_least(1, keep=self.keep)
+        at_least(0, every=self.every)
+        at_least(1, keep=self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,9 +315,9 @@ class LoopConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(0, num_steps=self.num_steps, seed=self.seed)
-        _at_least(1, prompts_per_step=self.prompts_per_step)
-        _at_least(2, samples_per_prompt=self.samples_per_prompt)  # a group of 1 has no advantage
+        at_least(0, num_steps=self.num_steps, seed=self.seed)
+        at_least(1, prompts_per_step=self.prompts_per_step)
+        at_least(2, samples_per_prompt=self.samples_per_prompt)  # a group of 1 has no advantage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,12 +335,13 @@ class WarmStartConfig:
     output: str = ""  # of the Hugging Face checkpoint; "": <run_dir>/warm_start/checkpoint
     decay: str = "cosine"  # constant, linear, cosine (over warm_start.num_steps)
     log_every: int = 10  # steps between lines of metrics
+    stop_loss: float = 0.0  # end once the mean loss of 20 steps is at most this; 0: never
 
     def __post_init__(self) -> None:
-        _at_least(0, num_steps=self.num_steps, warmup_steps=self.warmup_steps)
-        _at_least(0, learning_rate=self.learning_rate)
-        _at_least(1, sequences_per_step=self.sequences_per_step, log_every=self.log_every)
-        _one_of("decay", self.decay, ("constant", "linear", "cosine"))
+        at_least(0, num_steps=self.num_steps, warmup_steps=self.warmup_steps)
+        at_least(0, learning_rate=self.learning_rate, stop_loss=self.stop_loss)
+        at_least(1, sequences_per_step=self.sequences_per_step, log_every=self.log_every)
+        one_of("decay", self.decay, ("constant", "linear", "cosine"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,23 +365,23 @@ class Config:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
     def __post_init__(self) -> None:
-        _require(bool(self.run_dir), "run_dir: expected a folder, got an empty text")
-        _require(bool(self.resume), "resume: expected auto, never or a folder, got an empty text")
+        require(bool(self.run_dir), "run_dir: expected a folder, got an empty text")
+        require(bool(self.resume), "resume: expected auto, never or a folder, got an empty text")
         sequences = self.loop.prompts_per_step * self.loop.samples_per_prompt
-        _require(
+        require(
             self.learner.mini_batches_per_step <= sequences,
             f"learner.mini_batches_per_step: expected at most the {sequences} sequences of a step "
             f"(loop), got {self.learner.mini_batches_per_step}",
         )
         longest = self.rollout.sampling.max_tokens + max(self.data.max_prompt_tokens, 1)
-        _require(
+        require(
             longest <= self.learner.tokens_per_micro_batch,
             "learner.tokens_per_micro_batch: expected room for the longest prompt and response, "
             f"{longest} tokens (data.max_prompt_tokens, rollout.sampling.max_tokens), "
             f"got {self.learner.tokens_per_micro_batch}",
         )
         optimizer = self.learner.optimizer
-        _require(
+        require(
             optimizer.decay == "constant" or optimizer.warmup_steps < max(self.loop.num_steps, 1),
             "learner.optimizer.warmup_steps: expected below loop.num_steps="
             f"{self.loop.num_steps} with decay={optimizer.decay}, got {optimizer.warmup_steps}",

@@ -228,12 +228,15 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
 def checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint that `resume` names: none, the run's latest, or a given folder."""
     if config.resume == "never":
+        if latest_checkpoint(Path(config.run_dir) / "checkpoints"):
+            raise ConfigError(
+                f"resume=never: expected a run_dir without checkpoints, got {config.run_dir}, which "
+                "has some; choose another run_dir, or delete this one"
+            )
         return None
     if config.resume == "auto":
         return latest_checkpoint(Path(config.run_dir) / "checkpoints")
     folder = Path(config.resume)
     if not folder.is_dir():
-        raise DataError(
-            f"resume: expected auto, never or a checkpoint folder, got {folder}, which is none"
-        )
+        raise DataError(f"resume: expected auto, never or a checkpoint folder, got {folder}")
     return folder

@@ -7,6 +7,7 @@ loss is the mean negative log-prob of the response's tokens over the global batc
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from megatron_rl.observe.recorder import Recorder
 from megatron_rl.records import MicroBatch, Rollout, Sample
 from megatron_rl.weights.geometry import read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader, write_checkpoint
+
+NUM_RECENT_LOSSES = 20  # whose mean decides on `warm_start.stop_loss`
 
 
 def warm_start(config: Config, progress: Progress) -> None:
@@ -52,6 +55,7 @@ def warm_start(config: Config, progress: Progress) -> None:
         num_updates=settings.num_steps,
     )
     recorder = Recorder(folder, rank=parallel.rank, num_steps=settings.num_steps, last_step=-1)
+    recent_losses: deque[float] = deque(maxlen=NUM_RECENT_LOSSES)
     with recorder:
         for step in range(1, settings.num_steps + 1):
             progress.describe = lambda step=step: f"in step {step} of the warm start"
@@ -61,8 +65,15 @@ def warm_start(config: Config, progress: Progress) -> None:
             samples = as_samples(stream.pairs(first + start, stop - start), first + start)
             rows = pack_rows(samples, parallel, config.learner.tokens_per_micro_batch)
             metrics = learn(learner, rows)
-            if step % settings.log_every == 0 or step == settings.num_steps:
+            recent_losses.append(metrics["loss/mean"])
+            # The same number on every rank, so that all of them stop at the same step.
+            mean_loss = sum(recent_losses) / len(recent_losses)
+            is_full = len(recent_losses) == NUM_RECENT_LOSSES
+            is_last = step == settings.num_steps or (is_full and mean_loss <= settings.stop_loss)
+            if step % settings.log_every == 0 or is_last:
                 recorder.write(step, metrics)
+            if is_last:
+                break
     tensors = learner.full_tensors()
     if parallel.rank == 0:
         output = Path(settings.output or folder / "checkpoint")

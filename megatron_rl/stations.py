@@ -230,12 +230,16 @@ def record_rollouts(
 
 
 def write_metrics(
-    run: Run, *known: Mapping[str, float], groups: Groups = (), scores: Scores = ()
+    run: Run,
+    *known: Mapping[str, float],
+    groups: Groups = (),
+    scores: Scores = (),
+    advantages: Advantages = (),
 ) -> None:
     """One line of metrics for the step: what is known already, and the rollouts' own figures."""
     if not run.parallel.is_replica_head:
         return
-    metrics = reduce(rollout_metrics(groups, scores), run.parallel.reducer())
+    metrics = reduce(rollout_metrics(groups, scores, advantages), run.parallel.reducer())
     for each in known:
         metrics |= each
     seconds = run.stations.take()
@@ -247,7 +251,7 @@ def write_metrics(
     run.recorder.write(run.step, metrics)
 
 
-def rollout_metrics(groups: Groups, scores: Scores) -> dict[str, Metric]:
+def rollout_metrics(groups: Groups, scores: Scores, advantages: Advantages) -> dict[str, Metric]:
     """Reward, lengths, rates and policy versions of one replica's groups, to be reduced over the
     replicas.
     """
@@ -260,6 +264,7 @@ def rollout_metrics(groups: Groups, scores: Scores) -> dict[str, Metric]:
         "reward/format_rate/mean": _mean([score.is_formatted for score in flat]),
         "reward/failure_rate/mean": _mean([score.failure is not None for score in flat]),
         "reward/groups_with_signal/mean": _mean(has_signal),
+        "advantage/abs/mean": _mean([abs(value) for each in advantages for value in each]),
         "rollout/response_tokens/mean": _mean(lengths),
         "rollout/response_tokens/max": Max(max(lengths, default=float("-inf"))),
         "rollout/truncation_rate/mean": _mean([is_truncated(each) for each in rollouts]),

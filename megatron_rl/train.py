@@ -62,7 +62,15 @@ def train(config: Config, progress: Progress) -> None:
             evaluation = evaluate_held_out(run) if should_evaluate(config, step) else {}
             # Before the checkpoint: a step that is resumed after has its line, and loses it if it
             # is done again.
-            write_metrics(run, report.metrics, parity, evaluation, groups=groups, scores=scores)
+            write_metrics(
+                run,
+                report.metrics,
+                parity,
+                evaluation,
+                groups=groups,
+                scores=scores,
+                advantages=advantages,
+            )
             if should_save(config, step):
                 with run.stations.time("checkpoint"):
                     run.save()

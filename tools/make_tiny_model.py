@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 VOCAB_SIZE = 128
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tie-embeddings", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    disable_progress_bar()
     try:
         num_parameters = write_model(options.out, options)
     except FileExistsError as error:

@@ -80,6 +80,8 @@ def use_fused_layout() -> None:
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.Adam = FusedLayoutAdamW
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-        # The state has apex's layout from here on, and the distributed optimizer must read it so.
+        # The state has apex's layout from here on, and the distributed optimizer, which takes no
+        # other class than its own Adam, must read it so.
+        distrib_optimizer.Adam = FusedLayoutAdamW
         distrib_optimizer.HAVE_APEX_OR_TE = True
         distrib_optimizer.USING_APEX_OPTIMIZER = True

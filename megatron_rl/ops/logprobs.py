@@ -16,34 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_rl.errors import ConfigError, DataError, DivergenceError
-from megatron_rl.ops.vocab_parallel import (
-    VocabShard,
-    all_reduce_max,
-    all_reduce_sum,
-    vocab_shard,
-)
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.ops.row_softmax import PartialStatistics, write_logits_gradient
+from megatron_rl.ops.vocab_parallel import VocabShard, all_reduce_sum, vocab_shard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Elements worked on at once: what a CPU core's cache holds, and small temporaries on a GPU.
-CPU_CHUNK_ELEMENTS = 2**18
-GPU_CHUNK_ELEMENTS = 2**26
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RowStatistics:
-    """What the backward pass needs of every row, the same on every rank."""
-
-    maximum: torch.Tensor  # [N] float32, of y over the vocabulary
-    total: torch.Tensor  # [N] float64, sum exp(y - maximum)
-    logprobs: torch.Tensor  # [N] float64, of the labels
-    entropy: torch.Tensor | None  # [N] float64
 
 
 def token_logprobs(
@@ -163,7 +145,7 @@ def _from_logits(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, temperature, shard, group, has_entropy):
-        partial = _PartialStatistics(logits.shape[0], logits.device, has_entropy)
+        partial = PartialStatistics(logits.shape[0], logits.device, has_entropy)
         partial.add(slice(0, logits.shape[0]), logits, labels, temperature, shard)
         rows = partial.join(group)
         ctx.save_for_backward(logits, labels, rows.maximum, rows.total, rows.logprobs)
@@ -177,7 +159,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, _grad_entropy):
         logits, labels, maximum, total, logprobs = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        _write_logits_gradient(
+        write_logits_gradient(
             grad_logits,
             logits,
             labels,
@@ -194,7 +176,7 @@ class _TokenLogprobs(torch.autograd.Function):
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, temperature, shard, group, chunk_size):
-        partial = _PartialStatistics(hidden.shape[0], hidden.device, has_entropy=False)
+        partial = PartialStatistics(hidden.shape[0], hidden.device, has_entropy=False)
         for rows, padded_hidden in _row_tiles(hidden, chunk_size):
             logits = (padded_hidden @ weight.T)[: rows.stop - rows.start]
             partial.add(rows, logits, labels[rows], temperature, shard)
@@ -215,7 +197,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         for rows, padded_hidden in _row_tiles(hidden, ctx.chunk_size):
             logits = padded_hidden @ weight.T
             num_rows = rows.stop - rows.start
-            _write_logits_gradient(
+            write_logits_gradient(
                 logits[:num_rows],
                 logits[:num_rows],
                 labels[rows],
@@ -231,143 +213,6 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             grad_weight += logits.T @ padded_hidden
         all_reduce_sum(grad_hidden, ctx.group)
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), *([None] * 5)
-
-
-class _PartialStatistics:
-    """Maximum and sums of this rank's columns, filled by chunks, joined over ranks once."""
-
-    def __init__(self, num_rows: int, device: torch.device, has_entropy: bool) -> None:
-        self.has_entropy = has_entropy
-        self.maximum = torch.full((num_rows,), -math.inf, dtype=torch.float32, device=device)
-        # sum e, y[label], and for the entropy sum e * z, with z = y - maximum and e = exp(z).
-        self.sums = torch.zeros(
-            3 if has_entropy else 2, num_rows, dtype=torch.float64, device=device
-        )
-
-    def add(
-        self,
-        rows: slice,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        temperature: float,
-        shard: VocabShard,
-    ) -> None:
-        """Take in logits [n, V] and labels [n], which are the rows `rows` of the whole."""
-        if shard.width == 0 or logits.shape[0] == 0:
-            return
-        maximum, sums = self.maximum[rows], self.sums[:, rows]
-        column, is_local = shard.locate(labels)
-        label_logits = logits.gather(1, column[:, None])[:, 0].float()
-        if temperature != 1.0:
-            label_logits /= _divisor(temperature, logits.device)
-        sums[1] = torch.where(is_local, label_logits, 0.0)
-        chunks = _row_chunks(logits.shape[0], shard.width, logits.device)
-        work, *weighted = _scratch(chunks, shard.width, logits.device, 1 + self.has_entropy)
-        for chunk in chunks:
-            z = _scaled(logits[chunk, : shard.width], temperature, work)
-            torch.amax(z, dim=1, out=maximum[chunk])
-            # A shard may hold -inf only: measured against 0 its sum is a sound 0.
-            z -= torch.where(maximum[chunk].isneginf(), 0.0, maximum[chunk])[:, None]
-            if self.has_entropy:
-                z.clamp_(min=-150.0)  # exp of it is 0, and 0 * z stays 0, which 0 * -inf is not
-                e = torch.exp(z, out=weighted[0][: z.shape[0]])
-                sums[0, chunk] = e.sum(dim=1).double()
-                sums[2, chunk] = e.mul_(z).sum(dim=1).double()
-            else:
-                sums[0, chunk] = z.exp_().sum(dim=1).double()
-
-    def join(self, group: ProcessGroup | None) -> _RowStatistics:
-        """Two all-reduces, unconditional; then every rank finishes the same numbers in float64."""
-        local = self.maximum
-        # A broken row is +inf from here on, so that every rank sees it and none waits for another.
-        local = torch.where(local.isnan(), math.inf, local)
-        maximum = all_reduce_max(local.clone(), group)
-        is_broken = maximum.isinf()
-        if maximum.device.type == "cpu" and bool(is_broken.any()):
-            row = int(is_broken.int().argmax())
-            found = "nothing but -inf" if maximum[row] < 0 else "NaN or +inf"
-            raise DivergenceError(
-                f"logits of row {row}: expected numbers and -inf, with at least one number, got "
-                f"{found} ({int(is_broken.sum())} of {maximum.numel()} rows are broken); "
-                "look for NaN in the weights and the hidden states"
-            )
-        is_empty = local.isneginf()
-        shift = torch.where(is_empty, 0.0, local.double() - maximum.double())
-        scale = torch.where(is_empty, 0.0, shift.exp())
-        if self.has_entropy:
-            self.sums[2] = scale * (self.sums[2] + shift * self.sums[0])
-        self.sums[0] *= scale
-        sums = all_reduce_sum(self.sums, group)
-        total, label_logits = sums[0], sums[1]
-        log_total = total.log()
-        logprobs = (label_logits - maximum.double() - log_total).clamp(max=0.0)
-        logprobs = torch.where(is_broken, math.nan, logprobs)
-        entropy = (log_total - sums[2] / total).clamp(min=0.0) if self.has_entropy else None
-        return _RowStatistics(maximum=maximum, total=total, logprobs=logprobs, entropy=entropy)
-
-
-def _write_logits_gradient(
-    grad_logits: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    grad_logprobs: torch.Tensor,
-    maximum: torch.Tensor,
-    total: torch.Tensor,
-    logprobs: torch.Tensor,
-    temperature: float,
-    shard: VocabShard,
-) -> None:
-    """Fill grad_logits [N, V] with `(onehot - softmax) * grad / temperature`.
-
-    It may be `logits` itself, which is then written over.
-    """
-    if logits.shape[0] == 0:
-        return
-    scaled = grad_logprobs.double() / temperature
-    # 0 - ... gives +0, not -0, where the incoming gradient is 0.
-    factor = (0.0 - scaled / total).float()[:, None]
-    # The label's own column, g * (1 - p), is rounded to the logits' dtype once, as the others are.
-    at_label = (scaled * (1.0 - logprobs.exp()) + 0.0).to(grad_logits.dtype)[:, None]
-    column, is_local = shard.locate(labels)
-    chunks = _row_chunks(logits.shape[0], shard.width, logits.device)
-    (work,) = _scratch(chunks, shard.width, logits.device, 1)
-    for chunk in chunks:
-        target = grad_logits[chunk]
-        p = _scaled(logits[chunk, : shard.width], temperature, work)
-        p.sub_(maximum[chunk, None]).exp_().mul_(factor[chunk])
-        target[:, : shard.width] = p
-        target[:, shard.width :] = 0.0
-        kept = target.gather(1, column[chunk, None])
-        target.scatter_(
-            1,
-            column[chunk, None],
-            torch.where(is_local[chunk, None], at_label[chunk], kept),
-        )
-
-
-def _divisor(temperature: float, device: torch.device) -> torch.Tensor:
-    # A tensor on the device: by a Python number, CUDA multiplies with its rounded reciprocal.
-    return torch.full((), temperature, dtype=torch.float32, device=device)
-
-
-def _scaled(logits: torch.Tensor, temperature: float, work: torch.Tensor) -> torch.Tensor:
-    """`logits / temperature` in float32, in the first rows of `work`."""
-    y = work[: logits.shape[0]].copy_(logits)
-    return y if temperature == 1.0 else y.div_(_divisor(temperature, logits.device))
-
-
-def _row_chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
-    elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    step = max(1, elements // max(width, 1))
-    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
-
-
-def _scratch(
-    chunks: list[slice], width: int, device: torch.device, num_buffers: int
-) -> list[torch.Tensor]:
-    """Buffers of one chunk, used again and again: fresh ones made a CPU pass three times slower."""
-    num_rows = chunks[0].stop - chunks[0].start
-    return [torch.empty(num_rows, width, device=device) for _ in range(num_buffers)]
 
 
 def _row_tiles(hidden: torch.Tensor, chunk_size: int) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -1,8 +1,8 @@
 """`python -m megatron_rl.rollout.guard COMMAND ...`: run a server that cannot outlive the run.
 
 In: a command, and as stdin a pipe whose other end the starting process holds. Out: the command's
-output on the guard's own stdout and stderr, and its exit code (128 + signal where a signal ended
-it).
+output on the guard's own stdout and stderr, and its exit code: 128 + signal where a signal ended
+it, 0 where the guard was told to end it, 1 where EngineCore died.
 
 The guard kills everything below it when the pipe closes, when its parent changes (the pipe may
 live on in forked children of a killed rank), on SIGTERM or SIGINT, when the command ends, or when
@@ -58,6 +58,8 @@ def main(command: list[str]) -> int:
             # The server notices too, but only after seconds in which every request fails.
             print("guard: the EngineCore process died, ending its server", file=sys.stderr)
             server.kill()
+            end_descendants(server)
+            return 1
     end_descendants(server)
     return server.returncode if server.returncode >= 0 else 128 - server.returncode
 

@@ -92,8 +92,8 @@ class Engine:
             ended = f"ended by {signal.Signals(code - 128).name}"
         else:
             ended = f"exited with code {code}"
-        when = "while serving" if self._is_ready else "before it was ready"
-        raise EngineError(f"{self._name}: {ended} {when}{self._reason()}\n{self._tail()}")
+        when = "while serving" if self._is_ready else f"before it was ready{self._reason()}"
+        raise EngineError(f"{self._name}: {ended} {when}\n{self._tail()}")
 
     def wait_ready(self) -> None:
         """Return when the server answers behind its token.
@@ -149,13 +149,14 @@ class Engine:
         return f"last lines of {self.log_path}:\n" + "\n".join(lines[-TAIL_LINES:])
 
     def _reason(self) -> str:
-        """The first error of the log: what vLLM means when it ends with "see root cause above"."""
+        """The error that ended a start; vLLM's own last one only points to it."""
         lines = [LOG_PREFIX.sub("", line) for line in self._log_lines()]
+        reason = ""
         for line, next_line in zip(lines, [*lines[1:], ""]):
-            if REASON.match(line):
+            if REASON.match(line) and "root cause above" not in line:
                 # pydantic says in the next line what is wrong
-                return f": {line}{next_line.rstrip() if next_line.startswith('  ') else ''}"
-        return ""
+                reason = f": {line}{next_line.rstrip() if next_line.startswith('  ') else ''}"
+        return reason
 
     def _log_lines(self) -> list[str]:
         with open(self.log_path, "rb") as log:
@@ -243,6 +244,9 @@ def _command(
         # the host's memory be free.
         cache_bytes = int(config.kv_cache_gib * 2**30)
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(cache_bytes)]
+        # After half a prompt vLLM turns a seeded generator back, which a CPU generator cannot do:
+        # the engine dies (vllm/v1/worker/gpu_model_runner.py, `gen.set_offset`).
+        command += ["--no-enable-chunked-prefill"]
     return command + list(config.extra_args)
 
 

@@ -14,6 +14,7 @@ from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
 
 MAX_REASON_CHARACTERS = 600  # of an engine's answer, in our own error
+ABANDON_SECONDS = 5.0  # an error is already on its way to the user
 
 
 class EngineControl:
@@ -60,7 +61,11 @@ class EngineControl:
     def abandon(self, reason: str) -> None:
         """End an update that will not be finished; the engine answers with the failure it is."""
         try:
-            self._client.post("/update_weights", json={"update_info": {"abandon": reason}})
+            self._client.post(
+                "/update_weights",
+                json={"update_info": {"abandon": reason}},
+                timeout=min(self._timeout_seconds, ABANDON_SECONDS),
+            )
         except httpx.HTTPError:
             return  # it is gone, or hangs: what was to be said to it is moot
 

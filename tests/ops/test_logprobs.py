@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import ConfigError, DataError, DivergenceError
-from megatron_rl.ops import logprobs as module
+from megatron_rl.ops import row_softmax
 from megatron_rl.ops.logprobs import (
     linear_token_logprobs,
     token_logprobs,
@@ -60,9 +60,29 @@ def test_chunks_change_no_bit(monkeypatch, elements):
         return logprobs.detach(), entropy, leaf.grad
 
     expected = run()
-    monkeypatch.setattr(module, "CPU_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(row_softmax, "CPU_CHUNK_ELEMENTS", elements)
     for got, wanted in zip(run(), expected):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("vocab", [70000, 151936])
+def test_company_and_threads_change_no_bit(vocab):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, vocab), torch.randint(vocab, (7,))
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = torch.stack(token_logprobs_and_entropy(logits, labels))
+        alone = [
+            torch.stack(token_logprobs_and_entropy(logits[i : i + 1], labels[i : i + 1]))
+            for i in range(7)
+        ]
+        torch.set_num_threads(1)
+        single = torch.stack(token_logprobs_and_entropy(logits, labels))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.equal(together, torch.cat(alone, dim=1))
+    assert torch.equal(together, single)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

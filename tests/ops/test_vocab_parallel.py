@@ -133,3 +133,18 @@ def _broken(rank, what):
 def test_every_rank_raises_what_one_of_them_holds(what, row):
     messages = run_ranks(_broken, 2, what)
     assert all(row in message for message in messages), messages
+
+
+def _no_rows(rank):
+    logits = torch.zeros(0, 8, requires_grad=True)
+    labels = torch.zeros(0, dtype=torch.int64)
+    group = distributed.group.WORLD
+    logprobs, entropy = token_logprobs_and_entropy(logits, labels, group=group)
+    hidden, weight = torch.zeros(0, 3, requires_grad=True), torch.ones(8, 3, requires_grad=True)
+    linear = linear_token_logprobs(hidden, weight, labels, group=group)
+    (logprobs.sum() + linear.sum()).backward()
+    return logprobs.shape, entropy.shape, weight.grad.sum().item()
+
+
+def test_no_rows_on_any_rank():
+    assert run_ranks(_no_rows, 2) == [((0,), (0,), 0.0)] * 2

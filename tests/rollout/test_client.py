@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def test_truncating_settings_reach_the_sampler(engine: Engine) -> None:
 
 def test_a_prompt_longer_than_the_context_is_one_clear_error(engine: Engine) -> None:
     long = prompt(5, [1] * 300)
-    with pytest.raises(EngineError, match=r"prompt 5: status 400.*context length"):
+    with pytest.raises(EngineError, match=r"prompt 5: status 400.*maximum model length of 256"):
         client_of(engine).generate([long], SAMPLING, num_samples=1, seeds=[0])
 
 
@@ -116,7 +117,7 @@ def test_seeds_leave_room_for_samples() -> None:
         taken = {(seed + sample) % 2**32 for seed in seeds for sample in (0, MAX_SAMPLES - 1)}
         assert len(taken) == 2 * len(seeds)
         rows = sorted(low)
-        assert all(b - a >= MAX_SAMPLES for a, b in zip(rows, rows[1:]))
+        assert all(b - a >= MAX_SAMPLES for a, b in pairwise(rows))
     assert sampling_seed(11, 0, 5) == sampling_seed(11, 0, 5)
     assert len({sampling_seed(run, step, 5) for run in range(9) for step in range(9)}) == 81
 

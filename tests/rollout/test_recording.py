@@ -32,7 +32,7 @@ def group(index: int, num_samples: int = 3) -> tuple[RolloutGroup, tuple[Score, 
         metadata={"difficulty": {"digits": 2}, "list": [1, 2.5, None]},
     )
     rollouts = []
-    for sample in range(num_samples):
+    for _ in range(num_samples):
         length = chance.randrange(1, 6)
         float32 = torch.tensor([-chance.random() for _ in range(length)]).tolist()
         rollouts.append(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -213,6 +215,29 @@ def test_a_bad_model_folder_gives_vllm_s_reason(tmp_path: Path) -> None:
     first_line = str(caught.value).splitlines()[0]
     assert "exited with code 1 before it was ready" in first_line
     assert f"Invalid repository ID or local directory specified: '{model}'" in first_line
+
+
+def test_a_truncated_checkpoint_gives_engine_core_s_reason(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    with open(model / "model.safetensors", "r+b") as weights:
+        weights.truncate(9000)
+    config = RolloutConfig(**SMALL)
+    [engine] = start_engines(
+        config,
+        model_path=str(model),
+        log_dir=tmp_path,
+        token="t",
+        seed=0,
+        update_timeout_seconds=60.0,
+        weight_backend=None,  # which reads the checkpoint too, and would say so first
+    )
+    with engine, pytest.raises(EngineError) as caught:
+        engine.wait_ready()
+    first_line = str(caught.value).splitlines()[0]
+    assert re.search(r"exited with code 1 before it was ready: .*SafetensorError", first_line)
 
 
 def test_a_start_that_takes_too_long_is_ended(tiny_checkpoint: Path, tmp_path: Path) -> None:

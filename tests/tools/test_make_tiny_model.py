@@ -22,7 +22,7 @@ def make(out: Path, *options: str) -> subprocess.CompletedProcess:
 def checkpoint(tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny") / "model"
     result = make(out)
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
     return out, result.stdout
 
 

@@ -1,0 +1,231 @@
+"""What the ranks of the parity tests do: every model in every layout of this world size.
+
+    torchrun --nproc_per_node N -m tests.learner.parity_ranks FOLDER
+
+Megatron's groups are taken down and made anew between layouts, so that one start serves them all.
+Rank 0 writes `FOLDER/<model>.<case>.pt`: the learner's log-probs by sequence, the exported weights
+before and after one recorded training step, its gradients under Hugging Face names, and a digest of
+every shard, by which copies are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.data.packing import deal, fill, pack, plan_rows
+from megatron_rl.learner.export import full_tensors
+from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.model import stage_tensors
+from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
+from megatron_rl.learner.step import train_step
+from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.records import MicroBatch, Rollout, Sample, TrainBatch
+from megatron_rl.weights.geometry import read_geometry
+
+TOKENS_PER_ROW = 384
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout of one world size, and how its rows are packed."""
+
+    name: str
+    world_size: int
+    tensor: int = 1
+    pipeline: int = 1
+    is_packed: bool = True
+    is_distributed: bool = False  # the optimizer
+    dtype: str = "float32"
+    models: tuple[str, ...] = ()  # none: all of them
+
+
+CASES = (
+    Case(name="tp1", world_size=1),
+    Case(name="tp1_unpacked", world_size=1, is_packed=False),
+    Case(name="tp2", world_size=2, tensor=2),
+    Case(name="tp2_unpacked", world_size=2, tensor=2, is_packed=False),
+    Case(name="pp2", world_size=2, pipeline=2),
+    Case(name="pp2_unpacked", world_size=2, pipeline=2, is_packed=False),
+    Case(name="dp2", world_size=2),
+    Case(name="dp2_unpacked", world_size=2, is_packed=False),
+    Case(name="dp2_distributed", world_size=2, is_distributed=True),
+    Case(name="tp2_pp2", world_size=4, tensor=2, pipeline=2),
+    Case(name="tp2_pp2_unpacked", world_size=4, tensor=2, pipeline=2, is_packed=False),
+    Case(name="tp2_dp2", world_size=4, tensor=2, models=("qwen3", "qwen2_tied")),
+    Case(name="pp2_dp2", world_size=4, pipeline=2, models=("qwen3", "qwen2_tied")),
+)
+BFLOAT16_CASES = (
+    Case(name="bf16_tp2", world_size=2, tensor=2, dtype="bfloat16"),
+    Case(name="bf16_dp2_distributed", world_size=2, is_distributed=True, dtype="bfloat16"),
+)
+
+
+def recorded_samples(batch: dict[str, Any], *, is_every_token_kept: bool) -> list[Sample]:
+    """The recorded batch as the loop would hand it over."""
+    samples = []
+    for number, sequence in enumerate(batch["sequences"]):
+        length = len(sequence)
+        prompt_length = 1 if is_every_token_kept else batch["prompt_lengths"][number]
+        rollout = Rollout(
+            token_ids=tuple(sequence.tolist()),
+            loss_mask=tuple(position >= prompt_length for position in range(length)),
+            rollout_logprobs=tuple(batch["rollout_logprobs"][number].tolist()),
+            weight_versions=tuple(0 if at >= prompt_length else -1 for at in range(length)),
+            finish_reason="stop",
+            text="",
+        )
+        samples.append(
+            Sample(
+                prompt_index=number,
+                sample_index=0,
+                rollout=rollout,
+                reward=0.0,
+                advantage=batch["advantages"][number],
+            )
+        )
+    return samples
+
+
+def rows_of_rank(
+    samples: list[Sample], case: Case, parallel: Parallel
+) -> tuple[list[MicroBatch], list[list[Sample]]]:
+    """This rank's rows, filled up to as many as any rank has, and what stands in each."""
+    shares = deal([len(sample.rollout.token_ids) for sample in samples], parallel.dp_size)
+    planned = []
+    for share in shares:
+        if case.is_packed:
+            mine = [samples[index] for index in share]
+            rows = plan_rows(mine, tokens_per_row=TOKENS_PER_ROW)
+            planned.append([[mine[index] for index in row] for row in rows])
+        else:
+            planned.append([[samples[index]] for index in share])
+    held = planned[parallel.dp_rank]
+    rows = [pack(row, tokens_per_row=TOKENS_PER_ROW)[0] for row in held]
+    return fill(rows, max(len(each) for each in planned), TOKENS_PER_ROW), held
+
+
+def logprobs_by_sequence(
+    learner: Learner, rows: list[MicroBatch], held: list[list[Sample]]
+) -> dict[int, torch.Tensor]:
+    """Recomputed log-probs of this rank's sequences, [L-1]; nothing before the last stage."""
+    found = {}
+    for row, samples, values in zip(rows, held, learner.recompute(rows)):
+        for start, sample in zip(row.cu_seqlens_padded.tolist(), samples):
+            length = len(sample.rollout.token_ids)
+            found[sample.prompt_index] = values[start : start + length - 1].clone()
+    return found
+
+
+def shard_digests(learner: Learner, attribute: str) -> list[tuple[str, int | None, str]]:
+    """(Hugging Face name, TP rank or None for a copy, digest) of each of this rank's shards."""
+    parameters = dict(learner.model.module.named_parameters())
+    digests = []
+    for rule, name in stage_tensors(learner.geometry, learner.parallel, parameters):
+        tensor = getattr(parameters[name], attribute).detach().float().contiguous()
+        digest = hashlib.sha1(tensor.numpy().tobytes()).hexdigest()
+        tp_rank = None if rule.kind == "replicated" else learner.parallel.tp_rank
+        digests.append((rule.hf_names[0], tp_rank, digest))
+    return digests
+
+
+class _Gradients:
+    """Main gradients in the place of the weights, for the same export."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._model.named_parameters():
+            yield name, parameter.main_grad
+
+
+def exported(model: Any, learner: Learner) -> dict[str, torch.Tensor]:
+    tensors = full_tensors(model, learner.geometry, learner.parallel)
+    return {name: tensor.clone() for name, tensor in tensors}
+
+
+def main_weights_dtypes(learner: Learner) -> set[str]:
+    """Of the tensors that the optimizer steps."""
+    groups = learner.optimizer.param_groups
+    return {str(parameter.dtype) for group in groups for parameter in group["params"]}
+
+
+def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> dict[str, Any]:
+    """One model in one layout: recompute, export, one recorded step, export again."""
+    batch = torch.load(folder / f"{model_name}.pt")
+    path = folder / model_name
+    learner = Learner(
+        ModelConfig(path=str(path), dtype=case.dtype),
+        OptimizerConfig(learning_rate=LEARNING_RATE, distributed=case.is_distributed),
+        read_geometry(path),
+        parallel,
+        num_updates=1,
+    )
+    outcome: dict[str, Any] = {"names": learner.tensor_shapes()}
+    every_token = recorded_samples(batch, is_every_token_kept=True)
+    logprobs = logprobs_by_sequence(learner, *rows_of_rank(every_token, case, parallel))
+    outcome["weights_before"] = exported(learner.model.module, learner)
+    recorded = recorded_samples(batch, is_every_token_kept=False)
+    rows, _ = rows_of_rank(recorded, case, parallel)
+    report, _ = train_step(
+        learner,
+        TrainBatch(mini_batches=(tuple(rows),)),
+        DualVariable(
+            value=0.1, learning_rate=1.0, tolerance=0.0037, minimum=0.0, maximum=10.0
+        ),
+        ObjectiveConfig(),
+        step=1,
+        weight_version=0,
+        should_recompute=False,
+    )
+    outcome["grad_norm"] = report.metrics["learner/grad_norm"]
+    outcome["metrics"] = report.metrics
+    digests = {"weights": shard_digests(learner, "data")}
+    if not case.is_distributed:  # else a rank holds the sum of its own piece alone
+        outcome["gradients"] = exported(_Gradients(learner.model.module), learner)
+        digests["gradients"] = shard_digests(learner, "main_grad")
+    outcome["weights_after"] = exported(learner.model.module, learner)
+    outcome["main_dtypes"] = main_weights_dtypes(learner)
+    of_ranks: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(of_ranks, (logprobs, digests))
+    outcome["logprobs"] = [each for each, _ in of_ranks]
+    outcome["digests"] = [each for _, each in of_ranks]
+    return outcome
+
+
+def main(folder: Path, world_size: int, model_names: list[str]) -> None:
+    from megatron.core import parallel_state
+
+    for case in (*CASES, *BFLOAT16_CASES):
+        if case.world_size != world_size:
+            continue
+        parallel = initialize_parallel(
+            ParallelConfig(tensor=case.tensor, pipeline=case.pipeline, timeout_seconds=60), seed=1
+        )
+        for name in case.models or model_names:
+            outcome = run_case(folder, name, case, parallel)
+            if parallel.rank == 0:
+                torch.save(outcome, folder / f"{name}.{case.name}.pt")
+        parallel_state.destroy_model_parallel()
+    shut_down_parallel()
+
+
+if __name__ == "__main__":
+    import os
+
+    from megatron_rl.learner.cpu_device import run_on_cpu
+
+    run_on_cpu()
+    root = Path(sys.argv[1])
+    names = sorted(path.stem for path in root.glob("*.pt") if "." not in path.stem)
+    main(root, int(os.environ["WORLD_SIZE"]), names)

@@ -1,0 +1,192 @@
+"""Recorded rollouts for tests, made without an engine: random tokens, mixed lengths, and log-probs
+near the model's own.
+
+    python -m tests.learner.recorded MODEL FOLDER      writes FOLDER/step_000001 and on
+
+Among them: a group of equal rewards, a response with a gap in its mask (two turns), rollouts without
+any response, and a prompt of one token whose rollout is that token alone. `sparse_groups` is a batch
+of which one of two data-parallel ranks is dealt no kept token.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_rl.batch import deal_batch, recomputed_by_sample
+from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
+from megatron_rl.objective.advantage import group_advantages
+from megatron_rl.records import Prompt, Rollout, RolloutGroup, Sample, Score
+from megatron_rl.rollout.recording import read_step, write_step
+from megatron_rl.weights.geometry import read_geometry
+
+NUM_STEPS = 8
+NUM_PROMPTS, NUM_SAMPLES = 4, 4
+SPARSE_STEP = 99  # where the sparse batch stands, behind the steps of a replay
+FIRST_TOKEN, LAST_TOKEN = 3, 97
+LONGEST = 44  # tokens of a sequence
+ENGINE_NOISE = 0.05  # standard deviation of rollout minus recomputed log-prob
+
+Groups = list[RolloutGroup]
+Scores = list[tuple[Score, ...]]
+
+
+def mixed_groups(step: int, rng: random.Random) -> tuple[Groups, Scores]:
+    """A step's groups, with log-probs of 0 still."""
+    groups, scores = [], []
+    for number in range(NUM_PROMPTS):
+        is_bare = number == 3  # a prompt of one token
+        prompt = _tokens(rng, 1 if is_bare else rng.randint(3, 12))
+        rollouts = []
+        for sample in range(NUM_SAMPLES):
+            has_response = not (sample == 0 and number in (1, 3))
+            response = _tokens(rng, rng.randint(1, 32)) if has_response else ()
+            rollouts.append(_rollout(prompt, response, step, has_gap=sample == 3))
+        index = (step - 1) * NUM_PROMPTS + number
+        groups.append(RolloutGroup(prompt=_prompt(index, prompt), rollouts=tuple(rollouts)))
+        is_equal = number == 2
+        scores.append(
+            tuple(_score(1.0 if is_equal else rng.random()) for _ in range(NUM_SAMPLES))
+        )
+    return groups, scores
+
+
+def sparse_groups(rng: random.Random) -> tuple[Groups, Scores]:
+    """Dealt to two ranks by length, the first gets the 40 tokens that nobody keeps, and no more."""
+    groups, scores = [], []
+    for number, lengths in enumerate(((40, 9), (20, 10))):
+        prompt = _tokens(rng, 5)
+        is_kept = number == 1
+        rollouts = []
+        for length in lengths:
+            rollout = _rollout(prompt, _tokens(rng, length - 5), SPARSE_STEP, has_gap=False)
+            if not is_kept:
+                rollout = replace(
+                    rollout, loss_mask=(False,) * length, weight_versions=(-1,) * length
+                )
+            rollouts.append(rollout)
+        groups.append(RolloutGroup(prompt=_prompt(number, prompt), rollouts=tuple(rollouts)))
+        scores.append((_score(1.0), _score(0.0)))
+    return groups, scores
+
+
+def _tokens(rng: random.Random, length: int) -> tuple[int, ...]:
+    return tuple(rng.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length))
+
+
+def _prompt(index: int, token_ids: tuple[int, ...]) -> Prompt:
+    return Prompt(index=index, source="recorded", text="", token_ids=token_ids, answer="")
+
+
+def _score(reward: float) -> Score:
+    return Score(reward=reward, is_formatted=True, failure=None)
+
+
+def _rollout(
+    prompt: tuple[int, ...], response: tuple[int, ...], step: int, *, has_gap: bool
+) -> Rollout:
+    kept = [not (has_gap and 2 <= position < 5) for position in range(len(response))]
+    length = len(prompt) + len(response)
+    version = step - 1
+    return Rollout(
+        token_ids=prompt + response,
+        loss_mask=(False,) * len(prompt) + tuple(kept),
+        rollout_logprobs=(0.0,) * length,
+        weight_versions=(-1,) * len(prompt) + tuple(version if each else -1 for each in kept),
+        finish_reason="stop",
+        text="",
+    )
+
+
+def as_samples(groups: Sequence[RolloutGroup], scores: Sequence[Sequence[Score]]) -> list[Sample]:
+    """One Sample a rollout, with its group's advantage."""
+    samples = []
+    for group, of_group in zip(groups, scores, strict=True):
+        rewards = torch.tensor([score.reward for score in of_group], dtype=torch.float64)
+        advantages = group_advantages(rewards).tolist()
+        for index, (rollout, score, advantage) in enumerate(
+            zip(group.rollouts, of_group, advantages, strict=True)
+        ):
+            samples.append(
+                Sample(
+                    prompt_index=group.prompt.index,
+                    sample_index=index,
+                    rollout=rollout,
+                    reward=score.reward,
+                    advantage=advantage,
+                )
+            )
+    return samples
+
+
+def read_samples(folder: Path, step: int, parallel: Parallel) -> list[Sample]:
+    """This replica's share of a recorded step, on its head; nothing elsewhere."""
+    if not parallel.is_replica_head:
+        return []
+    groups, scores = read_step(folder, step)
+    start = len(groups) * parallel.dp_rank // parallel.dp_size
+    stop = len(groups) * (parallel.dp_rank + 1) // parallel.dp_size
+    return as_samples(groups[start:stop], scores[start:stop])
+
+
+def record(model: Path, folder: Path) -> None:
+    """Write all steps, with the log-probs of the model at hand and the engine's noise on them."""
+    parallel = initialize_parallel(ParallelConfig(), seed=0)
+    learner = Learner(
+        ModelConfig(path=str(model)),
+        OptimizerConfig(),
+        read_geometry(model),
+        parallel,
+        num_updates=1,
+    )
+    rng = random.Random(5)
+    steps = {step: mixed_groups(step, rng) for step in range(1, NUM_STEPS + 1)}
+    steps[SPARSE_STEP] = sparse_groups(rng)
+    for step, (groups, scores) in steps.items():
+        first, samples = groups[0].prompt.index, as_samples(groups, scores)
+        dealt = deal_batch(
+            samples,
+            parallel,
+            first_prompt=first,
+            num_prompts=len(groups),
+            samples_per_prompt=len(groups[0].rollouts),
+            num_mini_batches=1,
+            tokens_per_row=256,
+        )
+        recomputed = [learner.recompute(rows) for rows in dealt.batch.mini_batches]
+        known = {
+            (sample.prompt_index, sample.sample_index): _with_noise(sample.rollout, values, rng)
+            for sample, values in recomputed_by_sample(dealt, recomputed)
+        }
+        groups = [
+            replace(
+                group,
+                rollouts=tuple(
+                    replace(rollout, rollout_logprobs=known[group.prompt.index, index])
+                    for index, rollout in enumerate(group.rollouts)
+                ),
+            )
+            for group in groups
+        ]
+        advantages = [[0.0] * len(group.rollouts) for group in groups]
+        write_step(folder, step, 0, groups, scores, advantages, num_ranks=1)
+    shut_down_parallel()
+
+
+def _with_noise(rollout: Rollout, values: torch.Tensor, rng: random.Random) -> tuple[float, ...]:
+    noisy = [
+        min(0.0, value + rng.gauss(0.0, ENGINE_NOISE)) if kept else 0.0
+        for value, kept in zip(values.tolist(), rollout.loss_mask)
+    ]
+    return tuple(torch.tensor(noisy, dtype=torch.float32).tolist())
+
+
+if __name__ == "__main__":
+    record(Path(sys.argv[1]), Path(sys.argv[2]))
