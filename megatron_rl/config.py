@@ -182,6 +182,13 @@ class RolloutConfig:
             f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
             f"got {self.sampling.max_tokens}",
         )
+        sampling = self.sampling
+        require(
+            sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0,
+            "sampling: expected top_p=1, top_k=0 and min_p=0, since the learner's log-probs "
+            f"are over the whole vocabulary, got top_p={sampling.top_p:g}, top_k={sampling.top_k}, "
+            f"min_p={sampling.min_p:g}; evaluation may truncate (eval.sampling)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -230,8 +230,8 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if config.resume == "never":
         if latest_checkpoint(Path(config.run_dir) / "checkpoints"):
             raise ConfigError(
-                f"resume=never: expected a run_dir without checkpoints, got {config.run_dir}, which "
-                "has some; choose another run_dir, or delete this one"
+                f"resume=never: expected a run_dir without checkpoints, got {config.run_dir}, "
+                "which has some; choose another run_dir, or delete this one"
             )
         return None
     if config.resume == "auto":

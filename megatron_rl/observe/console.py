@@ -79,6 +79,7 @@ def step_line(step: int, metrics: Mapping[str, float], *, width: int = 4) -> Tex
             line.append(f" {'>' if is_over else '<='} {tolerance:.4f}", "dim")
     for key, label, form in (
         ("constraint/lambda", "lambda", ".4f"),
+        ("loss/mean", "loss", ".3g"),
         ("learner/grad_norm", "grad", ".3g"),
         ("speed/tokens_per_second", "tok/s", ",.0f"),
     ):

@@ -180,9 +180,7 @@ def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> d
     report, _ = train_step(
         learner,
         TrainBatch(mini_batches=(tuple(rows),)),
-        DualVariable(
-            value=0.1, learning_rate=1.0, tolerance=0.0037, minimum=0.0, maximum=10.0
-        ),
+        DualVariable(value=0.1, learning_rate=1.0, tolerance=0.0037, minimum=0.0, maximum=10.0),
         ObjectiveConfig(),
         step=1,
         weight_version=0,

@@ -52,9 +52,7 @@ def mixed_groups(step: int, rng: random.Random) -> tuple[Groups, Scores]:
         index = (step - 1) * NUM_PROMPTS + number
         groups.append(RolloutGroup(prompt=_prompt(index, prompt), rollouts=tuple(rollouts)))
         is_equal = number == 2
-        scores.append(
-            tuple(_score(1.0 if is_equal else rng.random()) for _ in range(NUM_SAMPLES))
-        )
+        scores.append(tuple(_score(1.0 if is_equal else rng.random()) for _ in range(NUM_SAMPLES)))
     return groups, scores
 
 

@@ -62,7 +62,12 @@ class Case:
             ("sparse", self.is_sparse),
             ("distributed", self.is_distributed),
         )
-        parts = [self.layout, self.normalize, f"{self.num_mini_batches}mb", str(self.tokens_per_row)]
+        parts = [
+            self.layout,
+            self.normalize,
+            f"{self.num_mini_batches}mb",
+            str(self.tokens_per_row),
+        ]
         return "-".join([*parts, *(flag for flag, is_set in flags if is_set)])
 
     @property
@@ -175,9 +180,7 @@ def run_case(case: Case, model: Path, rollouts: Path, parallel: Parallel) -> dic
         learner,
         batch,
         DualVariable(DUAL_VALUE, tolerance=TOLERANCE),
-        ObjectiveConfig(
-            normalize=case.normalize, constraint=ConstraintConfig(initial=DUAL_VALUE)
-        ),
+        ObjectiveConfig(normalize=case.normalize, constraint=ConstraintConfig(initial=DUAL_VALUE)),
         step=1,
         weight_version=0,
         should_recompute=case.should_recompute,

@@ -1,0 +1,186 @@
+"""Starts real training runs for the tests of this room, and finds every process of one of them.
+
+A run is known by the variable RUN_VARIABLE in its environment, which all its processes inherit. A
+process that overwrote its environment (vLLM renames itself) is found as a descendant instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.rollout.guard import all_pids, children_of, is_alive, status_of
+
+RUN_VARIABLE = "MEGATRON_RL_TEST_RUN"
+RUN_SECONDS = 240.0  # a run that takes longer hangs
+POLL_SECONDS = 0.005
+REPOSITORY = Path(__file__).parents[2]
+
+
+class TrainingProcess:
+    """A run of `megatron_rl.train` that was started; `output` grows while it runs.
+
+    Args:
+        arguments: CONFIG and overrides.
+        num_ranks: below torchrun; 0: one process without torchrun.
+        run_dir: holds the output as `console_<n>.log`, n the number of the start.
+        variables: added to the environment.
+    """
+
+    def __init__(
+        self, arguments: list[str], *, num_ranks: int, run_dir: Path, variables: dict[str, str]
+    ) -> None:
+        self._identity = uuid.uuid4().hex
+        run_dir.mkdir(parents=True, exist_ok=True)
+        number = len(list(run_dir.glob("console_*.log")))
+        self._log = run_dir / f"console_{number}.log"
+        command = [sys.executable]
+        if num_ranks:
+            # The rendezvous picks a free port, so that runs of other tests do not meet.
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc_per_node", str(num_ranks)]
+        command += ["-m", "megatron_rl.train", *arguments]
+        environment = os.environ | {RUN_VARIABLE: self._identity, "OMP_NUM_THREADS": "1"}
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=environment | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._seen: dict[int, str] = {}
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def pid_of(self, role: str) -> int:
+        """Of "torchrun", "rank 0", "rank 1", "server" (vLLM's API server), "guard"."""
+        if role == "torchrun":
+            return self.process.pid
+        [pid] = [pid for pid in self.pids() if _is_role(pid, role)]
+        return pid
+
+    def pids(self) -> list[int]:
+        """Every living process of the run; what was seen in an earlier call counts until it
+        ended.
+        """
+        marked = [pid for pid in all_pids() if self._identity in _environment(pid)]
+        for pid in {*marked, *_descendants(self.process.pid)}:
+            self._seen[pid] = _start_time(pid)
+        # A pid that the kernel gave to another process has another start time.
+        return [p for p, began in self._seen.items() if is_alive(p) and _start_time(p) == began]
+
+    def wait(self, seconds: float = RUN_SECONDS) -> int:
+        """The exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
+
+    def wait_until(self, happened: Callable[[], bool], seconds: float = RUN_SECONDS) -> None:
+        """Returns a moment after something has happened; a run that ended before it is a
+        failure.
+        """
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert self.process.poll() is None, f"the run ended:\n{self.output}"
+            assert time.monotonic() < deadline, f"waited {seconds} s:\n{self.output}"
+            time.sleep(POLL_SECONDS)
+
+    def left_after(self, seconds: float) -> list[str]:
+        """What is still alive of the run after so long, or at once if nothing is."""
+        deadline = time.monotonic() + seconds
+        while (pids := self.pids()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [f"{pid}: {_command_line(pid)}" for pid in pids]
+
+    def kill_all(self) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def training(
+    config: Path,
+    *overrides: str,
+    num_ranks: int,
+    run_dir: Path,
+    variables: dict[str, str] | None = None,
+) -> Iterator[TrainingProcess]:
+    """A started run; nothing of it is left behind, however the test ends."""
+    run = TrainingProcess(
+        [str(config), f"run_dir={run_dir}", *overrides],
+        num_ranks=num_ranks,
+        run_dir=run_dir,
+        variables=variables or {},
+    )
+    try:
+        yield run
+    finally:
+        run.kill_all()
+
+
+def train_to_the_end(config: Path, *overrides: str, num_ranks: int, run_dir: Path) -> str:
+    """Trains, expects success, returns the output."""
+    with training(config, *overrides, num_ranks=num_ranks, run_dir=run_dir) as run:
+        code = run.wait()
+        assert code == 0, run.output
+        return run.output
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _is_role(pid: int, role: str) -> bool:
+    command = _command_line(pid)
+    if role.startswith("rank "):
+        is_rank = f"\0RANK={role.removeprefix('rank ')}\0" in f"\0{_environment(pid)}"
+        # Not what the rank has started: reward workers, and torchrun's own environment.
+        return is_rank and "-m megatron_rl.train" in command and "torch.distributed" not in command
+    if role == "guard":
+        return "-m megatron_rl.rollout.guard" in command
+    assert role == "server", role
+    return "vllm.entrypoints" in command and "megatron_rl.rollout.guard" not in command
+
+
+def _descendants(pid: int) -> list[int]:
+    children = children_of(pid)
+    return children + [below for child in children for below in _descendants(child)]
+
+
+def _environment(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    return ""
+
+
+def _command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    return ""
+
+
+def _start_time(pid: int) -> str:
+    """Field 22 of /proc/<pid>/stat; "" where there is no such process."""
+    if status_of(pid)[1] < 0:
+        return ""
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return stat[stat.rindex(")") + 2 :].split()[19]
+    return ""

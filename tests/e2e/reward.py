@@ -1,0 +1,20 @@
+"""A user's own reward function, for models too small to be right: the share of digits.
+
+Where the environment names a file, every call leaves a byte in it: so a test knows that a step is
+past its rollouts and about to enter the learner.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+COUNT_VARIABLE = "MEGATRON_RL_TEST_SCORED"
+
+
+def count_digits(response: str, answer: str, metadata: dict[str, Any]) -> float:
+    if path := os.environ.get(COUNT_VARIABLE):
+        with Path(path).open("ab") as file:
+            file.write(b".")
+    return sum(character.isdigit() for character in response) / max(1, len(response))

@@ -1,0 +1,49 @@
+"""At learning rate 0 nothing may change: neither what is published nor what is received, and the
+float32 engine stays as close to the learner as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.launch import read_jsonl, train_to_the_end
+
+PROBE_BOUND = 2e-5  # of |d logprob| / max(1, |logprob|), float32 on both sides
+FLAT = 1e-5  # of the discrepancy, a difference of probabilities in [0, 1]
+
+
+@pytest.mark.parametrize("num_steps", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_nothing_changes(num_steps: int, tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    config = write_config(
+        tmp_path,
+        parallel={"tensor": 2},
+        learner={"tokens_per_micro_batch": 1024, "optimizer": {"learning_rate": 0.0}},
+        loop={"num_steps": num_steps, "prompts_per_step": 4, "samples_per_prompt": 4},
+    )
+    run_dir = tmp_path / "run"
+    train_to_the_end(config, num_ranks=2, run_dir=run_dir)
+
+    syncs = read_jsonl(run_dir / "sync.jsonl")
+    assert [line["version"] for line in syncs] == list(range(num_steps + 1))
+    received = {
+        checksum for line in syncs for each in line["received"].values() for checksum in each
+    }
+    assert {line["published"] for line in syncs} == received
+    assert len(received) == 1
+
+    metrics = read_jsonl(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, num_steps + 1))
+    for line in metrics:
+        assert line["learner/learning_rate"] == 0
+        assert line["learner/grad_norm"] > 1e-4  # there was something to learn from
+        assert line["sync/probe_relative_logprob_gap/max"] <= PROBE_BOUND
+        assert line["discrepancy/max"] <= FLAT
+    means = [line["discrepancy/mean"] for line in metrics]
+    print(
+        f"{num_steps} steps: probe {max(m['sync/probe_relative_logprob_gap/max'] for m in metrics)}"
+        f", discrepancy mean {min(means):.2e} to {max(means):.2e}"
+    )
+    assert max(means) <= 1e-6
