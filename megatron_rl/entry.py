@@ -1,16 +1,19 @@
 """How `python -m megatron_rl.<command> CONFIG [key=value ...]` starts and ends on every rank.
 
 A rank dies with its torchrun agent, and ends at once on SIGINT or SIGTERM. An error that a user can
-mend is told once, by the first rank that meets it, in one line and in `<run_dir>/error.txt`; every
-other rank then just ends.
+mend is told once, by the first rank that meets it: in one line, in `<run_dir>/error.txt`, and to
+the agent, whose own report of a failure ends with it. Every other rank then just ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -19,10 +22,12 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.config_file import load_config
 from megatron_rl.errors import ConfigError, DataError, DivergenceError, EngineError, SyncError
-from megatron_rl.lifetime import die_with_parent, watch_signals
+from megatron_rl.lifetime import die_with_parent, run_cleanups, watch_signals
 
 USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError)
 ERROR_FILE = "error.txt"
+# Where torchrun looks for the reason of a failed rank.
+AGENT_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
 class Progress:
@@ -48,29 +53,20 @@ def run_command(
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     progress = Progress()
-    if rank == 0:
-        watch_signals(lambda: progress.describe())
-    else:
-        watch_signals(lambda: f"rank {rank}")
+    watch_signals((lambda: progress.describe()) if rank == 0 else None)
     _quiet_libraries()
+    run_dir = None
     try:
         config = load_config(arguments.config, arguments.overrides)
-    except ConfigError as error:  # the same on every rank
+        run_dir = Path(config.run_dir)
         if rank == 0:
-            print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
-    error_file = Path(config.run_dir) / ERROR_FILE
-    if rank == 0:
-        error_file.unlink(missing_ok=True)
-    try:
+            _delete_stale(run_dir / ERROR_FILE)
         work(config, progress)
     except USER_ERRORS as error:
-        if _is_first(error_file, f"{type(error).__name__}: {error}"):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _tell(f"{type(error).__name__}: {error}", run_dir)
         _leave(1)
     except BaseException:
-        if _is_first(error_file, traceback.format_exc()):
-            print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        _tell(f"rank {rank}:\n{traceback.format_exc()}", run_dir)
         _leave(1)
     return 0
 
@@ -79,25 +75,63 @@ def _leave(code: int) -> None:
     """End without waiting for the other ranks: they may stand in a collective that this one will
     never join.
     """
-    from megatron_rl.lifetime import run_cleanups
-
     run_cleanups()
     sys.stdout.flush()
     os._exit(code)
 
 
-def _is_first(error_file: Path, message: str) -> bool:
-    """True on the first rank that fails; that rank's message is what error.txt says."""
+def _tell(message: str, run_dir: Path | None) -> None:
+    """Print the message and leave it in the run's folder, unless another rank was first."""
+    is_first = _is_first()
+    _tell_agent(message if is_first else "another rank failed first", is_first)
+    if not is_first:
+        return
+    print(message, file=sys.stderr, flush=True)
+    if run_dir is not None:
+        with contextlib.suppress(OSError):  # the disk may be the trouble; it was printed
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / ERROR_FILE).write_text(message + "\n")
+
+
+def _is_first() -> bool:
+    """True on the first rank of this launch and host that fails."""
+    if AGENT_VARIABLE not in os.environ:
+        return True
+    # <folder of the launch>/attempt_<n>/<local rank>/error.json
+    told = Path(os.environ[AGENT_VARIABLE]).parents[1] / "told"
     try:
-        error_file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(error_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        os.close(os.open(told, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     except OSError:
-        return True  # the disk is part of the trouble: better twice than never
-    with os.fdopen(descriptor, "w") as file:
-        file.write(message + "\n")
+        pass  # a full disk: better told twice than never
     return True
+
+
+def _tell_agent(message: str, is_first: bool) -> None:
+    """Have torchrun's report end with the message, and not with an advice to "enable traceback"
+    (the format of torch/distributed/elastic/multiprocessing/errors/error_handler.py).
+    """
+    if AGENT_VARIABLE not in os.environ:
+        return
+    # The agent takes the earliest for the cause, in whole seconds.
+    seconds = int(time.time()) + (0 if is_first else 1)
+    extra = {"py_callstack": message, "timestamp": str(seconds)}
+    with contextlib.suppress(OSError):
+        Path(os.environ[AGENT_VARIABLE]).write_text(
+            json.dumps({"message": {"message": message, "extraInfo": extra}})
+        )
+
+
+def _delete_stale(error_file: Path) -> None:
+    """Delete what an earlier launch left; a faster rank of this one may have failed already."""
+    agent_file = os.environ.get(AGENT_VARIABLE)
+    with contextlib.suppress(FileNotFoundError):
+        # The agent made this rank's folder just before it started the ranks.
+        if agent_file is None or (
+            error_file.stat().st_mtime < Path(agent_file).parent.stat().st_mtime
+        ):
+            error_file.unlink()
 
 
 def _quiet_libraries() -> None:

@@ -66,13 +66,13 @@ def unregister_cleanup(cleanup: Callable[[], None]) -> None:
         _cleanups.remove(cleanup)
 
 
-def watch_signals(describe: Callable[[], str]) -> None:
+def watch_signals(describe: Callable[[], str] | None) -> None:
     """From now on SIGINT and SIGTERM end this process at once, also while its main thread is
     blocked in C++.
 
-    One line goes to stderr, `stopped by SIGTERM: <describe()>`; the registered cleanups get
-    CLEANUP_SECONDS together; the exit code is 128 + signal. Call it once, from the main thread;
-    `describe` runs in the watching thread.
+    One line goes to stderr, `stopped by SIGTERM: <describe()>`, or none where `describe` is None;
+    the registered cleanups get CLEANUP_SECONDS together; the exit code is 128 + signal. Call it
+    once, from the main thread; `describe` runs in the watching thread.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -89,12 +89,13 @@ def _leave_to_the_watcher(signum: int, frame: object) -> None:
     pass
 
 
-def _end_on_signal(reader: int, describe: Callable[[], str]) -> None:
+def _end_on_signal(reader: int, describe: Callable[[], str] | None) -> None:
     for signum in _signals(reader):
         if signum not in (signal.SIGINT, signal.SIGTERM):
             continue  # another handler of this process, told through the same pipe
         try:
-            _say(f"stopped by {signal.Signals(signum).name}: {describe()}")
+            if describe is not None:
+                _say(f"stopped by {signal.Signals(signum).name}: {describe()}")
             worker = threading.Thread(target=run_cleanups, name="cleanup", daemon=True)
             worker.start()
             worker.join(CLEANUP_SECONDS)

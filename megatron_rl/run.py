@@ -25,7 +25,12 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model import DTYPES
-from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
+from megatron_rl.learner.parallel import (
+    Parallel,
+    check_world_size,
+    initialize_parallel,
+    shut_down_parallel,
+)
 from megatron_rl.lifetime import register_cleanup
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.observe.recorder import Recorder
@@ -53,9 +58,13 @@ class Run:
         self._stack = ExitStack()
         self._engines: list[Engine] = []
         self.geometry, self.tokenizer, self.stream = prepare_data(config)
+        check_world_size(config.parallel)
         self.verifiers = resolve_verifiers(config.data.tasks)
         self.is_replay = bool(config.replay)
         self.replay_dir = Path(config.replay)
+        if self.is_replay and not self.replay_dir.is_dir():
+            raise ConfigError(f"replay: expected a run's rollouts/ folder, got {self.replay_dir}")
+        self._checkpoint = checkpoint_to_resume(config)
 
     def __enter__(self) -> Run:
         try:
@@ -157,7 +166,7 @@ class Run:
 
     def _resume(self) -> None:
         """Take up where the latest checkpoint stands, if there is one and the config wants it."""
-        folder = checkpoint_to_resume(self.config)
+        folder = self._checkpoint
         self.was_resumed = folder is not None
         if folder is not None:
             state = load_checkpoint(folder, self.learner)

@@ -28,10 +28,15 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,  # given by Megatron-Core 0.19, not by 0.16
     ) -> None:
         if not adam_w_mode:
             raise ValueError(
                 "FusedLayoutAdamW: expected decoupled weight decay (AdamW), got adam_w_mode=False"
+            )
+        if capturable:
+            raise ValueError(
+                "FusedLayoutAdamW: expected no capture in a CUDA graph, got capturable=True"
             )
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

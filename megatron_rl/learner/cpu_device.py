@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
+RELEASES = ("0.16.1", "0.19.2")  # of Megatron-Core, that this package is pinned to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class Spot:
     file: str  # below megatron/core/
     pattern: str  # a regular expression that this place matches
     answer: str  # the function of this file
+    releases: tuple[str, ...] = RELEASES  # that have this place
 
 
 SPOTS = (
@@ -54,6 +56,12 @@ SPOTS = (
         file="pipeline_parallel/p2p_communication.py",
         pattern=r"torch\.cuda\.synchronize\(",
         answer="_cuda_is_the_cpu",
+    ),
+    Spot(
+        file="distributed/param_and_grad_buffer.py",
+        pattern=r"= torch\.cuda\.current_stream\(\)\n +waited_event_ids",
+        answer="_cuda_is_the_cpu",
+        releases=("0.19.2",),
     ),
     Spot(file="optimizer/clip_grads.py", pattern=r"device='cuda'", answer="_factories_on_cpu"),
     Spot(
@@ -138,11 +146,23 @@ def _generators_on_cpu() -> None:
     torch.cuda.manual_seed = torch.manual_seed
 
 
+class _CpuStream:
+    """`torch.cuda.current_stream()`: everything that was begun is already done."""
+
+    def wait_event(self, event: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+
+CPU_STREAM = _CpuStream()
+
+
 def _cuda_is_the_cpu() -> None:
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
     torch.cuda.current_device = lambda: CPU
+    torch.cuda.current_stream = lambda *_, **__: CPU_STREAM
     torch.cuda._lazy_call = lambda callback, **_: callback()
     torch.cuda._lazy_init = torch.cuda.synchronize = nothing
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing

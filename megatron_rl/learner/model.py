@@ -9,6 +9,7 @@ Megatron's own with packed attention.
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,13 @@ def build_gpt(
     """The GPT model of this stage; its weights are not initialised."""
     from megatron.core.models.gpt import GPTModel
 
+    inverse_frequencies = None
+    if geometry.has_rope_scaling or geometry.rope_theta != int(geometry.rope_theta):
+        inverse_frequencies, scale = _hf_rope(geometry, model_path)
+        if scale != 1.0:
+            # Megatron multiplies cosines and sines by 0.1 x ln(scale) + 1 of this attribute; its
+            # 0.19 reads it while the layers are built (transformer/attention.py).
+            transformer.yarn_rotary_scaling_factor = scale
     model = GPTModel(
         config=transformer,
         transformer_layer_spec=layer_spec(geometry),
@@ -126,8 +134,8 @@ def build_gpt(
         rotary_base=int(geometry.rope_theta),
         parallel_output=True,
     )
-    if geometry.has_rope_scaling or geometry.rope_theta != int(geometry.rope_theta):
-        _use_hf_rope(model, model_path)
+    if inverse_frequencies is not None:
+        model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
     return model
 
 
@@ -146,33 +154,28 @@ def layer_spec(geometry: Geometry) -> object:
     return spec
 
 
-def _use_hf_rope(model: GPTModel, model_path: str | Path) -> None:
-    """Take the inverse frequencies from transformers, so that every scaling means the same on both
-    sides.
+def _hf_rope(geometry: Geometry, model_path: str | Path) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [head_dim / 2] float32 as transformers has them, so that every scaling
+    means the same on both sides, and the scale that YaRN's attention factor comes from (1: none).
     """
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    if not geometry.has_rope_scaling:
+        exponents = torch.arange(0, geometry.head_dim, 2, dtype=torch.float32) / geometry.head_dim
+        return 1.0 / geometry.rope_theta**exponents, 1.0
     rope = rope_parameters(read_hf_config(model_path))
-    if rope["rope_type"] == "default":
-        exponents = torch.arange(0, model.config.kv_channels, 2, dtype=torch.float32)
-        inverse, factor = 1.0 / (rope["rope_theta"] ** (exponents / model.config.kv_channels)), 1.0
-    else:
-        hf_config = AutoConfig.from_pretrained(model_path, local_files_only=True)
-        inverse, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
-    model.rotary_pos_emb.inv_freq = inverse.to(model.rotary_pos_emb.inv_freq.device)
-    if factor != 1.0:
-        # Megatron multiplies cosines and sines by 0.1 x ln(scale) + 1 of this attribute
-        # (yarn_rotary_pos_embedding.py)
-        scale = rope["factor"]
-        expected = 0.1 * torch.tensor(float(scale)).log().item() + 1.0
-        if abs(factor - expected) > 1e-6:
-            raise ConfigError(
-                f"model.path={model_path}: expected YaRN's attention factor {expected:.6f} for a "
-                f"scale of {scale}, "
-                f"got {factor:.6f}; the learner builds only the standard one"
-            )
-        model.config.yarn_rotary_scaling_factor = scale
+    hf_config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+    inverse, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
+    if factor == 1.0:
+        return inverse, 1.0
+    expected = 0.1 * math.log(rope["factor"]) + 1.0
+    if abs(factor - expected) > 1e-6:
+        raise ConfigError(
+            f"model.path={model_path}: expected YaRN's attention factor {expected:.6f} for a scale "
+            f"of {rope['factor']}, got {factor:.6f}; the learner builds only the standard one"
+        )
+    return inverse, float(rope["factor"])
 
 
 def load_weights(

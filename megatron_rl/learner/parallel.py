@@ -99,21 +99,30 @@ class Parallel:
         return reduce
 
 
+def check_world_size(config: ParallelConfig) -> int:
+    """The number of ranks that torchrun started; 1 without it.
+
+    Raises:
+        ConfigError: it is not a multiple of TP x PP.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_size = config.tensor * config.pipeline
+    if world_size % model_size:
+        raise ConfigError(
+            "parallel: expected a world size that is a multiple of tensor x pipeline = "
+            f"{model_size}, got {world_size}; change parallel.tensor, parallel.pipeline or "
+            "torchrun's --nproc_per_node"
+        )
+    return world_size
+
+
 def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     """Start torch.distributed and Megatron's groups from torchrun's environment.
 
     Raises:
         ConfigError: the world size is not a multiple of TP x PP.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    model_size = config.tensor * config.pipeline
-    if world_size % model_size:
-        raise ConfigError(
-            "parallel: expected a world size that is a multiple of tensor x pipeline = "
-            f"{model_size}, got "
-            f"{world_size}; change parallel.tensor, parallel.pipeline or torchrun's "
-            "--nproc_per_node"
-        )
+    world_size, rank = check_world_size(config), int(os.environ.get("RANK", "0"))
     run_on_cpu()
     from megatron.core import parallel_state, tensor_parallel
 

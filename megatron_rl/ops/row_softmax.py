@@ -163,7 +163,7 @@ def _row_chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
 
 
 def _scratch(chunks: list[slice], width: int, device: torch.device) -> torch.Tensor:
-    """A buffer of one chunk, used again and again: fresh ones made a pass some three times slower."""
+    """A buffer of one chunk, used again and again: fresh ones made it three times slower."""
     num_rows = chunks[0].stop - chunks[0].start
     return torch.zeros(max(num_rows, 2), width, device=device)
 

@@ -40,7 +40,7 @@ def sharp_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_config(sharp_checkpoint: Path) -> Callable[..., Path]:
-    """`write_config(folder, **sections)` writes a short run's YAML, sections replaced key by key."""
+    """`write_config(folder, **sections)` writes the YAML of a short run; sections replace keys."""
 
     def write(folder: Path, **sections: dict) -> Path:
         settings: dict[str, dict] = {

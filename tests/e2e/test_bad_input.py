@@ -1,0 +1,162 @@
+"""What a user can get wrong: one clear line, a non-zero exit code, nothing left running or damaged.
+
+Most cases run as one process without torchrun, where the line must be all there is to read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.launch import training
+
+SECONDS = 60.0  # an error that takes longer is a hang
+
+
+def fail(config: Path, *overrides: str, num_ranks: int = 0) -> tuple[str, Path]:
+    """Trains, expects failure and nothing left of it; returns the output and the run folder."""
+    run_dir = config.parent / "run"
+    kept = run_dir / "checkpoints" / "step_000007" / "run_state.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of an earlier run")
+    with training(config, *overrides, num_ranks=num_ranks, run_dir=run_dir) as run:
+        assert run.wait(SECONDS) != 0, run.output
+        assert run.left_after(10.0) == []
+        assert kept.read_text() == "of an earlier run"
+        return run.output, run_dir
+
+
+def assert_one_line(output: str, kind: str, *fragments: str) -> None:
+    lines = output.splitlines()
+    assert len(lines) == 1, output
+    assert lines[0].startswith(f"{kind}: ")
+    for fragment in fragments:
+        assert fragment in lines[0], output
+
+
+def break_model(folder: Path, sharp_checkpoint: Path, how: str) -> Path:
+    """A copy of the model with something wrong."""
+    model = folder / "model"
+    shutil.copytree(sharp_checkpoint, model)
+    weights = model / "model.safetensors"
+    if how == "truncated shard":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif how == "missing shard":
+        tensors = load_file(weights)
+        shards = {
+            name: f"model-0000{1 + (i > 5)}-of-00002.safetensors" for i, name in enumerate(tensors)
+        }
+        index = {"metadata": {}, "weight_map": shards}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        first = "model-00001-of-00002.safetensors"
+        save_file({n: t for n, t in tensors.items() if shards[n] == first}, model / first)
+        weights.unlink()
+    else:
+        assert how == "larger vocabulary"
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"]["<one more>"] = len(tokenizer["model"]["vocab"])
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("loop.num_stepz=3", ("loop.num_stepz", "loop.num_steps")),
+        ("lopp.num_steps=3", ("lopp", "nearest valid one is loop")),
+        ("loop.num_steps=many", ("loop.num_steps", "integer", "'many'")),
+        ("parallel.tensor=3", ("parallel.tensor=3", "2 attention heads")),
+        ("parallel.tensor=2", ("multiple of tensor x pipeline = 2, got 1", "--nproc_per_node")),
+        ("replay=no/such/folder", ("replay", "no/such/folder")),
+        ("resume=no/such/folder", ("resume", "no/such/folder")),
+        ("model.path=no/such/folder", ("model.path", "no/such/folder")),
+    ],
+)
+def test_a_setting_that_cannot_work(
+    override: str, fragments: tuple[str, ...], tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    output, run_dir = fail(write_config(tmp_path), override)
+    kind = "DataError" if override.startswith(("resume", "model")) else "ConfigError"
+    assert_one_line(output, kind, *fragments)
+    assert not (run_dir / "logs").exists()  # no engine was started
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "fragments"),
+    [
+        ("truncated shard", ("model.safetensors", "whole safetensors file")),
+        ("missing shard", ("model-00002-of-00002.safetensors", "no such file")),
+        ("larger vocabulary", ("vocab_size 128, got 128 ('<one more>')", "another model")),
+    ],
+)
+def test_a_model_that_is_not_whole(
+    how: str,
+    fragments: tuple[str, ...],
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    sharp_checkpoint: Path,
+) -> None:
+    model = break_model(tmp_path, sharp_checkpoint, how)
+    output, run_dir = fail(write_config(tmp_path), f"model.path={model}")
+    assert_one_line(output, "DataError", *fragments)
+    assert not (run_dir / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        ('{"question": "1+1=", "answer": "2"}\n{"question": "1+2=",\n', ("line 2", "JSON")),
+        ("", ("empty data set",)),
+        (json.dumps({"question": "1+" * 200, "answer": "9"}) + "\n", ("line 1", "156 tokens")),
+    ],
+    ids=["malformed line", "empty", "longer than the context"],
+)
+def test_a_data_file_that_cannot_be_used(
+    content: str, fragments: tuple[str, ...], tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(content)
+    section = {"tasks": [{"path": str(path), "verifier": "exact"}], "num_held_out": 0}
+    output, run_dir = fail(write_config(tmp_path, data=section))
+    assert_one_line(output, "DataError", str(path), *fragments)
+    assert not (run_dir / "logs").exists()
+
+
+def test_a_port_in_use(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        output, _ = fail(write_config(tmp_path), f"rollout.port={port}")
+    assert_one_line(output, "EngineError", "rollout.port", str(port))
+
+
+def test_a_server_that_does_not_start(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    output, _ = fail(write_config(tmp_path), "rollout.extra_args=[--no-such-flag]")
+    lines = output.splitlines()
+    assert lines[0].startswith("EngineError: engine 0"), output
+    assert "unrecognized arguments: --no-such-flag" in lines[0], output
+    assert "last lines of" in lines[1]  # the server's own log, in full where it says
+    assert "Traceback" not in output
+    assert len(lines) < 25
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"), [("loop.num_stepz=3", "ConfigError"), ("data.tasks=[]", "ConfigError")]
+)
+def test_under_torchrun_the_line_comes_once_and_is_the_last_thing_to_read(
+    override: str, kind: str, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    output, _ = fail(write_config(tmp_path), override, num_ranks=2)
+    lines = output.splitlines()
+    assert lines[0].startswith(f"{kind}: "), output
+    message = lines[0]
+    assert lines[1:].count(message) == 0  # no other rank told it
+    assert lines[-2].strip() == f"traceback : {message}", output  # torchrun's own report
