@@ -109,6 +109,7 @@ def _signals(reader: int) -> Iterator[int]:
 
 
 def run_cleanups() -> None:
+    """Run what was registered, the last first; a cleanup that fails is told on stderr."""
     for cleanup in reversed(_cleanups):
         try:
             cleanup()

@@ -158,7 +158,7 @@ def _scaled(logits: torch.Tensor, temperature: float, work: torch.Tensor) -> tor
 
 def _row_chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
     elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    step = max(1, elements // max(width, 1))
+    step = max(2, elements // max(width, 1))
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 

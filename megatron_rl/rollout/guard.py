@@ -54,8 +54,9 @@ def main(command: list[str]) -> int:
             end_descendants(server)
             return 0
         engine_pid = engine_pid or find_engine_core(server.pid)
-        if engine_pid is not None and not is_alive(engine_pid):
-            # The server notices too, but only after seconds in which every request fails.
+        # The server last: EngineCore dies with a killed server too, and then it is not the cause.
+        if engine_pid is not None and not is_alive(engine_pid) and server.poll() is None:
+            # The server would notice, but only after seconds in which every request fails.
             print("guard: the EngineCore process died, ending its server", file=sys.stderr)
             server.kill()
             end_descendants(server)

@@ -88,8 +88,15 @@ def read_geometry(model_path: str | Path) -> Geometry:
             f"got {model_type!r} in config.json"
         )
     _check_supported(raw, model_path)
+    try:
+        return _geometry(raw)
+    except KeyError as error:
+        raise DataError(f"{model_path}/config.json: expected a key {error}, got none") from error
+
+
+def _geometry(raw: dict[str, Any]) -> Geometry:
     rope = rope_parameters(raw)
-    num_heads = raw["num_attention_heads"]
+    model_type, num_heads = raw["model_type"], raw["num_attention_heads"]
     return Geometry(
         model_type=model_type,
         num_layers=raw["num_hidden_layers"],
@@ -97,7 +104,7 @@ def read_geometry(model_path: str | Path) -> Geometry:
         ffn_hidden_size=raw["intermediate_size"],
         num_heads=num_heads,
         num_query_groups=raw.get("num_key_value_heads") or num_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
+        head_dim=raw.get("head_dim") or _default_head_dim(raw),
         vocab_size=raw["vocab_size"],
         max_position_embeddings=raw["max_position_embeddings"],
         norm_epsilon=raw["rms_norm_eps"],
@@ -109,6 +116,13 @@ def read_geometry(model_path: str | Path) -> Geometry:
     )
 
 
+def _default_head_dim(raw: dict[str, Any]) -> int:
+    """What transformers takes where config.json has none."""
+    if raw["model_type"] == "qwen3":
+        return 128
+    return raw["hidden_size"] // raw["num_attention_heads"]
+
+
 def read_hf_config(model_path: str | Path) -> dict[str, Any]:
     """The raw `config.json`; DataError where it is missing or malformed."""
     path = Path(model_path) / "config.json"
@@ -117,9 +131,12 @@ def read_hf_config(model_path: str | Path) -> dict[str, Any]:
             f"model.path: expected a Hugging Face checkpoint with a config.json, got none at {path}"
         )
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(raw, dict):
+        raise DataError(f"{path}: expected a JSON object, got a {type(raw).__name__}")
+    return raw
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
@@ -134,18 +151,22 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _check_supported(raw: dict[str, Any], model_path: str | Path) -> None:
     """Options that change the forward pass and that the learner does not build."""
-    unsupported = {
-        "attention_bias": raw.get("attention_bias", False) and raw["model_type"] != "qwen2",
-        "mlp_bias": raw.get("mlp_bias", False),
-        "use_sliding_window": raw.get("use_sliding_window", False),
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "quantization_config": raw.get("quantization_config") is not None,
-        "rope_parameters": rope_parameters(raw)["rope_type"]
-        not in ("default", "linear", "llama3", "yarn"),
-    }
-    for key, is_unsupported in unsupported.items():
-        if is_unsupported:
+    rope = rope_parameters(raw)
+    layer_types = set(raw.get("layer_types") or ["full_attention"])
+    found = {key: raw.get(key) for key in ("mlp_bias", "use_sliding_window", "quantization_config")}
+    if raw["model_type"] != "qwen2":  # whose biases of q, k and v are always there
+        found["attention_bias"] = raw.get("attention_bias")
+    if raw.get("hidden_act", "silu") != "silu":
+        found["hidden_act"] = raw["hidden_act"]
+    if layer_types != {"full_attention"}:
+        found["layer_types"] = sorted(layer_types)
+    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+        found["rope_type"] = rope["rope_type"]
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    for key, value in found.items():
+        if value:
             raise ConfigError(
-                f"model.path={model_path}: config.json has {key}={raw.get(key)!r}, which the "
-                "learner does not build"
+                f"model.path={model_path}: config.json has {key}={value!r}, which the learner "
+                "does not build"
             )

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,18 +43,7 @@ class CheckpointReader:
 
     def read(self, name: str, dimension: int | None, start: int, stop: int) -> torch.Tensor:
         """Rows (`dimension` 0) or columns (1) from `start` to `stop`; None reads all."""
-        if name not in self._file_of:
-            raise DataError(
-                f"{self._folder}: expected a tensor named {name}, got none of that name in the "
-                "checkpoint"
-            )
-        path = self._file_of[name]
-        try:
-            tensor = self._opened(path).get_slice(name)
-        except SafetensorError as error:
-            raise DataError(
-                f"{path}: expected to hold {name} as the index says, got: {error}"
-            ) from error
+        tensor = self._slice(name)
         if dimension is None:
             return tensor[:]
         return tensor[start:stop] if dimension == 0 else tensor[:, start:stop]
@@ -65,12 +55,21 @@ class CheckpointReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise DataError(
                 f"{self._folder}: expected a tensor named {name}, got none of that name in the "
                 "checkpoint"
             )
-        return tuple(self._opened(self._file_of[name]).get_slice(name).get_shape())
+        path = self._file_of[name]
+        try:
+            return self._opened(path).get_slice(name)
+        except SafetensorError as error:
+            raise DataError(
+                f"{path}: expected to hold {name} as the index says, got: {error}"
+            ) from error
 
     def _opened(self, path: Path) -> safe_open:
         if path not in self._open:
@@ -95,11 +94,11 @@ class CheckpointReader:
                 )
             return dict.fromkeys(_names_in(single), single)
         try:
-            files = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
+            files = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{index}: expected JSON with a weight_map, got {error!r}") from error
-        for file in set(files.values()):
-            if Path(file).name != file:
+        for file in files.values():
+            if not isinstance(file, str) or Path(file).name != file:
                 raise DataError(
                     f"{index}: expected names of files in the same folder, got {file!r}"
                 )
@@ -134,26 +133,39 @@ def write_checkpoint(
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.replaced.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        dtypes = _write_tensors(partial, tensors, max_shard_bytes)
+        _copy_small_files(Path(like), partial, dtypes)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # is there only when something failed
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
+) -> set[torch.dtype]:
+    """The shards and, where there are several, their index; returns the dtypes that came."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     dtypes: set[torch.dtype] = set()
     num_bytes = total_bytes = 0
     for name, tensor in tensors:
         if pending and num_bytes + tensor.nbytes > max_shard_bytes:
-            _write_shard(partial, len(shards), pending, shards)
+            _write_shard(folder, len(shards), pending, shards)
             pending, num_bytes = {}, 0
         pending[name] = tensor.detach().cpu().contiguous()
         dtypes.add(tensor.dtype)
         num_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
-    _write_shard(partial, len(shards), pending, shards)
-    _name_shards(partial, shards, total_bytes)
-    _copy_small_files(Path(like), partial, dtypes)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(folder)
+    _write_shard(folder, len(shards), pending, shards)
+    _name_shards(folder, shards, total_bytes)
+    return dtypes
 
 
 def _write_shard(
@@ -182,7 +194,7 @@ def _copy_small_files(source: Path, target: Path, dtypes: set[torch.dtype]) -> N
         if (
             path.is_file()
             and path.suffix in (".json", ".txt", ".model", ".jinja")
-            and path.name != INDEX_NAME
+            and not path.name.endswith(".index.json")
         ):
             shutil.copyfile(path, target / path.name)
     if len(dtypes) == 1:

@@ -72,4 +72,4 @@ def test_engine_and_learner_agree_after_every_sync(
     after = load_file(run_dir / "huggingface" / "model.safetensors")
     for name, tensor in before.items():
         # The end-of-sequence row and unused tokens may stand still; no tensor as a whole does.
-        assert (after[name] - tensor).norm() > 0.01 * tensor.norm(), name
+        assert (after[name] - tensor).norm() > 0.005 * tensor.norm(), name

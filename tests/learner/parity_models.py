@@ -9,8 +9,10 @@ checkpoint) and `<name>.pt`, a dict of
     sequences      list of [L] int64                 advantages  list of float
     prompt_lengths list of int                       rollout_logprobs  list of [L] float32
     logprobs       list of [L-1] float32: transformers', float32, of every token but the first
-    entropy        float: mean over those positions, in nats
+    entropy        list of [L-1] float32, in nats
+    cool_logprobs, cool_entropy    the same at COOL, a temperature below 1
     gradients      dict of Hugging Face name -> gradient of the step's loss, before clipping
+    bfloat16_logprobs  as logprobs, from transformers' model in bfloat16
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from transformers import (
 LENGTHS = (300, 256, 37, 2, 129, 64)  # tokens of the sequences; the first two span 256 and more
 PROMPT_LENGTHS = (100, 1, 5, 1, 60, 63)  # of the training step; the parity is over every token
 DUAL_VALUE = 0.1  # lambda of the recorded step
+COOL = 0.7
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -93,16 +96,29 @@ def randomize(model: torch.nn.Module) -> None:
                 parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
 
 
+def chosen_and_entropy(
+    logits: torch.Tensor, sequence: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From [L-1, V] logits: the next token's log-prob and the distribution's entropy, [L-1]."""
+    distribution = logits.log_softmax(-1)
+    chosen = distribution.gather(-1, sequence[1:, None])[:, 0]
+    return chosen, -(distribution.exp() * distribution).sum(-1)
+
+
 def record(model: torch.nn.Module, vocab_size: int) -> dict[str, Any]:
     """The batch, transformers' log-probs, and its gradients of the step's loss (token mean)."""
     sequences = [torch.randint(0, vocab_size, (length,)) for length in LENGTHS]
     advantages = torch.randn(len(LENGTHS)).tolist()
-    logprobs, entropies, rollout_logprobs, losses, count = [], [], [], [], 0
+    logprobs, entropy, cool_logprobs, cool_entropy = [], [], [], []
+    rollout_logprobs, losses, count = [], [], 0
     for sequence, prompt_length, advantage in zip(sequences, PROMPT_LENGTHS, advantages):
-        distribution = model(sequence[None]).logits[0, :-1].log_softmax(-1)
-        policy = distribution.gather(-1, sequence[1:, None])[:, 0]
+        logits = model(sequence[None]).logits[0, :-1]
+        policy, of_policy = chosen_and_entropy(logits, sequence)
+        cooled, of_cooled = chosen_and_entropy(logits.detach() / COOL, sequence)
         logprobs.append(policy.detach())
-        entropies.append(-(distribution.exp() * distribution).sum(-1).detach())
+        entropy.append(of_policy.detach())
+        cool_logprobs.append(cooled)
+        cool_entropy.append(of_cooled)
         noisy = (policy.detach() + 0.05 * torch.randn_like(policy)).clamp(max=-1e-4)
         rollout_logprobs.append(torch.cat([torch.zeros(1), noisy]))
         is_kept = torch.arange(1, len(sequence)) >= prompt_length
@@ -111,14 +127,22 @@ def record(model: torch.nn.Module, vocab_size: int) -> dict[str, Any]:
         losses.append(-(shaped * policy)[is_kept].sum())
         count += int(is_kept.sum())
     (sum(losses) / count).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        model.to(torch.bfloat16)
+        of_bfloat16 = [model(sequence[None]).logits[0, :-1].float() for sequence in sequences]
+    rounded = [chosen_and_entropy(*pair)[0] for pair in zip(of_bfloat16, sequences)]
     return {
         "sequences": sequences,
         "prompt_lengths": PROMPT_LENGTHS,
         "advantages": advantages,
         "rollout_logprobs": rollout_logprobs,
         "logprobs": logprobs,
-        "entropy": torch.cat(entropies).mean().item(),
-        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+        "entropy": entropy,
+        "cool_logprobs": cool_logprobs,
+        "cool_entropy": cool_entropy,
+        "gradients": gradients,
+        "bfloat16_logprobs": rounded,
     }
 
 

@@ -5,12 +5,13 @@
 Megatron's groups are taken down and made anew between layouts, so that one start serves them all.
 Rank 0 writes `FOLDER/<model>.<case>.pt`: the learner's log-probs by sequence, the exported weights
 before and after one recorded training step, its gradients under Hugging Face names, and a digest of
-every shard, by which copies are compared.
+every shard, by which copies are compared; and `FOLDER/parallel.<case>.pt`: every rank's place.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,17 +23,24 @@ import torch.distributed as dist
 
 from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.data.packing import deal, fill, pack, plan_rows
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.learner.cpu_device import run_on_cpu
 from megatron_rl.learner.export import full_tensors
+from megatron_rl.learner.forward import RowOutput, row_output, run_schedule
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model import stage_tensors
+from megatron_rl.learner.model import build_model, stage_tensors
 from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import MicroBatch, Rollout, Sample, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
+from tests.learner.parity_models import COOL, DUAL_VALUE
 
 TOKENS_PER_ROW = 384
 LEARNING_RATE = 1e-3
+# Adam's first step is about the gradient's sign; with its usual 1e-8 the sign of rounding errors
+# would step as far as any other.
+EPSILON = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +68,24 @@ CASES = (
     Case(name="dp2_unpacked", world_size=2, is_packed=False),
     Case(name="dp2_distributed", world_size=2, is_distributed=True),
     Case(name="tp2_pp2", world_size=4, tensor=2, pipeline=2),
-    Case(name="tp2_pp2_unpacked", world_size=4, tensor=2, pipeline=2, is_packed=False),
-    Case(name="tp2_dp2", world_size=4, tensor=2, models=("qwen3", "qwen2_tied")),
-    Case(name="pp2_dp2", world_size=4, pipeline=2, models=("qwen3", "qwen2_tied")),
+    Case(
+        name="tp2_pp2_unpacked",
+        world_size=4,
+        tensor=2,
+        pipeline=2,
+        is_packed=False,
+        models=("qwen3", "qwen2_tied", "llama"),
+    ),
+    Case(name="tp2_dp2", world_size=4, tensor=2, models=("qwen2_tied",)),
+    Case(name="pp2_dp2", world_size=4, pipeline=2, models=("qwen2_tied",)),
 )
-BFLOAT16_CASES = (
-    Case(name="bf16_tp2", world_size=2, tensor=2, dtype="bfloat16"),
-    Case(name="bf16_dp2_distributed", world_size=2, is_distributed=True, dtype="bfloat16"),
+BFLOAT16_MODELS = ("qwen3", "qwen2_tied")
+BFLOAT16_CASES = tuple(
+    Case(world_size=2, dtype="bfloat16", models=BFLOAT16_MODELS, **layout)
+    for layout in (
+        {"name": "bf16_tp2", "tensor": 2},
+        {"name": "bf16_dp2_distributed", "is_distributed": True},
+    )
 )
 
 
@@ -114,16 +133,32 @@ def rows_of_rank(
     return fill(rows, max(len(each) for each in planned), TOKENS_PER_ROW), held
 
 
-def logprobs_by_sequence(
-    learner: Learner, rows: list[MicroBatch], held: list[list[Sample]]
+def by_sequence(
+    rows: list[MicroBatch], held: list[list[Sample]], values: list[torch.Tensor]
 ) -> dict[int, torch.Tensor]:
-    """Recomputed log-probs of this rank's sequences, [L-1]; nothing before the last stage."""
+    """What rows of [T] hold for each sequence, [L-1]; nothing before the last stage."""
     found = {}
-    for row, samples, values in zip(rows, held, learner.recompute(rows)):
+    for row, samples, of_row in zip(rows, held, values):
         for start, sample in zip(row.cu_seqlens_padded.tolist(), samples):
             length = len(sample.rollout.token_ids)
-            found[sample.prompt_index] = values[start : start + length - 1].clone()
+            found[sample.prompt_index] = of_row[start : start + length - 1].clone()
     return found
+
+
+def forward_at(learner: Learner, rows: list[MicroBatch], temperature: float) -> list[RowOutput]:
+    """A forward pass at another temperature, with the entropy."""
+
+    def on_output(index: int, logits: torch.Tensor) -> RowOutput:
+        return row_output(
+            logits,
+            rows[index],
+            temperature=temperature,
+            vocab_size=learner.geometry.vocab_size,
+            parallel=learner.parallel,
+        )
+
+    with torch.no_grad():
+        return run_schedule(learner.model, rows, on_output, forward_only=True)
 
 
 def shard_digests(learner: Learner, attribute: str) -> list[tuple[str, int | None, str]]:
@@ -154,10 +189,41 @@ def exported(model: Any, learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors}
 
 
-def main_weights_dtypes(learner: Learner) -> set[str]:
-    """Of the tensors that the optimizer steps."""
+def main_weights(learner: Learner) -> dict[str, Any]:
+    """Of the optimizer: the dtypes that it steps, its state, and how far main weights have come."""
     groups = learner.optimizer.param_groups
-    return {str(parameter.dtype) for group in groups for parameter in group["params"]}
+    states = learner.optimizer.optimizer.state.values()
+    found: dict[str, Any] = {
+        "dtypes": {str(parameter.dtype) for group in groups for parameter in group["params"]},
+        "state": {key for state in states for key in state},
+        "state_dtypes": {str(value.dtype) for state in states for value in state.values()},
+        "is_rounded_main": True,
+    }
+    for parameter in learner.model.module.parameters():
+        main = getattr(parameter, "main_param", None)
+        if main is not None and main.shape == parameter.shape:
+            found["is_rounded_main"] &= torch.equal(parameter, main.to(parameter.dtype))
+    return found
+
+
+def train_once(learner: Learner, rows: list[MicroBatch]) -> tuple[dict[str, float], bool]:
+    """One recorded step; its metrics, and whether the log-probs that it trained on were bit for bit
+    what a forward-only pass had given.
+    """
+    recomputed = learner.recompute(rows)
+    report, trained_on = train_step(
+        learner,
+        TrainBatch(mini_batches=(tuple(rows),)),
+        DualVariable(
+            value=DUAL_VALUE, learning_rate=1.0, tolerance=0.0037, minimum=0.0, maximum=10.0
+        ),
+        ObjectiveConfig(),
+        step=1,
+        weight_version=0,
+        should_recompute=False,
+    )
+    is_same = [torch.equal(a, b) for a, b in zip(recomputed, trained_on[0], strict=True)]
+    return report.metrics, all(is_same)
 
 
 def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> dict[str, Any]:
@@ -166,64 +232,93 @@ def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> d
     path = folder / model_name
     learner = Learner(
         ModelConfig(path=str(path), dtype=case.dtype),
-        OptimizerConfig(learning_rate=LEARNING_RATE, distributed=case.is_distributed),
+        OptimizerConfig(
+            learning_rate=LEARNING_RATE, epsilon=EPSILON, distributed=case.is_distributed
+        ),
         read_geometry(path),
         parallel,
         num_updates=1,
     )
     outcome: dict[str, Any] = {"names": learner.tensor_shapes()}
     every_token = recorded_samples(batch, is_every_token_kept=True)
-    logprobs = logprobs_by_sequence(learner, *rows_of_rank(every_token, case, parallel))
+    rows, held = rows_of_rank(every_token, case, parallel)
+    cool = forward_at(learner, rows, COOL)
+    forward = {
+        "logprobs": by_sequence(rows, held, learner.recompute(rows)),
+        "cool_logprobs": by_sequence(rows, held, [row.logprobs for row in cool]),
+        "cool_entropy": by_sequence(rows, held, [row.entropy for row in cool]),
+    }
     outcome["weights_before"] = exported(learner.model.module, learner)
     recorded = recorded_samples(batch, is_every_token_kept=False)
     rows, _ = rows_of_rank(recorded, case, parallel)
-    report, _ = train_step(
-        learner,
-        TrainBatch(mini_batches=(tuple(rows),)),
-        DualVariable(value=0.1, learning_rate=1.0, tolerance=0.0037, minimum=0.0, maximum=10.0),
-        ObjectiveConfig(),
-        step=1,
-        weight_version=0,
-        should_recompute=False,
-    )
-    outcome["grad_norm"] = report.metrics["learner/grad_norm"]
-    outcome["metrics"] = report.metrics
+    outcome["metrics"], is_same = train_once(learner, rows)
     digests = {"weights": shard_digests(learner, "data")}
     if not case.is_distributed:  # else a rank holds the sum of its own piece alone
         outcome["gradients"] = exported(_Gradients(learner.model.module), learner)
         digests["gradients"] = shard_digests(learner, "main_grad")
     outcome["weights_after"] = exported(learner.model.module, learner)
-    outcome["main_dtypes"] = main_weights_dtypes(learner)
+    outcome["main"] = main_weights(learner)
     of_ranks: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(of_ranks, (logprobs, digests))
-    outcome["logprobs"] = [each for each, _ in of_ranks]
-    outcome["digests"] = [each for _, each in of_ranks]
+    dist.all_gather_object(of_ranks, (forward, digests, is_same))
+    outcome["forward"], outcome["digests"], outcome["is_same"] = zip(*of_ranks)
     return outcome
 
 
-def main(folder: Path, world_size: int, model_names: list[str]) -> None:
+def place_of(parallel: Parallel) -> dict[str, Any]:
+    """What this rank's `Parallel` says, and what its exchanges give."""
+    reduce = parallel.reducer()
+    ranks = torch.tensor([float(parallel.rank)], dtype=torch.float64)
+    return {
+        "place": (parallel.tp_rank, parallel.pp_rank, parallel.dp_rank),
+        "size": (parallel.tp_size, parallel.pp_size, parallel.dp_size),
+        "ends": (parallel.is_first_stage, parallel.is_last_stage, parallel.is_replica_head),
+        "replica_head": parallel.from_replica_head(parallel.rank),
+        "last_stage": parallel.from_last_stage(parallel.rank),
+        "reduced": [reduce(ranks.clone(), name).item() for name in ("sum", "max", "min")],
+    }
+
+
+def refusals(folder: Path, parallel: Parallel) -> dict[str, tuple[str, str]]:
+    """Name of a broken checkpoint -> the error's type and text."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        try:
+            build_model(
+                ModelConfig(path=str(path)),
+                read_geometry(path),
+                parallel,
+                use_distributed_optimizer=False,
+            )
+        except (ConfigError, DataError) as error:
+            found[path.name] = (type(error).__name__, str(error))
+    return found
+
+
+def main(folder: Path) -> None:
+    run_on_cpu()
     from megatron.core import parallel_state
 
+    world_size = int(os.environ["WORLD_SIZE"])
+    model_names = sorted(path.stem for path in folder.glob("*.pt") if "." not in path.stem)
     for case in (*CASES, *BFLOAT16_CASES):
         if case.world_size != world_size:
             continue
         parallel = initialize_parallel(
             ParallelConfig(tensor=case.tensor, pipeline=case.pipeline, timeout_seconds=60), seed=1
         )
+        places: list[Any] = [None] * world_size
+        dist.all_gather_object(places, place_of(parallel))
+        outcomes = {f"parallel.{case.name}": places}
         for name in case.models or model_names:
-            outcome = run_case(folder, name, case, parallel)
-            if parallel.rank == 0:
-                torch.save(outcome, folder / f"{name}.{case.name}.pt")
+            outcomes[f"{name}.{case.name}"] = run_case(folder, name, case, parallel)
+        if case.name == "tp1":
+            outcomes["refusals.tp1"] = refusals(folder / "broken", parallel)
+        if parallel.rank == 0:
+            for name, outcome in outcomes.items():
+                torch.save(outcome, folder / f"{name}.pt")
         parallel_state.destroy_model_parallel()
     shut_down_parallel()
 
 
 if __name__ == "__main__":
-    import os
-
-    from megatron_rl.learner.cpu_device import run_on_cpu
-
-    run_on_cpu()
-    root = Path(sys.argv[1])
-    names = sorted(path.stem for path in root.glob("*.pt") if "." not in path.stem)
-    main(root, int(os.environ["WORLD_SIZE"]), names)
+    main(Path(sys.argv[1]))

@@ -3,9 +3,9 @@ near the model's own.
 
     python -m tests.learner.recorded MODEL FOLDER      writes FOLDER/step_000001 and on
 
-Among them: a group of equal rewards, a response with a gap in its mask (two turns), rollouts without
-any response, and a prompt of one token whose rollout is that token alone. `sparse_groups` is a batch
-of which one of two data-parallel ranks is dealt no kept token.
+Among them: a group of equal rewards, a response with a gap in its mask (two turns), rollouts
+without any response, and a prompt of one token whose rollout is that token alone. `sparse_groups`
+is a batch of which one of two data-parallel ranks is dealt no kept token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NUM_PROMPTS, NUM_SAMPLES = 4, 4
 SPARSE_STEP = 99  # where the sparse batch stands, behind the steps of a replay
 FIRST_TOKEN, LAST_TOKEN = 3, 97
 LONGEST = 44  # tokens of a sequence
-ENGINE_NOISE = 0.05  # standard deviation of rollout minus recomputed log-prob
+ENGINE_NOISE = 0.3  # standard deviation of rollout minus recomputed log-prob
 
 Groups = list[RolloutGroup]
 Scores = list[tuple[Score, ...]]

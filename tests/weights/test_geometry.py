@@ -1,0 +1,186 @@
+"""What config.json says, and what the learner refuses to build."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.weights.geometry import read_geometry, rope_parameters
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 6,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_reads_the_shape(tmp_path: Path) -> None:
+    geometry = read_geometry(write(tmp_path))
+    assert (geometry.num_layers, geometry.num_heads, geometry.num_query_groups) == (6, 8, 2)
+    assert geometry.head_dim == 12
+    assert (geometry.rope_theta, geometry.has_rope_scaling) == (500000.0, False)
+    assert not (geometry.has_qk_norm or geometry.has_qkv_bias or geometry.is_tied)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "has_qk_norm", "has_qkv_bias", "head_dim"),
+    [("qwen3", True, False, 128), ("qwen2", False, True, 12), ("llama", False, False, 12)],
+)
+def test_what_a_model_type_brings_along(
+    tmp_path: Path, model_type: str, has_qk_norm: bool, has_qkv_bias: bool, head_dim: int
+) -> None:
+    geometry = read_geometry(write(tmp_path, model_type=model_type))
+    assert (geometry.has_qk_norm, geometry.has_qkv_bias) == (has_qk_norm, has_qkv_bias)
+    assert geometry.head_dim == head_dim, "transformers' default where config.json has none"
+    assert read_geometry(write(tmp_path, model_type=model_type, head_dim=32)).head_dim == 32
+
+
+def test_without_key_value_heads_every_head_has_its_own(tmp_path: Path) -> None:
+    assert read_geometry(write(tmp_path, num_key_value_heads=None)).num_query_groups == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta", "rope_type"),
+    [
+        ({"rope_parameters": None}, 10000.0, "default"),
+        ({"rope_parameters": None, "rope_theta": 1e6}, 1e6, "default"),
+        (
+            {
+                "rope_parameters": None,
+                "rope_theta": 5e5,
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            5e5,
+            "linear",
+        ),
+        (
+            {
+                "rope_parameters": None,
+                "rope_theta": 5e5,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+            },
+            5e5,
+            "llama3",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+            1e4,
+            "yarn",
+        ),
+    ],
+)
+def test_rope_settings_of_old_and_new_form(
+    tmp_path: Path, changes: dict[str, Any], theta: float, rope_type: str
+) -> None:
+    geometry = read_geometry(write(tmp_path, **changes))
+    assert (geometry.rope_theta, geometry.has_rope_scaling) == (theta, rope_type != "default")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert rope_parameters(raw)["rope_type"] == rope_type
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "gpt2"}, "expected model_type one of qwen3, qwen2, llama, got 'gpt2'"),
+        ({"model_type": "qwen3_moe"}, "got 'qwen3_moe'"),
+        ({"model_type": None}, "got None"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type='dynamic'",
+        ),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "longrope"}},
+            "rope_type='longrope'",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
+    ],
+)
+def test_refuses_what_the_learner_does_not_build(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_geometry(write(tmp_path, **changes))
+    assert named in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_options_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    layer_types = ["full_attention"] * 6
+    read_geometry(write(tmp_path, attention_bias=False, hidden_act="silu", layer_types=layer_types))
+    read_geometry(write(tmp_path, model_type="qwen2", attention_bias=True))  # is always there
+
+
+def test_a_folder_without_a_config_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected a Hugging Face checkpoint with a config\.json"):
+        read_geometry(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe\x00"])
+def test_a_malformed_config_is_a_data_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"config\.json: expected (JSON|a JSON object)"):
+        read_geometry(tmp_path)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a key 'intermediate_size', got none"):
+        read_geometry(write(tmp_path, intermediate_size=None))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "named"),
+    [
+        (3, 1, "parallel.tensor=3 does not divide the model's 8 attention heads"),
+        (4, 1, "parallel.tensor=4 does not divide the model's 2 key-value heads"),
+        (1, 4, "parallel.pipeline=4 does not divide the model's 6 layers"),
+    ],
+)
+def test_a_layout_that_does_not_divide(
+    tmp_path: Path, tensor: int, pipeline: int, named: str
+) -> None:
+    geometry = read_geometry(write(tmp_path))
+    geometry.check_layout(2, 3)
+    with pytest.raises(ConfigError) as caught:
+        geometry.check_layout(tensor, pipeline)
+    assert named in str(caught.value)
+    assert "change parallel." in str(caught.value)
+
+
+def test_a_feed_forward_layer_that_does_not_divide(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="251 columns of the feed-forward layer"):
+        read_geometry(write(tmp_path, intermediate_size=251)).check_layout(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tensor", "padded"), [(128, 1, 128), (131, 1, 256), (131, 2, 256), (97, 4, 512)]
+)
+def test_padded_vocabulary(tmp_path: Path, vocab_size: int, tensor: int, padded: int) -> None:
+    geometry = read_geometry(write(tmp_path, vocab_size=vocab_size))
+    assert geometry.padded_vocab_size(tensor) == padded
