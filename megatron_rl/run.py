@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -45,6 +48,9 @@ from megatron_rl.sync.publish import Publisher
 from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
+# Until a guard has noticed its server's death; the connection breaks before.
+DEATH_SECONDS = 1.0
+
 
 class Run:
     """All that one rank of a training run holds; a context manager that ends what it started."""
@@ -70,12 +76,17 @@ class Run:
         try:
             self._start()
         except BaseException:
-            self._stack.close()
+            self._stack.__exit__(*sys.exc_info())
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def _start(self) -> None:
         config = self.config
@@ -86,7 +97,8 @@ class Run:
             if not self.is_replay:
                 self._start_engines()
         self.parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
-        self._stack.callback(shut_down_parallel)
+        # Not after an error: the other ranks would see a closed connection, and tell of that first.
+        self._stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
         self.learner = Learner(
             config.model,
             config.learner.optimizer,
@@ -163,6 +175,11 @@ class Run:
         """EngineError where an engine that this rank started has died."""
         for engine in self._engines:
             engine.check()
+
+    def check_engines_after_failure(self) -> None:
+        """EngineError, with its last words, where a call failed because its engine has died."""
+        time.sleep(DEATH_SECONDS)
+        self.check_engines()
 
     def _resume(self) -> None:
         """Take up where the latest checkpoint stands, if there is one and the config wants it."""

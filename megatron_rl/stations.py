@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.batch import DealtBatch, pack_rows, recomputed_by_sample
-from megatron_rl.errors import DataError
+from megatron_rl.errors import DataError, SyncError
 from megatron_rl.evaluate import evaluate
 from megatron_rl.learner.model import DTYPES
 from megatron_rl.objective.advantage import group_advantages
@@ -104,7 +104,11 @@ def publish_weights(run: Run) -> dict[str, float]:
     with run.stations.time("sync"):
         tensors = run.learner.full_tensors()
         if run.parallel.rank == 0:
-            report = run.publisher.publish(_specs(run), tensors, version=run.step)
+            try:
+                report = run.publisher.publish(_specs(run), tensors, version=run.step)
+            except SyncError:
+                run.check_engines_after_failure()
+                raise
             line = {
                 "version": report.version,
                 "bytes": report.num_bytes,

@@ -71,7 +71,7 @@ def save_checkpoint(
         _delete_old(folder, final.name, keep)
 
     for phase, takes_part in ((prepare, is_writer), (write, True), (finish, is_writer)):
-        error = _first_error(phase if takes_part else None)
+        error = _first_error(phase if takes_part else None, folder)
         if error is not None:
             if is_writer:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -82,14 +82,16 @@ def save_checkpoint(
     return final
 
 
-def _first_error(phase: Callable[[], None] | None) -> str | None:
+def _first_error(phase: Callable[[], None] | None, folder: Path) -> str | None:
     """Do this rank's part; what went wrong with anybody's, the same on every rank. A collective."""
     error = None
     try:
         if phase is not None:
             phase()
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as caught:
-        error = _in_brief(caught)
+        # torch's writer says "unexpected pos" where the disk is full
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        error = f"{_in_brief(caught)} ({free / 2**20:.1f} MiB free on that disk)"
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     return next((each for each in errors if each is not None), None)
@@ -278,7 +280,7 @@ def _check_space(folder: Path, learner: Learner) -> None:
     num_parameters = sum(torch.Size(shape).numel() for _, shape in learner.tensor_shapes())
     needed, free = num_parameters * BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{free / 2**20:.0f} MiB free on the disk, {needed / 2**20:.0f} MiB needed")
+        raise OSError(f"{needed / 2**20:.1f} MiB needed")
 
 
 def _sync_to_disk(folder: Path) -> None:

@@ -15,16 +15,29 @@ PROBE_BOUND = 2e-5  # of |d logprob| / max(1, |logprob|), float32 on both sides
 FLAT = 1e-5  # of the discrepancy, a difference of probabilities in [0, 1]
 
 
-@pytest.mark.parametrize("num_steps", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_nothing_changes(num_steps: int, tmp_path: Path, write_config: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "num_ranks"),
+    # 0: one process, without torchrun
+    [(5, 0), pytest.param(20, 2, marks=pytest.mark.slow)],
+)
+def test_nothing_changes(
+    num_steps: int, num_ranks: int, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
     config = write_config(
         tmp_path,
-        parallel={"tensor": 2},
+        parallel={"tensor": max(1, num_ranks)},
         learner={"tokens_per_micro_batch": 1024, "optimizer": {"learning_rate": 0.0}},
         loop={"num_steps": num_steps, "prompts_per_step": 4, "samples_per_prompt": 4},
     )
     run_dir = tmp_path / "run"
-    train_to_the_end(config, num_ranks=2, run_dir=run_dir)
+    lines = train_to_the_end(config, num_ranks=num_ranks, run_dir=run_dir).splitlines()
+    # A line a step, the table, where the curves are; nothing that a library has to say.
+    assert [line.split()[:2] for line in lines[:num_steps]] == [
+        ["step", str(step)] for step in range(1, num_steps + 1)
+    ]
+    assert lines[num_steps] == str(run_dir)
+    assert all(line[0] in "┏┃┡│└" for line in lines[num_steps + 1 : -1])
+    assert lines[-1].startswith("curves: tensorboard --logdir")
 
     syncs = read_jsonl(run_dir / "sync.jsonl")
     assert [line["version"] for line in syncs] == list(range(num_steps + 1))
