@@ -49,6 +49,7 @@ def config(
             "samples_per_prompt": NUM_SAMPLES,
         },
         "checkpoint": {"every": 2, "keep": 2},
+        "eval": {"at_start": False, "at_end": False},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -140,7 +141,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk with room for one checkpoint of the tiny model and not for two."""
     folder = tmp_path / "small_disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs is not permitted here")
     yield folder
@@ -164,14 +165,14 @@ def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(
 def test_a_truncated_checkpoint_ends_every_rank(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = (config, f"run_dir={run_dir}")
-    run_module("megatron_rl.train", *arguments, "loop.num_steps=2", ranks=1)
-    shard = sorted((run_dir / "checkpoints/step_000002").glob("*.distcp"))[-1]
+    run_module("megatron_rl.train", *arguments, "loop.num_steps=4", ranks=1)
+    shard = sorted((run_dir / "checkpoints/step_000004").glob("*.distcp"))[-1]
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size // 2)
     started = time.monotonic()
     finished = run_module("megatron_rl.train", *arguments, ranks=2, must_succeed=False)
     assert finished.returncode != 0
     assert time.monotonic() - started < 90
-    assert f"DataError: checkpoint {run_dir}/checkpoints/step_000002" in finished.stdout
+    assert f"DataError: checkpoint {run_dir}/checkpoints/step_000004" in finished.stdout
     assert shard.name in finished.stdout
     assert finished.stdout.count("DataError:") == 1  # told once, not by every rank
