@@ -62,6 +62,11 @@ class Rollout:
     def num_response_tokens(self) -> int:
         return sum(self.loss_mask)
 
+    @property
+    def is_truncated(self) -> bool:
+        """Cut at max_tokens."""
+        return self.finish_reason == "length"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAddress:
@@ -97,6 +102,11 @@ class Score:
     reward: float
     is_formatted: bool  # an answer could be read from the response, right or wrong
     failure: str | None  # "timeout", "crash", or None when the verifier did its work
+
+    @property
+    def is_correct(self) -> bool:
+        """Full reward, from a verifier that did its work."""
+        return self.failure is None and self.reward >= 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
