@@ -23,7 +23,12 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.config_file import load_config
 from megatron_rl.errors import ConfigError, DataError, DivergenceError, EngineError, SyncError
-from megatron_rl.lifetime import die_with_parent, run_cleanups, watch_signals
+from megatron_rl.lifetime import (
+    bind_forked_children,
+    die_with_parent,
+    run_cleanups,
+    watch_signals,
+)
 
 USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError)
 ERROR_FILE = "error.txt"
@@ -57,6 +62,7 @@ def run_command(
     rank = int(os.environ.get("RANK", "0"))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    bind_forked_children()
     progress = Progress()
     watch_signals((lambda: progress.describe()) if rank == 0 else None)
     _quiet_libraries()

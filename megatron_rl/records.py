@@ -18,6 +18,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # reward workers and the launcher read these records without paying for torch
     import torch
 
+# How the engines' HTTP routes write a log-prob that is NaN or -inf.
+MISSING_LOGPROB = -9999.0
+# A log-prob this little above 0 is rounding: a logit less a float32 log-sum-exp beside it.
+MAX_LOGPROB_ROUNDING = 1e-3
+SAMPLE_BITS = 8  # low bits of a seed: vLLM seeds sample i of a prompt with seed + i
+MAX_SAMPLES = 2**SAMPLE_BITS
+TOKEN_VARIABLE = "MEGATRON_RL_TOKEN"  # environment variable that carries the run's bearer token
+# What the engines know the weight transfer of sync/receive.py by.
+WEIGHT_BACKEND = "megatron_rl_shm"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -105,7 +115,7 @@ class Score:
 
     @property
     def is_correct(self) -> bool:
-        """Full reward, from a verifier that did its work."""
+        """What counts as right in every evaluation: a full reward that a verifier really gave."""
         return self.failure is None and self.reward >= 1.0
 
 

@@ -61,7 +61,7 @@ class Run:
     def __init__(self, config: Config, progress: Progress) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
-        self.stations = Stations()
+        self.stations = Stations(on_enter=lambda station: self.recorder.station(station))
         self.step = 0
         self.published_version = 0  # of the weights that the engines serve
         progress.describe = self._describe

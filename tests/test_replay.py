@@ -49,7 +49,6 @@ def config(
             "samples_per_prompt": NUM_SAMPLES,
         },
         "checkpoint": {"every": 2, "keep": 2},
-        "eval": {"at_start": False, "at_end": False},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -117,7 +116,7 @@ def test_the_same_rollouts_give_the_same_bits_also_after_a_kill(
     weights = "huggingface/model.safetensors"
     assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
     assert metrics_of(killed) == metrics_of(whole)
-    assert [line["step"] for line in metrics_of(whole)] == list(range(1, NUM_STEPS + 1))
+    assert [line["step"] for line in metrics_of(whole)] == list(range(NUM_STEPS + 1))
     assert not (whole / "rollouts").exists()  # what was recorded is not recorded again
 
 
@@ -175,4 +174,5 @@ def test_a_truncated_checkpoint_ends_every_rank(config: Path, tmp_path: Path) ->
     assert time.monotonic() - started < 90
     assert f"DataError: checkpoint {run_dir}/checkpoints/step_000004" in finished.stdout
     assert shard.name in finished.stdout
-    assert finished.stdout.count("DataError:") == 1  # told once, not by every rank
+    told = [line for line in finished.stdout.splitlines() if line.startswith("DataError:")]
+    assert len(told) == 1  # by the first rank that meets it, and not by every rank

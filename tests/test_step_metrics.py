@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rl.step_metrics import evaluation_metrics
 from megatron_rl.observe.metrics import reduce
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.step_metrics import evaluation_metrics
 
 
 def make_group(index: int, finish_reasons: tuple[str, ...]) -> RolloutGroup:

@@ -121,7 +121,8 @@ def finish(config: Path, run_dir: Path) -> int:
 def check_records(config_path: Path, run_dir: Path, num_steps: int) -> None:
     """Every step once, lambda an unbroken chain, every prompt once and the right one."""
     metrics = read_jsonl(run_dir / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == list(range(1, num_steps + 1))
+    assert [line["step"] for line in metrics] == list(range(num_steps + 1))
+    assert "constraint/lambda" not in metrics.pop(0)  # before the first step
 
     config = load_config(str(config_path), [f"run_dir={run_dir}"])
     constraint = config.objective.constraint
