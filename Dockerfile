@@ -1,9 +1,11 @@
 # The GPU profile: CUDA, Python 3.12, the `gpu` extra. NOT built or tried by this project's own
 # checks, which run on machines without a GPU; the CPU profile is tools/bootstrap.sh.
 #   docker build -t megatron_rl .
-#   docker run --gpus all --ipc host --rm -it -v "$PWD/runs:/workspace/runs" megatron_rl \
+#   docker run --gpus all --shm-size 16g --rm -it -v "$PWD/runs:/workspace/runs" megatron_rl \
 #       launch/torchrun.sh megatron_rl.train configs/CONFIG.yaml
-# --ipc host: weights go from the learners to a vLLM server of the same host through shared memory.
+# --shm-size: for NCCL and vLLM's own workers. Weights go from the learners to a vLLM server through a
+# memory file that is opened as /proc/<pid>/fd/<n>: both must run as one user in one process
+# namespace, so in the same container (as above), or in containers started with --pid host.
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
 RUN apt-get update && apt-get install --yes --no-install-recommends \

@@ -2,11 +2,17 @@
 # Starts the learner ranks of one node:
 #   launch/torchrun.sh megatron_rl.train configs/quickstart.yaml loop.num_steps=50
 #   NPROC=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh megatron_rl.train CONFIG
+# torchrun is the one on the PATH, else that of this repository's .venv (tools/bootstrap.sh).
 # NPROC         ranks on this node; default: one per GPU, or 2 where there is none
 # NNODES        nodes; default 1, and then nothing listens beyond this host
 # NODE_RANK     of this node; MASTER_ADDR and MASTER_PORT name the first one; RDZV_ID the run
 # OMP_NUM_THREADS   default: this node's cores shared by the ranks, at most 8
 set -euo pipefail
+
+venv="$(dirname "${BASH_SOURCE[0]}")/../.venv"
+if ! command -v torchrun >/dev/null && [ -f "$venv/bin/activate" ]; then
+    source "$venv/bin/activate"
+fi
 
 num_gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
 num_ranks="${NPROC:-$((num_gpus > 0 ? num_gpus : 2))}"

@@ -299,11 +299,13 @@ def check_engine_place(config: Config) -> None:
     """ConfigError where the run would start engines that ranks on other hosts cannot reach."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if config.rollout.num_engines and not config.replay and local_world_size < world_size:
+    num_replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    has_far_replicas = local_world_size < world_size and num_replicas > 1
+    if config.rollout.num_engines and not config.replay and has_far_replicas:
         raise ConfigError(
-            "rollout.num_engines: expected 0 for a run of several hosts, got "
-            f"{config.rollout.num_engines}; started engines listen on loopback only, give "
-            "rollout.urls"
+            f"rollout.num_engines={config.rollout.num_engines}: expected one replica of the model "
+            f"(parallel.tensor x parallel.pipeline = {world_size} ranks) in a run of several "
+            f"hosts, got {num_replicas}; started engines listen on the first host's loopback only"
         )
 
 

@@ -34,9 +34,14 @@ from megatron_rl.sync.wire import (
     manifest_from_json,
 )
 
-# A buffer that older Llama checkpoints hold and nobody needs: the model computes it, vLLM's loader
-# skips it (vllm/model_executor/models/utils.py:AutoWeightsLoader), no learner publishes it.
-DEAD_BUFFER = "rotary_emb.inv_freq"
+# Buffers that older checkpoints hold and nobody needs: a model computes them, vLLM's loader skips
+# them (vllm/model_executor/models/utils.py:AutoWeightsLoader), no learner publishes them.
+DEAD_BUFFERS = (
+    "rotary_pos_emb.inv_freq",
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
 
 
 def register() -> None:
@@ -211,7 +216,7 @@ def checkpoint_specs(model_config: Any) -> dict[str, TensorSpec]:
     """Names, dtypes and shapes of the checkpoint that the engine was started from: what an update
     must bring.
 
-    A tied head is left out: vLLM takes it from the embedding; and so is DEAD_BUFFER.
+    A tied head is left out: vLLM takes it from the embedding; and so are DEAD_BUFFERS.
     """
     from megatron_rl.weights.huggingface import CheckpointReader
 
@@ -219,7 +224,7 @@ def checkpoint_specs(model_config: Any) -> dict[str, TensorSpec]:
     is_tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
     specs = {}
     for name in reader.names:
-        if name.endswith(DEAD_BUFFER) or (is_tied and name.endswith("lm_head.weight")):
+        if name.endswith(DEAD_BUFFERS) or (is_tied and name.endswith("lm_head.weight")):
             continue
         shape = reader.shape(name)
         # An empty slice tells the dtype without reading the tensor; a scalar has no slices.

@@ -70,7 +70,14 @@ class TrainingProcess:
         """Of "torchrun", "rank 0", "rank 1", "server" (vLLM's API server), "guard"."""
         if role == "torchrun":
             return self.process.pid
-        [pid] = [pid for pid in self.pids() if _is_role(pid, role)]
+        pids = self.pids()
+        if role.startswith("rank "):
+            # Its own children, the checkpoint's writers among them, look like the rank.
+            variable = f"\0RANK={role.removeprefix('rank ')}\0"
+            ranks = [pid for pid in pids if status_of(pid)[1] == self.process.pid]
+            [pid] = [pid for pid in ranks if variable in f"\0{_environment(pid)}"]
+        else:
+            [pid] = [pid for pid in pids if _is_role(pid, role)]
         return pid
 
     def pids(self) -> list[int]:
@@ -149,10 +156,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _is_role(pid: int, role: str) -> bool:
     command = _command_line(pid)
-    if role.startswith("rank "):
-        is_rank = f"\0RANK={role.removeprefix('rank ')}\0" in f"\0{_environment(pid)}"
-        # Not what the rank has started: reward workers, and torchrun's own environment.
-        return is_rank and "-m megatron_rl.train" in command and "torch.distributed" not in command
     if role == "guard":
         return "-m megatron_rl.rollout.guard" in command
     assert role == "server", role
