@@ -25,6 +25,7 @@ from pathlib import Path
 from megatron_rl.lifetime import become_subreaper, die_with_parent
 
 POLL_SECONDS = 0.25
+ENDING_SECONDS = 1.0  # a killed server's threads need to end, on a busy machine
 GRACE_SECONDS = 2.0  # for the server to leave by itself, and take its shared memory along
 
 
@@ -55,7 +56,7 @@ def main(command: list[str]) -> int:
             return 0
         engine_pid = engine_pid or find_engine_core(server.pid)
         # EngineCore dies with a killed server too, whose many threads may take longer to end.
-        if engine_pid is not None and not is_alive(engine_pid) and not ends_within_poll(server):
+        if engine_pid is not None and not is_alive(engine_pid) and not ends_soon(server):
             # The server would notice, but only after seconds in which every request fails.
             print("guard: the EngineCore process died, ending its server", file=sys.stderr)
             server.kill()
@@ -65,10 +66,10 @@ def main(command: list[str]) -> int:
     return server.returncode if server.returncode >= 0 else 128 - server.returncode
 
 
-def ends_within_poll(server: subprocess.Popen[bytes]) -> bool:
-    """True when the server has ended, or does so now."""
+def ends_soon(server: subprocess.Popen[bytes]) -> bool:
+    """True when the server has ended, or does so within ENDING_SECONDS."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(POLL_SECONDS)
+        server.wait(ENDING_SECONDS)
     return server.poll() is not None
 
 

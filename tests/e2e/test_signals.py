@@ -103,7 +103,8 @@ def expected_reason(signal_name: str, role: str) -> str:
     if signal_name != "SIGKILL":
         return rf"(?m)^stopped by {signal_name}: (in step \d+, station|before the first step)"
     if role in ("server", "guard"):
-        return r"(?m)^EngineError: engine 0 .*ended by SIGKILL"
+        # On a busy machine the guard may see EngineCore end before the server that was killed.
+        return r"(?m)^EngineError: engine 0 .*(ended by SIGKILL|exited with code 1)"
     if role == "torchrun":
         return ""  # nobody is left to say it
     return r"Signal 9 \(SIGKILL\) received by PID"
