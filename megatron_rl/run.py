@@ -45,7 +45,7 @@ from megatron_rl.reward.score import Scorer
 from megatron_rl.reward.verifiers import resolve_verifiers
 from megatron_rl.rollout.client import RolloutClient
 from megatron_rl.rollout.recording import truncate_after
-from megatron_rl.rollout.server import Engine, given_addresses, start_engines
+from megatron_rl.rollout.server import Engine, check_given, given_addresses, start_engines
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
@@ -154,7 +154,9 @@ class Run:
             for engine in self._engines:
                 engine.wait_ready()
             addresses = [engine.address for engine in self._engines]
-            addresses += given_addresses(self.config.rollout)
+            given = given_addresses(self.config.rollout)
+            check_given(given)
+            addresses += given
         box: list[Any] = [addresses]
         dist.broadcast_object_list(box, src=0, device=self.parallel.device)
         self.addresses: Sequence[EngineAddress] = box[0]
