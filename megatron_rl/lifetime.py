@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLEANUP_SECONDS = 5.0  # all cleanups together, after a signal
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,19 +54,27 @@ def bind_forked_children() -> None:
     (megatron/core/dist_checkpointing/strategies/filesystem_async.py). Left alone they outlive a
     killed rank, and inherit the handlers and the pipe of `watch_signals` without its thread.
     """
-    forking_pid = 0
+    before_fork = threading.local()  # of the thread that forks: its process and its signal mask
 
-    def note_parent() -> None:
-        nonlocal forking_pid
-        forking_pid = os.getpid()
+    def block_signals() -> None:
+        # A signal that reached the child before `bind_child` would go through the inherited
+        # handler and pipe to the parent's watcher; blocked, it waits for the child.
+        before_fork.pid = os.getpid()
+        before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
+
+    def restore_signals() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before_fork.mask)
 
     def bind_child() -> None:
         signal.set_wakeup_fd(-1)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in _ENDING_SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
-        die_with_parent(parent_pid=forking_pid)
+        restore_signals()
+        die_with_parent(parent_pid=before_fork.pid)
 
-    os.register_at_fork(before=note_parent, after_in_child=bind_child)
+    os.register_at_fork(
+        before=block_signals, after_in_parent=restore_signals, after_in_child=bind_child
+    )
 
 
 def become_subreaper() -> None:
@@ -99,7 +108,7 @@ def watch_signals(describe: Callable[[], str] | None) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in _ENDING_SIGNALS:
         # The byte is written for signals that have a Python handler; the thread does the work.
         signal.signal(signum, _leave_to_the_watcher)
     threading.Thread(
@@ -113,7 +122,7 @@ def _leave_to_the_watcher(signum: int, frame: object) -> None:
 
 def _end_on_signal(reader: int, describe: Callable[[], str] | None) -> None:
     for signum in _signals(reader):
-        if signum not in (signal.SIGINT, signal.SIGTERM):
+        if signum not in _ENDING_SIGNALS:
             continue  # another handler of this process, told through the same pipe
         try:
             if describe is not None:
