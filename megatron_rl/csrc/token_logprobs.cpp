@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <Python.h>
+#include <c10/util/StringUtil.h>
 #include <torch/library.h>
 
 #include <cfenv>
@@ -12,7 +13,9 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_dispatch.h"
 #include "cpu_kernels.h"
+#include "huge_pages.h"
 #include "numerics.h"
 #include "shard_layout.h"
 
@@ -47,20 +50,6 @@ class FloatEnvironment {
 #endif
 };
 
-std::vector<const CpuKernels*> supported_kernels() {
-  std::vector<const CpuKernels*> kernels;
-#if defined(MEGATRON_RL_X86_KERNELS)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx2 && has_avx512) kernels.push_back(&kAvx512Kernels);
-  if (has_avx2) kernels.push_back(&kAvx2Kernels);
-#endif
-  kernels.push_back(&kPortableKernels);
-  return kernels;
-}
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const CpuKernels* kernels : supported_kernels()) names.emplace_back(kernels->name);
@@ -68,13 +57,10 @@ std::vector<std::string> instruction_sets() {
 }
 
 const CpuKernels& kernels_named(c10::string_view name) {
-  static const std::vector<const CpuKernels*> supported = supported_kernels();
-  if (name.empty()) return *supported.front();
-  for (const CpuKernels* kernels : supported) {
-    if (name == kernels->name) return *kernels;
-  }
-  TORCH_CHECK(false, "instruction set: expected one of torch.ops.megatron_rl.instruction_sets(), ",
-              "got ", std::string(name));
+  const CpuKernels* kernels = find_kernels(std::string(name));
+  TORCH_CHECK(kernels != nullptr, "instruction_set: expected one of ",
+              c10::Join(", ", instruction_sets()), ", got ", name);
+  return *kernels;
 }
 
 ScalarKind kind_of(const at::Tensor& logits) {
@@ -353,6 +339,7 @@ void token_logprobs_gradient(const at::Tensor& logits, const at::Tensor& labels,
   const int64_t end_column = std::min(first_column + num_columns, vocab_size);
   const int64_t width = std::max<int64_t>(0, end_column - first_column);
   const at::Tensor ids = labels.contiguous(), grads = incoming.contiguous();
+  if (gradient.is_contiguous()) advise_huge_pages(gradient.data_ptr(), gradient.nbytes());
   at::parallel_for(0, num_rows, rows_per_task(num_columns), [&](int64_t begin, int64_t end) {
     const FloatEnvironment environment;
     for (int64_t i = begin; i < end; ++i) {

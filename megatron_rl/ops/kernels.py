@@ -1,8 +1,8 @@
 """The operators `torch.ops.megatron_rl.token_logprobs_*` behind `logprobs.py`.
 
-On the CPU they are the C++ kernels of csrc/, which take the widest instruction set that the CPU has;
-the environment variable MEGATRON_RL_CPU_ISA (avx512, avx2 or portable) asks for another one, with
-the same bits. On a CUDA device they are `reference.py`, with the same bits and slow, until the CUDA
+On the CPU they are the C++ kernels of csrc/, in the widest instruction set that the CPU has; the
+environment variable MEGATRON_RL_CPU_ISA (avx512, avx2 or portable) asks for another one, with the
+same bits. On a CUDA device they are `reference.py`, with the same bits and slow, until the CUDA
 kernel is written.
 """
 
