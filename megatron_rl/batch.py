@@ -62,14 +62,18 @@ def deal_batch(
             == number
         ]
         dealt = _deal_among_heads(own, parallel) if parallel.is_replica_head else []
-        dealt = parallel.from_replica_head(dealt)
-        rows = [
-            tuple(dealt[index] for index in row)
-            for row in plan_rows(dealt, tokens_per_row=tokens_per_row)
-        ]
-        mini_batches.append(pack_rows(dealt, parallel, tokens_per_row))
-        held.append(tuple(rows))
+        packed = pack_batch(parallel.from_replica_head(dealt), parallel, tokens_per_row)
+        mini_batches += packed.batch.mini_batches
+        held += packed.samples
     return DealtBatch(batch=TrainBatch(mini_batches=tuple(mini_batches)), samples=tuple(held))
+
+
+def pack_batch(samples: Sequence[Sample], parallel: Parallel, tokens_per_row: int) -> DealtBatch:
+    """One mini-batch of samples that every rank of the replica holds already; a collective."""
+    rows = pack_rows(samples, parallel, tokens_per_row)
+    plan = plan_rows(samples, tokens_per_row=tokens_per_row)
+    held = tuple(tuple(samples[index] for index in row) for row in plan)
+    return DealtBatch(batch=TrainBatch(mini_batches=(rows,)), samples=(held,))
 
 
 def pack_rows(
@@ -107,9 +111,8 @@ def recomputed_by_sample(
     for rows, row_samples, row_values in zip(
         dealt.batch.mini_batches, dealt.samples, recomputed, strict=True
     ):
-        for row, samples, values in zip(
-            rows, row_samples, row_values
-        ):  # filled-up rows hold no samples
+        # Not strict: rows that were filled up hold no samples.
+        for row, samples, values in zip(rows, row_samples, row_values):
             for start, sample in zip(row.cu_seqlens_padded.tolist(), samples):
                 length = len(sample.rollout.token_ids)
                 of_tokens = torch.zeros(length)

@@ -13,7 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_rl.config_rules import above_zero, at_least, one_of, require
+from megatron_rl.config_rules import (
+    above_zero,
+    at_least,
+    at_most,
+    check_between_sections,
+    one_of,
+    require,
+)
+from megatron_rl.records import MAX_SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,9 @@ class ModelConfig:
 class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1  # data parallel is what the world size leaves
-    timeout_seconds: float = 600.0  # of every collective
+    # of every collective; ranks that talk to no engine wait in one while others start engines,
+    # sample, score and evaluate
+    timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         at_least(1, tensor=self.tensor, pipeline=self.pipeline)
@@ -239,8 +249,8 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0  # largest norm of the global gradient; 0: no clipping
-    warmup_steps: int = 0
-    decay: str = "constant"  # constant, linear, cosine (over loop.num_steps)
+    warmup_steps: int = 0  # optimizer updates
+    decay: str = "constant"  # constant, linear, cosine (over all updates of the run)
     distributed: bool = False  # Megatron's distributed optimizer: states sharded over DP
 
     def __post_init__(self) -> None:
@@ -301,6 +311,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         at_least(0, every=self.every)
         at_least(1, num_samples=self.num_samples)
+        at_most(MAX_SAMPLES, num_samples=self.num_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +336,7 @@ class LoopConfig:
         at_least(0, num_steps=self.num_steps, seed=self.seed)
         at_least(1, prompts_per_step=self.prompts_per_step)
         at_least(2, samples_per_prompt=self.samples_per_prompt)  # a group of 1 has no advantage
+        at_most(MAX_SAMPLES, samples_per_prompt=self.samples_per_prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,22 +386,4 @@ class Config:
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir: expected a folder, got an empty text")
         require(bool(self.resume), "resume: expected auto, never or a folder, got an empty text")
-        sequences = self.loop.prompts_per_step * self.loop.samples_per_prompt
-        require(
-            self.learner.mini_batches_per_step <= sequences,
-            f"learner.mini_batches_per_step: expected at most the {sequences} sequences of a step "
-            f"(loop), got {self.learner.mini_batches_per_step}",
-        )
-        longest = self.rollout.sampling.max_tokens + max(self.data.max_prompt_tokens, 1)
-        require(
-            longest <= self.learner.tokens_per_micro_batch,
-            "learner.tokens_per_micro_batch: expected room for the longest prompt and response, "
-            f"{longest} tokens (data.max_prompt_tokens, rollout.sampling.max_tokens), "
-            f"got {self.learner.tokens_per_micro_batch}",
-        )
-        optimizer = self.learner.optimizer
-        require(
-            optimizer.decay == "constant" or optimizer.warmup_steps < max(self.loop.num_steps, 1),
-            "learner.optimizer.warmup_steps: expected below loop.num_steps="
-            f"{self.loop.num_steps} with decay={optimizer.decay}, got {optimizer.warmup_steps}",
-        )
+        check_between_sections(self)

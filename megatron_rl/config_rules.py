@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
 
 
 def require(condition: bool, message: str) -> None:
@@ -23,7 +28,50 @@ def at_least(bound: float, /, **values: float) -> None:
         require(value >= bound, f"{key}: expected at least {bound:g}, got {value:g}")
 
 
+def at_most(bound: float, /, **values: float) -> None:
+    """Every value, named by its key, up to `bound`; NaN is not."""
+    for key, value in values.items():
+        require(value <= bound, f"{key}: expected at most {bound:g}, got {value:g}")
+
+
 def above_zero(**values: float) -> None:
     """Every value, named by its key, above 0; NaN is not."""
     for key, value in values.items():
         require(value > 0, f"{key}: expected above 0, got {value:g}")
+
+
+def check_between_sections(config: Config) -> None:
+    """The rules whose keys stand in different sections."""
+    rollout, learner, loop = config.rollout, config.learner, config.loop
+    sequences = loop.prompts_per_step * loop.samples_per_prompt
+    require(
+        learner.mini_batches_per_step <= sequences,
+        f"learner.mini_batches_per_step: expected at most the {sequences} sequences of a step "
+        f"(loop), got {learner.mini_batches_per_step}",
+    )
+    longest = rollout.sampling.max_tokens + max(config.data.max_prompt_tokens, 1)
+    require(
+        longest <= learner.tokens_per_micro_batch,
+        "learner.tokens_per_micro_batch: expected room for the longest prompt and response, "
+        f"{longest} tokens (data.max_prompt_tokens, rollout.sampling.max_tokens), "
+        f"got {learner.tokens_per_micro_batch}",
+    )
+    require(
+        rollout.max_model_len == 0 or config.eval.sampling.max_tokens < rollout.max_model_len,
+        f"eval.sampling.max_tokens: expected below rollout.max_model_len={rollout.max_model_len}, "
+        f"got {config.eval.sampling.max_tokens}",
+    )
+    for key in ("startup_timeout_seconds", "request_timeout_seconds"):
+        seconds = getattr(rollout, key)
+        require(
+            seconds < config.parallel.timeout_seconds,
+            f"parallel.timeout_seconds: expected above rollout.{key}={seconds:g}, which other "
+            f"ranks wait for in a collective, got {config.parallel.timeout_seconds:g}",
+        )
+    optimizer, num_updates = learner.optimizer, loop.num_steps * learner.mini_batches_per_step
+    require(
+        optimizer.decay == "constant" or optimizer.warmup_steps < max(num_updates, 1),
+        f"learner.optimizer.warmup_steps: expected below the {num_updates} optimizer updates "
+        "(loop.num_steps x learner.mini_batches_per_step) with "
+        f"decay={optimizer.decay}, got {optimizer.warmup_steps}",
+    )

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -22,10 +23,19 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.config_file import load_config
 from megatron_rl.errors import ConfigError, DataError, DivergenceError, EngineError, SyncError
-from megatron_rl.lifetime import die_with_parent, run_cleanups, watch_signals
+from megatron_rl.lifetime import (
+    bind_forked_children,
+    die_with_parent,
+    run_cleanups,
+    watch_signals,
+)
 
 USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError)
 ERROR_FILE = "error.txt"
+COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError")
+LOST_PEER = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
+)
 # Where torchrun looks for the reason of a failed rank.
 AGENT_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
@@ -52,6 +62,7 @@ def run_command(
     rank = int(os.environ.get("RANK", "0"))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    bind_forked_children()
     progress = Progress()
     watch_signals((lambda: progress.describe()) if rank == 0 else None)
     _quiet_libraries()
@@ -62,13 +73,25 @@ def run_command(
         if rank == 0:
             _delete_stale(run_dir / ERROR_FILE)
         work(config, progress)
-    except USER_ERRORS as error:
-        _tell(f"{type(error).__name__}: {error}", run_dir)
-        _leave(1)
-    except BaseException:
-        _tell(f"rank {rank}:\n{traceback.format_exc()}", run_dir)
+    except BaseException as error:
+        if lost := _lost_peer(error):
+            _tell(f"rank {rank}: another rank ended in the middle of a collective: {lost}", run_dir)
+        elif isinstance(error, USER_ERRORS):
+            _tell(f"{type(error).__name__}: {error}", run_dir)
+        else:
+            _tell(f"rank {rank}:\n{traceback.format_exc()}", run_dir)
         _leave(1)
     return 0
+
+
+def _lost_peer(error: BaseException | None) -> str:
+    """What gloo or NCCL said where the error comes from a rank that is gone; "" elsewhere."""
+    while error is not None:
+        # An engine's broken connection is no RuntimeError of this very kind.
+        if type(error).__name__ in COLLECTIVE_ERRORS and LOST_PEER.search(str(error)):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _leave(code: int) -> None:

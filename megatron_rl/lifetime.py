@@ -46,6 +46,28 @@ def die_with_parent(signum: int = signal.SIGKILL, *, parent_pid: int | None = No
         os.kill(os.getpid(), signum)
 
 
+def bind_forked_children() -> None:
+    """From now on a child that a library forks off this process dies with it, and at a signal.
+
+    Megatron's checkpoint writers are such children
+    (megatron/core/dist_checkpointing/strategies/filesystem_async.py). Left alone they outlive a
+    killed rank, and inherit the handlers and the pipe of `watch_signals` without its thread.
+    """
+    forking_pid = 0
+
+    def note_parent() -> None:
+        nonlocal forking_pid
+        forking_pid = os.getpid()
+
+    def bind_child() -> None:
+        signal.set_wakeup_fd(-1)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
+        die_with_parent(parent_pid=forking_pid)
+
+    os.register_at_fork(before=note_parent, after_in_child=bind_child)
+
+
 def become_subreaper() -> None:
     """Adopt orphaned descendants instead of leaving them to init, so that they can be found and
     ended.

@@ -18,6 +18,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # reward workers and the launcher read these records without paying for torch
     import torch
 
+# How the engines' HTTP routes write a log-prob that is NaN or -inf.
+MISSING_LOGPROB = -9999.0
+# A log-prob this little above 0 is rounding: a logit less a float32 log-sum-exp beside it.
+MAX_LOGPROB_ROUNDING = 1e-3
+SAMPLE_BITS = 8  # low bits of a seed: vLLM seeds sample i of a prompt with seed + i
+MAX_SAMPLES = 2**SAMPLE_BITS
+TOKEN_VARIABLE = "MEGATRON_RL_TOKEN"  # environment variable that carries the run's bearer token
+# What the engines know the weight transfer of sync/receive.py by.
+WEIGHT_BACKEND = "megatron_rl_shm"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -62,6 +72,11 @@ class Rollout:
     def num_response_tokens(self) -> int:
         return sum(self.loss_mask)
 
+    @property
+    def is_truncated(self) -> bool:
+        """Cut at max_tokens."""
+        return self.finish_reason == "length"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAddress:
@@ -97,6 +112,11 @@ class Score:
     reward: float
     is_formatted: bool  # an answer could be read from the response, right or wrong
     failure: str | None  # "timeout", "crash", or None when the verifier did its work
+
+    @property
+    def is_correct(self) -> bool:
+        """What counts as right in every evaluation: a full reward that a verifier really gave."""
+        return self.failure is None and self.reward >= 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,16 @@ process is started. Engines start first and load while the learner does.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -45,6 +50,10 @@ from megatron_rl.sync.publish import Publisher
 from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
+SYNC_LOG = "sync.jsonl"
+# Until a guard has noticed its server's death; the connection breaks before.
+DEATH_SECONDS = 1.0
+
 
 class Run:
     """All that one rank of a training run holds; a context manager that ends what it started."""
@@ -52,8 +61,9 @@ class Run:
     def __init__(self, config: Config, progress: Progress) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
-        self.stations = Stations()
+        self.stations = Stations(on_enter=lambda station: self.recorder.station(station))
         self.step = 0
+        self.published_version = 0  # of the weights that the engines serve
         progress.describe = self._describe
         self._stack = ExitStack()
         self._engines: list[Engine] = []
@@ -62,20 +72,25 @@ class Run:
         self.verifiers = resolve_verifiers(config.data.tasks)
         self.is_replay = bool(config.replay)
         self.replay_dir = Path(config.replay)
-        if self.is_replay and not self.replay_dir.is_dir():
-            raise ConfigError(f"replay: expected a run's rollouts/ folder, got {self.replay_dir}")
+        check_replay(config)
+        check_engine_place(config)
         self._checkpoint = checkpoint_to_resume(config)
 
     def __enter__(self) -> Run:
         try:
             self._start()
         except BaseException:
-            self._stack.close()
+            self._stack.__exit__(*sys.exc_info())
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def _start(self) -> None:
         config = self.config
@@ -86,7 +101,8 @@ class Run:
             if not self.is_replay:
                 self._start_engines()
         self.parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
-        self._stack.callback(shut_down_parallel)
+        # Not after an error: the other ranks would see a closed connection, and tell of that first.
+        self._stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
         self.learner = Learner(
             config.model,
             config.learner.optimizer,
@@ -164,24 +180,37 @@ class Run:
         for engine in self._engines:
             engine.check()
 
+    def check_engines_after_failure(self) -> None:
+        """EngineError, with its last words, where a call failed because its engine has died."""
+        time.sleep(DEATH_SECONDS)
+        self.check_engines()
+
     def _resume(self) -> None:
         """Take up where the latest checkpoint stands, if there is one and the config wants it."""
         folder = self._checkpoint
         self.was_resumed = folder is not None
         if folder is not None:
             state = load_checkpoint(folder, self.learner)
+            check_same_data(state["data"], self.config, folder)
             self.step = state["step"]
             self.next_prompt = state["next_prompt"]
             self.dual.load_state_dict(state["dual"])
         if self.parallel.rank == 0 and not self.is_replay:
             truncate_after(self.run_dir / "rollouts", self.step)
+            truncate_after(self.run_dir / "rollouts" / "eval", self.step)
+            cut_sync_log(self.run_dir / SYNC_LOG, self.step)
 
     def save(self) -> None:
         """Write a checkpoint of the step that has just ended."""
         save_checkpoint(
             self.run_dir / "checkpoints",
             self.learner,
-            {"step": self.step, "next_prompt": self.next_prompt, "dual": self.dual.state_dict()},
+            {
+                "step": self.step,
+                "next_prompt": self.next_prompt,
+                "dual": self.dual.state_dict(),
+                "data": data_settings(self.config),
+            },
             step=self.step,
             keep=self.config.checkpoint.keep,
         )
@@ -225,7 +254,8 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
             f"{geometry.max_position_embeddings} "
             f"positions, got {context}"
         )
-    limit = config.data.max_prompt_tokens or context - config.rollout.sampling.max_tokens
+    room = min(context, config.learner.tokens_per_micro_batch)
+    limit = config.data.max_prompt_tokens or room - config.rollout.sampling.max_tokens
     if limit + config.rollout.sampling.max_tokens > context:
         raise ConfigError(
             f"data.max_prompt_tokens={limit}: expected room for rollout.sampling.max_tokens="
@@ -249,3 +279,54 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if not folder.is_dir():
         raise DataError(f"resume: expected auto, never or a checkpoint folder, got {folder}")
     return folder
+
+
+def check_replay(config: Config) -> None:
+    """ConfigError where `replay` names no recorded run, or this run itself."""
+    if not config.replay:
+        return
+    folder = Path(config.replay)
+    if not folder.is_dir():
+        raise ConfigError(f"replay: expected a run's rollouts/ folder, got {folder}")
+    if folder.resolve().is_relative_to(Path(config.run_dir).resolve()):
+        raise ConfigError(
+            f"replay={folder}: expected the rollouts of another run, got those of run_dir="
+            f"{config.run_dir}; choose another run_dir"
+        )
+
+
+def check_engine_place(config: Config) -> None:
+    """ConfigError where the run would start engines that ranks on other hosts cannot reach."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if config.rollout.num_engines and not config.replay and local_world_size < world_size:
+        raise ConfigError(
+            "rollout.num_engines: expected 0 for a run of several hosts, got "
+            f"{config.rollout.num_engines}; started engines listen on loopback only, give "
+            "rollout.urls"
+        )
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """What the meaning of a prompt's index, and of its seed, depends on; plain JSON values."""
+    settings = asdict(config.data) | {"sampling_seed": config.loop.seed}
+    del settings["max_prompt_tokens"]
+    return json.loads(json.dumps(settings))
+
+
+def check_same_data(saved: dict[str, Any], config: Config, folder: Path) -> None:
+    """ConfigError where a checkpoint's cursor would point into another stream of prompts."""
+    present = data_settings(config)
+    changed = [key for key in present if saved.get(key) != present[key]]
+    if changed:
+        raise ConfigError(
+            f"resume: expected the data settings of {folder}, got others in data.{changed[0]}: "
+            f"{saved.get(changed[0])!r} became {present[changed[0]]!r}; choose another run_dir"
+        )
+
+
+def cut_sync_log(path: Path, step: int) -> None:
+    """Drop the updates of `step` and later ones: they are published again."""
+    if path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(each for each in lines if json.loads(each)["version"] < step))

@@ -74,14 +74,12 @@ def warm_start(config: Config, progress: Progress) -> None:
                 recorder.write(step, metrics)
             if is_last:
                 break
-    tensors = learner.full_tensors()
     if parallel.rank == 0:
         output = Path(settings.output or folder / "checkpoint")
-        write_checkpoint(output, tensors, like=config.model.path)
+        write_checkpoint(output, learner.full_tensors(), like=config.model.path)
         recorder.say(f"warm start saved in {output}")
     else:
-        for _ in tensors:
-            pass
+        learner.give_tensors()
     shut_down_parallel()
 
 

@@ -1,34 +1,29 @@
 """What train.py does at each station, on the ranks that take part: rollout, reward, advantage,
-weight sync, evaluation, records. Groups, scores and advantages are held by the heads of the
-replicas, each its own prompts; elsewhere the lists are empty.
+evaluation, records. Groups, scores and advantages are held by the heads of the replicas, each its
+own prompts; elsewhere the lists are empty. The weight sync stands in publishing.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from megatron_rl.batch import DealtBatch, pack_rows, recomputed_by_sample
-from megatron_rl.errors import DataError
-from megatron_rl.evaluate import evaluate
-from megatron_rl.learner.model import DTYPES
+from megatron_rl.batch import DealtBatch, recomputed_by_sample
+from megatron_rl.errors import DataError, EngineError
 from megatron_rl.objective.advantage import group_advantages
-from megatron_rl.observe.metrics import Max, Mean, Metric, Sum, reduce
-from megatron_rl.records import Rollout, RolloutGroup, Sample, Score
+from megatron_rl.observe.metrics import reduce
+from megatron_rl.records import Sample
 from megatron_rl.reward.score import best_constant_answer, rewards_of
 from megatron_rl.rollout.client import sampling_seed
 from megatron_rl.rollout.recording import read_step, write_recomputed, write_step
 from megatron_rl.run import Run
-from megatron_rl.sync.probe import check_parity
-from megatron_rl.sync.wire import TensorSpec
+from megatron_rl.step_metrics import Advantages, Groups, Scores, evaluation_metrics
 from megatron_rl.weights.huggingface import write_checkpoint
 
-Groups = Sequence[RolloutGroup]
-Scores = Sequence[Sequence[Score]]
-Advantages = Sequence[Sequence[float]]
+# Evaluation's seeds do not depend on the step: two evaluations differ by the weights alone.
+EVAL_STEP = -1
 
 
 def rollout_and_score(run: Run) -> tuple[Groups, Scores]:
@@ -47,6 +42,7 @@ def rollout_and_score(run: Run) -> tuple[Groups, Scores]:
             num_samples=run.config.loop.samples_per_prompt,
             seeds=seeds,
         )
+    check_versions(groups, run.published_version)
     with run.stations.time("reward"):
         return groups, run.scorer.score(groups)
 
@@ -64,6 +60,21 @@ def _recorded_groups(run: Run, start: int, count: int) -> tuple[Groups, Scores]:
             f"got {got[0]} with {got[1]}"
         )
     return groups[start : start + count], scores[start : start + count]
+
+
+def check_versions(groups: Groups, expected: int) -> None:
+    """EngineError where a token was sampled by other weights than those published last: an engine
+    was restarted, or somebody else publishes to it.
+    """
+    for group in groups:
+        for rollout in group.rollouts:
+            strays = {each for each in rollout.weight_versions if each not in (-1, expected)}
+            if strays:
+                raise EngineError(
+                    f"prompt {group.prompt.index}: expected samples of weight version {expected}, "
+                    f"got {sorted(strays)}; was the engine restarted, or published to by another "
+                    "run?"
+                )
 
 
 def advantages_of(run: Run, scores: Scores) -> list[list[float]]:
@@ -94,102 +105,34 @@ def make_samples(groups: Groups, scores: Scores, advantages: Advantages) -> list
     ]
 
 
-def publish_weights(run: Run) -> dict[str, float]:
-    """The learner's weights into every engine as version `run.step`, and the parity probe.
-
-    Returns the probe's figures, on every rank. Nothing is sampled before this has returned.
+def evaluate_held_out(run: Run, *, with_constant_answer: bool = False) -> dict[str, float]:
+    """avg@k and pass@k on the held-out prompts, shared among the replicas, at the evaluation's own
+    sampling settings; on the heads. Every sample goes to `rollouts/eval/`.
     """
-    if run.is_replay:
+    held_out = [] if run.is_replay else run.stream.held_out()
+    if not held_out or not run.parallel.is_replica_head:
         return {}
-    with run.stations.time("sync"):
-        tensors = run.learner.full_tensors()
-        if run.parallel.rank == 0:
-            report = run.publisher.publish(_specs(run), tensors, version=run.step)
-            line = {
-                "version": report.version,
-                "bytes": report.num_bytes,
-                "published": report.checksum,
-                "received": report.received,
-                "seconds": report.seconds,
-            }
-            with (run.run_dir / "sync.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        else:
-            for _ in tensors:
-                pass
-        return _probe(run)
-
-
-def _specs(run: Run) -> list[TensorSpec]:
-    dtype = DTYPES[run.config.model.dtype]
-    return [
-        TensorSpec(name=name, dtype=dtype, shape=shape)
-        for name, shape in run.learner.tensor_shapes()
-    ]
-
-
-def _probe(run: Run) -> dict[str, float]:
-    """A few samples from every engine, compared with the learner's log-probs of the same tokens."""
-    sync, sampling = run.config.sync, run.config.rollout.sampling
-    if sync.probe_num_tokens == 0:
-        return {}
-    box: list[object] = [None]
-    if run.parallel.rank == 0:
-        prompts = run.stream.prompts(
-            0, len(run.addresses) * max(2, sync.probe_num_tokens // sampling.max_tokens)
-        )
+    parallel, config = run.parallel, run.config.eval
+    start, count = run.share(len(held_out))
+    prompts = held_out[start : start + count]
+    with run.stations.time("eval"):
         groups = run.client.generate(
             prompts,
-            sampling,
-            num_samples=2,
-            seeds=[sampling_seed(0, run.step, p.index) for p in prompts],
+            config.sampling,
+            num_samples=config.num_samples,
+            seeds=[sampling_seed(run.config.loop.seed, EVAL_STEP, each.index) for each in prompts],
         )
-        box = [groups]
-    dist.broadcast_object_list(box, src=0, device=run.parallel.device)
-    groups = box[0]
-    neutral = [[Score(reward=0.0, is_formatted=False, failure=None)] * 2] * len(groups)
-    samples = make_samples(groups, neutral, [[0.0] * 2] * len(groups))
-    rows = pack_rows(samples, run.parallel, run.config.learner.tokens_per_micro_batch)
-    recomputed = run.learner.recompute(rows)
-    figures = {}
-    if run.parallel.is_last_stage:
-        kept = [row.loss_mask for row in rows]
-        report = check_parity(
-            torch.cat([row.rollout_logprobs[mask] for row, mask in zip(rows, kept)]),
-            torch.cat([values[mask] for values, mask in zip(recomputed, kept)]),
-            engine_dtype=run.config.rollout.dtype,
-            learner_dtype=run.config.model.dtype,
-            tolerance=sync.probe_tolerance,
-        )
-        figures = {
-            "sync/probe_gap/mean": report.mean_probability_gap,
-            "sync/probe_gap/max": report.max_probability_gap,
-            "sync/probe_relative_logprob_gap/max": report.max_relative_logprob_gap,
-        }
-    return run.parallel.from_last_stage(figures)
-
-
-def evaluate_held_out(run: Run, *, with_constant_answer: bool = False) -> dict[str, float]:
-    """avg@k and pass@k on the held-out prompts, shared among the replicas; on their heads."""
-    if run.is_replay or not run.parallel.is_replica_head:
-        return {}
-    held_out = run.stream.held_out()
-    if not held_out:
-        return {}
-    start, count = run.share(len(held_out))
-    with run.stations.time("eval"):
-        metrics = evaluate(
-            run.client,
-            run.scorer,
-            held_out[start : start + count],
-            run.config.eval,
-            seed=run.config.loop.seed,
-        )
-        reduced = reduce(metrics, run.parallel.reducer())
-        if with_constant_answer and run.parallel.rank == 0:
-            reduced["eval/best_constant_answer"] = best_constant_answer(
-                held_out, run.scorer.score_texts
-            )[1]
+        check_versions(groups, run.published_version)
+        scores = run.scorer.score(groups)
+        neutral = [[0.0] * config.num_samples] * len(groups)
+        folder = run.run_dir / "rollouts" / "eval"
+        rank, num_ranks = parallel.dp_rank, parallel.dp_size
+        write_step(folder, run.step, rank, groups, scores, neutral, num_ranks=num_ranks)
+        metrics = evaluation_metrics(groups, scores, config.num_samples)
+        reduced = reduce(metrics, parallel.reducer())
+        if with_constant_answer and parallel.rank == 0:
+            _, share = best_constant_answer(held_out, run.scorer.score_texts)
+            reduced["eval/best_constant_answer"] = share
     return reduced
 
 
@@ -229,66 +172,14 @@ def record_rollouts(
             )
 
 
-def write_metrics(
-    run: Run,
-    *known: Mapping[str, float],
-    groups: Groups = (),
-    scores: Scores = (),
-    advantages: Advantages = (),
-) -> None:
-    """One line of metrics for the step: what is known already, and the rollouts' own figures."""
-    if not run.parallel.is_replica_head:
-        return
-    metrics = reduce(rollout_metrics(groups, scores, advantages), run.parallel.reducer())
-    for each in known:
-        metrics |= each
-    seconds = run.stations.take()
-    metrics |= {f"speed/seconds/{station}": value for station, value in seconds.items()}
-    num_tokens = metrics.pop("rollout/num_tokens", 0.0)
-    if num_tokens:
-        metrics["speed/tokens_per_second"] = num_tokens / sum(seconds.values())
-        metrics["rollout/tokens"] = num_tokens
-    run.recorder.write(run.step, metrics)
-
-
-def rollout_metrics(groups: Groups, scores: Scores, advantages: Advantages) -> dict[str, Metric]:
-    """Reward, lengths, rates and policy versions of one replica's groups, to be reduced over the
-    replicas.
-    """
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    flat = [score for of_group in scores for score in of_group]
-    lengths = [rollout.num_response_tokens for rollout in rollouts]
-    has_signal = [len({score.reward for score in of_group}) > 1 for of_group in scores]
-    return {
-        "reward/mean": _mean([score.reward for score in flat]),
-        "reward/format_rate/mean": _mean([score.is_formatted for score in flat]),
-        "reward/failure_rate/mean": _mean([score.failure is not None for score in flat]),
-        "reward/groups_with_signal/mean": _mean(has_signal),
-        "advantage/abs/mean": _mean([abs(value) for each in advantages for value in each]),
-        "rollout/response_tokens/mean": _mean(lengths),
-        "rollout/response_tokens/max": Max(max(lengths, default=float("-inf"))),
-        "rollout/truncation_rate/mean": _mean([is_truncated(each) for each in rollouts]),
-        "rollout/num_tokens": Sum(float(sum(lengths))),
-    }
-
-
-def is_truncated(rollout: Rollout) -> bool:
-    """Cut at max_tokens."""
-    return rollout.finish_reason == "length"
-
-
-def _mean(values: Sequence[float | bool]) -> Mean:
-    return Mean(sum=float(sum(values)), count=len(values))
-
-
 def save_hf_checkpoint(run: Run) -> None:
     """The final weights as a Hugging Face checkpoint in `<run_dir>/huggingface`; a collective."""
     if not run.config.checkpoint.save_hf:
         return
-    tensors = run.learner.full_tensors()
-    if run.parallel.rank == 0:
-        write_checkpoint(run.run_dir / "huggingface", tensors, like=run.config.model.path)
-    else:
-        for _ in tensors:
-            pass
-    dist.barrier()
+    with run.stations.time("save"):
+        if run.parallel.rank == 0:
+            folder, tensors = run.run_dir / "huggingface", run.learner.full_tensors()
+            write_checkpoint(folder, tensors, like=run.config.model.path)
+        else:
+            run.learner.give_tensors()
+        dist.barrier()

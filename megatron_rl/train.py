@@ -15,25 +15,29 @@ from megatron_rl.batch import deal_batch
 from megatron_rl.config import Config
 from megatron_rl.entry import Progress, run_command
 from megatron_rl.learner.step import train_step
+from megatron_rl.publishing import publish_weights
 from megatron_rl.run import Run
 from megatron_rl.stations import (
     advantages_of,
     evaluate_held_out,
     make_samples,
-    publish_weights,
     record_rollouts,
     rollout_and_score,
     save_hf_checkpoint,
-    write_metrics,
 )
+from megatron_rl.step_metrics import write_metrics
 
 
 def train(config: Config, progress: Progress) -> None:
     """Run all steps that are still to do; see the head of this file."""
     with Run(config, progress) as run:
-        publish_weights(run)
-        if config.eval.at_start and run.step == 0:
-            write_metrics(run, evaluate_held_out(run, with_constant_answer=True))
+        parity = publish_weights(run)
+        if run.was_resumed:
+            run.stations.take()  # the start belongs to no step
+        else:
+            is_wanted = config.eval.at_start
+            before = evaluate_held_out(run, with_constant_answer=True) if is_wanted else {}
+            write_metrics(run, parity, before)
         for step in run.steps():
             groups, scores = rollout_and_score(run)
             advantages = advantages_of(run, scores)

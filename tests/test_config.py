@@ -9,6 +9,7 @@ from megatron_rl.config import (
     Config,
     ConstraintConfig,
     DataConfig,
+    EvalConfig,
     LearnerConfig,
     LoopConfig,
     OptimizerConfig,
@@ -189,6 +190,8 @@ def test_files_that_cannot_be_read(tmp_path):
         (LearnerConfig, "recompute", "never"),
         (LearnerConfig, "mini_batches_per_step", 0),
         (LoopConfig, "samples_per_prompt", 1),
+        (LoopConfig, "samples_per_prompt", 257),
+        (EvalConfig, "num_samples", 257),
         (LoopConfig, "prompts_per_step", -64),
         (DataConfig, "held_out_seed", 0),
     ],
@@ -206,6 +209,16 @@ def test_rules_between_sections():
     with pytest.raises(ConfigError, match=r"tokens_per_micro_batch: .* 257 tokens"):
         replace(config, learner=LearnerConfig(tokens_per_micro_batch=256))
     slow_start = LearnerConfig(optimizer=OptimizerConfig(decay="cosine", warmup_steps=100))
-    with pytest.raises(ConfigError, match="warmup_steps: expected below loop"):
+    with pytest.raises(ConfigError, match="warmup_steps: expected below the 100 optimizer updates"):
         replace(config, learner=slow_start)
+    replace(config, learner=replace(slow_start, mini_batches_per_step=2))  # 200 updates
+    with pytest.raises(ConfigError, match=r"eval\.sampling\.max_tokens: expected below .*=300"):
+        replace(
+            config,
+            rollout=RolloutConfig(max_model_len=300),
+            eval=EvalConfig(sampling=SamplingConfig(max_tokens=300)),
+        )
+    for key in ("startup_timeout_seconds", "request_timeout_seconds"):
+        with pytest.raises(ConfigError, match=rf"timeout_seconds: expected above rollout\.{key}"):
+            replace(config, rollout=RolloutConfig(**{key: 1800.0}))
     replace(config, learner=LearnerConfig(optimizer=OptimizerConfig(learning_rate=0.0)))

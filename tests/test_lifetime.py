@@ -66,6 +66,35 @@ def test_child_whose_parent_is_gone_already_ends_itself() -> None:
     assert output == ""
 
 
+FORKING = """
+import multiprocessing, time
+from megatron_rl.lifetime import bind_forked_children, watch_signals
+bind_forked_children()
+watch_signals(lambda: "in the parent")
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+child.start()
+print(child.pid, flush=True)
+child.join()
+print("joined", child.exitcode, flush=True)
+"""
+
+
+def test_forked_child_dies_with_a_killed_parent() -> None:
+    parent = start(FORKING)
+    child_pid = int(parent.stdout.readline())
+    parent.kill()
+    assert wait_until_gone(child_pid, 2.0)
+    parent.wait()
+
+
+def test_signal_to_a_forked_child_ends_the_child_alone() -> None:
+    parent = start(FORKING)
+    os.kill(int(parent.stdout.readline()), signal.SIGTERM)
+    output, errors = parent.communicate(timeout=20)
+    assert (output, errors) == (f"joined {-signal.SIGTERM}\n", "")
+    assert parent.returncode == 0
+
+
 def test_subreaper_adopts_orphans() -> None:
     reaper = start(
         """

@@ -181,8 +181,11 @@ def colored(sample: Shown, tolerance: float) -> Text:
     """The response as text, a background for every token."""
     text = Text()
     for token in sample.tokens:
+        # A bound of infinity is no product: infinity times a tolerance of 0 is NaN.
         shade = next(
-            style for multiple, style in SHADES if token.discrepancy <= multiple * tolerance
+            style
+            for multiple, style in SHADES
+            if multiple == math.inf or token.discrepancy <= multiple * tolerance
         )
         style = "" if token.p_recomputed is None else shade
         text.append(token.text.replace("\n", "↵\n"), style)

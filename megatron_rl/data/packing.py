@@ -2,25 +2,21 @@
 the same samples.
 
 `deal` shares sequences out over data-parallel ranks by token count (longest processing time first,
-Graham 1969), `split_mini_batches` cuts a rank's share into optimizer steps, `pack` fills rows of a
-fixed token budget (first fit decreasing), `fill` adds fully masked rows until every rank has the
-same number. Labels are shifted here, once: position t of a row predicts the sequence's token t+1,
-and every other tensor is aligned with that prediction.
+Graham 1969), `pack` fills rows of a fixed token budget (first fit decreasing), `fill` adds fully
+masked rows until every rank has the same number. Labels are shifted here, once: position
+t of a row predicts the sequence's token t+1, and every other tensor is aligned with that
+prediction.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import TypeVar
 
 import torch
 
 from megatron_rl.errors import DataError
 from megatron_rl.records import MicroBatch, Sample
-
-Item = TypeVar("Item")
 
 
 def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -43,22 +39,6 @@ def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
         shares[rank].append(index)
         heapq.heappush(loads, (load + lengths[index], rank))
     return [sorted(share) for share in shares]
-
-
-def split_mini_batches(samples: Sequence[Item], num: int) -> list[list[Item]]:
-    """Cuts samples, in their order, into `num` mini-batches of whole sequences whose sizes differ
-    by at most one.
-
-    Raises:
-        DataError: fewer samples than mini-batches.
-    """
-    if len(samples) < num:
-        raise DataError(
-            f"expected at least one sequence a mini-batch, got {len(samples)} sequences for "
-            f"{num} mini-batches: lower learner.mini_batches_per_step, raise loop.prompts_per_step"
-        )
-    borders = [len(samples) * number // num for number in range(num + 1)]
-    return [list(samples[start:stop]) for start, stop in pairwise(borders)]
 
 
 def pack(

@@ -30,13 +30,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import DataError
 from megatron_rl.learner.learner import Learner
 
 LATEST = "latest"
 STATE = "run_state.json"
-# Float32 main weights and two moments, and the model's own weights beside them.
-BYTES_PER_PARAMETER = 16
+# A float32 main weight and two moments; the model's own weights come on top where they are others.
+BYTES_PER_PARAMETER = 12
 
 
 def save_checkpoint(
@@ -48,7 +48,8 @@ def save_checkpoint(
         run_state: plain JSON values; the same on every rank.
         keep: how many checkpoints stay, at least 1; older ones are deleted once this one is whole.
     Raises:
-        DataError: the disk is full or not writable; the earlier checkpoints are untouched.
+        DataError: the disk is full or not writable, and the earlier checkpoints are untouched; or
+            this one is whole and the latest, but an older one cannot be deleted.
     """
     final = folder / f"step_{step:06d}"
     partial = folder / f".partial_step_{step:06d}"
@@ -67,11 +68,15 @@ def save_checkpoint(
         _sync_to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        # Before `latest` names it: no power cut may keep the pointer and lose what it points at.
+        _sync_entry(folder)
         _point_latest_at(folder, final.name)
+
+    def delete_old() -> None:
         _delete_old(folder, final.name, keep)
 
     for phase, takes_part in ((prepare, is_writer), (write, True), (finish, is_writer)):
-        error = _first_error(phase if takes_part else None)
+        error = _first_error(phase if takes_part else None, folder)
         if error is not None:
             if is_writer:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -79,17 +84,26 @@ def save_checkpoint(
                 f"checkpoint of step {step} in {folder}: expected to write it whole, got: {error}; "
                 "free some disk space or change run_dir; earlier checkpoints are untouched"
             )
+    error = _first_error(delete_old if is_writer else None, folder)
+    if error is not None:
+        raise DataError(
+            f"checkpoint of step {step} in {folder}: it is whole and the latest, but older ones "
+            f"beyond checkpoint.keep={keep} could not be deleted, got: {error}; delete them by "
+            "hand, resume=auto goes on from it"
+        )
     return final
 
 
-def _first_error(phase: Callable[[], None] | None) -> str | None:
+def _first_error(phase: Callable[[], None] | None, folder: Path) -> str | None:
     """Do this rank's part; what went wrong with anybody's, the same on every rank. A collective."""
     error = None
     try:
         if phase is not None:
             phase()
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as caught:
-        error = _in_brief(caught)
+        # torch's writer says "unexpected pos" where the disk is full
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        error = f"{_in_brief(caught)} ({free / 2**20:.1f} MiB free on that disk)"
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     return next((each for each in errors if each is not None), None)
@@ -276,18 +290,32 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
 def _check_space(folder: Path, learner: Learner) -> None:
     """Fail before writing where the disk surely cannot hold the checkpoint."""
     num_parameters = sum(torch.Size(shape).numel() for _, shape in learner.tensor_shapes())
-    needed, free = num_parameters * BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{free / 2**20:.0f} MiB free on the disk, {needed / 2**20:.0f} MiB needed")
+    needed = num_parameters * _bytes_per_parameter(learner)
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(f"{needed / 2**20:.1f} MiB needed")
+
+
+def _bytes_per_parameter(learner: Learner) -> int:
+    """Of a float32 model the plain optimizer steps the weights themselves; otherwise it holds main
+    weights of its own.
+    """
+    dtype: torch.dtype = learner.model.config.params_dtype
+    is_main = dtype == torch.float32 and not learner.model.ddp_config.use_distributed_optimizer
+    return BYTES_PER_PARAMETER + (0 if is_main else dtype.itemsize)
 
 
 def _sync_to_disk(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    """A file's bytes, or a folder's own names, which a rename in it changes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _point_latest_at(folder: Path, name: str) -> None:
@@ -297,12 +325,11 @@ def _point_latest_at(folder: Path, name: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     pointer.rename(folder / LATEST)
+    _sync_entry(folder)
 
 
 def _delete_old(folder: Path, newest: str, keep: int) -> None:
     """Keep the newest and those before it; what has a later step is of a run that was given up."""
-    if keep < 1:
-        raise ConfigError(f"checkpoint.keep: expected at least 1, got {keep}")
     by_age = sorted(folder.glob("step_*"), key=lambda path: (path.name <= newest, path.name))
     for old in by_age[:-keep]:
         shutil.rmtree(old)

@@ -114,6 +114,11 @@ class Learner:
         """Name and shape of every Hugging Face tensor, in the order of `full_tensors`."""
         return tensor_shapes(self.geometry)
 
+    def give_tensors(self) -> None:
+        """Take part in rank 0's `full_tensors`; for every other rank."""
+        for _ in self.full_tensors():
+            pass
+
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights as Hugging Face tensors, on global rank 0; a collective (export.py)."""
         return full_tensors(self.model.module, self.geometry, self.parallel)

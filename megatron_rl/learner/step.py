@@ -12,6 +12,7 @@ to the others, so that lambda is the same number on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,8 @@ def train_step(
         grad_norms.append(grad_norm)
     metrics = _global_metrics(learner, [row.metrics for rows in results for row in rows])
     if config.constraint.enabled:
-        dual.update(metrics["discrepancy/mean"])
+        # Without a kept token in the whole batch there is no mean, and the dual step says so.
+        dual.update(metrics.get("discrepancy/mean", math.nan))
     metrics |= {
         "constraint/lambda": dual_value,
         "constraint/next_lambda": dual.value if config.constraint.enabled else 0.0,

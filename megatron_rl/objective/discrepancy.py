@@ -16,9 +16,8 @@ import torch
 from megatron_rl.errors import DivergenceError
 from megatron_rl.objective.loss import MAX_LOG_RATIO
 from megatron_rl.observe.metrics import Histogram, Max, Mean, Metric
+from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB
 
-INVALID_LOGPROB = -9999.0  # how vLLM's HTTP route writes NaN and -inf
-MAX_ROUNDING = 1e-3  # a log-prob this little above 0 is rounding; more is an error
 HISTOGRAM_EDGES = (0.0, *(10.0 ** (tenth / 10) for tenth in range(-70, 1)))  # 0, 1e-7 to 1
 
 
@@ -60,14 +59,14 @@ def check_logprobs(logprobs: torch.Tensor, mask: torch.Tensor, *, name: str = "l
         )
     logprobs = logprobs.detach().float()
     # Written so that NaN, which compares false with everything, counts as broken.
-    is_broken = mask & ~((logprobs > INVALID_LOGPROB) & (logprobs <= MAX_ROUNDING))
+    is_broken = mask & ~((logprobs > MISSING_LOGPROB) & (logprobs <= MAX_LOGPROB_ROUNDING))
     if not bool(is_broken.any()):
         return
     # NaN first, then what lies farthest from 0; -1 keeps sound positions out.
     badness = torch.where(is_broken, logprobs.abs().nan_to_num(nan=torch.inf, posinf=3e38), -1.0)
     position = int(badness.argmax())
     raise DivergenceError(
-        f"{name} at position {position}: expected a number in ({INVALID_LOGPROB:g}, 0], got "
+        f"{name} at position {position}: expected a number in ({MISSING_LOGPROB:g}, 0], got "
         f"{logprobs[position].item()} ({int(is_broken.sum())} of {int(mask.sum())} kept tokens are "
         f"broken); look for NaN in the weights or logits of the engine that computed it"
     )

@@ -14,11 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.lifetime import register_cleanup, unregister_cleanup
+
 SECONDS = "speed/seconds/"  # before a station's name
 
 
 class StepConsole:
-    """Shows steps as they end; a context manager, so that the bar gives the terminal back.
+    """Shows steps as they end; a context manager, so that the bar gives the terminal back, which it
+    does on a signal too (lifetime.watch_signals).
 
     Args:
         num_steps: of the whole run.
@@ -42,6 +45,8 @@ class StepConsole:
 
     def __enter__(self) -> StepConsole:
         self._progress.start()
+        if self.console.is_terminal:
+            register_cleanup(self._progress.stop)  # else the cursor would stay hidden
         return self
 
     def __exit__(
@@ -50,6 +55,7 @@ class StepConsole:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        unregister_cleanup(self._progress.stop)
         self._progress.stop()
 
     def show_station(self, station: str) -> None:
@@ -67,7 +73,9 @@ class StepConsole:
 
 
 def step_line(step: int, metrics: Mapping[str, float], *, width: int = 4) -> Text:
-    """`step  12  reward 0.412  gap 0.0041/0.0037  lambda 0.104  grad 0.70  5310 tok/s  ...`."""
+    """`step   12  reward 0.412  discrepancy 0.0041 > 0.0037  lambda 0.1040  grad 0.7  tok/s 5,310`,
+    then seconds by station and evaluations.
+    """
     line = Text.assemble(("step ", "dim"), (f"{step:>{width}}", "bold"))
     if "reward/mean" in metrics:
         line.append("  reward ", "dim").append(f"{metrics['reward/mean']:.3f}", "bold green")

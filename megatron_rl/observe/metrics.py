@@ -41,13 +41,6 @@ class Max:
     value: Number
 
 
-@dataclass(frozen=True, slots=True)
-class Min:
-    """Example: `Min(0.02)`; a rank without values gives `Min(inf)`."""
-
-    value: Number
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
     """Counts between fixed edges, from which quantiles are read that no layout changes.
@@ -72,7 +65,7 @@ class Histogram:
         return cls(edges=edges, counts=tuple(counts.tolist()))
 
 
-Metric = Mean | Sum | Max | Min | Histogram
+Metric = Mean | Sum | Max | Histogram
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
@@ -96,8 +89,6 @@ def _join(name: str, one: Metric, other: Metric) -> Metric:
             return Sum(one.value + other.value)
         case Max(), Max():
             return Max(max(one.value, other.value))
-        case Min(), Min():
-            return Min(min(one.value, other.value))
         case Histogram(), Histogram() if one.edges == other.edges:
             counts = tuple(a + b for a, b in zip(one.counts, other.counts, strict=True))
             return Histogram(edges=one.edges, counts=counts, quantiles=one.quantiles)
@@ -165,12 +156,10 @@ def _sums(metric: Metric) -> torch.Tensor:
 
 
 def _maxima(metric: Metric) -> torch.Tensor:
-    """[n] float64 on the CPU: what the maximum over ranks is taken of; a minimum is negated."""
+    """[n] float64 on the CPU: what the maximum over ranks is taken of."""
     match metric:
         case Max():
             return torch.tensor([float(metric.value)], dtype=torch.float64)
-        case Min():
-            return torch.tensor([-float(metric.value)], dtype=torch.float64)
     return torch.zeros(0, dtype=torch.float64)
 
 
@@ -182,8 +171,6 @@ def _finish(name: str, metric: Metric, sums: list[float], maxima: list[float]) -
             return {name: sums[0]}
         case Max():
             return {name: maxima[0]} if maxima[0] != float("-inf") else {}
-        case Min():
-            return {name: -maxima[0]} if maxima[0] != float("-inf") else {}
         case Histogram():
             if not sum(sums):
                 return {}

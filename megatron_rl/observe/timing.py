@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -13,6 +13,9 @@ class Stations:
     CUDA work is asynchronous: a station's seconds are those until the host goes on, and they are
     the device's too as long as every station ends in something that the host waits for.
 
+    Args:
+        on_enter: called with a station's name whenever it is entered, for whoever shows it.
+
     Example:
         stations = Stations()
         with stations.time("rollout"):
@@ -20,7 +23,8 @@ class Stations:
         stations.take()  # {"rollout": 3.1}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_enter: Callable[[str], None] | None = None) -> None:
+        self._on_enter = on_enter
         self._seconds: dict[str, float] = {}
         self.current: str | None = None  # the innermost station being timed, for error messages
 
@@ -28,6 +32,8 @@ class Stations:
     def time(self, station: str) -> Iterator[None]:
         """Times a block, also when it raises; a station inside another counts in both."""
         outer, self.current = self.current, station
+        if self._on_enter is not None:
+            self._on_enter(station)
         start = time.perf_counter()
         try:
             yield

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.records import TOKEN_VARIABLE
 
 STARTUP_TIMEOUT_SECONDS = 120.0  # of importing the verifiers; a cold disk of a cluster is slow
 
@@ -46,7 +47,8 @@ class WorkerProcess:
             # A group of its own: Ctrl-C is for the run, and what a verifier starts is killed too.
             start_new_session=True,
             env={
-                **os.environ,
+                # A verifier runs on text that a model made up, and has no business with engines.
+                **{name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
                 "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",

@@ -110,7 +110,7 @@ class Scorer:
         return self._judge_all(responses)
 
     def _is_cut(self, rollout: Rollout) -> bool:
-        return self._config.truncated_reward is not None and rollout.finish_reason == "length"
+        return self._config.truncated_reward is not None and rollout.is_truncated
 
     def _judge_all(self, responses: Sequence[tuple[Prompt, str]]) -> list[Score]:
         for prompt, _ in responses:
@@ -196,22 +196,22 @@ def best_constant_answer(
     score_fn: Callable[[Sequence[tuple[Prompt, str]]], Sequence[Score]],
     max_candidates: int = 32,
 ) -> tuple[str, float]:
-    """What a policy would score that always gave one and the same answer, at best.
+    """How often a policy would be right that always gave one and the same answer, at best.
 
-    Shown beside avg@k: only what lies above it is skill. The candidates are the most frequent
-    expected answers, ties in alphabetical order.
+    Shown beside avg@k, by the same rule (`Score.is_correct`): only what lies above it is skill. The
+    candidates are the most frequent expected answers, ties in alphabetical order.
 
     Args:
         score_fn: scores (prompt, response) pairs, for instance `Scorer.score_texts`.
     Returns:
-        the answer and its mean reward over the prompts; ("", 0.0) for no prompts.
+        the answer and the share of the prompts that it is right for; ("", 0.0) for no prompts.
     """
     counts = Counter(prompt.answer for prompt in prompts)
     candidates = sorted(counts, key=lambda answer: (-counts[answer], answer))[:max_candidates]
     best = ("", 0.0)
     for answer in candidates:
         scores = score_fn([(prompt, answer) for prompt in prompts])
-        mean = math.fsum(score.reward for score in scores) / len(prompts)
-        if mean > best[1] or best == ("", 0.0):
-            best = (answer, mean)
+        share = sum(score.is_correct for score in scores) / len(prompts)
+        if share > best[1] or best == ("", 0.0):
+            best = (answer, share)
     return best

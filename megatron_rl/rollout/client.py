@@ -17,15 +17,20 @@ import httpx
 
 from megatron_rl.config import RolloutConfig, SamplingConfig
 from megatron_rl.errors import EngineError
-from megatron_rl.records import EngineAddress, Prompt, Rollout, RolloutGroup
+from megatron_rl.records import (
+    MAX_LOGPROB_ROUNDING,
+    MAX_SAMPLES,
+    MISSING_LOGPROB,
+    SAMPLE_BITS,
+    EngineAddress,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+)
 
-SAMPLE_BITS = 8  # low bits of a seed: vLLM seeds sample i of a prompt with seed + i
-MAX_SAMPLES = 2**SAMPLE_BITS
 CHECK_SECONDS = 0.5  # between looks at the engines' processes
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 8.0
-MISSING_LOGPROB = -9999.0  # how the route writes NaN and -inf
-ROUNDING = 1e-6  # a log-prob may be positive by this much
 REASON_CHARACTERS = 600
 POISONED = "weights_poisoned"  # rollout/gate.py: will not pass by itself
 
@@ -244,7 +249,7 @@ def rollout_from_choice(
     logprobs = tuple(entry["logprob"] for entry in content)
     for position, logprob in enumerate(logprobs):
         # Written so that NaN fails too.
-        if logprob is None or not MISSING_LOGPROB < logprob <= ROUNDING:
+        if logprob is None or not MISSING_LOGPROB < logprob <= MAX_LOGPROB_ROUNDING:
             raise EngineError(
                 f"{where}, response token {position} (id {tokens[position]}): expected "
                 f"a log-prob above {MISSING_LOGPROB:g} (how the engine writes NaN) and at most 0, "

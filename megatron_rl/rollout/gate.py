@@ -22,6 +22,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from megatron_rl.records import TOKEN_VARIABLE
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -70,9 +72,9 @@ class Gate:
 
     def __init__(self, app: App) -> None:
         # Taken out of the environment, so that nothing that reports the environment shows it.
-        token = os.environ.pop("MEGATRON_RL_TOKEN", "")
+        token = os.environ.pop(TOKEN_VARIABLE, "")
         if not token:
-            raise RuntimeError("gate: expected the run's token in MEGATRON_RL_TOKEN, it is not set")
+            raise RuntimeError(f"gate: expected the run's token in {TOKEN_VARIABLE}, it is not set")
         self._app = app
         self._token_digest = _digest(token.encode())
         self._weights = WeightState(float(os.environ["MEGATRON_RL_UPDATE_TIMEOUT"]))

@@ -54,8 +54,8 @@ def main(command: list[str]) -> int:
             end_descendants(server)
             return 0
         engine_pid = engine_pid or find_engine_core(server.pid)
-        # The server last: EngineCore dies with a killed server too, and then it is not the cause.
-        if engine_pid is not None and not is_alive(engine_pid) and server.poll() is None:
+        # EngineCore dies with a killed server too, whose many threads may take longer to end.
+        if engine_pid is not None and not is_alive(engine_pid) and not ends_within_poll(server):
             # The server would notice, but only after seconds in which every request fails.
             print("guard: the EngineCore process died, ending its server", file=sys.stderr)
             server.kill()
@@ -63,6 +63,13 @@ def main(command: list[str]) -> int:
             return 1
     end_descendants(server)
     return server.returncode if server.returncode >= 0 else 128 - server.returncode
+
+
+def ends_within_poll(server: subprocess.Popen[bytes]) -> bool:
+    """True when the server has ended, or does so now."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(POLL_SECONDS)
+    return server.poll() is not None
 
 
 def end_descendants(server: subprocess.Popen[bytes]) -> None:

@@ -7,6 +7,7 @@ behind a gate (rollout/gate.py):
     rank -> guard -> API server -> EngineCore (-> one worker a device, where there are several)
 
 Starting does not wait, so that the learner can initialise meanwhile; `Engine.wait_ready` does.
+Servers that somebody else started (`rollout.urls`) are looked at once, by `check_given`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -28,15 +30,15 @@ import torch
 
 from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import ConfigError, EngineError
-from megatron_rl.records import EngineAddress
+from megatron_rl.records import TOKEN_VARIABLE, WEIGHT_BACKEND, EngineAddress
+from megatron_rl.rollout.listener import listens
 
 HOST = "127.0.0.1"
-WEIGHT_BACKEND = "megatron_rl_shm"  # sync/receive.py registers it in the engine
-TOKEN_VARIABLE = "MEGATRON_RL_TOKEN"
 UPDATE_TIMEOUT_VARIABLE = "MEGATRON_RL_UPDATE_TIMEOUT"
 GATE = "megatron_rl.rollout.gate.Gate"
 TAIL_LINES = 20
 STOP_SECONDS = 8.0
+GIVEN_TIMEOUT_SECONDS = 10.0  # of a question to a given server
 # What torchrun tells its ranks; an engine is no rank.
 TORCHRUN_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OMP_.*"
@@ -113,11 +115,14 @@ class Engine:
                         f"it is not{self._reason()}\n{self._tail()}"
                     )
                 time.sleep(0.1)
-            headers = {"Authorization": f"Bearer {self.address.token}"}
-            if not _answers(client, "/version", headers):
+            # Before the token is sent: another server that took the port must not get it.
+            self.check()
+            is_ours = listens(self._guard.pid, httpx.URL(self.address.url).port)
+            if not is_ours or not _answers(client, "/version", _bearer(self.address)):
+                self.stop()
                 raise EngineError(
-                    f"{self._name}: expected the started server, one that does not know the "
-                    "run's token answers; choose another rollout.port"
+                    f"{self._name}: expected the started server, somebody else's answers; "
+                    "choose another rollout.port"
                 )
         self._reservation.close()
         self._is_ready = True
@@ -222,6 +227,31 @@ def given_addresses(config: RolloutConfig) -> list[EngineAddress]:
     return [EngineAddress(url=url.rstrip("/"), token=token) for url in config.urls]
 
 
+def check_given(addresses: Sequence[EngineAddress]) -> None:
+    """Look whether every given server is up, asks for a token, and knows the run's.
+
+    Raises EngineError naming the url of the first that does not.
+    """
+    for address in addresses:
+        client = httpx.Client(base_url=address.url, timeout=GIVEN_TIMEOUT_SECONDS, trust_env=False)
+        with client:
+            if not _answers(client, "/health", {}):
+                raise EngineError(
+                    f"rollout.urls: expected a server that is ready at {address.url}, none "
+                    "answers; start it with python -m megatron_rl.serve"
+                )
+            if _answers(client, "/version", {}):
+                raise EngineError(
+                    f"rollout.urls: expected the server at {address.url} to ask for a token, it "
+                    "answers anybody; start it with python -m megatron_rl.serve"
+                )
+            if not _answers(client, "/version", _bearer(address)):
+                raise EngineError(
+                    f"rollout.urls: expected the server at {address.url} to take the token in "
+                    f"{TOKEN_VARIABLE}, it refuses it"
+                )
+
+
 def _command(
     config: RolloutConfig, model_path: str, port: int, seed: int, weight_backend: str | None
 ) -> list[str]:
@@ -312,6 +342,10 @@ def _reserve_port(port: int) -> socket.socket:
             "choose another one, or 0 for any free ones"
         ) from error
     return reservation
+
+
+def _bearer(address: EngineAddress) -> dict[str, str]:
+    return {"Authorization": f"Bearer {address.token}"}
 
 
 def _answers(client: httpx.Client, path: str, headers: dict[str, str]) -> bool:

@@ -83,10 +83,6 @@ class EngineControl:
     def resume(self) -> None:
         self._call("resume", "POST", "/resume")
 
-    def weight_version(self) -> str:
-        """What the last finish set; "default" before the first one."""
-        return str(self._call("weight version", "GET", "/weight_info")["weight_version"])
-
     def _call(
         self, phase: str, method: str, path: str, body: dict[str, Any] | None = None
     ) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl.errors import SyncError
+from megatron_rl.records import MISSING_LOGPROB
 
 FLOAT32_BOUND = 2e-5  # of |d logprob| / max(1, |logprob|)
 # Of the mean |p - p|, by the less precise side.
@@ -38,7 +39,6 @@ BOUNDS = {
     "fp8": 0.03,
     "int4": 0.06,
 }
-NAN_LOGPROB = -9999.0  # vLLM's HTTP routes write NaN and -inf as this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +85,11 @@ def check_parity(
         raise SyncError("parity probe: expected at least one token, got none")
     engine, learner = rollout_logprobs.double().cpu(), recomputed_logprobs.double().cpu()
     for name, values in (("engine", engine), ("learner", learner)):
-        bad = ~values.isfinite() | (values <= NAN_LOGPROB)
+        bad = ~values.isfinite() | (values <= MISSING_LOGPROB)
         if bad.any():
             position = int(bad.nonzero()[0])
             raise SyncError(
-                f"parity probe: expected finite log-probs above {NAN_LOGPROB}, the {name} gave "
+                f"parity probe: expected finite log-probs above {MISSING_LOGPROB}, the {name} gave "
                 f"{float(values[position])} for token {position} of {values.numel()}"
             )
     report = _compare(engine, learner)

@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from megatron_rl.errors import SyncError
 from megatron_rl.lifetime import die_with_parent
+from megatron_rl.records import WEIGHT_BACKEND
 from megatron_rl.sync.assembly import Assembly, check_manifest
 from megatron_rl.sync.segment import Segment, SegmentAddress
 from megatron_rl.sync.wire import (
@@ -33,7 +34,9 @@ from megatron_rl.sync.wire import (
     manifest_from_json,
 )
 
-BACKEND = "megatron_rl_shm"
+# A buffer that older Llama checkpoints hold and nobody needs: the model computes it, vLLM's loader
+# skips it (vllm/model_executor/models/utils.py:AutoWeightsLoader), no learner publishes it.
+DEAD_BUFFER = "rotary_emb.inv_freq"
 
 
 def register() -> None:
@@ -47,9 +50,9 @@ def register() -> None:
     if "MEGATRON_RL_GUARDED" in os.environ and multiprocessing.parent_process() is not None:
         die_with_parent()
 
-    if BACKEND not in WeightTransferEngineFactory._registry:
+    if WEIGHT_BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
-            BACKEND, "megatron_rl.sync.receive", "SharedMemoryEngine"
+            WEIGHT_BACKEND, "megatron_rl.sync.receive", "SharedMemoryEngine"
         )
 
 
@@ -208,7 +211,7 @@ def checkpoint_specs(model_config: Any) -> dict[str, TensorSpec]:
     """Names, dtypes and shapes of the checkpoint that the engine was started from: what an update
     must bring.
 
-    A tied head is left out: vLLM takes it from the embedding.
+    A tied head is left out: vLLM takes it from the embedding; and so is DEAD_BUFFER.
     """
     from megatron_rl.weights.huggingface import CheckpointReader
 
@@ -216,7 +219,7 @@ def checkpoint_specs(model_config: Any) -> dict[str, TensorSpec]:
     is_tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
     specs = {}
     for name in reader.names:
-        if is_tied and name.endswith("lm_head.weight"):
+        if name.endswith(DEAD_BUFFER) or (is_tied and name.endswith("lm_head.weight")):
             continue
         shape = reader.shape(name)
         # An empty slice tells the dtype without reading the tensor; a scalar has no slices.

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from megatron_rl.data.packing import deal, empty_micro_batch, fill, pack, split_mini_batches
+from megatron_rl.data.packing import deal, empty_micro_batch, fill, pack
 from megatron_rl.errors import DataError
 from megatron_rl.records import MicroBatch, Rollout, Sample
 
@@ -64,19 +64,6 @@ def test_deal_loses_nothing_and_balances(seed):
 def test_deal_needs_a_rank():
     with pytest.raises(ValueError, match="at least 1 rank, got 0"):
         deal([1], 0)
-
-
-def test_split_mini_batches():
-    assert split_mini_batches([1, 2, 3, 4], 2) == [[1, 2], [3, 4]]
-    assert split_mini_batches([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
-    for num_samples in range(1, 40):
-        for num in range(1, num_samples + 1):
-            parts = split_mini_batches(range(num_samples), num)
-            assert [item for part in parts for item in part] == list(range(num_samples))
-            assert len(parts) == num
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    with pytest.raises(DataError, match=r"2 sequences for 3 .*learner\.mini_batches_per_step"):
-        split_mini_batches([1, 2], 3)
 
 
 def test_pack_the_example_of_the_record():

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 REPOSITORY = Path(__file__).parents[2]
-EOS = 2
+PAD, EOS = 0, 2
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +32,8 @@ def sharp_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, tensor in tensors.items():
         if name.endswith("norm.weight"):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    # transformers leaves it at zero, where the gradient of a norm has no bound.
+    tensors["model.embed_tokens.weight"][PAD].normal_(std=0.15, generator=generator)
     tensors["lm_head.weight"] *= 2.0
     tensors["lm_head.weight"][EOS] = 0.0  # a logit of 0, where the largest is about 6
     save_file(tensors, path, metadata={"format": "pt"})

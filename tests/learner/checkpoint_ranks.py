@@ -31,6 +31,7 @@ from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_dow
 from megatron_rl.learner.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.weights.geometry import read_geometry
+from tests.checkpoint_reader import read_tensors
 from tests.learner import recorded
 
 NUM_UPDATES, WARMUP_STEPS, LEARNING_RATE = 6, 3, 1e-3
@@ -119,10 +120,10 @@ def load(folder: Path, learner: Learner, dual: DualVariable) -> int:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every tensor of a checkpoint, put together from its shards, and the optimizer's counts."""
+    """Every tensor of a checkpoint, and how often the optimizer had stepped."""
     from megatron.core import dist_checkpointing
 
-    tensors = dist_checkpointing.load_plain_tensors(str(folder))
+    tensors = read_tensors(folder)
     common = dist_checkpointing.load_common_state_dict(str(folder))["optimizer"]
     groups = common.get("param_groups") or common["optimizer"]["param_groups"]
     return {"tensors": tensors, "counts": [group["step"] for group in groups]}
@@ -172,13 +173,6 @@ def change_settings(kind: Kind, model: Path, rollouts: Path, out: Path) -> None:
     reports = train(learner, rollouts, dual, range(3, 4))
     betas = [tuple(group["betas"]) for group in learner.optimizer.param_groups]
     write(out, "changed", {"metrics": reports[0], "betas": betas})
-
-
-def follow_the_schedule(kind: Kind, model: Path, rollouts: Path, out: Path) -> None:
-    """The learning rate of every step of a whole run."""
-    learner = build(kind, model, start("tp1"))
-    reports = train(learner, rollouts, DualVariable(0.5), range(1, NUM_UPDATES + 1))
-    write(out, "rates", {"rates": [each["learner/learning_rate"] for each in reports]})
 
 
 def keep_some(kind: Kind, model: Path, out: Path) -> None:
@@ -273,7 +267,6 @@ def main(model: Path, rollouts: Path, out: Path) -> None:
                 go_on(kind, layout, model, rollouts, out)
     if world_size == 1:
         change_settings(KINDS[0], model, rollouts, out)
-        follow_the_schedule(KINDS[0], model, rollouts, out)
         keep_some(KINDS[0], model, out)
     else:
         load_broken(KINDS[0], "dp2", model, out)

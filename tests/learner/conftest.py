@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ Outcome = Callable[[str, str], Any]
 
 
 @pytest.fixture(scope="session")
-def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`parity_models` and then `parity_ranks` in worlds of 1, 2 and 4 wrote into it."""
     folder = tmp_path_factory.mktemp("parity")
     run_module(["-m", "tests.learner.parity_models", str(folder)])
@@ -28,7 +28,8 @@ def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for world_size in (1, 2, 4):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
         run_module([*torchrun, "-m", "tests.learner.parity_ranks", str(folder)])
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # a hundred MB, which pytest would keep for three sessions
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,8 @@ def record(model: torch.nn.Module, vocab_size: int) -> dict[str, Any]:
         losses.append(-(shaped * policy)[is_kept].sum())
         count += int(is_kept.sum())
     (sum(losses) / count).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # Copies: a model that changes its dtype takes its gradients along.
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         model.to(torch.bfloat16)
         of_bfloat16 = [model(sequence[None]).logits[0, :-1].float() for sequence in sequences]

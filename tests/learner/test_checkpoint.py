@@ -5,6 +5,7 @@ checkpoint_ranks.py.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from tests.learner.checkpoint_ranks import (
     KINDS,
     LAYOUTS,
     LEARNING_RATE,
-    NUM_UPDATES,
     SAVED_AFTER,
     WARMUP_STEPS,
 )
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(outcomes: Outcomes) -> None:
         pytest.skip("mounting a small tmpfs is not permitted here")
     errors = outcomes["full_disk"]["errors"]
     assert errors[0] == errors[1]
-    assert "No space left on device" in errors[0]
+    assert re.search(r"\(0\.[0-9] MiB free on that disk\)", errors[0])
     assert outcomes["full_disk"]["names"] == [LATEST, "step_000001"]
     assert outcomes["full_disk"]["step"] == 1  # and it was loaded
 
@@ -201,12 +201,3 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(
     assert steps == sorted(steps)
     assert steps[-1] > steps[0]
     assert "partial was there" in finished.stdout  # a kill did fall into a save
-
-
-def test_schedule_reaches_zero_after_the_last_step(outcomes: Outcomes) -> None:
-    # Linear from the end of the warm-up (step 3) to one past the last step: 1, 3/4, 2/4, 1/4.
-    rates = outcomes["rates"]["rates"]
-    steps = range(1, NUM_UPDATES + 1)
-    assert rates == pytest.approx(
-        [LEARNING_RATE * min(step / 3, 1 - (step - 3) / 4) for step in steps]
-    )

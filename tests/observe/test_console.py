@@ -1,5 +1,12 @@
 import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
 
+import pytest
 from rich.console import Console
 
 from megatron_rl.observe.console import StepConsole, step_line, summary_table
@@ -43,6 +50,52 @@ def test_a_bar_on_a_terminal():
     with StepConsole(num_steps=4, num_done=2, console=console) as shown:
         shown.show_step(3, {"reward/mean": 0.5})
     assert "3/4" in stream.getvalue() and "\x1b[" in stream.getvalue()
+
+
+RANK = """
+import time
+from megatron_rl.lifetime import watch_signals
+from megatron_rl.observe.console import StepConsole
+watch_signals(lambda: "step 1")
+with StepConsole(num_steps=4) as shown:
+    shown.show_step(1, {"reward/mean": 0.5})
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_gives_the_cursor_back(signum):
+    terminal, side = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", RANK], stdin=side, stdout=side, stderr=side, env=environment
+    )
+    os.close(side)
+    shown = b""
+    try:
+        while b"1/4" not in shown:
+            shown += os.read(terminal, 4096)
+        assert b"\x1b[?25l" in shown
+        time.sleep(0.2)  # into the sleep of the step
+        rank.send_signal(signum)
+        assert rank.wait(10) == 128 + signum
+    finally:
+        rank.kill()
+        rank.wait()
+    shown += read_to_the_end(terminal)
+    assert b"step 1" in shown
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+
+
+def read_to_the_end(terminal: int) -> bytes:
+    shown = b""
+    try:
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    except OSError:  # how Linux ends a terminal whose other side is closed
+        pass
+    os.close(terminal)
+    return shown
 
 
 def test_the_table_compares_first_and_last():

@@ -18,6 +18,15 @@ def test_seconds_add_up_per_station_until_taken():
     assert stations.take() == {}
 
 
+def test_whoever_shows_it_is_told_of_every_entry():
+    entered = []
+    stations = Stations(on_enter=entered.append)
+    with stations.time("learner"), stations.time("sync"):
+        assert entered == ["learner", "sync"]
+    with stations.time("learner"):
+        assert entered == ["learner", "sync", "learner"]
+
+
 def test_a_station_that_fails_is_timed_and_named():
     stations = Stations()
     with pytest.raises(RuntimeError), stations.time("step"), stations.time("sync"):

@@ -44,6 +44,8 @@ def act(response, answer, metadata):
         os.write(1, b"and below python")
     if response == "torch":
         return float("torch" in sys.modules)
+    if response == "token":
+        return float("MEGATRON_RL_TOKEN" in os.environ)
     if response == "pid":
         return float(os.getpid())
     if response == "child":
@@ -138,6 +140,13 @@ def test_printing_does_not_disturb_and_torch_is_not_imported(own_verifier):
     with Scorer(RewardConfig(num_workers=1), own_verifier) as scorer:
         (scores,) = scorer.score([make_group(["print", "torch", "x" * 1_000_000])])
     assert [score.reward for score in scores] == [5.0, 0.0, 1_000_000.0]
+
+
+def test_the_engines_token_is_not_passed_on(own_verifier, monkeypatch):
+    monkeypatch.setenv("MEGATRON_RL_TOKEN", "secret")
+    with Scorer(RewardConfig(num_workers=1), own_verifier) as scorer:
+        (scores,) = scorer.score([make_group(["token"])])
+    assert scores[0].reward == 0.0 and scores[0].failure is None
 
 
 def test_what_a_verifier_started_ends_with_its_time(own_verifier):
@@ -313,6 +322,23 @@ def test_best_constant_answer_worked_by_hand():
         assert best_constant_answer(prompts, scorer.score_texts) == ("1", 0.4)
         assert best_constant_answer(prompts[2:4], scorer.score_texts) == ("2", 0.5)
         assert best_constant_answer([], scorer.score_texts) == ("", 0.0)
+
+
+def test_a_part_of_the_reward_is_not_right():
+    """By the rule of avg@k, `Score.is_correct`."""
+    rewards = {"1": 0.9, "2": 1.0}
+    prompts = [make_prompt(answer="1"), make_prompt(answer="1"), make_prompt(answer="2")]
+
+    def score_fn(responses):
+        is_right = [prompt.answer == response for prompt, response in responses]
+        return [
+            Score(reward=rewards[response] if right else 0.8, is_formatted=True, failure=None)
+            for right, (_, response) in zip(is_right, responses)
+        ]
+
+    assert best_constant_answer(prompts, score_fn) == ("2", pytest.approx(1 / 3))
+    failed = Score(reward=1.0, is_formatted=True, failure="crash")
+    assert not failed.is_correct
 
 
 def _is_running(pid):

@@ -10,7 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -20,7 +24,8 @@ from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.records import EngineAddress
 from megatron_rl.rollout.guard import children_of, find_engine_core, is_alive
-from megatron_rl.rollout.server import Engine, given_addresses, start_engines
+from megatron_rl.rollout.listener import listens
+from megatron_rl.rollout.server import Engine, check_given, given_addresses, start_engines
 
 SMALL = {"dtype": "float32", "kv_cache_gib": 0.1, "max_num_seqs": 8}
 GENERATE = {"token_ids": [1, 20], "sampling_params": {"max_tokens": 2, "logprobs": 0}}
@@ -204,6 +209,61 @@ def test_a_port_in_use_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(EngineError, match=rf"rollout\.port: expected a free port, {port}"):
             start(RolloutConfig(port=port, **SMALL), tiny_checkpoint, tmp_path)
+
+
+@contextmanager
+def stranger(port: int = 0) -> Iterator[tuple[int, list[str | None]]]:
+    """Somebody else's server that answers everything; its port, and the Authorization headers that
+    it was sent.
+    """
+    seen: list[str | None] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port, seen
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_stranger_on_the_port_never_sees_the_token(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    [engine] = start(RolloutConfig(**SMALL), tiny_checkpoint, tmp_path)
+    with engine, stranger(httpx.URL(engine.address.url).port) as (_, seen):
+        with pytest.raises(EngineError, match="somebody else's answers; choose another"):
+            engine.wait_ready()
+        assert seen and set(seen) == {None}
+
+
+def test_who_listens_is_told_by_process_group() -> None:
+    with stranger() as (port, _):
+        assert listens(os.getpgrp(), port)
+        assert not listens(os.getpgrp(), 1)
+        assert not listens(os.getpid() + 2**22, port)
+
+
+def test_given_servers_are_looked_at(engine: Engine) -> None:
+    check_given([engine.address])
+    wrong = EngineAddress(url=engine.address.url, token="another")
+    with pytest.raises(EngineError, match=f"{engine.address.url} to take the token"):
+        check_given([engine.address, wrong])
+    with stranger() as (port, seen):
+        open_to_all = EngineAddress(url=f"http://127.0.0.1:{port}", token="secret")
+        with pytest.raises(EngineError, match=f"127.0.0.1:{port} to ask for a token"):
+            check_given([open_to_all])
+        assert set(seen) == {None}
+    with pytest.raises(EngineError, match=f"ready at {open_to_all.url}, none answers"):
+        check_given([open_to_all])
 
 
 def test_a_bad_model_folder_gives_vllm_s_reason(tmp_path: Path) -> None:

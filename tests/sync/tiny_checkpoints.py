@@ -84,6 +84,8 @@ def write_checkpoint(folder: Path, variant: str, seed: int) -> Path:
     model.to(dtype).save_pretrained(folder)
     if variant == "int8":
         _quantise(folder)
+    if variant == "biased":
+        _add_dead_buffer(folder)
     return folder
 
 
@@ -100,9 +102,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors in layer order: embedding, layers, norm, head."""
+    """The checkpoint's tensors in layer order: embedding, layers, norm, head; what a learner
+    publishes, so without dead buffers.
+    """
     tensors = load_file(folder / "model.safetensors")
-    return {name: tensors[name] for name in sorted(tensors, key=_layer_order)}
+    names = [name for name in tensors if not name.endswith("inv_freq")]
+    return {name: tensors[name] for name in sorted(names, key=_layer_order)}
 
 
 def specs_of(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
@@ -118,6 +123,13 @@ def _layer_order(name: str) -> tuple[int, int, str]:
     if ".layers." in name:
         return 1, int(name.split(".layers.")[1].split(".")[0]), name
     return 2, 0, name
+
+
+def _add_dead_buffer(folder: Path) -> None:
+    """As Llama checkpoints of 2023 hold it: a buffer that no model reads."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _quantise(folder: Path) -> None:

@@ -96,6 +96,14 @@ def test_colours_on_a_terminal(run_dir, inspect, monkeypatch):
     assert f"{green}8" in shown and f"{crimson}7" in shown and f"{crimson}9" not in shown
 
 
+def test_colours_at_a_tolerance_of_zero(run_dir):
+    token = inspect_rollouts.Token(text="7", id=26, p_rollout=0.5, p_recomputed=0.5)
+    other = replace(token, p_recomputed=0.6)
+    shown = inspect_rollouts.colored(inspect_rollouts.Shown(line={}, tokens=(token, other)), 0.0)
+    first, last = inspect_rollouts.SHADES[0][1], inspect_rollouts.SHADES[-1][1]
+    assert [span.style for span in shown.spans] == [first, last]
+
+
 def test_a_step_without_recomputed_logprobs_says_so(run_dir, inspect):
     assert "no recomputed log-probs were recorded" in inspect(run_dir, "--step", 3)[1]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rl.evaluate import evaluation_metrics
 from megatron_rl.observe.metrics import reduce
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.step_metrics import evaluation_metrics
 
 
 def make_group(index: int, finish_reasons: tuple[str, ...]) -> RolloutGroup:
@@ -33,15 +33,15 @@ def make_scores(*rewards: float, failure: str | None = None) -> tuple[Score, ...
 
 def test_rates_of_two_prompts_with_three_samples() -> None:
     groups = [make_group(0, ("stop", "length", "stop")), make_group(1, ("stop",) * 3)]
-    # A reward of half a point is not a correct answer.
+    # What could not be scored is a failure, and counts in no other rate.
     scores = [make_scores(1.0, 0.0, 1.0), make_scores(0.5, 0.0, 0.0, failure="timeout")]
     metrics = reduce(evaluation_metrics(groups, scores, 3), lambda values, operation: values)
     assert metrics == pytest.approx(
         {
-            "eval/avg_at_3": 2 / 6,
-            "eval/pass_at_3": 1 / 2,
-            "eval/reward/mean": 2.5 / 6,
-            "eval/format_rate/mean": 3 / 6,
+            "eval/avg_at_3": 2 / 3,
+            "eval/pass_at_3": 1.0,
+            "eval/reward/mean": 2 / 3,
+            "eval/format_rate/mean": 2 / 3,
             "eval/truncation_rate/mean": 1 / 6,
             "eval/failure_rate/mean": 3 / 6,
         }

@@ -1,0 +1,141 @@
+"""The weight sync of train.py: the learner's weights into every engine, and the parity probe.
+
+Rank 0 sends; every rank of the first replica gives its shards; all ranks compute the probe. Nothing
+is sampled before `publish_weights` has returned on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.batch import DealtBatch, pack_batch, recomputed_by_sample
+from megatron_rl.errors import SyncError
+from megatron_rl.learner.model import DTYPES
+from megatron_rl.records import Sample
+from megatron_rl.rollout.client import sampling_seed
+from megatron_rl.run import SYNC_LOG, Run
+from megatron_rl.sync.probe import ParityReport, check_parity
+from megatron_rl.sync.wire import TensorSpec
+
+PROBE_PROMPTS = 4  # an engine
+PROBE_SAMPLES = 2  # a prompt
+
+
+def publish_weights(run: Run) -> dict[str, float]:
+    """The learner's weights into every engine as version `run.step`; a collective.
+
+    Returns:
+        The probe's figures, the same on every rank.
+    Raises:
+        SyncError: an engine did not get, or does not serve, what the learner holds.
+    """
+    if run.is_replay:
+        return {}
+    with run.stations.time("sync"):
+        if run.parallel.rank == 0:
+            _publish(run)
+        else:
+            run.learner.give_tensors()
+        # Replicas that give no shards are here at once, and must not sample before the update.
+        dist.barrier()
+        run.published_version = run.step
+        return _probe(run) if run.config.sync.probe_num_tokens else {}
+
+
+def _publish(run: Run) -> None:
+    dtype = DTYPES[run.config.model.dtype]
+    specs = [
+        TensorSpec(name=name, dtype=dtype, shape=shape)
+        for name, shape in run.learner.tensor_shapes()
+    ]
+    try:
+        report = run.publisher.publish(specs, run.learner.full_tensors(), version=run.step)
+    except SyncError:
+        run.check_engines_after_failure()
+        raise
+    line = {
+        "version": report.version,
+        "bytes": report.num_bytes,
+        "published": report.checksum,
+        "received": report.received,
+        "seconds": report.seconds,
+    }
+    with (run.run_dir / SYNC_LOG).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _probe(run: Run) -> dict[str, float]:
+    """A few samples from every engine, held against the learner's log-probs of the same tokens."""
+    box: list[list[Sample]] = [[]]
+    if run.parallel.rank == 0:
+        box = [_probe_samples(run)]
+    dist.broadcast_object_list(box, src=0, device=run.parallel.device)
+    dealt = pack_batch(box[0], run.parallel, run.config.learner.tokens_per_micro_batch)
+    recomputed = run.learner.recompute(dealt.batch.mini_batches[0])
+    figures: dict[str, float] = {}
+    if run.parallel.is_last_stage:
+        reports = _compare_engines(run, dealt, recomputed)
+        figures = {
+            "sync/probe_gap/mean": max(each.mean_probability_gap for each in reports),
+            "sync/probe_gap/max": max(each.max_probability_gap for each in reports),
+            "sync/probe_relative_logprob_gap/max": max(
+                each.max_relative_logprob_gap for each in reports
+            ),
+        }
+    return run.parallel.from_last_stage(figures)
+
+
+def _probe_samples(run: Run) -> list[Sample]:
+    """Short samples of the first prompts, which the client spreads over engines by index."""
+    num_tokens = math.ceil(run.config.sync.probe_num_tokens / (PROBE_PROMPTS * PROBE_SAMPLES))
+    sampling = run.config.rollout.sampling
+    prompts = run.stream.prompts(0, PROBE_PROMPTS * len(run.addresses))
+    groups = run.client.generate(
+        prompts,
+        replace(sampling, max_tokens=min(num_tokens, sampling.max_tokens)),
+        num_samples=PROBE_SAMPLES,
+        seeds=[sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts],
+    )
+    return [
+        Sample(
+            prompt_index=group.prompt.index,
+            sample_index=index,
+            rollout=rollout,
+            reward=0.0,
+            advantage=0.0,
+        )
+        for group in groups
+        for index, rollout in enumerate(group.rollouts)
+    ]
+
+
+def _compare_engines(
+    run: Run, dealt: DealtBatch, recomputed: Sequence[torch.Tensor]
+) -> list[ParityReport]:
+    """One report an engine: pooled, a single stale engine among many would pass."""
+    rollout = run.config.rollout
+    is_fp8 = rollout.kv_cache_dtype.startswith("fp8")
+    pairs = recomputed_by_sample(dealt, [recomputed])
+    reports = []
+    for number, address in enumerate(run.addresses):
+        own = [pair for pair in pairs if pair[0].prompt_index % len(run.addresses) == number]
+        masks = [torch.tensor(sample.rollout.loss_mask) for sample, _ in own]
+        served = [torch.tensor(sample.rollout.rollout_logprobs) for sample, _ in own]
+        try:
+            report = check_parity(
+                torch.cat([values[mask] for values, mask in zip(served, masks)]),
+                torch.cat([values[mask] for (_, values), mask in zip(own, masks)]),
+                engine_dtype="fp8" if is_fp8 else rollout.dtype,
+                learner_dtype=run.config.model.dtype,
+                tolerance=run.config.sync.probe_tolerance,
+            )
+        except SyncError as error:
+            raise SyncError(f"engine {address.url} after update {run.step}: {error}") from error
+        reports.append(report)
+    return reports

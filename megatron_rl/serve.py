@@ -1,0 +1,84 @@
+"""`python -m megatron_rl.serve CONFIG [key=value ...]`: one rollout engine for a run that is given
+its engines, with the config of that run.
+
+It is the engine that a run would start itself (rollout/server.py), on `rollout.port`, and it lasts
+until Ctrl-C. The run then names it: `rollout.num_engines=0 rollout.urls=[http://127.0.0.1:PORT]`,
+with the token in MEGATRON_RL_TOKEN. Weights travel through the memory of one host, so it listens on
+loopback alone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_rl.config import Config
+from megatron_rl.entry import Progress, run_command
+from megatron_rl.errors import ConfigError
+from megatron_rl.lifetime import register_cleanup
+from megatron_rl.records import TOKEN_VARIABLE
+from megatron_rl.rollout.server import start_engines
+
+TOKEN_FILE = "engine_token"
+CHECK_SECONDS = 0.5  # between looks at the engine's process
+
+
+def serve(config: Config, progress: Progress) -> None:
+    """Start the engine and watch it; returns by an error alone, a signal ends the process."""
+    if config.rollout.port == 0:
+        raise ConfigError(
+            "rollout.port: expected the port that rollout.urls of the run will name, got 0"
+        )
+    run_dir = Path(config.run_dir)
+    [engine] = start_engines(
+        replace(config.rollout, num_engines=1, urls=[]),
+        model_path=config.model.path,
+        log_dir=run_dir / "logs" / f"port_{config.rollout.port}",
+        token=os.environ.get(TOKEN_VARIABLE) or token_in(run_dir / TOKEN_FILE),
+        seed=config.loop.seed,
+        update_timeout_seconds=config.sync.timeout_seconds,
+    )
+    register_cleanup(engine.stop)
+    progress.describe = lambda: f"the engine at {engine.address.url} ends too"
+    with engine:
+        print(f"loading {config.model.path}, log in {engine.log_path}", flush=True)
+        engine.wait_ready()
+        print(f"ready at {engine.address.url}, until Ctrl-C", flush=True)
+        while True:
+            engine.check()
+            time.sleep(CHECK_SECONDS)
+
+
+def token_in(path: Path) -> str:
+    """The token of a file that nobody else may read; made, and drawn at random, where there is
+    none.
+
+    Raises:
+        ConfigError: others may read the file, or it is empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        token = path.read_text().strip()
+        if not token or stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise ConfigError(
+                f"{path}: expected a token in a file of mode 0600, got "
+                f"{len(token)} characters and mode {stat.S_IMODE(path.stat().st_mode):04o}; "
+                "delete it, and a new one is drawn"
+            ) from None
+    else:
+        token = secrets.token_urlsafe(32)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(token + "\n")
+    print(f'token in {path}: export {TOKEN_VARIABLE}="$(cat {path})"', flush=True)
+    return token
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("One rollout engine, until Ctrl-C.", serve))

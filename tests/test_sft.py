@@ -1,0 +1,132 @@
+"""The warm start through the command line: the loss falls, the checkpoint is one that transformers
+loads, and what is held out stays unseen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_rl.config import Config
+from megatron_rl.config_file import load_config
+from megatron_rl.data.pairs import PairStream
+from megatron_rl.data.prompts import PromptStream
+from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.sft import as_samples
+from tests.torchrun import run_module, torchrun_environment
+
+NUM_STEPS, SEQUENCES_PER_STEP = 30, 32
+NUM_HELD_OUT = 20
+
+# Mean negative log-prob of the answers to the questions, by transformers, in a process of its own:
+# the learner's changes to torch would reach it otherwise.
+SCORE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+total = count = 0.0
+for prompt, response in json.load(open(sys.argv[2])):
+    logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    for position, token in enumerate(response, start=len(prompt) - 1):
+        total, count = total - logits[position, token].item(), count + 1
+print(total / count)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a warm start on one-digit sums with two ranks."""
+    folder = tmp_path_factory.mktemp("sft")
+    settings = {
+        "run_dir": str(folder / "run"),
+        "model": {"path": str(tiny_checkpoint)},
+        "data": {
+            "tasks": [
+                {
+                    "name": "chain_sum",
+                    "prompt_column": "metadata.expression",
+                    "verifier": "exact",
+                    "template": "{prompt}=",
+                    "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+                }
+            ],
+            "num_held_out": NUM_HELD_OUT,
+        },
+        "rollout": {"sampling": {"max_tokens": 6}},
+        "learner": {"tokens_per_micro_batch": 256},
+        "warm_start": {
+            "num_steps": NUM_STEPS,
+            "sequences_per_step": SEQUENCES_PER_STEP,
+            "learning_rate": 3e-3,
+            "warmup_steps": 5,
+            "log_every": 1,
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    run_module("megatron_rl.sft", path, ranks=2)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def config(run_dir: Path) -> Config:
+    return load_config(str(run_dir.parent / "config.yaml"), [])
+
+
+def test_the_loss_falls(run_dir: Path) -> None:
+    lines = (run_dir / "warm_start/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss/mean"] for line in lines]
+    assert len(losses) == NUM_STEPS
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+
+
+def test_transformers_loads_what_was_learnt(
+    run_dir: Path, config: Config, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    stream = PairStream(config, load_tokenizer(str(tiny_checkpoint), 128))
+    pairs = stream.pairs((NUM_STEPS - 1) * SEQUENCES_PER_STEP, SEQUENCES_PER_STEP)
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    losses = {}
+    for name, path in (
+        ("before", tiny_checkpoint),
+        ("after", run_dir / "warm_start/checkpoint"),
+    ):
+        command = [sys.executable, "-W", "ignore", "-c", SCORE, str(path)]
+        finished = subprocess.run(
+            [*command, str(tmp_path / "pairs.json")],
+            env=torchrun_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        losses[name] = float(finished.stdout.splitlines()[-1])
+    lines = (run_dir / "warm_start/metrics.jsonl").read_text().splitlines()
+    assert losses["after"] < 0.6 * losses["before"]
+    # The last step's pairs, before that step's update.
+    assert losses["after"] == pytest.approx(json.loads(lines[-1])["loss/mean"], rel=0.1)
+
+
+def test_no_pair_is_held_out(config: Config, tiny_checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_checkpoint), 128)
+    held_out = PromptStream(config.data, tokenizer, 32).held_out()
+    assert len(held_out) == NUM_HELD_OUT
+    unseen = {prompt.token_ids for prompt in held_out}
+    pairs = PairStream(config, tokenizer).pairs(0, NUM_STEPS * SEQUENCES_PER_STEP)
+    seen = {prompt_ids for prompt_ids, _ in pairs}
+    assert len(seen) > 80  # of the about 200 questions there are: held-out ones would be among them
+    assert not seen & unseen
+
+
+def test_only_the_response_is_learnt() -> None:
+    (sample,) = as_samples([((1, 5, 6), (7, 2))], 11)
+    assert sample.prompt_index == 11
+    assert sample.rollout.token_ids == (1, 5, 6, 7, 2)
+    assert sample.rollout.loss_mask == (False, False, False, True, True)
