@@ -15,7 +15,6 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_kernels.h"
-#include "huge_pages.h"
 #include "numerics.h"
 #include "shard_layout.h"
 
@@ -339,7 +338,6 @@ void token_logprobs_gradient(const at::Tensor& logits, const at::Tensor& labels,
   const int64_t end_column = std::min(first_column + num_columns, vocab_size);
   const int64_t width = std::max<int64_t>(0, end_column - first_column);
   const at::Tensor ids = labels.contiguous(), grads = incoming.contiguous();
-  if (gradient.is_contiguous()) advise_huge_pages(gradient.data_ptr(), gradient.nbytes());
   at::parallel_for(0, num_rows, rows_per_task(num_columns), [&](int64_t begin, int64_t end) {
     const FloatEnvironment environment;
     for (int64_t i = begin; i < end; ++i) {
