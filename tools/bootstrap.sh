@@ -107,10 +107,15 @@ if torch.version.cuda is not None:
 PY
 }
 
+# Without the second that importing torch takes.
+is_built() {
+    "$python" -c 'import importlib.util as u; raise SystemExit(u.find_spec("megatron_rl._C") is None)' 2>/dev/null
+}
+
 build() {
     say "building megatron_rl"
     pip_install --no-deps --no-build-isolation --editable .
-    "$python" -c 'import megatron_rl'
+    "$python" -c 'import torch, megatron_rl._C'
 }
 
 main() {
@@ -129,7 +134,7 @@ main() {
         install_packages
         echo "$packages" >"$packages_stamp"
     fi
-    if [ "$(cat "$build_stamp" 2>/dev/null)" != "$built" ] || ! "$python" -c 'import megatron_rl' 2>/dev/null; then
+    if [ "$(cat "$build_stamp" 2>/dev/null)" != "$built" ] || ! is_built; then
         rm -f "$build_stamp"
         build
         echo "$built" >"$build_stamp"

@@ -3,13 +3,17 @@
     y = x / temperature,    logprob = y[label] - log sum exp(y)  over the true vocabulary
     d logprob / d x[j] = ([j == label] - softmax(y)[j]) / temperature
 
-Arithmetic: plain torch. A row is divided by the temperature, compared with its maximum and
-exponentiated in float32, and added in torch's own order; what is left of it (one maximum, one sum)
-is joined over the ranks and finished in float64. The last bits depend on the number of shards, the
-device, the CPU's vector width and the torch build.
+Arithmetic: one order of rounded steps, written out in `reference.py` and followed by every kernel.
+The same logits give the same bits: whatever the number of shards and their padding, the batch and
+its order, the threads, the device and its vector width. Error: at most 5e-7 x max(1, |logprob|)
+against float64. The matrix product of `linear_token_logprobs` has bits of its own.
 
-Collectives: two all-reduces of [N] numbers in the forward pass, however many chunks; none in the
-backward pass of `token_logprobs`. Every rank of the group must call with the same labels.
+On the CPU the C++ kernels compute (`kernels.py`); on a CUDA device, as long as there is no CUDA
+kernel, the torch operations of `reference.py` on the device: the same bits, much slower.
+
+Collectives: one all-gather of a few dozen int32 a row in the forward pass, however many chunks;
+none in the backward pass of `token_logprobs`. Every rank of the group must call with the same
+labels.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.ops.row_softmax import PartialStatistics, write_logits_gradient
-from megatron_rl.ops.vocab_parallel import VocabShard, all_reduce_sum, vocab_shard
+from megatron_rl.errors import ConfigError, DataError, DivergenceError
+from megatron_rl.ops import kernels
+from megatron_rl.ops.node_layout import words_per_row
+from megatron_rl.ops.reference import LARGEST_LOGIT
+from megatron_rl.ops.vocab_parallel import VocabShard, all_reduce_sum, gather_rows, vocab_shard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +41,7 @@ def token_logprobs(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
+    overwrite_logits: bool = False,
 ) -> torch.Tensor:
     """Log-prob of one label a row.
 
@@ -45,20 +52,27 @@ def token_logprobs(
         temperature: the sampler's; logits are divided by it in float32.
         vocab_size: V without padded columns, which stand at the global end; None: no padding.
         group: tensor-parallel group over which the vocabulary is sharded, or None.
+        overwrite_logits: the backward pass writes the gradient over the logits instead of into new
+            memory. Nothing else may need them then; a second backward pass raises RuntimeError.
 
     Returns:
-        [N] float32, the same on every rank. The gradient arrives in the logits' dtype, exactly 0 on
-        padded columns and on rows whose incoming gradient is 0; every rank is expected to feed the
-        same incoming gradient.
+        [N] float32, never above 0, the same on every rank. The gradient arrives in the logits'
+        dtype, rounded once, +0 on padded columns and on rows whose incoming gradient is 0; every
+        rank is expected to feed the same incoming gradient.
 
     Raises:
-        DataError: a label outside the vocabulary. DivergenceError: a row with NaN, +inf or nothing
-            but -inf. Both name the row and are raised on every rank. On a CUDA device nothing waits
-            for the check: such a row's log-prob is NaN (`objective.discrepancy.check_logprobs`
-            finds it).
-        ValueError: shapes or dtypes that do not fit. ConfigError: a temperature of 0 or below.
+        DataError: a label outside the vocabulary. DivergenceError: a row with NaN or +inf, or whose
+            largest logit lies outside +-2^21 after division by the temperature (nothing but -inf,
+            too). Both name the row and are raised on every rank. On a CUDA device nothing waits for
+            the check: such a row's log-prob is NaN (`objective.discrepancy.check_logprobs` finds
+            it).
+        ValueError: shapes or dtypes that do not fit. ConfigError: a temperature of 0 or below,
+            or a native extension that is not built.
     """
-    logprobs, _ = _from_logits(logits, labels, temperature, vocab_size, group, has_entropy=False)
+    shard = _shard_of(logits, labels, temperature, vocab_size, group)
+    logprobs, _ = _TokenLogprobs.apply(
+        logits, labels, float(temperature), shard, group, False, overwrite_logits
+    )
     return logprobs
 
 
@@ -69,9 +83,15 @@ def token_logprobs_and_entropy(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
+    overwrite_logits: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs`, and beside it every row's entropy in nats, [N] float32, no gradient."""
-    return _from_logits(logits, labels, temperature, vocab_size, group, has_entropy=True)
+    """`token_logprobs`, and beside it every row's entropy in nats, [N] float32, never below 0, no
+    gradient.
+    """
+    shard = _shard_of(logits, labels, temperature, vocab_size, group)
+    return _TokenLogprobs.apply(
+        logits, labels, float(temperature), shard, group, True, overwrite_logits
+    )
 
 
 def linear_token_logprobs(
@@ -124,95 +144,139 @@ def linear_token_logprobs(
     )
 
 
-def _from_logits(
+def _shard_of(
     logits: torch.Tensor,
     labels: torch.Tensor,
     temperature: float,
     vocab_size: int | None,
     group: ProcessGroup | None,
-    *,
-    has_entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> VocabShard:
     if logits.dim() != 2:
         raise ValueError(
             f"token_logprobs: expected logits of shape [N, V], got {tuple(logits.shape)}"
         )
     shard = vocab_shard(logits.shape[1], vocab_size, group)
     _check(logits, labels, temperature, shard)
-    return _TokenLogprobs.apply(logits, labels, float(temperature), shard, group, has_entropy)
+    return shard
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, temperature, shard, group, has_entropy):
-        partial = PartialStatistics(logits.shape[0], logits.device, has_entropy)
-        partial.add(slice(0, logits.shape[0]), logits, labels, temperature, shard)
-        rows = partial.join(group)
-        ctx.save_for_backward(logits, labels, rows.maximum, rows.total, rows.logprobs)
+    def forward(ctx, logits, labels, temperature, shard, group, has_entropy, overwrite_logits):
+        words = kernels.nodes(
+            logits, labels, temperature, shard.edges, shard.rank, shard.vocab_size, has_entropy
+        )
+        logprobs, entropy, exponent, total = _finish(words, labels, shard, group, has_entropy)
+        ctx.save_for_backward(logits, labels, exponent, total)
         ctx.temperature, ctx.shard = temperature, shard
-        entropy = rows.entropy.float() if has_entropy else rows.logprobs.new_empty(0).float()
+        ctx.overwrite_logits, ctx.is_overwritten = overwrite_logits, False
         ctx.mark_non_differentiable(entropy)
-        return rows.logprobs.float(), entropy
+        return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, _grad_entropy):
-        logits, labels, maximum, total, logprobs = ctx.saved_tensors
-        grad_logits = torch.empty_like(logits)
-        write_logits_gradient(
-            grad_logits,
+        if ctx.is_overwritten:
+            raise RuntimeError(
+                "token_logprobs: expected one backward pass with overwrite_logits=True, got a "
+                "second one; its logits are gone"
+            )
+        logits, labels, exponent, total = ctx.saved_tensors
+        if ctx.overwrite_logits:
+            grad_logits, ctx.is_overwritten = logits.detach(), True
+            # Autograd then refuses any other node that saved these logits.
+            torch.autograd.graph.increment_version(logits)
+        else:
+            grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        kernels.gradient(
             logits,
             labels,
             grad_logprobs,
-            maximum,
+            exponent,
             total,
-            logprobs,
             ctx.temperature,
-            ctx.shard,
+            ctx.shard.start,
+            ctx.shard.vocab_size,
+            grad_logits,
         )
-        return grad_logits, None, None, None, None, None
+        return grad_logits, *([None] * 6)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, temperature, shard, group, chunk_size):
-        partial = PartialStatistics(hidden.shape[0], hidden.device, has_entropy=False)
+        width = words_per_row(shard.edges, shard.vocab_size, has_entropy=False)
+        words = torch.empty(hidden.shape[0], width, dtype=torch.int32, device=hidden.device)
         for rows, padded_hidden in _row_tiles(hidden, chunk_size):
             logits = (padded_hidden @ weight.T)[: rows.stop - rows.start]
-            partial.add(rows, logits, labels[rows], temperature, shard)
-        statistics = partial.join(group)
-        ctx.save_for_backward(
-            hidden, weight, labels, statistics.maximum, statistics.total, statistics.logprobs
-        )
+            words[rows] = kernels.nodes(
+                logits, labels[rows], temperature, shard.edges, shard.rank, shard.vocab_size, False
+            )
+        logprobs, _, exponent, total = _finish(words, labels, shard, group, False)
+        ctx.save_for_backward(hidden, weight, labels, exponent, total)
         ctx.temperature, ctx.shard = temperature, shard
         ctx.group, ctx.chunk_size = group, chunk_size
-        return statistics.logprobs.float()
+        return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs):
-        hidden, weight, labels, maximum, total, logprobs = ctx.saved_tensors
+        hidden, weight, labels, exponent, total = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows, padded_hidden in _row_tiles(hidden, ctx.chunk_size):
             logits = padded_hidden @ weight.T
             num_rows = rows.stop - rows.start
-            write_logits_gradient(
-                logits[:num_rows],
+            kernels.gradient(
                 logits[:num_rows],
                 labels[rows],
                 grad_logprobs[rows],
-                maximum[rows],
+                exponent[rows],
                 total[rows],
-                logprobs[rows],
                 ctx.temperature,
-                ctx.shard,
+                ctx.shard.start,
+                ctx.shard.vocab_size,
+                logits[:num_rows],
             )
             logits[num_rows:] = 0.0
             grad_hidden[rows] = (logits @ weight)[:num_rows]
             grad_weight += logits.T @ padded_hidden
         all_reduce_sum(grad_hidden, ctx.group)
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), *([None] * 5)
+
+
+def _finish(
+    words: torch.Tensor,
+    labels: torch.Tensor,
+    shard: VocabShard,
+    group: ProcessGroup | None,
+    has_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gather the nodes of all ranks and finish: log-probs, entropy, N and S of the roots."""
+    gathered = gather_rows(words, group)
+    logprobs, entropy, exponent, total, maximum = kernels.finish(
+        gathered, labels, shard.edges, shard.vocab_size, has_entropy
+    )
+    if maximum.device.type == "cpu":
+        is_broken = ~(maximum.abs() <= LARGEST_LOGIT)
+        if bool(is_broken.any()):
+            row = int(is_broken.int().argmax())
+            raise DivergenceError(_broken_row(row, float(maximum[row]), is_broken))
+    return logprobs, entropy, exponent, total
+
+
+def _broken_row(row: int, maximum: float, is_broken: torch.Tensor) -> str:
+    if math.isnan(maximum) or maximum == math.inf:
+        found = "NaN or +inf"
+    elif maximum == -math.inf:
+        found = "nothing but -inf"
+    else:
+        found = f"a largest one of {maximum:g} after division by the temperature"
+    return (
+        f"logits of row {row}: expected numbers and -inf, the largest within "
+        f"+-{LARGEST_LOGIT:.0f}, got {found} ({int(is_broken.sum())} of {is_broken.numel()} rows "
+        "are broken); look for NaN in the weights and the hidden states"
+    )
 
 
 def _row_tiles(hidden: torch.Tensor, chunk_size: int) -> Iterator[tuple[slice, torch.Tensor]]:

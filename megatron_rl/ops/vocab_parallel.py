@@ -16,25 +16,17 @@ from torch import distributed
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabShard:
     """Example: 7 columns on rank 1 of 2, vocabulary of 11:
-    `VocabShard(start=7, width=4, vocab_size=11)`.
+    `VocabShard(rank=1, edges=(0, 7, 14), vocab_size=11)`.
     """
 
-    start: int  # global id of this rank's first column
-    width: int  # columns of this rank that belong to the vocabulary; 0 when it holds only padding
+    rank: int
+    edges: tuple[int, ...]  # global columns at which the shards begin, and the end of the last one
     vocab_size: int  # V, without padding
 
-    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where this rank holds the labels.
-
-        Args:
-            labels: [N] int64, global ids within the vocabulary.
-
-        Returns:
-            column [N] int64 within the shard, 0 for a label of another rank; is_local [N] bool.
-        """
-        column = labels - self.start
-        is_local = (column >= 0) & (column < self.width)
-        return torch.where(is_local, column, 0), is_local
+    @property
+    def start(self) -> int:
+        """Global id of this rank's first column."""
+        return self.edges[self.rank]
 
 
 def vocab_shard(
@@ -59,16 +51,18 @@ def vocab_shard(
             f"vocab_size: expected 1 to {capacity} ({num_columns} columns on each of {world_size} "
             f"ranks), got {vocab_size}; logits' last dimension must be this rank's shard"
         )
-    start = rank * num_columns
-    width = min(max(vocab_size - start, 0), num_columns)
-    return VocabShard(start=start, width=width, vocab_size=vocab_size)
+    edges = tuple(num_columns * shard for shard in range(world_size + 1))
+    return VocabShard(rank=rank, edges=edges, vocab_size=vocab_size)
 
 
-def all_reduce_max(tensor: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Elementwise maximum over the group, in place; free of NaN (backends disagree on it)."""
-    if group is not None and group.size() > 1:
-        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group)
-    return tensor
+def gather_rows(rows: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
+    """Every rank's rows [N, W], of the same shape on each: [R, N, W] in rank order."""
+    if group is None or group.size() == 1:
+        return rows[None]
+    gathered = rows.new_empty(group.size(), *rows.shape)
+    if rows.numel() > 0:  # no rank has rows otherwise
+        distributed.all_gather(list(gathered), rows.contiguous(), group=group)
+    return gathered
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:

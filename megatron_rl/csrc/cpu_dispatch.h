@@ -1,0 +1,17 @@
+// Which CPU kernels this machine can run.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace megatron_rl {
+
+// The fastest first.
+const std::vector<const CpuKernels*>& supported_kernels();
+
+// Those of the given name, or the fastest for an empty one; nullptr if this machine has none such.
+const CpuKernels* find_kernels(const std::string& name);
+
+}  // namespace megatron_rl

@@ -1,0 +1,196 @@
+"""Times the aligned log-prob of given logits against what others do, in one table.
+
+    OMP_NUM_THREADS=2 python tools/bench_logprobs.py --rows 1024 --vocab 151936
+
+Forward, and forward with backward to the logits: medians of warm runs that take turns, so that a
+busy machine is busy for all. "read" is a plain sum over the logits' memory; the share of it that a
+forward pass reaches is the read's time over its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from megatron_rl.ops import kernels
+from megatron_rl.ops.logprobs import token_logprobs, token_logprobs_and_entropy
+
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    forward: float  # seconds
+    both: float  # forward and backward
+    extra_mebibytes: float  # largest resident memory of forward and backward beyond the logits
+    error: float  # against float64, of the first rows: max |difference| / max(1, |logprob|)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[1024])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[151936])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--no-compile", action="store_true", help="leave out what compiles")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{Path(folder) / 'meet'}", rank=0, world_size=1
+        )
+        for vocab_size in options.vocab:
+            for num_rows in options.rows:
+                functions = contenders(compiled=not options.no_compile)
+                bench(functions, num_rows, vocab_size, DTYPES[options.dtype], options.runs)
+        distributed.destroy_process_group()
+
+
+def log_softmax_and_gather(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    log_softmax = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    return log_softmax.gather(1, labels[:, None])[:, 0]
+
+
+def gather_minus_logsumexp(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return logits.gather(1, labels[:, None])[:, 0].float() - logits.float().logsumexp(1)
+
+
+def contenders(*, compiled: bool) -> dict[str, Function]:
+    """Name -> log-probs of logits and labels. The others are compared with the first one."""
+    functions: dict[str, Function] = {
+        "torch: log_softmax, gather": log_softmax_and_gather,
+        "torch: gather - logsumexp": gather_minus_logsumexp,
+    }
+    if compiled:
+        functions["torch.compile of the first"] = torch.compile(log_softmax_and_gather)
+        functions |= megatron()
+    functions["megatron_rl"] = token_logprobs
+    functions["megatron_rl, with entropy"] = lambda logits, labels: token_logprobs_and_entropy(
+        logits, labels
+    )[0]
+    functions["megatron_rl, over the logits"] = lambda logits, labels: token_logprobs(
+        logits, labels, overwrite_logits=True
+    )
+    return functions
+
+
+def megatron() -> dict[str, Function]:
+    try:
+        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    except ImportError as error:
+        print(f"Megatron's cross entropy left out: {error}")
+        return {}
+
+    def logprobs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        group = distributed.group.WORLD
+        return -fused_vocab_parallel_cross_entropy(logits[:, None], labels[:, None], group)[:, 0]
+
+    return {"Megatron: fused cross entropy": logprobs}
+
+
+def bench(
+    functions: dict[str, Function],
+    num_rows: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    num_runs: int,
+) -> None:
+    torch.manual_seed(0)
+    original = torch.randn(num_rows, vocab_size, dtype=dtype)
+    labels = torch.randint(vocab_size, (num_rows,))
+    logits = torch.empty_like(original)
+    num_bytes = original.numel() * original.element_size()
+    words = logits.view(torch.uint8).view(-1)[: num_bytes // 8 * 8].view(torch.int64)
+    seconds: dict[str, list[list[float]]] = {name: [[], []] for name in functions}
+    extra = dict.fromkeys(functions, 0.0)
+    reads = []
+    for run in range(num_runs + 1):  # the first one warms up
+        for name, function in functions.items():
+            logits.copy_(original)  # Megatron's backward and ours may write over them
+            reads.append(timed(lambda: words.sum()))
+            with torch.no_grad():
+                forward = timed(lambda function=function: function(logits, labels))
+            leaf = logits.detach().requires_grad_()
+            before = reset_peak()
+            both = timed(
+                lambda function=function, leaf=leaf: function(leaf, labels).sum().backward()
+            )
+            if run > 0:
+                seconds[name][0].append(forward)
+                seconds[name][1].append(both)
+                extra[name] = max(extra[name], peak() - before)
+    timings = {
+        name: Timing(
+            forward=statistics.median(forward),
+            both=statistics.median(both),
+            extra_mebibytes=extra[name],
+            error=error_of(functions[name], original[:16].clone(), labels[:16]),
+        )
+        for name, (forward, both) in seconds.items()
+    }
+    show(timings, tuple(original.shape), dtype, statistics.median(reads), num_bytes)
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def reset_peak() -> float:
+    """Make the kernel forget the largest resident memory so far; returns what is resident, MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def error_of(function: Function, logits: torch.Tensor, labels: torch.Tensor) -> float:
+    with torch.no_grad():
+        got = function(logits.clone(), labels).double()
+    expected = torch.log_softmax(logits.double(), dim=1).gather(1, labels[:, None])[:, 0]
+    return float(((got - expected).abs() / expected.abs().clamp(min=1.0)).max())
+
+
+def show(
+    timings: dict[str, Timing],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    read: float,
+    num_bytes: int,
+) -> None:
+    backend = kernels.backend(torch.device("cpu"))
+    print(
+        f"\n{list(shape)} {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, megatron_rl by {backend}; "
+        f"read {read * 1e3:.1f} ms, {num_bytes / read / 1e9:.1f} GB/s"
+    )
+    print(
+        f"{'':32}{'forward':>11}{'times':>8}{'GB/s':>7}{'share':>7}"
+        f"{'+backward':>12}{'times':>8}{'memory':>10}{'error':>9}"
+    )
+    first = next(iter(timings.values()))
+    for name, timing in timings.items():
+        print(
+            f"{name:32}{timing.forward * 1e3:8.1f} ms{first.forward / timing.forward:8.1f}"
+            f"{num_bytes / timing.forward / 1e9:7.1f}{read / timing.forward:7.0%}"
+            f"{timing.both * 1e3:9.1f} ms{first.both / timing.both:8.1f}"
+            f"{timing.extra_mebibytes:6.0f} MiB{timing.error:9.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()
