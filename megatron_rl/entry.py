@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rl.config import Config
-from megatron_rl.config_file import load_config
+from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, DataError, DivergenceError, EngineError, SyncError
 from megatron_rl.lifetime import (
     bind_forked_children,

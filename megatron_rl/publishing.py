@@ -17,14 +17,16 @@ import torch.distributed as dist
 from megatron_rl.batch import DealtBatch, pack_batch, recomputed_by_sample
 from megatron_rl.errors import SyncError
 from megatron_rl.learner.model import DTYPES
-from megatron_rl.records import Sample
+from megatron_rl.records import Sample, Score
 from megatron_rl.rollout.client import sampling_seed
 from megatron_rl.run import SYNC_LOG, Run
+from megatron_rl.stations import make_samples
 from megatron_rl.sync.probe import ParityReport, check_parity
 from megatron_rl.sync.wire import TensorSpec
 
 PROBE_PROMPTS = 4  # an engine
 PROBE_SAMPLES = 2  # a prompt
+UNSCORED = Score(reward=0.0, is_formatted=False, failure=None)  # a probe is for log-probs alone
 
 
 def publish_weights(run: Run) -> dict[str, float]:
@@ -102,17 +104,8 @@ def _probe_samples(run: Run) -> list[Sample]:
         num_samples=PROBE_SAMPLES,
         seeds=[sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts],
     )
-    return [
-        Sample(
-            prompt_index=group.prompt.index,
-            sample_index=index,
-            rollout=rollout,
-            reward=0.0,
-            advantage=0.0,
-        )
-        for group in groups
-        for index, rollout in enumerate(group.rollouts)
-    ]
+    unscored = [[UNSCORED] * PROBE_SAMPLES] * len(groups)
+    return make_samples(groups, unscored, [[0.0] * PROBE_SAMPLES] * len(groups))
 
 
 def _compare_engines(

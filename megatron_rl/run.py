@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rl.config import Config
-from megatron_rl.config_file import save_config
+from megatron_rl.config.file import save_config
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.entry import Progress
@@ -40,7 +40,7 @@ from megatron_rl.lifetime import register_cleanup
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.timing import Stations
-from megatron_rl.records import EngineAddress
+from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
 from megatron_rl.reward.score import Scorer
 from megatron_rl.reward.verifiers import resolve_verifiers
 from megatron_rl.rollout.client import RolloutClient
@@ -139,7 +139,7 @@ class Run:
             rollout,
             model_path=self.config.model.path,
             log_dir=self.run_dir / "logs",
-            token=os.environ.get("MEGATRON_RL_TOKEN") or secrets.token_urlsafe(32),
+            token=os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
             seed=self.config.loop.seed,
             update_timeout_seconds=self.config.sync.timeout_seconds,
         )
@@ -263,6 +263,11 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
             f"data.max_prompt_tokens={limit}: expected room for rollout.sampling.max_tokens="
             f"{config.rollout.sampling.max_tokens} in the model's context of {context}"
         )
+    if config.eval.sampling.max_tokens >= context:
+        raise ConfigError(
+            f"eval.sampling.max_tokens: expected below the model's context of {context}, "
+            f"got {config.eval.sampling.max_tokens}"
+        )
     return geometry, tokenizer, PromptStream(config.data, tokenizer, limit)
 
 
@@ -330,7 +335,9 @@ def check_same_data(saved: dict[str, Any], config: Config, folder: Path) -> None
 
 
 def cut_sync_log(path: Path, step: int) -> None:
-    """Drop the updates of `step` and later ones: they are published again."""
+    """Drop the updates of `step` and later ones, which are published again, and a last line that a
+    killed process left torn.
+    """
     if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(each for each in lines if json.loads(each)["version"] < step))
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+        path.write_text("".join(line for line in whole if json.loads(line)["version"] < step))

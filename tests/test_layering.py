@@ -15,8 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_rl"
 
 # All may import these, and these import only each other.
-LEAVES = {"records", "errors", "lifetime", "observe.metrics", "weights"}
-LEAVES |= {"config", "config_file", "config_rules"}
+LEAVES = {"records", "config", "errors", "lifetime", "observe.metrics", "weights"}
 ROOMS = {"data", "rollout", "reward", "objective", "learner", "sync", "observe"}
 # What a room may import besides leaves and itself. A module at the top, such as train, is part of a
 # loop over the stations: it may import every room and its like, and nothing imports it back.

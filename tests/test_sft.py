@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from megatron_rl.config import Config
-from megatron_rl.config_file import load_config
+from megatron_rl.config.file import load_config
 from megatron_rl.data.pairs import PairStream
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer

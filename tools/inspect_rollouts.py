@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.config_file import load_config
+from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.recording import read_recomputed
 

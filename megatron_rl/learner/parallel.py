@@ -86,10 +86,10 @@ class Parallel:
         return box[0]
 
     def reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
-        """`(float64 tensor, "sum" | "max" | "min") -> reduced over the data-parallel ranks`, for
+        """`(float64 tensor, "sum" | "max") -> reduced over the data-parallel ranks`, for
         metrics.
         """
-        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
         def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
             on_device = values.to(self.device)

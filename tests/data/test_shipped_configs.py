@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config_file import load_config
+from megatron_rl.config.file import load_config
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.reward.score import Scorer
 from megatron_rl.reward.verifiers import resolve_verifiers

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config_file import load_config
+from megatron_rl.config.file import load_config
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.learner.checkpoint import latest_checkpoint

@@ -274,7 +274,7 @@ def place_of(parallel: Parallel) -> dict[str, Any]:
         "ends": (parallel.is_first_stage, parallel.is_last_stage, parallel.is_replica_head),
         "replica_head": parallel.from_replica_head(parallel.rank),
         "last_stage": parallel.from_last_stage(parallel.rank),
-        "reduced": [reduce(ranks.clone(), name).item() for name in ("sum", "max", "min")],
+        "reduced": [reduce(ranks.clone(), name).item() for name in ("sum", "max")],
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_rl.config import Config, ModelConfig
-from megatron_rl.config_file import save_config
+from megatron_rl.config.file import save_config
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.rollout.recording import write_recomputed, write_step
 from tools import inspect_rollouts, make_tiny_model

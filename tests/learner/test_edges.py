@@ -1,7 +1,7 @@
 """Edges of the learner that one rank shows: a batch without a kept token, what a checkpoint weighs,
 an old one that cannot be deleted.
 
-    torchrun --nproc_per_node 1 -m tests.test_learner_edges MODEL OUT      what the rank does
+    torchrun --nproc_per_node 1 -m tests.learner.test_edges MODEL OUT      what the rank does
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METADATA_BYTES = 300_000  # names, shapes and random state; at the most, for so 
 @pytest.fixture(scope="module")
 def outcome(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("edges")
-    run_module("tests.test_learner_edges", tiny_checkpoint, out, ranks=1)
+    run_module("tests.learner.test_edges", tiny_checkpoint, out, ranks=1)
     return torch.load(out / "outcome.pt", weights_only=False)
 
 

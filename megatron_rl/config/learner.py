@@ -1,0 +1,75 @@
+"""The update: optimizer, and the supervised start before RL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_rl.config.rules import above_zero, at_least, one_of, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0  # largest norm of the global gradient; 0: no clipping
+    warmup_steps: int = 0  # optimizer updates
+    decay: str = "constant"  # constant, linear, cosine (over all updates of the run)
+    distributed: bool = False  # Megatron's distributed optimizer: states sharded over DP
+
+    def __post_init__(self) -> None:
+        one_of("decay", self.decay, ("constant", "linear", "cosine"))
+        at_least(
+            0,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            clip_grad=self.clip_grad,
+            warmup_steps=self.warmup_steps,
+        )
+        above_zero(epsilon=self.epsilon)
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"betas: expected two numbers in [0, 1), got {list(self.betas)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    tokens_per_micro_batch: int = 4096  # T, the budget of a packed row
+    mini_batches_per_step: int = 1  # optimizer steps on one batch of rollouts
+    # auto: no separate forward pass when there is one optimizer step a batch; always
+    recompute: str = "auto"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        one_of("recompute", self.recompute, ("auto", "always"))
+        at_least(
+            1,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
+            mini_batches_per_step=self.mini_batches_per_step,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """`python -m megatron_rl.sft`: next-token training on responses to prompts."""
+
+    num_steps: int = 200
+    sequences_per_step: int = 256
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    # JSONL or Parquet file of prompt and response pairs; "": prompts and answers of data.tasks
+    path: str = ""
+    prompt_column: str = "prompt"  # dotted paths into the records of `path`
+    response_column: str = "response"
+    output: str = ""  # of the Hugging Face checkpoint; "": <run_dir>/warm_start/checkpoint
+    decay: str = "cosine"  # constant, linear, cosine (over warm_start.num_steps)
+    log_every: int = 10  # steps between lines of metrics
+    stop_loss: float = 0.0  # end once the mean loss of 20 steps is at most this; 0: never
+
+    def __post_init__(self) -> None:
+        at_least(0, num_steps=self.num_steps, warmup_steps=self.warmup_steps)
+        at_least(0, learning_rate=self.learning_rate, stop_loss=self.stop_loss)
+        at_least(1, sequences_per_step=self.sequences_per_step, log_every=self.log_every)
+        one_of("decay", self.decay, ("constant", "linear", "cosine"))

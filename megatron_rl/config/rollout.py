@@ -1,0 +1,100 @@
+"""Sampling, the engines that sample, and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_rl.config.rules import above_zero, at_least, at_most, one_of, require
+from megatron_rl.records import MAX_SAMPLES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        above_zero(temperature=self.temperature)
+        at_least(1, max_tokens=self.max_tokens)
+        require(0 < self.top_p <= 1, f"top_p: expected in (0, 1], got {self.top_p:g}")
+        require(self.top_k >= 0, f"top_k: expected 0 (off) or more, got {self.top_k}")
+        require(0 <= self.min_p < 1, f"min_p: expected in [0, 1), got {self.min_p:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    num_engines: int = 1  # servers started by the run; 0 with `urls`
+    # servers already running; their token comes from MEGATRON_RL_TOKEN
+    urls: list[str] = field(default_factory=list)
+    dtype: str = "bfloat16"  # of the engine: float32, bfloat16
+    kv_cache_dtype: str = "auto"
+    max_model_len: int = 0  # 0: the model's own context
+    max_num_seqs: int = 256
+    kv_cache_gib: float = 1.0  # CPU engines: memory for the KV cache
+    gpu_memory_utilization: float = 0.8  # CUDA engines
+    num_threads: int = 0  # CPU engines: OpenMP threads; 0: vLLM decides
+    port: int = 0  # first port of the started servers; 0: free ones
+    startup_timeout_seconds: float = 300.0
+    request_timeout_seconds: float = 300.0
+    max_retries: int = 3
+    max_in_flight: int = 64  # requests, per engine
+    extra_args: list[str] = field(default_factory=list)  # appended to the server's command line
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.urls) != (self.num_engines > 0) and self.num_engines >= 0,
+            "num_engines: expected 1 or more and no urls, or 0 with urls of running servers, "
+            f"got num_engines={self.num_engines} and {len(self.urls)} urls",
+        )
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        at_least(
+            0,
+            max_model_len=self.max_model_len,
+            num_threads=self.num_threads,
+            max_retries=self.max_retries,
+        )
+        at_least(1, max_num_seqs=self.max_num_seqs, max_in_flight=self.max_in_flight)
+        above_zero(
+            kv_cache_gib=self.kv_cache_gib,
+            startup_timeout_seconds=self.startup_timeout_seconds,
+            request_timeout_seconds=self.request_timeout_seconds,
+        )
+        require(
+            0 < self.gpu_memory_utilization <= 1,
+            f"gpu_memory_utilization: expected in (0, 1], got {self.gpu_memory_utilization:g}",
+        )
+        require(
+            self.port == 0 or 1024 <= self.port <= 65536 - self.num_engines,
+            "port: expected 0 (free ones) or a first port from 1024 that leaves room for "
+            f"{self.num_engines} below 65536, got {self.port}",
+        )
+        require(
+            self.max_model_len == 0 or self.sampling.max_tokens < self.max_model_len,
+            f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
+            f"got {self.sampling.max_tokens}",
+        )
+        sampling = self.sampling
+        require(
+            sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0,
+            "sampling: expected top_p=1, top_k=0 and min_p=0, since the learner's log-probs "
+            f"are over the whole vocabulary, got top_p={sampling.top_p:g}, top_k={sampling.top_k}, "
+            f"min_p={sampling.min_p:g}; evaluation may truncate (eval.sampling)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: int = 0  # steps between evaluations; 0: only before and after
+    num_samples: int = 8  # k of avg@k and pass@k
+    at_start: bool = True
+    at_end: bool = True
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
+
+    def __post_init__(self) -> None:
+        at_least(0, every=self.every)
+        at_least(1, num_samples=self.num_samples)
+        at_most(MAX_SAMPLES, num_samples=self.num_samples)
