@@ -264,7 +264,9 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
             f"data.max_prompt_tokens={limit}: expected room for rollout.sampling.max_tokens="
             f"{config.rollout.sampling.max_tokens} in the model's context of {context}"
         )
-    if config.eval.sampling.max_tokens >= context:
+    is_evaluated = config.eval.every or config.eval.at_start or config.eval.at_end
+    has_room = config.eval.sampling.max_tokens < context
+    if is_evaluated and config.data.num_held_out and not has_room:
         raise ConfigError(
             f"eval.sampling.max_tokens: expected below the model's context of {context}, "
             f"got {config.eval.sampling.max_tokens}"
