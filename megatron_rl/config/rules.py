@@ -61,6 +61,15 @@ def check_between_sections(config: Config) -> None:
         f"eval.sampling.max_tokens: expected below rollout.max_model_len={rollout.max_model_len}, "
         f"got {config.eval.sampling.max_tokens}",
     )
+    for key, num_samples in (
+        ("loop.samples_per_prompt", loop.samples_per_prompt),
+        ("eval.num_samples", config.eval.num_samples),
+    ):
+        require(
+            num_samples <= rollout.max_num_seqs,
+            f"rollout.max_num_seqs: expected at least {key}={num_samples}, which an engine samples "
+            f"together, got {rollout.max_num_seqs}",
+        )
     for key in ("startup_timeout_seconds", "request_timeout_seconds"):
         seconds = getattr(rollout, key)
         require(

@@ -1,0 +1,70 @@
+"""How far the arithmetic of a log-prob alone moves it: the same logits, three ways.
+
+    python tools/arithmetic_gap.py configs/quickstart.yaml replay=runs/quickstart/rollouts
+
+The learner's logits for the recorded tokens of step 1, on one process: the aligned log-prob against
+torch's log_softmax in float32, and in the logits' BF16. Prints one JSON line a way:
+`{"way": "log_softmax in float32", "mean": 2e-8, "largest": 1e-7, "num_tokens": 3072}`, of
+|p - p_aligned|.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_rl.batch import pack_batch
+from megatron_rl.config import Config
+from megatron_rl.entry import Progress, run_command
+from megatron_rl.errors import ConfigError
+from megatron_rl.learner.forward import run_schedule
+from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.parallel import initialize_parallel, shut_down_parallel
+from megatron_rl.ops.logprobs import token_logprobs
+from megatron_rl.rollout.recording import read_step
+from megatron_rl.run import prepare_data
+from megatron_rl.stations import make_samples
+
+DTYPES = {"log_softmax in float32": torch.float32, "log_softmax in bfloat16": torch.bfloat16}
+
+
+def compare(config: Config, progress: Progress) -> None:
+    """One forward pass over the recorded step, and its gaps to standard output."""
+    if not config.replay or config.parallel.tensor * config.parallel.pipeline > 1:
+        raise ConfigError(
+            "arithmetic_gap: expected replay=<a run's rollouts/> and one rank (parallel.tensor=1 "
+            f"parallel.pipeline=1), got replay={config.replay!r}, "
+            f"{config.parallel.tensor} x {config.parallel.pipeline}"
+        )
+    geometry, _, _ = prepare_data(config)
+    parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
+    learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)
+    groups, scores = read_step(Path(config.replay), 1)
+    samples = make_samples(groups, scores, [[0.0] * len(group.rollouts) for group in groups])
+    rows = pack_batch(samples, parallel, config.learner.tokens_per_micro_batch).batch
+    gaps: dict[str, list[torch.Tensor]] = {way: [] for way in DTYPES}
+
+    def on_output(index: int, logits: torch.Tensor) -> None:
+        row = rows.mini_batches[0][index]
+        kept = logits[0, row.loss_mask, : geometry.vocab_size].contiguous()
+        labels, temperature = row.labels[row.loss_mask], config.rollout.sampling.temperature
+        aligned = token_logprobs(kept, labels, temperature=temperature).double().exp()
+        for way, dtype in DTYPES.items():
+            log_softmax = (kept.to(dtype) / temperature).log_softmax(1)
+            found = log_softmax.gather(1, labels[:, None])[:, 0].double().exp()
+            gaps[way].append((found - aligned).abs())
+
+    with torch.no_grad():
+        run_schedule(learner.model, rows.mini_batches[0], on_output, forward_only=True)
+    for way, parts in gaps.items():
+        of_tokens = torch.cat(parts)
+        figures = {"mean": float(of_tokens.mean()), "largest": float(of_tokens.max())}
+        print(json.dumps({"way": way, **figures, "num_tokens": of_tokens.numel()}), flush=True)
+    shut_down_parallel()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("What the arithmetic of log-probs alone changes.", compare))

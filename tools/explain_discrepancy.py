@@ -1,0 +1,248 @@
+"""Where does the gap between learner and engine come from? One cause after another is switched off.
+
+    python tools/explain_discrepancy.py configs/quickstart.yaml -o runs/explain \\
+        rollout.quantization.format=int4 rollout.kv_cache_dtype=fp8
+
+Real runs of the same checkpoint, prompts and sampling seeds, each with one cause less, from the
+given settings down to float32 against float32. The first run reads the engine's raw log-probs,
+where they are not what it samples from; a training run never does. The gap of a run is the mean of
+|p_train - p_inf| over its sampled tokens; what a cause takes away is the difference of two
+neighbours, so the parts add up to the whole. Writes explain.json and explain.png beside the runs;
+runs that are finished already are not run again. Every run trains `sync.every` steps and is
+measured in the last one. What log-prob arithmetic alone does, from the same logits, is told below
+(tools/arithmetic_gap.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+import torch
+from matplotlib import pyplot
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl.config import Config
+from megatron_rl.config.file import load_config
+from megatron_rl.errors import ConfigError, DataError, EngineError
+from megatron_rl.experiment import run_to_the_end
+from megatron_rl.lifetime import watch_signals
+from megatron_rl.objective.discrepancy import discrepancy
+from megatron_rl.rollout.recording import read_recomputed, read_step
+
+BLUE, GREY = "#2563a8", "#5f6b7a"
+RAW_LOGPROBS = ("--logprobs-mode", "raw_logprobs")
+NO_PREFIX_CACHE = ("--no-enable-prefix-caching",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """One reason for a gap: settings that switch it off, and arguments of the engine with it and
+    without.
+    """
+
+    name: str
+    is_there: bool  # in the settings that were given
+    off: tuple[str, ...] = ()
+    engine_with: tuple[str, ...] = ()
+    engine_without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """Of the tokens that one run sampled. Example: `Gap(name="as given", num_tokens=3072,
+    mean=0.0021, standard_error=0.0001, largest=0.08, largest_logprob=0.3)`.
+    """
+
+    name: str
+    num_tokens: int
+    mean: float  # of |p_train - p_inf|
+    standard_error: float  # of the mean, over sequences
+    largest: float
+    largest_logprob: float  # max |d logprob| / max(1, |logprob|)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file of a run, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/explain"))
+    options = parser.parse_intermixed_args(arguments)
+    watch_signals(lambda: "runs that are finished are kept")
+    try:
+        gaps = explain(options.config, options.overrides, options.output)
+        report(gaps, options.output)
+        compare_arithmetic(
+            options.config, options.overrides, options.output / f"run_{len(gaps) - 1}"
+        )
+    except (ConfigError, DataError, EngineError) as error:
+        print(f"explain_discrepancy: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def causes_of(config: Config) -> list[Cause]:
+    """In the order in which they are switched off: what is asked of the engine first, then how it
+    computes, precision last.
+    """
+    rollout, sampling = config.rollout, config.rollout.sampling
+    samples = max(config.loop.samples_per_prompt, config.eval.num_samples)  # one prompt at a time
+    is_truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    return [
+        Cause(
+            name="raw log-probs of the engine",  # before temperature, top-k, top-p and min-p
+            is_there=sampling.temperature != 1 or is_truncated,
+            engine_with=RAW_LOGPROBS,
+        ),
+        Cause(name="stale weights", is_there=config.sync.every > 1, off=("sync.every=1",)),
+        Cause(name="prefix cache", is_there=True, engine_without=NO_PREFIX_CACHE),
+        Cause(
+            name="batch size and scheduling",
+            is_there=rollout.max_num_seqs > samples,
+            off=(f"rollout.max_num_seqs={samples}", "rollout.max_in_flight=1"),
+        ),
+        Cause(
+            name=f"KV cache in {rollout.kv_cache_dtype}",
+            is_there=rollout.kv_cache_dtype != "auto",
+            off=("rollout.kv_cache_dtype=auto",),
+        ),
+        Cause(
+            name=f"weights in {rollout.quantization.format}",
+            is_there=rollout.quantization.format != "none",
+            off=("rollout.quantization.format=none",),
+        ),
+        Cause(
+            name=f"engine in {rollout.dtype}",
+            is_there=rollout.dtype != "float32",
+            off=("rollout.dtype=float32",),
+        ),
+        Cause(
+            name=f"learner in {config.model.dtype}",
+            is_there=config.model.dtype != "float32",
+            off=("model.dtype=float32",),
+        ),
+    ]
+
+
+def explain(config_path: str, overrides: Sequence[str], output: Path) -> list[Gap]:
+    """The gap with everything that was given, then with one cause less each time."""
+    config = load_config(config_path, overrides)
+    causes = [cause for cause in causes_of(config) if cause.is_there]
+    steps = max(config.sync.every, 1)
+    common = [
+        *overrides,
+        *(f"loop.num_steps={steps}", "learner.recompute=always", "sync.probe_tolerance=1"),
+        *("eval.every=0", "eval.at_start=false", "eval.at_end=false"),
+        *("checkpoint.every=0", "checkpoint.save_hf=false", "replay="),
+    ]
+    gaps = []
+    for number in range(len(causes) + 1):
+        gone, left = causes[:number], causes[number:]
+        name = f"without {gone[-1].name}" if gone else "all together"
+        engine = [*config.rollout.extra_args]
+        engine += [word for cause in left for word in cause.engine_with]
+        engine += [word for cause in gone for word in cause.engine_without]
+        settings = [*common, *(each for cause in gone for each in cause.off)]
+        settings.append(f"rollout.extra_args=[{','.join(engine)}]")
+        print(f"{number + 1} of {len(causes) + 1}: {name}", file=sys.stderr, flush=True)
+        run_dir = run_to_the_end(config_path, settings, output / f"run_{number}")
+        gaps.append(measure(run_dir / "rollouts", steps, name))
+    return gaps
+
+
+def measure(folder: Path, step: int, name: str) -> Gap:
+    """The gap over every token that a recorded step sampled."""
+    groups, _ = read_step(folder, step)
+    recomputed = read_recomputed(folder, step)
+    of_sequences, relative = [], []
+    for group in groups:
+        for index, rollout in enumerate(group.rollouts):
+            is_sampled = torch.tensor(rollout.loss_mask)
+            served = torch.tensor(rollout.rollout_logprobs, dtype=torch.float64)[is_sampled]
+            learned = recomputed[group.prompt.index, index].double()[is_sampled]
+            of_sequences.append(discrepancy(learned, served).double())
+            relative.append((learned - served).abs() / learned.abs().clamp(min=1.0))
+    gaps = torch.cat(of_sequences)
+    # Tokens of one sequence are not independent: the error is that of a ratio of sequences' sums.
+    residuals = torch.stack([(each - gaps.mean()).sum() for each in of_sequences])
+    return Gap(
+        name=name,
+        num_tokens=gaps.numel(),
+        mean=float(gaps.mean()),
+        standard_error=float(residuals.square().sum().sqrt() / gaps.numel()),
+        largest=float(gaps.max()),
+        largest_logprob=float(torch.cat(relative).max()),
+    )
+
+
+def compare_arithmetic(config_path: str, overrides: Sequence[str], run_dir: Path) -> None:
+    """A line for every way to compute log-probs from the logits of a run's first step."""
+    tool = Path(__file__).with_name("arithmetic_gap.py")
+    command = [sys.executable, str(tool), config_path, *overrides, "parallel.tensor=1"]
+    command += ["parallel.pipeline=1", f"replay={run_dir / 'rollouts'}"]
+    found = subprocess.run(
+        [*command, f"run_dir={run_dir / 'arithmetic'}"], capture_output=True, text=True
+    )
+    if found.returncode != 0:
+        raise EngineError(f"{tool.name}: expected figures, got {found.stderr.strip()}")
+    for line in found.stdout.splitlines():
+        if line.startswith("{"):
+            figures = json.loads(line)
+            print(
+                f"{figures['way']} instead of the aligned log-prob, from the same logits: mean "
+                f"{figures['mean']:.2g}, largest {figures['largest']:.2g}"
+            )
+
+
+def report(gaps: Sequence[Gap], output: Path) -> None:
+    """A table to the terminal, explain.json and explain.png to `output`."""
+    table = Table(title="mean |p_train - p_inf|", title_justify="left")
+    table.add_column("")
+    for heading in ("gap", "+-", "taken away", "largest", "largest d logprob", "tokens"):
+        table.add_column(heading, justify="right")
+    for before, gap in zip([None, *gaps], gaps):
+        table.add_row(
+            gap.name,
+            f"{gap.mean:.3g}",
+            f"{gap.standard_error:.1g}",
+            "" if before is None else f"{before.mean - gap.mean:.3g}",
+            f"{gap.largest:.3g}",
+            f"{gap.largest_logprob:.2g}",
+            f"{gap.num_tokens:,}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    (output / "explain.json").write_text(json.dumps([asdict(gap) for gap in gaps], indent=2))
+    draw(gaps, output / "explain.png")
+    print(output / "explain.png")
+
+
+def draw(gaps: Sequence[Gap], path: Path) -> None:
+    """One bar a run, on a logarithmic axis, with two standard errors."""
+    figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(gaps) + 1.2))
+    positions = range(len(gaps))
+    means = [max(gap.mean, 1e-9) for gap in gaps]
+    errors = [2 * gap.standard_error for gap in gaps]
+    axes.barh(positions, means, xerr=errors, color=BLUE, ecolor=GREY, height=0.6)
+    axes.set_yticks(positions, [gap.name for gap in gaps])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("mean |p_train - p_inf| over sampled tokens, two standard errors")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
