@@ -23,11 +23,8 @@ from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.forward import RowOutput
 from megatron_rl.learner.learner import Learner
 from megatron_rl.objective.constraint import DualVariable, shape_advantages
-from megatron_rl.objective.discrepancy import (
-    check_logprobs,
-    discrepancy,
-    discrepancy_metrics,
-)
+from megatron_rl.objective.discrepancy import check_logprobs, discrepancy
+from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.objective.loss import policy_loss
 from megatron_rl.objective.normalize import normalized_sum
 from megatron_rl.observe.metrics import Mean, Metric, merge, reduce
@@ -151,6 +148,8 @@ class _RowLoss:
             row.loss_mask,
             row.weight_versions,
             self._weight_version,
+            sequence_ids=row.sequence_ids,
+            num_sequences=row.cu_seqlens.numel() - 1,
         )
         metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
         return total, count, RowResult(recomputed_logprobs=recomputed, metrics=metrics)
