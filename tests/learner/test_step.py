@@ -22,7 +22,7 @@ from tests.torchrun import run_module
 LOSS_TOLERANCE = 1e-6  # of mean |A'|
 GRADIENT_TOLERANCE = 1e-5  # relative norm, tensor by tensor
 DISCREPANCY_TOLERANCE = 1e-6
-FIGURE_TOLERANCE = 1e-5  # of max(1, the figure)
+FIGURE_TOLERANCE = 1e-6  # of max(1, the figure)
 
 Outcomes = dict[str, dict[str, Any]]
 
