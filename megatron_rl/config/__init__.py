@@ -3,7 +3,8 @@
 A run is a YAML file with `key=value` overrides, read by `megatron_rl.config.file.load_config`:
 `load_config("configs/quickstart.yaml", ["loop.num_steps=50"])`. Loading is strict: an unknown key,
 a wrong type or a rule between keys that does not hold is a ConfigError of one line that names the
-key and the nearest valid one, before any process is started.
+key and the nearest valid one, before any process is started. `objective.preset=NAME` lays a
+published method under both.
 
 A rule of one section names its keys without the section; the loader puts the section before them.
 """
@@ -16,7 +17,13 @@ from megatron_rl.config.data import DataConfig, RewardConfig, TaskConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
 from megatron_rl.config.loop import CheckpointConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.config.objective import ConstraintConfig, ObjectiveConfig
+from megatron_rl.config.objective import (
+    ConstraintConfig,
+    ImportanceConfig,
+    KLConfig,
+    ObjectiveConfig,
+    RejectionConfig,
+)
 from megatron_rl.config.rollout import EvalConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import check_between_sections, require
 
@@ -26,12 +33,15 @@ __all__ = [
     "ConstraintConfig",
     "DataConfig",
     "EvalConfig",
+    "ImportanceConfig",
+    "KLConfig",
     "LearnerConfig",
     "LoopConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RejectionConfig",
     "RewardConfig",
     "RolloutConfig",
     "SamplingConfig",

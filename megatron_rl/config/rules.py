@@ -68,6 +68,15 @@ def check_between_sections(config: Config) -> None:
             f"parallel.timeout_seconds: expected above rollout.{key}={seconds:g}, which other "
             f"ranks wait for in a collective, got {config.parallel.timeout_seconds:g}",
         )
+    objective = config.objective
+    require(
+        objective.rejection.opsm_threshold is None
+        or objective.old_policy == "rollout"
+        or learner.mini_batches_per_step > 1,
+        "objective.rejection.opsm_threshold: expected several learner.mini_batches_per_step, or "
+        "objective.old_policy=rollout: with one update on recomputed log-probs the policy is the "
+        f"old one and nothing is ever masked, got {objective.rejection.opsm_threshold}",
+    )
     optimizer, num_updates = learner.optimizer, loop.num_steps * learner.mini_batches_per_step
     require(
         optimizer.decay == "constant" or optimizer.warmup_steps < max(num_updates, 1),
