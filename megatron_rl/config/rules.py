@@ -42,6 +42,7 @@ def above_zero(**values: float) -> None:
 
 def check_between_sections(config: Config) -> None:
     """The rules whose keys stand in different sections."""
+    _check_sync(config)
     rollout, learner, loop = config.rollout, config.learner, config.loop
     sequences = loop.prompts_per_step * loop.samples_per_prompt
     require(
@@ -84,3 +85,18 @@ def check_between_sections(config: Config) -> None:
         "(loop.num_steps x learner.mini_batches_per_step) with "
         f"decay={optimizer.decay}, got {optimizer.warmup_steps}",
     )
+
+
+def _check_sync(config: Config) -> None:
+    """Whatever needs fresh engines, or is gone on from, falls on a step that is published."""
+    every = config.sync.every
+    for key, steps in (
+        ("checkpoint.every", config.checkpoint.every),
+        ("eval.every", config.eval.every),
+        ("loop.num_steps", config.loop.num_steps),
+    ):
+        require(
+            steps % every == 0,
+            f"{key}: expected a multiple of sync.every={every}, since only then do the engines "
+            f"serve the step's weights, got {steps}",
+        )
