@@ -17,11 +17,8 @@ from megatron_rl.learner.corrections import BatchScalars, RowCorrection, correct
 from megatron_rl.learner.forward import RowOutput
 from megatron_rl.objective.constraint import gated_discrepancy, probability_gap, shape_advantages
 from megatron_rl.objective.corrections import weight_metrics
-from megatron_rl.objective.discrepancy import (
-    check_logprobs,
-    discrepancy,
-    discrepancy_metrics,
-)
+from megatron_rl.objective.discrepancy import check_logprobs, discrepancy
+from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.objective.loss import policy_loss
 from megatron_rl.objective.normalize import normalized_sum
 from megatron_rl.objective.regularizers import reference_kl, reference_metrics
@@ -103,6 +100,8 @@ class MiniBatchLoss:
             row.loss_mask,
             row.weight_versions,
             self._settings.weight_version,
+            sequence_ids=row.sequence_ids,
+            num_sequences=row.cu_seqlens.numel() - 1,
         )
         metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
         return total, count, RowResult(recomputed_logprobs=recomputed, metrics=metrics)
