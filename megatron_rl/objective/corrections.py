@@ -14,6 +14,8 @@ verl and TRL mean the sum where they say "sequence", ms-swift the mean.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megatron_rl.errors import ConfigError
@@ -24,7 +26,7 @@ from megatron_rl.objective.sequences import (
     sum_by_sequence,
     to_tokens,
 )
-from megatron_rl.observe.metrics import Max, Mean, Metric
+from megatron_rl.observe.metrics import Figures, Mean, Metric
 
 LEVELS = ("token", "sequence_sum", "sequence_mean")
 MODES = ("truncate", "mask")
@@ -109,21 +111,43 @@ def weight_mean(
 def weight_metrics(
     weights: torch.Tensor, is_outside: torch.Tensor, kept: torch.Tensor
 ) -> dict[str, Metric]:
-    """Of the kept tokens' weights as they multiply the surrogate; reduced exactly over any layout.
+    """Of the kept tokens' weights as they multiply the surrogate.
 
     Returns:
-        `correction/weight/mean`, `/square/mean` (with the mean it gives the variance), `/max`,
-        `correction/weight/negative_min/max` (minus the smallest weight), and
+        `correction/weight`, which is finished as `correction/weight/mean`, `/std`, `/min`, `/max`,
+        `correction/effective_sample_size` (of the tokens' weights, as a share), and
         `correction/outside_bounds/mean`, the share that was bounded.
     """
-    values = weights.detach()[kept].double()
-    count = values.numel()
+    values = torch.where(kept, weights.detach().double(), 1.0)
+    # Sums of what exceeds 1: a variance from them keeps its digits where all are about 1.
+    excess = values - 1.0
+    sums = (kept.double(), excess, excess.square(), (is_outside & kept).double())
+    maxima = [torch.where(kept, each, -math.inf).amax() for each in (values, -values)]
     return {
-        "correction/weight/mean": Mean(sum=values.sum(), count=count),
-        "correction/weight/square/mean": Mean(sum=values.square().sum(), count=count),
-        "correction/weight/max": Max(values.max() if count else float("-inf")),
-        "correction/weight/negative_min/max": Max(-values.min() if count else float("-inf")),
-        "correction/outside_bounds/mean": Mean(
-            sum=(is_outside & kept).sum(dtype=torch.float64), count=count
-        ),
+        "correction/weight": Figures(
+            sum_names=("tokens", "excess", "excess^2", "outside"),
+            sums=torch.stack([each.sum() for each in sums]),
+            max_names=("weight", "-weight"),
+            maxima=torch.stack(maxima),
+            finish=_finish_weights,
+        )
     }
+
+
+def _finish_weights(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    """The figures of `weight_metrics`; none without a kept token."""
+    count = sums["tokens"]
+    if not count:
+        return {}
+    excess, square = sums["excess"] / count, sums["excess^2"] / count
+    mean_square = 1.0 + 2.0 * excess + square
+    figures = {
+        "weight/mean": 1.0 + excess,
+        "weight/std": math.sqrt(max(0.0, square - excess * excess)),
+        "weight/min": -maxima["-weight"],
+        "weight/max": maxima["weight"],
+        "outside_bounds/mean": sums["outside"] / count,
+    }
+    if mean_square > 0:
+        figures["effective_sample_size"] = (1.0 + excess) ** 2 / mean_square
+    return {f"correction/{name}": value for name, value in figures.items()}
