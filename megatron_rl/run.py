@@ -28,6 +28,7 @@ from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.entry import Progress
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rl.learner.dual import build_dual
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model import DTYPES
 from megatron_rl.learner.parallel import (
@@ -37,7 +38,6 @@ from megatron_rl.learner.parallel import (
     shut_down_parallel,
 )
 from megatron_rl.lifetime import register_cleanup
-from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.timing import Stations
 from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
@@ -112,15 +112,9 @@ class Run:
             self.parallel,
             num_updates=config.loop.num_steps * config.learner.mini_batches_per_step,
             temperature=config.rollout.sampling.temperature,
+            reference_path=config.objective.kl.reference,
         )
-        constraint = config.objective.constraint
-        self.dual = DualVariable(
-            constraint.initial,
-            constraint.learning_rate,
-            constraint.tolerance,
-            constraint.minimum,
-            constraint.maximum,
-        )
+        self.dual = build_dual(config.objective.constraint)
         self.next_prompt = 0
         self._resume()
         self.recorder = self._stack.enter_context(
@@ -251,6 +245,7 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
     geometry = read_geometry(config.model.path)
     geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
     CheckpointReader(config.model.path).check_whole()
+    check_reference(config, geometry)
     tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
     context = config.rollout.max_model_len or geometry.max_position_embeddings
     if context > geometry.max_position_embeddings:
@@ -274,6 +269,23 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
             f"got {config.eval.sampling.max_tokens}"
         )
     return geometry, tokenizer, PromptStream(config.data, tokenizer, limit)
+
+
+def check_reference(config: Config, geometry: Geometry) -> None:
+    """ConfigError or DataError where objective.kl.reference is no whole model of this vocabulary
+    and layout.
+    """
+    path = config.objective.kl.reference
+    if not path:
+        return
+    reference = read_geometry(path)
+    reference.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    if reference.vocab_size != geometry.vocab_size:
+        raise ConfigError(
+            f"objective.kl.reference={path}: expected the model's vocabulary of "
+            f"{geometry.vocab_size}, got {reference.vocab_size}"
+        )
+    CheckpointReader(path).check_whole()
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:

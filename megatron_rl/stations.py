@@ -79,10 +79,12 @@ def check_versions(groups: Groups, expected: int) -> None:
 
 def advantages_of(run: Run, scores: Scores) -> list[list[float]]:
     """Group advantages: for every group, one a sample."""
-    epsilon = run.config.objective.advantage_epsilon
+    objective = run.config.objective
     return [
         group_advantages(
-            torch.tensor(rewards_of(of_group), dtype=torch.float64), epsilon=epsilon
+            torch.tensor(rewards_of(of_group), dtype=torch.float64),
+            epsilon=objective.advantage_epsilon,
+            should_scale=objective.advantage_std,
         ).tolist()
         for of_group in scores
     ]

@@ -61,7 +61,7 @@ def train(config: Config, progress: Progress) -> None:
                     should_recompute=config.learner.recompute == "always",
                 )
             run.next_prompt += config.loop.prompts_per_step
-            parity = publish_weights(run)
+            parity = publish_weights(run) if should_publish(config, step) else {}
             record_rollouts(run, groups, scores, advantages, dealt, recomputed)
             evaluation = evaluate_held_out(run) if should_evaluate(config, step) else {}
             # Before the checkpoint: a step that is resumed after has its line, and loses it if it
@@ -80,6 +80,11 @@ def train(config: Config, progress: Progress) -> None:
                     run.save()
         save_hf_checkpoint(run)
         run.recorder.summarize()
+
+
+def should_publish(config: Config, step: int) -> bool:
+    """Every `sync.every` steps; the last step is one of them (config/rules.py)."""
+    return step % config.sync.every == 0
 
 
 def should_evaluate(config: Config, step: int) -> bool:

@@ -3,7 +3,8 @@
 A run is a YAML file with `key=value` overrides, read by `megatron_rl.config.file.load_config`:
 `load_config("configs/quickstart.yaml", ["loop.num_steps=50"])`. Loading is strict: an unknown key,
 a wrong type or a rule between keys that does not hold is a ConfigError of one line that names the
-key and the nearest valid one, before any process is started.
+key and the nearest valid one, before any process is started. `objective.preset=NAME` lays a
+published method under both.
 
 A rule of one section names its keys without the section; the loader puts the section before them.
 """
@@ -16,7 +17,13 @@ from megatron_rl.config.data import DataConfig, RewardConfig, TaskConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
 from megatron_rl.config.loop import CheckpointConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.config.objective import ConstraintConfig, ObjectiveConfig
+from megatron_rl.config.objective import (
+    ConstraintConfig,
+    ImportanceConfig,
+    KLConfig,
+    ObjectiveConfig,
+    RejectionConfig,
+)
 from megatron_rl.config.rollout import EvalConfig, QuantizationConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import check_between_sections, require
 
@@ -26,6 +33,8 @@ __all__ = [
     "ConstraintConfig",
     "DataConfig",
     "EvalConfig",
+    "ImportanceConfig",
+    "KLConfig",
     "LearnerConfig",
     "LoopConfig",
     "ModelConfig",
@@ -33,6 +42,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "QuantizationConfig",
+    "RejectionConfig",
     "RewardConfig",
     "RolloutConfig",
     "SamplingConfig",

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rl.config import Config
+from megatron_rl.config.presets import PRESETS
 from megatron_rl.errors import ConfigError
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+|\[\d+\])*)=(.*)", re.DOTALL)
@@ -42,7 +43,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     from_file = _read_yaml(Path(path))
     _check(Config, from_file, (), str(path))
-    tree = OmegaConf.merge(_as_tree(Config()), from_file)
+    preset = _preset(from_file, overrides, str(path))
+    tree = OmegaConf.merge(_as_tree(Config()), preset, from_file)
     for override in overrides:
         origin = f"override {_show(override)}"
         keys, value = _parse_override(override, origin)
@@ -56,6 +58,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{origin}: {key}: {_one_line(error)}") from error
     _check(Config, resolved, (), origin)
     return _build(Config, resolved, (), origin)
+
+
+def _preset(from_file: dict[str, Any], overrides: Sequence[str], origin: str) -> dict[str, Any]:
+    """The settings of `objective.preset`, from the last override of it or the file."""
+    name = from_file.get("objective", {}).get("preset", "")
+    for override in overrides:
+        keys, value = _parse_override(override, f"override {_show(override)}")
+        if keys == ("objective", "preset"):
+            name, origin = value, f"override {_show(override)}"
+    if not name:
+        return {}
+    if name not in PRESETS:
+        raise ConfigError(
+            f"{origin}: objective.preset: expected {', '.join(PRESETS)}, got {_show(name)}"
+        )
+    return PRESETS[name]
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -217,7 +235,7 @@ def _build(hint: Any, value: Any, keys: tuple[str, ...], origin: str) -> Any:
         item = get_args(hint)[0]
         items = [_build(item, v, (*keys, str(i)), origin) for i, v in enumerate(value)]
         return get_origin(hint)(items)
-    is_number = float in (hint, *get_args(hint))
+    is_number = float in (hint, *get_args(hint)) and not isinstance(value, str)
     return float(value) if is_number and value is not None else value
 
 

@@ -24,6 +24,10 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:
+    # steps between two publications: rollouts are sampled by weights 0 to every - 1 steps old.
+    # checkpoint.every, eval.every and loop.num_steps are multiples of it, so that a run goes on
+    # with the weights that the engines served
+    every: int = 1
     bucket_mib: float = 64.0  # memory of one bucket; the peak extra memory of an update
     # of each call of an update; an engine left half-updated this long is poisoned
     timeout_seconds: float = 120.0
@@ -32,6 +36,7 @@ class SyncConfig:
     probe_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
+        at_least(1, every=self.every)
         above_zero(bucket_mib=self.bucket_mib, timeout_seconds=self.timeout_seconds)
         at_least(0, probe_num_tokens=self.probe_num_tokens, probe_tolerance=self.probe_tolerance)
 

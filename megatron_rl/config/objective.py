@@ -1,10 +1,11 @@
-"""Advantages, the constraint and the loss."""
+"""Advantages, the constraint, the corrections and the loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.rules import above_zero, at_least, one_of, require
+from megatron_rl.config.presets import PRESETS
+from megatron_rl.config.rules import above_zero, at_least, at_most, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,19 +13,42 @@ class ConstraintConfig:
     """DCMDP (arXiv 2606.08779): E[|p_train - p_inf|] <= tolerance, through a dual variable."""
 
     enabled: bool = True  # false: plain GRPO, the discrepancy is only measured
+    # shaping: A - lambda * delta; differentiable: lambda * |p_theta - p_inf| in the loss
+    penalty: str = "shaping"
+    # batch: by lambda alone; mean: and only in steps whose mean gap exceeds the tolerance (a
+    # forward pass more); token: only what exceeds it in a token's gap, max(delta - tolerance, 0)
+    gate: str = "batch"
     initial: float = 0.1  # lambda before the first step
     # eta of lambda <- clip(lambda + eta * (mean discrepancy - tolerance), minimum, maximum)
     learning_rate: float = 1.0
-    tolerance: float = 0.0037
+    warmup_steps: int = 0  # dual steps over which eta rises to learning_rate
+    # a number; or auto: measured over the first tolerance_steps steps, without any penalty
+    tolerance: float | str = 0.0037
+    tolerance_steps: int = 10
+    tolerance_slack: float = 2.0  # standard errors above the measured mean
     minimum: float = 0.0
     maximum: float = 10.0
+    max_discrepancy: float = 1.0  # a token's gap is penalised as at most this; 1: as it is
 
     def __post_init__(self) -> None:
+        one_of("penalty", self.penalty, ("shaping", "differentiable"))
+        one_of("gate", self.gate, ("batch", "mean", "token"))
         at_least(0, learning_rate=self.learning_rate, minimum=self.minimum)
-        require(
-            0 <= self.tolerance <= 1,
-            f"tolerance: expected a difference of probabilities in [0, 1], got {self.tolerance:g}",
-        )
+        at_least(0, warmup_steps=self.warmup_steps, tolerance_slack=self.tolerance_slack)
+        at_least(2, tolerance_steps=self.tolerance_steps)
+        above_zero(max_discrepancy=self.max_discrepancy)
+        at_most(1, max_discrepancy=self.max_discrepancy)
+        if isinstance(self.tolerance, str):
+            require(
+                self.tolerance == "auto",
+                f"tolerance: expected a number or auto, got {self.tolerance!r}",
+            )
+        else:
+            require(
+                0 <= self.tolerance <= 1,
+                "tolerance: expected a difference of probabilities in [0, 1], "
+                f"got {self.tolerance:g}",
+            )
         require(
             self.minimum <= self.initial <= self.maximum,
             f"initial: expected from minimum={self.minimum:g} to maximum={self.maximum:g}, "
@@ -33,16 +57,154 @@ class ConstraintConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    clip_low: float = 0.2
-    clip_high: float = 0.24
-    # token_mean: over the global batch's kept tokens; sequence_mean: mean of sequences' means
-    normalize: str = "token_mean"
-    advantage_epsilon: float = 1e-6
-    constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
+class ImportanceConfig:
+    """Weights rho = p_train / p_inf on the surrogate (objective/corrections.py)."""
+
+    # none, token, sequence_sum (product of the sequence's rho), sequence_mean (geometric mean)
+    level: str = "none"
+    mode: str = "truncate"  # truncate: clip to the bounds; mask: 0 outside them
+    lower: float = 0.0
+    upper: float = 2.0
+    # divided by their mean over the global batch, which takes a forward pass more
+    batch_normalize: bool = False
 
     def __post_init__(self) -> None:
-        one_of("normalize", self.normalize, ("token_mean", "sequence_mean"))
-        require(0 <= self.clip_low < 1, f"clip_low: expected in [0, 1), got {self.clip_low:g}")
-        at_least(0, clip_high=self.clip_high)
+        one_of("level", self.level, ("none", "token", "sequence_sum", "sequence_mean"))
+        one_of("mode", self.mode, ("truncate", "mask"))
+        check_ratio_bounds(self.lower, self.upper)
+        require(
+            not self.batch_normalize or self.level != "none",
+            "batch_normalize: expected a level other than none, whose weights it normalises, got "
+            "level=none",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectionConfig:
+    """Tokens and sequences that leave the loss (objective/rejection.py)."""
+
+    # none; k1 = -log rho, k2 = (log rho)^2 / 2, k3 = rho - 1 - log rho, rho = p_train / p_inf
+    divergence: str = "none"
+    level: str = "token"  # token, sequence_sum, sequence_mean, sequence_max
+    lower: float = 0.0  # k1 only, where both bounds are ratios: lower <= exp(-k1) <= upper
+    upper: float = 2.0  # for k2 and k3 in nats
+    veto_ratio: float = 0.0  # a token with rho below it takes its sequence with it; 0: off
+    veto_probability: float = 0.0  # a token with p_train below it does; 0: off
+    # OPSM: a sequence with a negative advantage gets weight 0 where
+    # mean(log p_old - log p_theta) exceeds it; null: off
+    opsm_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("divergence", self.divergence, ("none", "k1", "k2", "k3"))
+        one_of("level", self.level, ("token", "sequence_sum", "sequence_mean", "sequence_max"))
+        if self.divergence in ("none", "k1"):
+            check_ratio_bounds(self.lower, self.upper)
+        else:
+            above_zero(upper=self.upper)
+            require(
+                self.lower == 0,
+                f"lower: expected 0 with divergence={self.divergence}, which has an upper bound "
+                f"only, got {self.lower:g}",
+            )
+        at_least(0, veto_ratio=self.veto_ratio, veto_probability=self.veto_probability)
+        require(self.veto_ratio < 1, f"veto_ratio: expected in [0, 1), got {self.veto_ratio:g}")
+        require(
+            self.veto_probability < 1,
+            f"veto_probability: expected in [0, 1), got {self.veto_probability:g}",
+        )
+        if self.opsm_threshold is not None:
+            at_least(0, opsm_threshold=self.opsm_threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """The KL to a frozen reference policy (objective/regularizers.py)."""
+
+    coefficient: float = 0.0  # 0: only measured, where there is a reference
+    # k2, k3: in the loss; k1: in the advantages (its gradient in the loss has mean 0)
+    estimator: str = "k3"
+    reference: str = ""  # Hugging Face checkpoint folder of the reference; "": none
+
+    def __post_init__(self) -> None:
+        at_least(0, coefficient=self.coefficient)
+        one_of("estimator", self.estimator, ("k1", "k2", "k3"))
+        require(
+            self.coefficient == 0 or bool(self.reference),
+            f"reference: expected a checkpoint folder with coefficient={self.coefficient:g}, "
+            "got an empty text",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    # a named set of the settings below and of others (config/presets.py), laid under those that
+    # the file or the command line gives; "": none, the defaults here are DC-GRPO's
+    preset: str = ""
+    policy_loss: str = "ppo_clip"  # ppo_clip, gspo, cispo, dppo_tv (objective/surrogate.py)
+    # recomputed: the learner before the update; rollout: the engine (bypass, no pass of its own)
+    old_policy: str = "recomputed"
+    clip_low: float = 0.2  # for dppo_tv both are differences of probabilities
+    clip_high: float = 0.24
+    # token_mean: over the global batch's kept tokens; sequence_mean: mean of sequences' means;
+    # sequence_sum: mean of sequences' sums; constant: sum / (sequences x normalize_length)
+    normalize: str = "token_mean"
+    normalize_length: int = 0  # of normalize=constant, e.g. ${rollout.sampling.max_tokens}
+    advantage_epsilon: float = 1e-6
+    advantage_std: bool = True  # false: group advantages without division by the deviation
+    entropy_coefficient: float = 0.0  # of the entropy, which is added to what is maximised
+    constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+
+    def __post_init__(self) -> None:
+        if self.preset:
+            one_of("preset", self.preset, tuple(PRESETS))
+        one_of("policy_loss", self.policy_loss, ("ppo_clip", "gspo", "cispo", "dppo_tv"))
+        one_of("old_policy", self.old_policy, ("recomputed", "rollout"))
+        modes = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+        one_of("normalize", self.normalize, modes)
+        require(
+            (self.normalize_length > 0) == (self.normalize == "constant"),
+            "normalize_length: expected at least 1 with normalize=constant and 0 otherwise, got "
+            f"{self.normalize_length} with normalize={self.normalize}",
+        )
+        largest = "1]" if self.policy_loss in ("cispo", "dppo_tv") else "1)"
+        require(
+            0 <= self.clip_low < 1 or (largest == "1]" and self.clip_low == 1),
+            f"clip_low: expected in [0, {largest}, got {self.clip_low:g}",
+        )
+        at_least(0, clip_high=self.clip_high, entropy_coefficient=self.entropy_coefficient)
         above_zero(advantage_epsilon=self.advantage_epsilon)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        is_bypass = self.old_policy == "rollout"
+        require(
+            not is_bypass or self.importance.level == "none",
+            "importance.level: expected none with old_policy=rollout, whose ratio p_theta / p_inf "
+            f"is the importance weight already, got {self.importance.level}",
+        )
+        require(
+            not (is_bypass and self.constraint.enabled and self.constraint.gate == "mean"),
+            "constraint.gate: expected batch or token with old_policy=rollout, which saves the "
+            "forward pass that the mean gap comes from, got mean",
+        )
+        require(
+            self.policy_loss != "gspo" or self.importance.level != "token",
+            "importance.level: expected sequence_mean or sequence_sum with policy_loss=gspo, whose "
+            "ratio is the sequence's, got token",
+        )
+        require(
+            self.policy_loss != "gspo"
+            or self.rejection.divergence == "none"
+            or self.rejection.level != "token",
+            "rejection.level: expected one of a sequence with policy_loss=gspo, whose ratio is the "
+            "sequence's, got token",
+        )
+
+
+def check_ratio_bounds(lower: float, upper: float) -> None:
+    """Bounds of a ratio that keep 1, so that equal policies are never corrected."""
+    require(0 <= lower <= 1, f"lower: expected a ratio in [0, 1], got {lower:g}")
+    require(upper >= 1, f"upper: expected a ratio of at least 1, got {upper:g}")

@@ -42,6 +42,7 @@ def above_zero(**values: float) -> None:
 
 def check_between_sections(config: Config) -> None:
     """The rules whose keys stand in different sections."""
+    _check_sync(config)
     rollout, learner, loop = config.rollout, config.learner, config.loop
     sequences = loop.prompts_per_step * loop.samples_per_prompt
     require(
@@ -77,6 +78,15 @@ def check_between_sections(config: Config) -> None:
             f"parallel.timeout_seconds: expected above rollout.{key}={seconds:g}, which other "
             f"ranks wait for in a collective, got {config.parallel.timeout_seconds:g}",
         )
+    objective = config.objective
+    require(
+        objective.rejection.opsm_threshold is None
+        or objective.old_policy == "rollout"
+        or learner.mini_batches_per_step > 1,
+        "objective.rejection.opsm_threshold: expected several learner.mini_batches_per_step, or "
+        "objective.old_policy=rollout: with one update on recomputed log-probs the policy is the "
+        f"old one and nothing is ever masked, got {objective.rejection.opsm_threshold}",
+    )
     optimizer, num_updates = learner.optimizer, loop.num_steps * learner.mini_batches_per_step
     require(
         optimizer.decay == "constant" or optimizer.warmup_steps < max(num_updates, 1),
@@ -84,3 +94,18 @@ def check_between_sections(config: Config) -> None:
         "(loop.num_steps x learner.mini_batches_per_step) with "
         f"decay={optimizer.decay}, got {optimizer.warmup_steps}",
     )
+
+
+def _check_sync(config: Config) -> None:
+    """Whatever needs fresh engines, or is gone on from, falls on a step that is published."""
+    every = config.sync.every
+    for key, steps in (
+        ("checkpoint.every", config.checkpoint.every),
+        ("eval.every", config.eval.every),
+        ("loop.num_steps", config.loop.num_steps),
+    ):
+        require(
+            steps % every == 0,
+            f"{key}: expected a multiple of sync.every={every}, since only then do the engines "
+            f"serve the step's weights, got {steps}",
+        )

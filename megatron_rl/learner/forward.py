@@ -16,6 +16,7 @@ import torch
 
 from megatron_rl.learner.attention import plan_stacks
 from megatron_rl.learner.parallel import Parallel
+from megatron_rl.ops.entropy import differentiable_entropy
 from megatron_rl.ops.logprobs import token_logprobs_and_entropy
 from megatron_rl.records import MicroBatch
 
@@ -25,7 +26,8 @@ class RowOutput:
     """What a row gave: both [T] float32, 0 where the row's loss mask is False."""
 
     logprobs: torch.Tensor  # under gradient in training
-    entropy: torch.Tensor  # of the whole distribution at temperature T, in nats; no gradient
+    # Of the whole distribution at temperature T, in nats; under gradient only where asked for.
+    entropy: torch.Tensor
 
 
 def packed_seq_params(row: MicroBatch) -> Any:
@@ -59,21 +61,29 @@ def row_output(
     temperature: float,
     vocab_size: int,
     parallel: Parallel,
+    has_entropy_gradient: bool = False,
 ) -> RowOutput:
     """Log-probs of the kept labels from vocabulary-parallel logits.
 
     Args:
         logits: [1, T, V / TP] of this rank, any floating dtype.
+        has_entropy_gradient: compute the entropy once more, with a gradient.
     """
     kept = row.loss_mask.nonzero()[:, 0]
+    kept_logits = logits[0].index_select(0, kept)
+    place = {
+        "temperature": temperature,
+        "vocab_size": vocab_size,
+        "group": parallel.tp_group if parallel.tp_size > 1 else None,
+    }
     logprobs, entropy = token_logprobs_and_entropy(
-        logits[0].index_select(0, kept),
+        kept_logits,
         row.labels[kept],
-        temperature=temperature,
-        vocab_size=vocab_size,
-        group=parallel.tp_group if parallel.tp_size > 1 else None,
-        overwrite_logits=True,  # a copy that nobody else holds
+        overwrite_logits=not has_entropy_gradient,  # a copy that nobody else holds
+        **place,
     )
+    if has_entropy_gradient:
+        entropy = differentiable_entropy(kept_logits, **place)
     zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)
     return RowOutput(
         logprobs=zeros.index_copy(0, kept, logprobs), entropy=zeros.index_copy(0, kept, entropy)

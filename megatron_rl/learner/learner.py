@@ -18,6 +18,7 @@ from megatron_rl.learner.model import build_model
 from megatron_rl.learner.optimizer import build_optimizer
 from megatron_rl.learner.parallel import Parallel
 from megatron_rl.learner.recompute import recompute_logprobs
+from megatron_rl.learner.reference import Reference
 from megatron_rl.ops import kernels
 from megatron_rl.records import MicroBatch
 from megatron_rl.weights.geometry import Geometry
@@ -38,11 +39,13 @@ class Learner:
         *,
         num_updates: int,
         temperature: float = 1.0,
+        reference_path: str = "",
     ) -> None:
         """
         Args:
             num_updates: optimizer steps of the whole run, for a decaying learning rate.
             temperature: of the policy, at which every log-prob of the learner is taken.
+            reference_path: checkpoint of a frozen reference policy; "": none.
         """
         self.geometry = geometry
         self.parallel = parallel
@@ -53,6 +56,9 @@ class Learner:
         self.optimizer, self.scheduler = build_optimizer(
             optimizer, self.model, num_updates=num_updates
         )
+        self._reference = None
+        if reference_path:
+            self._reference = Reference(reference_path, model, parallel, temperature=temperature)
 
     @property
     def learning_rate(self) -> float:
@@ -76,12 +82,20 @@ class Learner:
             parallel=self.parallel,
         )
 
-    def update(self, rows: Sequence[MicroBatch], row_loss: RowLoss) -> tuple[list[object], float]:
+    def reference_logprobs(self, rows: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """The frozen reference policy's, as `recompute`; nothing where there is none."""
+        return [] if self._reference is None else self._reference.logprobs(rows)
+
+    def update(
+        self, rows: Sequence[MicroBatch], row_loss: RowLoss, *, has_entropy_gradient: bool = False
+    ) -> tuple[list[object], float]:
         """Forward, backward and one optimizer step over all ranks' rows.
 
         Args:
             rows: this rank's micro-batches; the same number on every DP rank.
             row_loss: called on the last stage for each row.
+            has_entropy_gradient: the output's entropy is under gradient, which costs another pass
+                over the logits.
         Returns:
             What `row_loss` handed back for each row (on the last stage; empty elsewhere), and the
             gradient's norm before clipping.
@@ -98,6 +112,7 @@ class Learner:
                 temperature=self.temperature,
                 vocab_size=self.geometry.vocab_size,
                 parallel=self.parallel,
+                has_entropy_gradient=has_entropy_gradient,
             )
             return row_loss(index, output)
 

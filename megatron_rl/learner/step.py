@@ -1,45 +1,29 @@
 """A batch in, new weights and a new lambda out: the RL update with the discrepancy under its
 constraint.
 
-For every kept token, with lambda from before this step (design: DCMDP, arXiv 2606.08779):
+For every kept token, with lambda from before this step (DCMDP, arXiv 2606.08779):
 
-    delta = |p_recomputed - p_rollout|,   A' = A - lambda * delta,   loss = clipped surrogate of A'
+    delta = |p_recomputed - p_rollout|,   A' = A - lambda * delta,   loss = surrogate of A'
 
-then `lambda <- clip(lambda + eta * (mean delta - tolerance))` from the mean over the global batch.
-The sums are added over micro-batches and data-parallel ranks and sent from the last pipeline stage
-to the others, so that lambda is the same number on every rank.
+then `lambda <- clip(lambda + eta * (mean delta - tolerance))` from the mean over the global batch,
+over every token that was sampled, whatever a correction keeps of it (learner/row_loss.py). The sums
+are added over micro-batches and data-parallel ranks and sent from the last pipeline stage to the
+others, so that lambda is the same number on every rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from megatron_rl.config import ObjectiveConfig
-from megatron_rl.errors import DivergenceError
-from megatron_rl.learner.forward import RowOutput
+from megatron_rl.learner.corrections import BatchScalars, batch_scalars, needs_batch_scalars
 from megatron_rl.learner.learner import Learner
-from megatron_rl.objective.constraint import DualVariable, shape_advantages
-from megatron_rl.objective.discrepancy import (
-    check_logprobs,
-    discrepancy,
-    discrepancy_metrics,
-)
-from megatron_rl.objective.loss import policy_loss
-from megatron_rl.objective.normalize import normalized_sum
-from megatron_rl.observe.metrics import Mean, Metric, merge, reduce
-from megatron_rl.records import MicroBatch, StepReport, TrainBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowResult:
-    """What one row of a mini-batch gave on the last pipeline stage."""
-
-    recomputed_logprobs: torch.Tensor  # [T] float32, 0 where the loss mask is False
-    metrics: dict[str, Metric]
+from megatron_rl.learner.row_loss import MiniBatchLoss, RowResult, StepSettings
+from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.observe.metrics import Metric, merge, reduce
+from megatron_rl.records import StepReport, TrainBatch
 
 
 def train_step(
@@ -58,110 +42,71 @@ def train_step(
         dual: lambda; stepped here, unless the constraint is off.
         weight_version: of the learner's present weights, which the ages of the rollouts are counted
             from.
-        should_recompute: a forward pass of its own for `recomputed_logprobs`. With one mini-batch
-            it can be saved: the policy's log-probs before the first step are the same arithmetic
-            and the same bits.
+        should_recompute: a forward pass of its own for `recomputed_logprobs` also where it can be
+            saved: with one mini-batch, as the policy's log-probs before the first step are the same
+            arithmetic and the same bits; and under bypass, where the policy's of the mini-batch
+            that a sequence is in are taken. What needs sums of the whole batch before its first
+            backward pass always has the pass.
     Returns:
         The report, the same on every rank; and `recomputed_logprobs`, a [T] a row a mini-batch, on
         the last stage.
     Raises:
         DivergenceError: a log-prob, the loss or the gradient's norm is not finite.
     """
-    dual_value = dual.value if config.constraint.enabled else 0.0
+    is_enabled = config.constraint.enabled
+    penalty = dual.penalty if is_enabled else 0.0
     recomputed: list[list[torch.Tensor]] = [[] for _ in batch.mini_batches]
-    if should_recompute or len(batch.mini_batches) > 1:
+    is_update_off_policy = len(batch.mini_batches) > 1 and config.old_policy == "recomputed"
+    if should_recompute or is_update_off_policy or needs_batch_scalars(config):
         recomputed = [learner.recompute(rows) for rows in batch.mini_batches]
+    reference = [learner.reference_logprobs(rows) for rows in batch.mini_batches]
+    scalars = BatchScalars()
+    if needs_batch_scalars(config) and learner.parallel.is_last_stage:
+        scalars = batch_scalars(
+            batch.mini_batches, recomputed, config, learner.parallel, tolerance=dual.tolerance
+        )
+    is_gated = config.constraint.gate == "mean"
+    settings = StepSettings(
+        config=config,
+        penalty=0.0 if is_gated and not scalars.is_gate_open else penalty,
+        tolerance=dual.tolerance,
+        scalars=scalars,
+        weight_version=weight_version,
+        place=f"step {step}, rank {learner.parallel.rank}",
+    )
     results: list[list[RowResult]] = []
     grad_norms = []
-    for rows, known in zip(batch.mini_batches, recomputed, strict=True):
-        loss = _RowLoss(
-            rows,
-            known,
-            dual_value,
-            config,
-            weight_version,
-            f"step {step}, rank {learner.parallel.rank}",
+    for rows, known, of_reference in zip(batch.mini_batches, recomputed, reference, strict=True):
+        loss = MiniBatchLoss(rows, known, of_reference, settings)
+        row_results, grad_norm = learner.update(
+            rows, loss, has_entropy_gradient=config.entropy_coefficient > 0
         )
-        row_results, grad_norm = learner.update(rows, loss)
         results.append(row_results)
         grad_norms.append(grad_norm)
     metrics = _global_metrics(learner, [row.metrics for rows in results for row in rows])
-    if config.constraint.enabled:
-        # Without a kept token in the whole batch there is no mean, and the dual step says so.
-        dual.update(metrics.get("discrepancy/mean", math.nan))
     metrics |= {
-        "constraint/lambda": dual_value,
-        "constraint/next_lambda": dual.value if config.constraint.enabled else 0.0,
-        "constraint/tolerance": config.constraint.tolerance,
+        "constraint/lambda": penalty,
         "learner/grad_norm": sum(grad_norms) / len(grad_norms),
         "learner/learning_rate": learner.learning_rate,
     }
+    metrics |= _dual_step(dual, metrics, is_enabled=is_enabled)
     report = StepReport(step=step, dual_value=dual.value, metrics=metrics)
     return report, [[row.recomputed_logprobs for row in rows] for rows in results]
 
 
-class _RowLoss:
-    """The loss of one row, given its output; called by Megatron's schedule on the last stage."""
-
-    def __init__(
-        self,
-        rows: Sequence[MicroBatch],
-        recomputed: Sequence[torch.Tensor],
-        dual_value: float,
-        config: ObjectiveConfig,
-        weight_version: int,
-        place: str,
-    ) -> None:
-        self._rows = rows
-        self._recomputed = recomputed
-        self._dual_value = dual_value
-        self._config = config
-        self._weight_version = weight_version
-        self._place = place
-
-    def __call__(
-        self, index: int, output: RowOutput
-    ) -> tuple[torch.Tensor, torch.Tensor, RowResult]:
-        row, config = self._rows[index], self._config
-        recomputed = self._recomputed[index] if self._recomputed else output.logprobs.detach()
-        self._check(index, recomputed, row.rollout_logprobs)
-        delta = discrepancy(recomputed, row.rollout_logprobs)
-        shaped = shape_advantages(row.advantages, delta, self._dual_value)
-        per_token, metrics = policy_loss(
-            output.logprobs,
-            recomputed,
-            shaped,
-            row.loss_mask,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            entropy=output.entropy,
-        )
-        total, count = normalized_sum(
-            per_token, row.loss_mask, row.sequence_ids, normalize=config.normalize
-        )
-        if not bool(torch.isfinite(total)):
-            raise DivergenceError(
-                f"{self._place}, row {index}: expected a finite loss, got {total.item()}; worst "
-                "token at position "
-                f"{int(per_token.detach().abs().argmax())}; lower learner.optimizer.learning_rate"
-            )
-        metrics |= discrepancy_metrics(
-            recomputed,
-            row.rollout_logprobs,
-            row.loss_mask,
-            row.weight_versions,
-            self._weight_version,
-        )
-        metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
-        return total, count, RowResult(recomputed_logprobs=recomputed, metrics=metrics)
-
-    def _check(self, index: int, recomputed: torch.Tensor, rollout_logprobs: torch.Tensor) -> None:
-        mask = self._rows[index].loss_mask
-        for name, logprobs in (("recomputed", recomputed), ("rollout", rollout_logprobs)):
-            try:
-                check_logprobs(logprobs, mask, name=f"{name} log-prob")
-            except DivergenceError as error:
-                raise DivergenceError(f"{self._place}, row {index}: {error}") from error
+def _dual_step(
+    dual: DualVariable, metrics: dict[str, float], *, is_enabled: bool
+) -> dict[str, float]:
+    """Step lambda, or measure its tolerance, and tell of it."""
+    if is_enabled:
+        # Without a sampled token in the whole batch there is no mean, and the dual step says so.
+        dual.update(metrics.get("discrepancy/mean", math.nan))
+    found = {"constraint/next_lambda": dual.penalty if is_enabled else 0.0}
+    if dual.measured is not None:
+        found["constraint/is_at_rest"] = float(dual.is_at_rest)
+    if not dual.is_at_rest:
+        found["constraint/tolerance"] = dual.tolerance
+    return found
 
 
 def _global_metrics(learner: Learner, of_rows: list[dict[str, Metric]]) -> dict[str, float]:

@@ -3,23 +3,36 @@
 
 Maximise reward subject to `E[delta] <= c`. Its Lagrangian has one dual variable,
 `lambda <- clip(lambda + eta * (delta_bar - c), lambda_min, lambda_max)`, stepped once a training
-step, and shapes every token's advantage, `A'[t] = A[t] - lambda * delta[t]`. The lambda that shapes
-a batch is the one from before that batch's dual step.
+step. It weighs a penalty on every token, in one of two forms:
+
+    shaping:         A'[t] = A[t] - lambda * g(delta[t]),   delta = |p_train - p_inf|, no gradient
+    differentiable:  loss[t] + lambda * g(|p_theta - p_inf|), gradient through p_theta
+
+with g(delta) = delta, or max(delta - c, 0) where the gate is the token's. The lambda that weighs
+a batch's penalty is the one from before that batch's dual step.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from megatron_rl.errors import ConfigError, DataError, DivergenceError
+from megatron_rl.objective.tolerance import MeasuredTolerance
 
+PENALTIES = ("shaping", "differentiable")
+GATES = ("batch", "mean", "token")
 _WHERE = "change it under objective.constraint"
 
 
 class DualVariable:
-    """lambda: a Python float, so every rank that feeds the same mean holds the same bits."""
+    """lambda: a Python float, so every rank that feeds the same mean holds the same bits.
+
+    With a tolerance that is still to be measured it is at rest: `penalty` is 0, and `update` only
+    measures, until the tolerance is frozen.
+    """
 
     def __init__(
         self,
@@ -28,6 +41,9 @@ class DualVariable:
         tolerance: float = 0.0037,
         minimum: float = 0.0,
         maximum: float = 10.0,
+        *,
+        warmup_steps: int = 0,
+        measured: MeasuredTolerance | None = None,
     ) -> None:
         """
         Args:
@@ -35,6 +51,8 @@ class DualVariable:
             learning_rate: eta, at least 0 (0 keeps lambda fixed).
             tolerance: c, the mean gap in probability that is allowed, at least 0.
             minimum, maximum: where lambda is projected to; 0 <= minimum <= maximum.
+            warmup_steps: dual steps over which eta rises linearly to `learning_rate`; 0: none.
+            measured: replaces `tolerance` by one that is measured over the first steps.
 
         Raises:
             ConfigError: a value outside these.
@@ -45,6 +63,7 @@ class DualVariable:
             ("tolerance", tolerance),
             ("minimum", minimum),
             ("maximum", maximum),
+            ("warmup_steps", warmup_steps),
         ):
             if not math.isfinite(number) or number < 0:
                 raise ConfigError(
@@ -61,9 +80,23 @@ class DualVariable:
         self.tolerance = float(tolerance)
         self.minimum = float(minimum)
         self.maximum = float(maximum)
+        self.warmup_steps = warmup_steps
+        self.measured = measured
+        self.num_updates = 0  # dual steps, those at rest not counted
+
+    @property
+    def is_at_rest(self) -> bool:
+        """The tolerance is still being measured."""
+        return self.measured is not None and self.measured.value is None
+
+    @property
+    def penalty(self) -> float:
+        """What weighs the next batch's penalty: lambda, or 0 at rest."""
+        return 0.0 if self.is_at_rest else self.value
 
     def update(self, mean_discrepancy: float) -> float:
-        """One dual step from the global batch's mean gap; returns the new lambda.
+        """One dual step from the global batch's mean gap, or at rest one measurement; returns the
+        new lambda.
 
         Raises:
             DivergenceError: the mean is not finite; lambda is left as it was.
@@ -74,25 +107,49 @@ class DualVariable:
                 f"dual step: expected a finite mean discrepancy, got {mean_discrepancy}; "
                 "the batch holds a log-prob that is not finite, or no response token at all"
             )
-        stepped = self.value + self.learning_rate * (mean_discrepancy - self.tolerance)
+        if self.measured is not None and self.measured.value is None:
+            self.measured.add(mean_discrepancy)
+            if self.measured.value is not None:
+                self.tolerance = self.measured.value
+            return self.value
+        self.num_updates += 1
+        rate = self.learning_rate
+        if self.num_updates < self.warmup_steps:
+            rate *= self.num_updates / self.warmup_steps
+        stepped = self.value + rate * (mean_discrepancy - self.tolerance)
         self.value = self._project(stepped)
         return self.value
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """What changes while training; the other numbers are settings and come from the config."""
-        return {"value": self.value}
+        state: dict[str, Any] = {"value": self.value, "num_updates": self.num_updates}
+        if self.measured is not None:
+            state["tolerance"] = self.measured.state_dict()
+        return state
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take lambda from a checkpoint, projected to the bounds of this run's config.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take lambda from a checkpoint, projected to the bounds of this run's config, and with it
+        what was measured of the tolerance.
 
         Raises:
-            DataError: no value, or one that is not finite.
+            DataError: no value, or one that is not finite; or a warm-up or a measured tolerance of
+                which the checkpoint knows nothing.
         """
         value = float(state.get("value", math.nan))
         if not math.isfinite(value):
             raise DataError(
                 f"dual variable: expected a checkpoint with a finite 'value', got {state}"
             )
+        if self.warmup_steps and "num_updates" not in state:
+            raise DataError(
+                "dual variable: expected a checkpoint with the 'num_updates' that "
+                f"objective.constraint.warmup_steps counts, got {state}"
+            )
+        if self.measured is not None:
+            self.measured.load_state_dict(state.get("tolerance"))
+            if self.measured.value is not None:
+                self.tolerance = self.measured.value
+        self.num_updates = int(state.get("num_updates", 0))
         self.value = self._project(value)
 
     def _project(self, value: float) -> float:
@@ -124,3 +181,48 @@ def shape_advantages(
             f"got {tuple(advantages.shape)} and {tuple(discrepancy.shape)}"
         )
     return advantages - dual_value * discrepancy.detach()
+
+
+def gated_discrepancy(
+    discrepancy: torch.Tensor,
+    *,
+    gate: str = "batch",
+    tolerance: float = 0.0,
+    maximum: float = 1.0,
+) -> torch.Tensor:
+    """What of a token's gap is penalised; gradient flows through it where delta has one.
+
+    Args:
+        discrepancy: [T] float, from 0 up.
+        gate: "batch" and "mean": all of it (lambda alone gates; "mean" beside it takes lambda for 0
+            in a step whose mean gap is within the tolerance, which is the caller's to do);
+            "token": what exceeds the tolerance.
+        tolerance: c, for "token".
+        maximum: a gap counts as at most this; 1: as it is.
+
+    Returns:
+        [T], discrepancy's dtype.
+    """
+    if gate not in GATES:
+        raise ConfigError(
+            f"objective.constraint.gate: expected one of {', '.join(GATES)}, got {gate!r}"
+        )
+    clamped = discrepancy if maximum >= 1.0 else discrepancy.clamp(max=maximum)
+    return (clamped - tolerance).clamp(min=0.0) if gate == "token" else clamped
+
+
+def probability_gap(
+    policy_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """`|p_theta - p_inf|` under gradient: d/d log p_theta = sign(p_theta - p_inf) * p_theta.
+
+    Args:
+        policy_logprobs, rollout_logprobs: [T] float32. mask: [T] bool.
+
+    Returns:
+        [T] float32, computed in float64; value and gradient are exactly 0 where the mask is False,
+        and the gradient where both are equal.
+    """
+    policy = torch.where(mask, policy_logprobs.double(), 0.0)
+    rollout = torch.where(mask, rollout_logprobs.detach().double(), 0.0)
+    return (policy.exp() - rollout.exp()).abs().float()

@@ -8,8 +8,14 @@ fell to:
 
     token_mean:     weight 1,        count = kept tokens             -> mean over all kept tokens
     sequence_mean:  weight 1 / n_s,  count = sequences with n_s > 0  -> mean of sequences' means
+    sequence_sum:   weight 1,        count = sequences with n_s > 0  -> mean of sequences' sums
+    constant:       weight 1 / L,    count = sequences that were sampled
+                                     -> sum over tokens / (sequences x L)
 
 `n_s` is the number of kept tokens of the *whole* sequence s, also when this rank holds a part.
+token_mean is DAPO's (arXiv 2503.14476), sequence_mean GRPO's and GSPO's, constant is Dr. GRPO's
+(arXiv 2503.20783) with L the longest response that may be sampled: neither a response's length nor
+what is rejected changes the weight of another token.
 """
 
 from __future__ import annotations
@@ -17,8 +23,9 @@ from __future__ import annotations
 import torch
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.objective.sequences import num_sequences
 
-MODES = ("token_mean", "sequence_mean")
+MODES = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
 
 def kept_tokens_per_sequence(
@@ -93,6 +100,8 @@ def normalized_sum(
     normalize: str,
     num_kept_tokens: torch.Tensor | None = None,
     should_count: bool = True,
+    sampled: torch.Tensor | None = None,
+    length: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a Megatron loss function returns first and second.
 
@@ -100,10 +109,13 @@ def normalized_sum(
         per_token_loss: [T] float32, 0 where masked (`objective.loss.policy_loss`).
         mask: [T] bool, the tokens that this rank holds.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
-        normalize: "token_mean" or "sequence_mean".
+        normalize: one of `MODES`, see the head of this file.
         num_kept_tokens: [S] int64, of the whole sequences; None when this rank holds its sequences
             whole (CP = 1).
-        should_count: for "sequence_mean" under CP, True on one CP rank only.
+        should_count: for the modes that count sequences, under CP: True on one CP rank only.
+        sampled: [T] bool, for "constant": every token that was sampled, whatever the mask keeps;
+            None: the mask.
+        length: for "constant": L, at least 1.
 
     Returns:
         sum [] float32, under gradient and attached to the graph also when every token is masked (a
@@ -115,19 +127,33 @@ def normalized_sum(
     _check_same_shape(per_token_loss=per_token_loss, mask=mask, sequence_ids=sequence_ids)
     if normalize == "token_mean":
         weights, count = token_weights(mask)
-    elif normalize == "sequence_mean":
+    elif normalize in MODES:
+        counted = sampled if normalize == "constant" and sampled is not None else mask
         if num_kept_tokens is None:
-            num_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
-            num_kept_tokens = kept_tokens_per_sequence(mask, sequence_ids, num_sequences)
+            num_kept_tokens = kept_tokens_per_sequence(
+                counted, sequence_ids, num_sequences(sequence_ids)
+            )
         weights, count = sequence_weights(
             mask, sequence_ids, num_kept_tokens, should_count=should_count
         )
+        if normalize != "sequence_mean":
+            weights = mask.float()
+        if normalize == "constant":
+            weights = weights.double() / _at_least_one(length)
     else:
         raise ConfigError(
             f"objective.normalize: expected one of {', '.join(MODES)}, got {normalize!r}"
         )
     # Advantages cancel over a group: added in float64, the small sum that is left keeps its digits.
     return (per_token_loss.double() * weights.double()).sum().float(), count
+
+
+def _at_least_one(length: int) -> int:
+    if length < 1:
+        raise ConfigError(
+            f"objective.normalize_length: expected at least 1 with normalize=constant, got {length}"
+        )
+    return length
 
 
 def _check_same_shape(**tensors: torch.Tensor) -> None:

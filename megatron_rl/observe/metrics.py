@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -41,6 +41,13 @@ class Max:
     value: Number
 
 
+@dataclass(frozen=True, slots=True)
+class Min:
+    """Example: `Min(0.02)`; a rank without values gives `Min(inf)`."""
+
+    value: Number
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
     """Counts between fixed edges, from which quantiles are read that no layout changes.
@@ -49,11 +56,11 @@ class Histogram:
     the first or the last bin. Under the key `discrepancy/histogram` it gives `discrepancy/q50` and
     so on. A quantile is off by at most the width of its bin, for values between the outer edges.
 
-    Example: `Histogram(edges=(0.0, 0.5, 1.0), counts=(3, 1))`.
+    Example: `Histogram(edges=(0.0, 0.5, 1.0), counts=torch.tensor([3.0, 1.0]))`.
     """
 
     edges: tuple[float, ...]  # [B+1] ascending, the same on every rank
-    counts: tuple[float, ...]  # [B]
+    counts: torch.Tensor  # [B] float64
     quantiles: tuple[float, ...] = field(default=(0.5, 0.9, 0.99))
 
     @classmethod
@@ -61,11 +68,31 @@ class Histogram:
         """Counts `values` (any shape and float dtype, also empty) into the bins of `edges`."""
         inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=values.device)
         bins = torch.bucketize(values.detach().reshape(-1).double(), inner, right=True)
-        counts = torch.bincount(bins, minlength=len(edges) - 1)
-        return cls(edges=edges, counts=tuple(counts.tolist()))
+        counts = torch.zeros(len(edges) - 1, dtype=torch.float64, device=values.device)
+        # Not bincount, for whose length the host would wait on the device.
+        counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+        return cls(edges=edges, counts=counts)
 
 
-Metric = Mean | Sum | Max | Histogram
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Figures that are finished from sums and maxima once these are the whole world's: standard
+    deviations, correlations, ratios of means. One vector of each, so that a hundred figures cost a
+    micro-batch no more kernels than one. The key they stand under is not shown.
+
+    Example: `Figures(sum_names=("count", "x"), sums=torch.tensor([4.0, 3.0]), max_names=("x",),
+    maxima=torch.tensor([1.5]), finish=mean_and_max)` with
+    `mean_and_max({"count": 4.0, "x": 3.0}, {"x": 1.5}) == {"x/mean": 0.75, "x/max": 1.5}`.
+    """
+
+    sum_names: tuple[str, ...]  # [n]
+    sums: torch.Tensor  # [n] float64
+    max_names: tuple[str, ...]  # [m]
+    maxima: torch.Tensor  # [m] float64, -inf where this rank has no value
+    finish: Callable[[dict[str, float], dict[str, float]], dict[str, float]]
+
+
+Metric = Mean | Sum | Max | Min | Histogram | Figures
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
@@ -88,11 +115,26 @@ def _join(name: str, one: Metric, other: Metric) -> Metric:
         case Sum(), Sum():
             return Sum(one.value + other.value)
         case Max(), Max():
-            return Max(max(one.value, other.value))
+            return Max(_larger(one.value, other.value))
+        case Min(), Min():
+            return Min(-_larger(-one.value, -other.value))
         case Histogram(), Histogram() if one.edges == other.edges:
-            counts = tuple(a + b for a, b in zip(one.counts, other.counts, strict=True))
-            return Histogram(edges=one.edges, counts=counts, quantiles=one.quantiles)
+            return replace(one, counts=one.counts + other.counts)
+        case Figures(), Figures() if (one.sum_names, one.max_names, one.finish) == (
+            other.sum_names,
+            other.max_names,
+            other.finish,
+        ):
+            maxima = torch.maximum(one.maxima, other.maxima)
+            return replace(one, sums=one.sums + other.sums, maxima=maxima)
     raise ValueError(f"{name}: expected metrics of one kind, got {one} and {other}")
+
+
+def _larger(one: Number, other: Number) -> Number:
+    """Without asking a device, on which `max` would have to wait, which of the two it is."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.maximum(one, other)
+    return max(one, other)
 
 
 def reduce(metrics: Mapping[str, Metric], all_reduce: AllReduce) -> dict[str, float]:
@@ -111,27 +153,21 @@ def reduce(metrics: Mapping[str, Metric], all_reduce: AllReduce) -> dict[str, fl
     """
     names = sorted(metrics)
     _check_same_layout(metrics, names, all_reduce)
-    sums = torch.cat([torch.zeros(0, dtype=torch.float64), *(_sums(metrics[n]) for n in names)])
-    maxima = torch.cat([torch.zeros(0, dtype=torch.float64), *(_maxima(metrics[n]) for n in names)])
+    parts = [(_sums(metrics[name]), _maxima(metrics[name])) for name in names]
     # Both are called whatever the metrics are, so that ranks never disagree on the number of calls.
-    sums, maxima = all_reduce(sums, "sum"), all_reduce(maxima, "max")
+    sums = all_reduce(_flat([part for each, _ in parts for part in each]), "sum").tolist()
+    maxima = all_reduce(_flat([part for _, each in parts for part in each]), "max").tolist()
     reduced: dict[str, float] = {}
-    for name in names:
-        metric = metrics[name]
-        own_sums, sums = sums.split([len(_sums(metric)), len(sums) - len(_sums(metric))])
-        own_maxima, maxima = maxima.split(
-            [len(_maxima(metric)), len(maxima) - len(_maxima(metric))]
-        )
-        reduced |= _finish(name, metric, own_sums.tolist(), own_maxima.tolist())
-    return reduced
+    for name, (own_sums, own_maxima) in zip(names, parts, strict=True):
+        num_sums, num_maxima = _length(own_sums), _length(own_maxima)
+        reduced |= _finish(name, metrics[name], sums[:num_sums], maxima[:num_maxima])
+        sums, maxima = sums[num_sums:], maxima[num_maxima:]
+    return dict(sorted(reduced.items()))
 
 
 def _check_same_layout(metrics: Mapping[str, Metric], names: list[str], all_reduce: AllReduce):
     """Before the real collectives, which would hang or mix up values if the layouts differed."""
-    layout = "\n".join(
-        f"{name} {type(metrics[name]).__name__} {getattr(metrics[name], 'edges', '')}"
-        for name in names
-    )
+    layout = "\n".join(f"{name} {_layout_of(metrics[name])}" for name in names)
     fingerprint = float(zlib.crc32(layout.encode()))
     largest, smallest = all_reduce(
         torch.tensor([fingerprint, -fingerprint], dtype=torch.float64), "max"
@@ -143,24 +179,61 @@ def _check_same_layout(metrics: Mapping[str, Metric], names: list[str], all_redu
         )
 
 
-def _sums(metric: Metric) -> torch.Tensor:
-    """[n] float64 on the CPU: what is added over ranks."""
+def _layout_of(metric: Metric) -> str:
+    """What two parts of one metric have in common."""
+    match metric:
+        case Histogram():
+            return f"Histogram {metric.edges}"
+        case Figures():
+            return f"Figures {metric.sum_names} {metric.max_names} {metric.finish.__qualname__}"
+    return type(metric).__name__
+
+
+def _sums(metric: Metric) -> list[Number]:
+    """What is added over ranks."""
     match metric:
         case Mean():
-            return torch.tensor([float(metric.sum), float(metric.count)], dtype=torch.float64)
+            return [metric.sum, metric.count]
         case Sum():
-            return torch.tensor([float(metric.value)], dtype=torch.float64)
+            return [metric.value]
         case Histogram():
-            return torch.tensor(metric.counts, dtype=torch.float64)
-    return torch.zeros(0, dtype=torch.float64)
+            return [metric.counts]
+        case Figures():
+            return [metric.sums]
+    return []
 
 
-def _maxima(metric: Metric) -> torch.Tensor:
-    """[n] float64 on the CPU: what the maximum over ranks is taken of."""
+def _maxima(metric: Metric) -> list[Number]:
+    """What the maximum over ranks is taken of."""
     match metric:
         case Max():
-            return torch.tensor([float(metric.value)], dtype=torch.float64)
-    return torch.zeros(0, dtype=torch.float64)
+            return [metric.value]
+        case Min():
+            return [-metric.value]
+        case Figures():
+            return [metric.maxima]
+    return []
+
+
+def _length(parts: list[Number]) -> int:
+    return sum(part.numel() if isinstance(part, torch.Tensor) else 1 for part in parts)
+
+
+def _flat(parts: list[Number]) -> torch.Tensor:
+    """[n] float64 on the CPU; what lies on a device comes over in one copy."""
+    pieces = [
+        part.detach().reshape(-1).double()
+        if isinstance(part, torch.Tensor)
+        else torch.tensor([part], dtype=torch.float64)
+        for part in parts
+    ]
+    far = [index for index, piece in enumerate(pieces) if piece.device.type != "cpu"]
+    if far:
+        sizes = [pieces[index].numel() for index in far]
+        near = torch.cat([pieces[index] for index in far]).cpu().split(sizes)
+        for index, piece in zip(far, near, strict=True):
+            pieces[index] = piece
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *pieces])
 
 
 def _finish(name: str, metric: Metric, sums: list[float], maxima: list[float]) -> dict[str, float]:
@@ -171,6 +244,11 @@ def _finish(name: str, metric: Metric, sums: list[float], maxima: list[float]) -
             return {name: sums[0]}
         case Max():
             return {name: maxima[0]} if maxima[0] != float("-inf") else {}
+        case Min():
+            return {name: -maxima[0]} if maxima[0] != float("-inf") else {}
+        case Figures():
+            own_sums = dict(zip(metric.sum_names, sums, strict=True))
+            return metric.finish(own_sums, dict(zip(metric.max_names, maxima, strict=True)))
         case Histogram():
             if not sum(sums):
                 return {}

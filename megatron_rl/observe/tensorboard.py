@@ -7,25 +7,54 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-# Custom Scalars page: category -> chart -> tags (regular expressions) drawn into it.
+# Custom Scalars page: category -> chart -> tags (regular expressions) drawn into it. The first
+# category alone tells the state of the gap; the others say where it comes from.
 LAYOUT = {
-    "reward": {
+    "state of the gap": {
         "reward": ["Multiline", ["^reward/mean$", "^eval/reward/mean$"]],
+        "discrepancy and tolerance": [
+            "Multiline",
+            ["^discrepancy/mean$", "^constraint/tolerance$"],
+        ],
+        "lambda": ["Multiline", ["^constraint/lambda$"]],
+        "k1 and k3": ["Multiline", ["^discrepancy/kl_k[13]/mean$"]],
+        "effective sample size": ["Multiline", ["^discrepancy/effective_sample_size/.*"]],
+        "entropy": ["Multiline", ["^loss/entropy/mean$"]],
+        "gradient norm": ["Multiline", ["^learner/grad_norm$"]],
+        "age": ["Multiline", ["^discrepancy/age/.*"]],
+    },
+    "discrepancy": {
+        "quantiles and max": ["Multiline", ["^discrepancy/q[0-9.]+$", "^discrepancy/max$"]],
+        "by position": ["Multiline", ["^discrepancy/position_.*"]],
+        "by rollout probability": ["Multiline", ["^discrepancy/rollout_probability_.*"]],
+        "by age": ["Multiline", ["^discrepancy/age_.*"]],
+        "p_train - p_inf": ["Multiline", ["^discrepancy/probability_difference/.*"]],
+        "Pearson of p_train and p_inf": ["Multiline", ["^discrepancy/pearson$"]],
+        "mult-prob-error": ["Multiline", ["^discrepancy/mult_prob_error/mean$"]],
+        "JSD": ["Multiline", ["^discrepancy/jsd/mean$"]],
+    },
+    "ratios p_train / p_inf": {
+        "of tokens": ["Multiline", ["^discrepancy/ratio/.*"]],
+        "share outside 0.5 to 2": ["Multiline", ["^discrepancy/ratio_.*"]],
+        "of sequences, product": ["Multiline", ["^discrepancy/sequence_sum_ratio/.*"]],
+        "of sequences, geometric mean": ["Multiline", ["^discrepancy/sequence_mean_ratio/.*"]],
+        "chi-square": ["Multiline", ["^discrepancy/chi_square/.*"]],
+        "perplexity": ["Multiline", ["^discrepancy/(recomputed|rollout)_perplexity/mean$"]],
+        "log-perplexity difference": [
+            "Multiline",
+            ["^discrepancy/log_perplexity_difference/.*"],
+        ],
+        "corrections": ["Multiline", ["^correction/.*"]],
+    },
+    "reward": {
         "evaluation": ["Multiline", ["^eval/(avg|pass)_at_[0-9]+$"]],
         "rates": ["Multiline", ["^reward/[^/]+_rate/mean$", "^rollout/truncation_rate/mean$"]],
+        "groups with signal": ["Multiline", ["^reward/groups_with_signal/mean$"]],
         "response tokens": ["Multiline", ["^rollout/response_tokens/.*"]],
-    },
-    "discrepancy and constraint": {
-        "mean and tolerance": ["Multiline", ["^discrepancy/mean$", "^constraint/tolerance$"]],
-        "quantiles and max": ["Multiline", ["^discrepancy/q[0-9.]+$", "^discrepancy/max$"]],
-        "lambda": ["Multiline", ["^constraint/lambda$"]],
-        "by age": ["Multiline", ["^discrepancy/age_.*"]],
     },
     "learner": {
         "loss": ["Multiline", ["^loss/mean$"]],
-        "gradient norm": ["Multiline", ["^learner/grad_norm$"]],
         "clip fraction": ["Multiline", ["^loss/clip_fraction.*"]],
-        "entropy": ["Multiline", ["^loss/entropy/mean$"]],
         "learning rate": ["Multiline", ["^learner/learning_rate$"]],
     },
     "speed": {

@@ -70,3 +70,10 @@ def all_reduce_sum(tensor: torch.Tensor, group: distributed.ProcessGroup | None)
     if group is not None and group.size() > 1:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM, group=group)
     return tensor
+
+
+def all_reduce_max(tensor: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
+    """Elementwise maximum over the group, in place."""
+    if group is not None and group.size() > 1:
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group)
+    return tensor

@@ -22,6 +22,7 @@ from tests.torchrun import run_module
 LOSS_TOLERANCE = 1e-6  # of mean |A'|
 GRADIENT_TOLERANCE = 1e-5  # relative norm, tensor by tensor
 DISCREPANCY_TOLERANCE = 1e-6
+FIGURE_TOLERANCE = 1e-6  # of max(1, the figure)
 
 Outcomes = dict[str, dict[str, Any]]
 
@@ -68,6 +69,19 @@ def test_loss_discrepancy_and_lambda_do_not_depend_on_the_layout(
     dual, reference_dual = got["reports"][0].dual_value, expected["reports"][0].dual_value
     assert reference_dual != DUAL_VALUE
     assert abs(dual - reference_dual) <= DISCREPANCY_TOLERANCE
+
+
+@compared
+def test_no_figure_of_the_gap_depends_on_the_layout(case: Case, outcomes: Outcomes) -> None:
+    """The model's own log-probs differ by float32 rounding; a ratio's square of 1e3 shows it."""
+    expected = metrics_of(outcomes[case.reference])
+    figures = {name for name in expected if name.startswith("discrepancy/")}
+    assert len(figures) > 40
+    got = metrics_of(outcomes[case.name])
+    assert {name for name in got if name.startswith("discrepancy/")} == figures
+    for name in figures:
+        limit = FIGURE_TOLERANCE * max(1.0, abs(expected[name]))
+        assert abs(got[name] - expected[name]) <= limit, name
 
 
 @compared

@@ -40,3 +40,10 @@ def test_refuses_what_is_no_group():
         group_advantages(torch.zeros(2, 3))
     with pytest.raises(DataError, match="finite"):
         group_advantages(torch.tensor([0.0, math.nan]))
+
+
+def test_without_the_deviation_worked_by_hand():
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0, 3.0]), should_scale=False)
+    assert advantages.tolist() == [0.0, -1.0, -1.0, 2.0]
+    equal = group_advantages(torch.tensor([0.1] * 3), should_scale=False)
+    assert equal.tolist() == [0.0] * 3

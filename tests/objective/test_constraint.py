@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from megatron_rl.errors import ConfigError, DataError, DivergenceError
-from megatron_rl.objective.constraint import DualVariable, shape_advantages
+from megatron_rl.objective.constraint import (
+    DualVariable,
+    gated_discrepancy,
+    probability_gap,
+    shape_advantages,
+)
 from megatron_rl.objective.discrepancy import discrepancy
 
 
@@ -101,3 +106,46 @@ def test_no_gradient_flows_through_delta():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="one shape"):
         shape_advantages(torch.zeros(3), torch.zeros(2), 0.1)
+
+
+def test_warm_up_of_the_dual_step_worked_by_hand():
+    dual = DualVariable(0.1, learning_rate=0.8, tolerance=0.0, warmup_steps=4)
+    # eta x 1/4, 2/4, 3/4, then all of it.
+    expected = 0.1
+    for share in (0.25, 0.5, 0.75, 1.0, 1.0):
+        expected += 0.8 * share * 0.01
+        assert dual.update(0.01) == pytest.approx(expected, abs=1e-15)
+
+
+def test_gates_worked_by_hand():
+    delta = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    for gate in ("batch", "mean"):
+        assert gated_discrepancy(delta, gate=gate, tolerance=0.25).tolist() == delta.tolist()
+    assert gated_discrepancy(delta, gate="token", tolerance=0.25).tolist() == [0, 0, 0.25, 0.75]
+    clamped = gated_discrepancy(delta, gate="token", tolerance=0.25, maximum=0.5)
+    assert clamped.tolist() == [0, 0, 0.25, 0.25]
+    assert gated_discrepancy(delta, maximum=0.5).tolist() == [0, 0.25, 0.5, 0.5]
+    with pytest.raises(ConfigError, match=r"constraint\.gate"):
+        gated_discrepancy(delta, gate="sequence")
+
+
+def test_the_differentiable_gap_worked_by_hand():
+    policy = torch.tensor([0.5, 0.25, 0.5, 0.9]).log().requires_grad_()
+    rollout = torch.tensor([0.25, 0.5, 0.5, math.nan]).log()
+    mask = torch.tensor([True, True, True, False])
+    gap = probability_gap(policy, rollout, mask)
+    gap.sum().backward()
+    assert gap.tolist() == pytest.approx([0.25, 0.25, 0.0, 0.0], rel=1e-6)
+    # Down where p_theta is above, up where it is below: sign times p_theta.
+    assert policy.grad.tolist() == pytest.approx([0.5, -0.25, 0.0, 0.0], rel=1e-6)
+
+
+def test_a_step_against_its_gradient_closes_the_gap():
+    logits = torch.tensor([1.0, 0.2, -0.4], requires_grad=True)
+    rollout = torch.tensor([-2.0])
+    mask = torch.ones(1, dtype=torch.bool)
+    for _ in range(200):
+        gap = probability_gap(logits.log_softmax(0)[:1], rollout, mask).sum()
+        (gradient,) = torch.autograd.grad(gap, logits)
+        logits = (logits - 0.05 * gradient).detach().requires_grad_()
+    assert gap.item() < 0.01

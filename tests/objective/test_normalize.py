@@ -5,11 +5,14 @@ import torch
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.objective.normalize import (
+    MODES,
     kept_tokens_per_sequence,
     normalized_sum,
     sequence_weights,
     token_weights,
 )
+
+LENGTH = 40  # of normalize=constant
 
 
 def test_token_mean_worked_by_hand():
@@ -27,6 +30,20 @@ def test_sequence_mean_worked_by_hand():
     ids = torch.tensor([0, 0, 1, 1, 2, -1])
     total, count = normalized_sum(loss, mask, ids, normalize="sequence_mean")
     assert (total.item(), count.item(), count.dtype) == (5.5, 2, torch.int32)
+
+
+def test_sequence_sum_and_constant_worked_by_hand():
+    # Sequence 0 keeps two tokens, 1 one of two, 2 lost its only one, 3 has no response.
+    loss = torch.tensor([1.0, 2.0, 4.0, 0.0, 0.0, 0.0, 0.0])
+    sampled = torch.tensor([True, True, True, True, True, False, False])
+    kept = torch.tensor([True, True, True, False, False, False, False])
+    ids = torch.tensor([0, 0, 1, 1, 2, 3, -1])
+    total, count = normalized_sum(loss, kept, ids, normalize="sequence_sum", sampled=sampled)
+    assert (total.item(), count.item()) == (7.0, 2)
+    total, count = normalized_sum(loss, kept, ids, normalize="constant", sampled=sampled, length=8)
+    assert (total.item(), count.item(), count.dtype) == (7.0 / 8, 3, torch.int32)
+    with pytest.raises(ConfigError, match="normalize_length"):
+        normalized_sum(loss, kept, ids, normalize="constant", sampled=sampled)
 
 
 def test_weights_of_a_sequence_add_up_to_one():
@@ -69,7 +86,7 @@ def test_no_sequence_at_all():
 
 def test_unknown_mode_and_shapes():
     ids, mask = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
-    with pytest.raises(ConfigError, match=r"token_mean, sequence_mean, got 'mean'"):
+    with pytest.raises(ConfigError, match=r"token_mean, sequence_mean, .*, got 'mean'"):
         normalized_sum(torch.zeros(2), mask, ids, normalize="mean")
     with pytest.raises(ValueError, match=r"\[T\]"):
         normalized_sum(torch.zeros(3), mask, ids, normalize="token_mean")
@@ -111,6 +128,7 @@ def _layout_gradient(parameter, sequences, normalize, dp, cp, budget):
                 normalize=normalize,
                 num_kept_tokens=kept_counts,
                 should_count=context_rank == 0,
+                length=LENGTH,
             )
             totals.append(total)
             counts.append(count)
@@ -120,7 +138,7 @@ def _layout_gradient(parameter, sequences, normalize, dp, cp, budget):
     return loss.item(), gradient.item(), count.item()
 
 
-@pytest.mark.parametrize("normalize", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("normalize", MODES)
 def test_no_layout_changes_loss_or_gradient(normalize):
     torch.manual_seed(1)
     sequences = []
@@ -133,11 +151,12 @@ def test_no_layout_changes_loss_or_gradient(normalize):
     kept = [(numbers[mask].double(), mask) for numbers, mask in sequences if mask.any()]
     exact = parameter.detach().double().requires_grad_()
     means = [(exact * numbers).sin() for numbers, _ in kept]
-    expected_loss = (
-        torch.cat(means).mean()
-        if normalize == "token_mean"
-        else torch.stack([mean.mean() for mean in means]).mean()
-    )
+    expected_loss = {
+        "token_mean": torch.cat(means).mean(),
+        "sequence_mean": torch.stack([mean.mean() for mean in means]).mean(),
+        "sequence_sum": torch.stack([mean.sum() for mean in means]).mean(),
+        "constant": torch.cat(means).sum() / (len(means) * LENGTH),
+    }[normalize]
     (expected_gradient,) = torch.autograd.grad(expected_loss, exact)
 
     for dp, cp, budget in itertools.product((1, 2, 3, 4), (1, 2, 4), (32, 48, 128)):

@@ -1,13 +1,15 @@
 """Reductions over real gloo ranks: any split of the values gives what one rank gives."""
 
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.observe.metrics import Histogram, Max, Mean, Sum, merge, reduce
+from megatron_rl.observe.metrics import Figures, Histogram, Max, Mean, Min, Sum, merge, reduce
 
 EDGES = tuple(i / 1000 for i in range(1001))
 
@@ -21,6 +23,23 @@ def all_reduce(tensor: torch.Tensor, op: str) -> torch.Tensor:
     return tensor
 
 
+def mean_and_max(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    if not sums["count"]:
+        return {}
+    return {"x/mean": sums["x"] / sums["count"], "x/max": maxima["x"]}
+
+
+def figures_of(values: torch.Tensor) -> Figures:
+    largest = values.max().double() if len(values) else torch.tensor(-math.inf).double()
+    return Figures(
+        sum_names=("count", "x"),
+        sums=torch.stack([torch.tensor(len(values)).double(), values.double().sum()]),
+        max_names=("x",),
+        maxima=largest[None],
+        finish=mean_and_max,
+    )
+
+
 def parts_of(values: torch.Tensor) -> dict:
     """What a rank holding `values` [n] float32 reports; n may be 0."""
     has_values = len(values) > 0
@@ -28,9 +47,12 @@ def parts_of(values: torch.Tensor) -> dict:
         "a/mean": Mean(sum=values.double().sum(), count=len(values)),
         "a/sum": Sum(values.double().sum()),
         "a/max": Max(values.max() if has_values else float("-inf")),
+        "a/min": Min(values.min() if has_values else float("inf")),
         "a/histogram": Histogram.of(values, edges=EDGES),
+        "a/figures": figures_of(values),
         "nobody/mean": Mean(sum=0.0, count=0),
         "nobody/max": Max(float("-inf")),
+        "nobody/min": Min(float("inf")),
         "nobody/histogram": Histogram.of(torch.zeros(0), edges=EDGES),
     }
 
@@ -69,6 +91,10 @@ def test_ranks_together_equal_one_rank(of_ranks, split):
     whole = reduce(parts_of(torch.cat(values_of(split))), alone)
     assert of_ranks[0][split] == of_ranks[1][split] == of_ranks[2][split]
     assert of_ranks[0][split] == pytest.approx(whole, rel=1e-15)
+    values = torch.cat(values_of(split)).double()
+    assert whole["a/min"] == values.min().item()
+    assert whole["x/max"] == values.max().item()
+    assert whole["x/mean"] == pytest.approx(values.mean().item(), rel=1e-14)
 
 
 def test_metrics_that_differ_between_ranks_are_refused_on_every_rank(of_ranks):
@@ -79,11 +105,13 @@ def test_numbers_worked_by_hand():
     metrics = {
         "b/mean": Mean(sum=3.0, count=4),
         "c/max": Max(torch.tensor(-1.5)),
+        "c/min": Min(0.25),
         "d/histogram": Histogram.of(torch.tensor([-3.0, 1.5, 1.5, 9.0]), edges=(0.0, 1.0, 2.0)),
     }
     assert reduce(metrics, alone) == {
         "b/mean": 0.75,
         "c/max": -1.5,
+        "c/min": 0.25,
         # Of four, one in [0, 1) and three in [1, 2): what lies outside is in the outer bins.
         "d/q50": pytest.approx(1 + 1 / 3),
         "d/q90": pytest.approx(1 + 2.6 / 3),
@@ -114,6 +142,9 @@ def test_micro_batches_of_a_rank_are_merged_first():
     assert reduce(merged, alone) == pytest.approx(reduce(parts_of(values), alone), rel=1e-15)
     with pytest.raises(ValueError, match="a/max: expected metrics of one kind"):
         merge([{"a/max": Max(1.0)}, {"a/max": Sum(1.0)}])
+    other = replace(figures_of(values), finish=lambda sums, maxima: {})
+    with pytest.raises(ValueError, match="a/figures: expected metrics of one kind"):
+        merge([{"a/figures": figures_of(values)}, {"a/figures": other}])
 
 
 def test_sums_are_float64():

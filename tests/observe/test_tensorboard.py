@@ -1,6 +1,13 @@
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import re
 
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from megatron_rl.objective.gap_metrics import discrepancy_metrics
+from megatron_rl.observe.metrics import reduce
 from megatron_rl.observe.tensorboard import LAYOUT, TensorBoardWriter
+from megatron_rl.step_metrics import evaluation_metrics, rollout_metrics
 
 
 def test_scalars_survive_a_resume_without_doubled_steps(tmp_path):
@@ -21,5 +28,70 @@ def test_scalars_survive_a_resume_without_doubled_steps(tmp_path):
     ]
 
 
-def test_the_custom_page_groups_the_curves():
-    assert list(LAYOUT) == ["reward", "discrepancy and constraint", "learner", "speed"]
+def keys_of_a_step() -> set[str]:
+    """What objective and learner report of two tokens, and the others' keys by name."""
+    logprobs, mask = torch.tensor([-0.1, -1.0]), torch.ones(2, dtype=torch.bool)
+    of_gap = discrepancy_metrics(
+        logprobs,
+        logprobs - 0.1,
+        mask,
+        torch.zeros(2, dtype=torch.int64),
+        0,
+        sequence_ids=torch.zeros(2, dtype=torch.int64),
+        num_sequences=1,
+    )
+    keys = set(reduce(of_gap, lambda values, operation: values))
+    keys |= set(rollout_metrics([], [], [], sources=["a"]))
+    keys |= set(evaluation_metrics([], [], 8))
+    return keys | {
+        "constraint/lambda",
+        "constraint/tolerance",
+        "learner/grad_norm",
+        "learner/learning_rate",
+        "loss/clip_fraction_low/mean",
+        "loss/entropy/mean",
+        "loss/mean",
+        "speed/seconds/rollout",
+        "speed/tokens_per_second",
+    }
+
+
+def test_the_first_group_tells_the_state_of_the_gap():
+    first = next(iter(LAYOUT.values()))
+    shown = {key for key in keys_of_a_step() if any_chart_shows(first, key)}
+    assert shown >= {
+        "reward/mean",
+        "discrepancy/mean",
+        "constraint/tolerance",
+        "constraint/lambda",
+        "discrepancy/kl_k1/mean",
+        "discrepancy/kl_k3/mean",
+        "discrepancy/effective_sample_size/token",
+        "discrepancy/effective_sample_size/sequence_sum",
+        "loss/entropy/mean",
+        "learner/grad_norm",
+        "discrepancy/age/mean",
+    }
+
+
+def any_chart_shows(charts: dict, key: str) -> bool:
+    return any(re.search(tag, key) for _, tags in charts.values() for tag in tags)
+
+
+def test_every_chart_has_a_curve():
+    keys = keys_of_a_step()
+    for charts in LAYOUT.values():
+        for title, (_, tags) in charts.items():
+            if title != "corrections":  # only where one is on
+                assert all(any(re.search(tag, key) for key in keys) for tag in tags), title
+
+
+def test_the_layout_is_written(tmp_path):
+    TensorBoardWriter(tmp_path, purge_step=None).close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    [written] = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(written.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == list(LAYOUT)
+    titles = [chart.title for chart in layout.category[0].chart]
+    assert titles == list(LAYOUT["state of the gap"])

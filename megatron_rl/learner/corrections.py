@@ -1,0 +1,143 @@
+"""Log-probs of a row and the settings in, what of it stays and what it weighs out; and the numbers
+of the whole step that a row's loss needs before the first backward pass.
+
+The rules stand in `objective/`; here they are put together, and the sums of the global batch are
+added over the data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.config import ObjectiveConfig
+from megatron_rl.errors import DivergenceError
+from megatron_rl.learner.parallel import Parallel
+from megatron_rl.objective.corrections import importance_weights, weight_mean
+from megatron_rl.objective.discrepancy import discrepancy
+from megatron_rl.objective.rejection import rejection_metrics, within_divergence, without_veto
+from megatron_rl.observe.metrics import Metric
+from megatron_rl.records import MicroBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCorrection:
+    """Example: a row of three sampled tokens whose last one was rejected: `RowCorrection(
+    kept=[True, True, False], weights=[0.9, 1.1, 1.3], is_outside=[False] * 3, metrics={...})`.
+    """
+
+    kept: torch.Tensor  # [T] bool, what the loss is over
+    weights: torch.Tensor | None  # [T] float32, not yet batch-normalised; None: 1
+    is_outside: torch.Tensor | None  # [T] bool, the weight was bounded; None without weights
+    metrics: dict[str, Metric]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchScalars:
+    """The same on every rank that has a loss. Example: `BatchScalars(weight_mean=0.97,
+    is_gate_open=True)`.
+    """
+
+    weight_mean: float = 1.0  # of the global batch's kept weights
+    is_gate_open: bool = True  # the penalty acts in this step
+
+
+def needs_batch_scalars(config: ObjectiveConfig) -> bool:
+    """Whether a row's loss waits for sums of the global batch, and so for a recomputation."""
+    constraint = config.constraint
+    return config.importance.batch_normalize or (constraint.enabled and constraint.gate == "mean")
+
+
+def correct_row(
+    row: MicroBatch, recomputed: torch.Tensor, config: ObjectiveConfig
+) -> RowCorrection:
+    """Rejection, veto and importance weights of one row.
+
+    Args:
+        recomputed: [T] float32, `recomputed_logprobs`.
+    """
+    rejection, importance = config.rejection, config.importance
+    rollout, sampled, ids = row.rollout_logprobs, row.loss_mask, row.sequence_ids
+    kept, metrics = sampled, {}
+    if rejection.divergence != "none":
+        stays = within_divergence(
+            recomputed,
+            rollout,
+            sampled,
+            ids,
+            divergence=rejection.divergence,
+            level=rejection.level,
+            lower=rejection.lower,
+            upper=rejection.upper,
+        )
+        metrics |= rejection_metrics(stays, sampled, ids, name="rejected")
+        kept = kept & stays
+    if rejection.veto_ratio > 0 or rejection.veto_probability > 0:
+        stays = without_veto(
+            recomputed,
+            rollout,
+            sampled,
+            ids,
+            ratio=rejection.veto_ratio,
+            probability=rejection.veto_probability,
+        )
+        metrics |= rejection_metrics(stays, sampled, ids, name="vetoed")
+        kept = kept & stays
+    weights = is_outside = None
+    if importance.level != "none":
+        weights, is_outside = importance_weights(
+            recomputed,
+            rollout,
+            sampled,
+            ids,
+            level=importance.level,
+            mode=importance.mode,
+            lower=importance.lower,
+            upper=importance.upper,
+        )
+    return RowCorrection(kept=kept, weights=weights, is_outside=is_outside, metrics=metrics)
+
+
+def batch_scalars(
+    mini_batches: Sequence[Sequence[MicroBatch]],
+    recomputed: Sequence[Sequence[torch.Tensor]],
+    config: ObjectiveConfig,
+    parallel: Parallel,
+    *,
+    tolerance: float,
+) -> BatchScalars:
+    """Means over every row of the step on every data-parallel rank; a collective of the last stage.
+
+    Args:
+        recomputed: a [T] a row a mini-batch.
+        tolerance: what the mean gap is held against, for the gate "mean".
+
+    Raises:
+        DivergenceError: a batch without any response token, on every rank.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    for rows, of_rows in zip(mini_batches, recomputed, strict=True):
+        for row, logprobs in zip(rows, of_rows, strict=True):
+            gap = discrepancy(logprobs, row.rollout_logprobs)[row.loss_mask].double()
+            sums[0] += gap.sum().cpu()
+            sums[1] += gap.numel()
+            correction = correct_row(row, logprobs, config)
+            if correction.weights is not None:
+                mean = weight_mean(
+                    correction.weights,
+                    correction.kept,
+                    row.sequence_ids,
+                    level=config.importance.level,
+                )
+                sums[2] += float(mean.sum)
+                sums[3] += float(mean.count)
+    gap_sum, gap_count, weight_sum, weight_count = parallel.reducer()(sums, "sum").tolist()
+    if gap_count == 0:
+        raise DivergenceError("training step: expected a response token in the batch, got none")
+    return BatchScalars(
+        # Nothing kept, or nothing that weighs: there is nothing to normalise.
+        weight_mean=weight_sum / weight_count if weight_sum > 0 else 1.0,
+        is_gate_open=gap_sum / gap_count > tolerance,
+    )

@@ -1,0 +1,153 @@
+"""Recomputed and rollout log-probs come in, importance weights of the kept tokens go out.
+
+    rho[t] = p_train[t] / p_inf[t]
+    token:          rho[t]
+    sequence_sum:   product of the sequence's rho (sum of log-ratios), on each of its tokens
+    sequence_mean:  their geometric mean (mean of log-ratios), on each of its tokens
+
+then bounded: `truncate` clips to [lower, upper], `mask` sets what lies outside to 0. The weight
+multiplies a token's surrogate, without gradient; a masked token still counts as a kept one.
+Sources: truncated importance sampling is token, truncate, upper 2 (Yao et al. 2025, verl);
+IcePop is token, mask, 0.5 to 5 (arXiv 2510.18855); TRL's sequence mask is sequence_sum, upper 3.
+verl and TRL mean the sum where they say "sequence", ms-swift the mean.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.objective.loss import MAX_LOG_RATIO
+from megatron_rl.objective.sequences import (
+    max_by_sequence,
+    mean_by_sequence,
+    sum_by_sequence,
+    to_tokens,
+)
+from megatron_rl.observe.metrics import Figures, Mean, Metric
+
+LEVELS = ("token", "sequence_sum", "sequence_mean")
+MODES = ("truncate", "mask")
+
+
+def importance_weights(
+    recomputed_logprobs: torch.Tensor,
+    rollout_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    *,
+    level: str,
+    mode: str,
+    lower: float,
+    upper: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounded weights.
+
+    Args:
+        recomputed_logprobs, rollout_logprobs: [T] float32.
+        mask: [T] bool, every response token that was sampled.
+        sequence_ids: [T] int64, 0 to S-1, -1 on padding; whole sequences.
+        level, mode: see the head of this file.
+        lower, upper: 0 <= lower <= 1 <= upper.
+
+    Returns:
+        weights [T] float32, exactly 1 where p_train = p_inf, 0 where the mask is False; and
+        [T] bool, True where the weight lay outside the bounds before it was bounded.
+    """
+    log_ratio = log_ratios(recomputed_logprobs, rollout_logprobs, mask)
+    if level == "sequence_sum":
+        log_ratio = to_tokens(sum_by_sequence(log_ratio, mask, sequence_ids), sequence_ids)
+    elif level == "sequence_mean":
+        log_ratio = to_tokens(mean_by_sequence(log_ratio, mask, sequence_ids), sequence_ids)
+    elif level != "token":
+        raise ConfigError(
+            f"objective.importance.level: expected one of {', '.join(LEVELS)}, got {level!r}"
+        )
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    is_outside = mask & ((ratio < lower) | (ratio > upper))
+    if mode == "truncate":
+        weights = ratio.clamp(lower, upper)
+    elif mode == "mask":
+        weights = torch.where(is_outside, 0.0, ratio)
+    else:
+        raise ConfigError(
+            f"objective.importance.mode: expected one of {', '.join(MODES)}, got {mode!r}"
+        )
+    return torch.where(mask, weights, 0.0).float(), is_outside
+
+
+def log_ratios(
+    recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """`log rho`, [T] float64, unclamped, 0 where the mask is False."""
+    if not recomputed_logprobs.shape == rollout_logprobs.shape == mask.shape:
+        raise ValueError(
+            f"log_ratios: expected log-probs of the mask's shape {tuple(mask.shape)}, got "
+            f"{tuple(recomputed_logprobs.shape)} and {tuple(rollout_logprobs.shape)}"
+        )
+    difference = recomputed_logprobs.detach().double() - rollout_logprobs.detach().double()
+    return torch.where(mask, difference, 0.0)
+
+
+def weight_mean(
+    weights: torch.Tensor, kept: torch.Tensor, sequence_ids: torch.Tensor, *, level: str
+) -> Mean:
+    """Sum and count of the kept weights: what batch normalisation divides by, once it is reduced.
+
+    Args:
+        weights: [T] float32, of `importance_weights`. kept: [T] bool.
+        level: at a sequence's level a sequence with a kept token counts once, as in verl.
+    """
+    if level == "token":
+        values = weights[kept].double()
+    else:
+        values = max_by_sequence(weights, kept, sequence_ids)
+        values = values[values.isfinite()]
+    return Mean(sum=values.sum(), count=values.numel())
+
+
+def weight_metrics(
+    weights: torch.Tensor, is_outside: torch.Tensor, kept: torch.Tensor
+) -> dict[str, Metric]:
+    """Of the kept tokens' weights as they multiply the surrogate.
+
+    Returns:
+        `correction/weight`, which is finished as `correction/weight/mean`, `/std`, `/min`, `/max`,
+        `correction/effective_sample_size` (of the tokens' weights, as a share), and
+        `correction/outside_bounds/mean`, the share that was bounded.
+    """
+    values = torch.where(kept, weights.detach().double(), 1.0)
+    # Sums of what exceeds 1: a variance from them keeps its digits where all are about 1.
+    excess = values - 1.0
+    sums = (kept.double(), excess, excess.square(), (is_outside & kept).double())
+    maxima = [torch.where(kept, each, -math.inf).amax() for each in (values, -values)]
+    return {
+        "correction/weight": Figures(
+            sum_names=("tokens", "excess", "excess^2", "outside"),
+            sums=torch.stack([each.sum() for each in sums]),
+            max_names=("weight", "-weight"),
+            maxima=torch.stack(maxima),
+            finish=_finish_weights,
+        )
+    }
+
+
+def _finish_weights(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    """The figures of `weight_metrics`; none without a kept token."""
+    count = sums["tokens"]
+    if not count:
+        return {}
+    excess, square = sums["excess"] / count, sums["excess^2"] / count
+    mean_square = 1.0 + 2.0 * excess + square
+    figures = {
+        "weight/mean": 1.0 + excess,
+        "weight/std": math.sqrt(max(0.0, square - excess * excess)),
+        "weight/min": -maxima["-weight"],
+        "weight/max": maxima["weight"],
+        "outside_bounds/mean": sums["outside"] / count,
+    }
+    if mean_square > 0:
+        figures["effective_sample_size"] = (1.0 + excess) ** 2 / mean_square
+    return {f"correction/{name}": value for name, value in figures.items()}

@@ -1,0 +1,163 @@
+"""Log-probs of two policies come in, which tokens stay goes out: rules that drop tokens, or whole
+sequences, whose policies lie too far apart.
+
+With `rho = p_train / p_inf`, per token (Schulman 2020, verl's rollout correction):
+
+    k1 = -log rho,   k2 = (log rho)^2 / 2,   k3 = rho - 1 - log rho
+
+At the level of a token each stands for itself; at a sequence's level all tokens go where the sum,
+the mean or the largest of them is out of bounds. The bounds of k1 are written as ratios, lower <=
+exp(-k1) <= upper, as verl and the papers do (geometric: sequence_mean of 0.999 to 1.001); those
+of k2 and k3 are an upper bound in nats.
+
+A rejected token leaves numerator and denominator of the loss; it stays in the mean discrepancy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.objective.corrections import log_ratios
+from megatron_rl.objective.loss import MAX_LOG_RATIO
+from megatron_rl.objective.sequences import (
+    max_by_sequence,
+    mean_by_sequence,
+    sum_by_sequence,
+    to_tokens,
+)
+from megatron_rl.observe.metrics import Mean, Metric
+
+DIVERGENCES = ("k1", "k2", "k3")
+LEVELS = ("token", "sequence_sum", "sequence_mean", "sequence_max")
+
+
+def within_divergence(
+    recomputed_logprobs: torch.Tensor,
+    rollout_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    *,
+    divergence: str,
+    level: str,
+    lower: float,
+    upper: float,
+) -> torch.Tensor:
+    """Which sampled tokens a rule keeps.
+
+    Args:
+        recomputed_logprobs, rollout_logprobs: [T] float32.
+        mask: [T] bool, every response token that was sampled.
+        sequence_ids: [T] int64, 0 to S-1, -1 on padding; whole sequences.
+        divergence, level: see the head of this file.
+        lower, upper: of the ratio for k1, 0 <= lower <= 1 <= upper; for k2 and k3 `upper` alone
+            counts, in nats.
+
+    Returns:
+        [T] bool, False where the mask is.
+    """
+    log_ratio = log_ratios(recomputed_logprobs, rollout_logprobs, mask)
+    if divergence == "k1":
+        log_lower = math.log(lower) if lower > 0 else -math.inf
+        values, low, high = log_ratio, log_lower, math.log(upper)
+    elif divergence == "k2":
+        values, low, high = log_ratio.square() / 2, -math.inf, upper
+    elif divergence == "k3":
+        clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        values, low, high = torch.expm1(clamped) - clamped, -math.inf, upper
+    else:
+        raise ConfigError(
+            f"objective.rejection.divergence: expected one of {', '.join(DIVERGENCES)}, "
+            f"got {divergence!r}"
+        )
+    if level == "token":
+        return mask & (values >= low) & (values <= high)
+    if level == "sequence_max":  # the token that is farthest out
+        is_outside = (values < low) | (values > high)
+        has_outside = max_by_sequence(is_outside, mask, sequence_ids) > 0
+        return mask & ~to_tokens(has_outside, sequence_ids)
+    if level not in LEVELS:
+        raise ConfigError(
+            f"objective.rejection.level: expected one of {', '.join(LEVELS)}, got {level!r}"
+        )
+    reduction = sum_by_sequence if level == "sequence_sum" else mean_by_sequence
+    of_sequences = reduction(values, mask, sequence_ids)
+    return mask & to_tokens((of_sequences >= low) & (of_sequences <= high), sequence_ids)
+
+
+def without_veto(
+    recomputed_logprobs: torch.Tensor,
+    rollout_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    *,
+    ratio: float,
+    probability: float,
+) -> torch.Tensor:
+    """Drops a sequence for one token that the learner would hardly have chosen.
+
+    Args:
+        ratio: p_train / p_inf below it is a veto (verl, slime: 1e-4); 0: never.
+        probability: p_train below it is a veto; 0: never.
+
+    Returns:
+        [T] bool, False where the mask is.
+    """
+    log_ratio = log_ratios(recomputed_logprobs, rollout_logprobs, mask)
+    is_vetoed = torch.zeros_like(mask)
+    if ratio > 0:
+        is_vetoed |= log_ratio < math.log(ratio)
+    if probability > 0:
+        is_vetoed |= recomputed_logprobs.detach() < math.log(probability)
+    has_veto = max_by_sequence(is_vetoed, mask, sequence_ids) > 0
+    return mask & ~to_tokens(has_veto, sequence_ids)
+
+
+def on_policy_or_praised(
+    policy_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    *,
+    threshold: float,
+) -> torch.Tensor:
+    """Off-policy sequence masking (OPSM, DeepSeek-V3.2, arXiv 2512.02556): out goes a sequence with
+    a negative advantage that the policy has left, `mean(log p_old - log p_theta) > threshold`.
+
+    Args:
+        policy_logprobs, old_logprobs: [T] float32; no gradient flows.
+        advantages: [T] float32, the group's, before any shaping.
+        mask: [T] bool, the tokens that the mean is over.
+
+    Returns:
+        [T] bool, False where the mask is.
+    """
+    moved = mean_by_sequence(log_ratios(old_logprobs, policy_logprobs, mask), mask, sequence_ids)
+    is_far = to_tokens(moved > threshold, sequence_ids)
+    return mask & ~(is_far & (advantages < 0))
+
+
+def rejection_metrics(
+    kept: torch.Tensor, mask: torch.Tensor, sequence_ids: torch.Tensor, *, name: str
+) -> dict[str, Metric]:
+    """What a rule took.
+
+    Returns:
+        `correction/<name>_tokens/mean`, share of the sampled tokens that it does not keep;
+        `correction/<name>_sequences/mean`, share of the sequences with a sampled token that lost
+        one or more.
+    """
+    is_taken = mask & ~kept
+    has_tokens = max_by_sequence(mask, mask, sequence_ids) > 0
+    has_lost = max_by_sequence(is_taken, mask, sequence_ids) > 0
+    return {
+        f"correction/{name}_tokens/mean": Mean(
+            sum=is_taken.sum(dtype=torch.float64), count=mask.sum(dtype=torch.float64)
+        ),
+        f"correction/{name}_sequences/mean": Mean(
+            sum=has_lost.sum(dtype=torch.float64), count=has_tokens.sum(dtype=torch.float64)
+        ),
+    }
