@@ -1,0 +1,297 @@
+"""Which correction helps, on which engine? Runs every arm of a study and writes what came out.
+
+    python tools/study_discrepancy.py run configs/study.yaml -o runs/study model.path=MODEL
+    python tools/study_discrepancy.py report configs/study.yaml -o runs/study --docs docs
+
+`run` goes through engines x seeds x arms, one real training run after another, and may be stopped
+and called again: finished runs stay. `report` writes discrepancy-study.md, a PNG an engine and the
+raw figures of every step as CSV, from the runs that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from omegaconf import OmegaConf
+
+from megatron_rl.errors import ConfigError, DataError, EngineError
+from megatron_rl.experiment import DONE_FILE, run_to_the_end
+from megatron_rl.lifetime import watch_signals
+from megatron_rl.observe.run_log import read_metrics
+
+Record = dict[str, Any]
+PANELS = (  # of the curves, by metric
+    ("reward/mean", "reward"),
+    ("discrepancy/mean", "mean |p_train - p_inf|"),
+    ("constraint/lambda", "lambda"),
+    ("loss/entropy/mean", "entropy, nats"),
+    ("learner/grad_norm", "gradient norm"),
+    ("discrepancy/kl_k3/mean", "KL (k3), nats"),
+)
+LAST_STEPS = 10  # what a table says of the end is a mean over these
+
+# Of every step, into the CSV; evaluations are of the steps that have one.
+COLUMNS = (
+    "reward/mean",
+    "discrepancy/mean",
+    "discrepancy/kl_k3/mean",
+    "constraint/tolerance",
+    "constraint/lambda",
+    "loss/entropy/mean",
+    "advantage/abs/mean",
+    "learner/grad_norm",
+    "speed/seconds/learner",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Example: `Study(config="configs/quickstart.yaml", settings=("loop.num_steps=60",),
+    seeds=(0, 1), engines={"bf16": ()}, arms={"grpo": ("objective.constraint.enabled=false",)})`.
+    """
+
+    config: str
+    settings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    engines: dict[str, tuple[str, ...]]
+    arms: dict[str, tuple[str, ...]]
+
+    def runs(self) -> list[tuple[str, str, int]]:
+        """Engine, arm and seed of every run; a whole seed of all arms before the next one."""
+        return [
+            (engine, arm, seed)
+            for seed in self.seeds
+            for engine in self.engines
+            for arm in self.arms
+        ]
+
+    def overrides(self, engine: str, arm: str, seed: int) -> list[str]:
+        """What the run adds to `config`."""
+        own = [*self.settings, *self.engines[engine], *self.arms[arm]]
+        return [*own, f"loop.seed={seed}", f"data.seed={seed}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("study", type=Path, help="YAML file, see configs/study.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report goes")
+    options = parser.parse_intermixed_args(arguments)
+    watch_signals(lambda: "runs that are finished are kept")
+    try:
+        study = load_study(options.study)
+        if options.action == "run":
+            run_study(study, options.overrides, options.output)
+        else:
+            curves = read_curves(study, options.output)
+            options.docs.mkdir(parents=True, exist_ok=True)
+            write_csv(curves, options.docs / "discrepancy-study.csv")
+            write_report(curves, options.docs, options.study)
+    except (ConfigError, DataError, EngineError) as error:
+        print(f"study_discrepancy: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def load_study(path: Path) -> Study:
+    """Raises ConfigError where the file is not what `Study` says."""
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(path))
+        return Study(
+            config=str(found["config"]),
+            settings=tuple(map(str, found["settings"])),
+            seeds=tuple(map(int, found["seeds"])),
+            engines={name: tuple(map(str, keys)) for name, keys in found["engines"].items()},
+            arms={name: tuple(map(str, keys)) for name, keys in found["arms"].items()},
+        )
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: expected config, settings, seeds, engines and arms as in configs/study.yaml, "
+            f"got {error!r}"
+        ) from error
+
+
+def run_study(study: Study, overrides: Sequence[str], output: Path) -> None:
+    """Every run that is not finished; one that fails is told and left out."""
+    runs, failed = study.runs(), []
+    for number, (engine, arm, seed) in enumerate(runs, 1):
+        print(f"{number} of {len(runs)}: {engine}, {arm}, seed {seed}", flush=True)
+        settings = [*overrides, *study.overrides(engine, arm, seed)]
+        try:
+            run_to_the_end(study.config, settings, run_dir_of(output, engine, arm, seed))
+        except EngineError as error:
+            print(error, file=sys.stderr, flush=True)
+            failed.append(f"{engine}/{arm}/seed {seed}")
+    if failed:
+        raise EngineError(f"expected every run to end well, got failures of {', '.join(failed)}")
+
+
+def run_dir_of(output: Path, engine: str, arm: str, seed: int) -> Path:
+    return output / engine / arm / f"seed_{seed}"
+
+
+def read_curves(study: Study, output: Path) -> list[Record]:
+    """A record for every step of every finished run: engine, arm, seed, step and its metrics."""
+    records: list[Record] = []
+    for engine, arm, seed in study.runs():
+        folder = run_dir_of(output, engine, arm, seed)
+        if (folder / DONE_FILE).is_file():
+            place = {"engine": engine, "arm": arm, "seed": seed}
+            records += [place | record for record in read_metrics(folder / "metrics.jsonl")]
+    if not records:
+        raise DataError(f"{output}: expected finished runs, got none; call with run first")
+    return records
+
+
+def write_csv(records: Sequence[Record], path: Path) -> None:
+    """One line a step: COLUMNS, and whatever is below eval/."""
+    evaluations = sorted({key for each in records for key in each if key.startswith("eval/avg")})
+    fields = ["engine", "arm", "seed", "step", *COLUMNS, *evaluations]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for each in records:
+            row = {key: f"{each[key]:.6g}" for key in each if isinstance(each[key], float)}
+            writer.writerow(each | row)
+
+
+def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
+    """discrepancy-study.md, and beside it a PNG an engine."""
+    engines = list(dict.fromkeys(each["engine"] for each in records))
+    lines = [
+        "# Which correction helps when engine and learner disagree?",
+        "",
+        f"Made by `tools/study_discrepancy.py`: `run {study}`, then `report {study}`. Every figure",
+        f"is a mean over seeds with its standard error; those of training are over the last "
+        f"{LAST_STEPS} steps. Raw figures of every step:",
+        "[discrepancy-study.csv](discrepancy-study.csv).",
+    ]
+    for engine in engines:
+        own = [each for each in records if each["engine"] == engine]
+        draw(own, docs / f"discrepancy-study-{engine}.png", title=engine)
+        lines += ["", f"## Engine: {engine}", "", *table_of(own), ""]
+        lines.append(f"![curves](discrepancy-study-{engine}.png)")
+    path = docs / "discrepancy-study.md"
+    path.write_text("\n".join(lines) + "\n" + kept_findings(path))
+    print(path)
+
+
+def kept_findings(path: Path) -> str:
+    """What a person wrote at the end of the last report, from the heading "Findings" on."""
+    if not path.is_file():
+        return ""
+    _, heading, findings = path.read_text().partition("\n## Findings\n")
+    return heading + findings
+
+
+def table_of(records: Sequence[Record]) -> list[str]:
+    """A line an arm, in Markdown."""
+    last = max(each["step"] for each in records) - LAST_STEPS
+    columns: dict[str, Callable[[list[Record]], float]] = {
+        "avg@8, end": lambda run: at_end(run, "eval/avg_at_8"),
+        "gain": lambda run: at_end(run, "eval/avg_at_8") - at_start(run, "eval/avg_at_8"),
+        "discrepancy": lambda run: mean_after(run, "discrepancy/mean", last),
+        "tolerance": lambda run: mean_after(run, "constraint/tolerance", last),
+        "lambda, end": lambda run: at_end(run, "constraint/lambda"),
+        "lambda x discrepancy / mean |A|": penalty_share,
+        "entropy": lambda run: mean_after(run, "loss/entropy/mean", last),
+        "gradient norm": lambda run: mean_after(run, "learner/grad_norm", last),
+        "seconds a step, learner": lambda run: mean_after(run, "speed/seconds/learner", 0),
+    }
+    lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for arm in dict.fromkeys(each["arm"] for each in records):
+        runs = runs_of(records, arm)
+        cells = [with_error([column(run) for run in runs]) for column in columns.values()]
+        lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def runs_of(records: Sequence[Record], arm: str) -> list[list[Record]]:
+    """The records of an arm, a list a seed."""
+    of_arm = [each for each in records if each["arm"] == arm]
+    seeds = dict.fromkeys(each["seed"] for each in of_arm)
+    return [[each for each in of_arm if each["seed"] == seed] for seed in seeds]
+
+
+def at_start(run: Sequence[Record], key: str) -> float:
+    return next((each[key] for each in run if each.get(key) is not None), math.nan)
+
+
+def at_end(run: Sequence[Record], key: str) -> float:
+    return at_start(run[::-1], key)
+
+
+def mean_after(run: Sequence[Record], key: str, step: int) -> float:
+    found = [each[key] for each in run if each["step"] > step and each.get(key) is not None]
+    return statistics.mean(found) if found else math.nan
+
+
+def penalty_share(run: Sequence[Record]) -> float:
+    """lambda x mean gap over the mean |A|, in the last step."""
+    gap, size = at_end(run, "discrepancy/mean"), at_end(run, "advantage/abs/mean")
+    return at_end(run, "constraint/lambda") * gap / size if size else math.nan
+
+
+def with_error(values: Sequence[float]) -> str:
+    """`0.801 ± 0.004`: the mean and its standard error over seeds."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return ""
+    mean = statistics.mean(known)
+    if len(known) == 1:
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ± {statistics.stdev(known) / math.sqrt(len(known)):.1g}"
+
+
+def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
+    """PANELS of all arms: the mean over seeds, and a band from the lowest to the highest."""
+    figure, grid = pyplot.subplots(3, 2, figsize=(11, 10), sharex=True)
+    arms = list(dict.fromkeys(each["arm"] for each in records))
+    for (key, label), axes in zip(PANELS, grid.flat, strict=True):
+        for number, arm in enumerate(arms):
+            draw_arm(axes, [e for e in records if e["arm"] == arm], key, f"C{number}", arm)
+        axes.set_ylabel(label)
+        axes.grid(color="#e3e7ec")
+        axes.spines[["top", "right"]].set_visible(False)
+    tolerance = [each for each in records if each.get("constraint/tolerance") is not None]
+    if tolerance:
+        grid.flat[1].axhline(tolerance[-1]["constraint/tolerance"], color="black", linestyle=":")
+    grid.flat[0].legend(frameon=False, fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    figure.suptitle(title, x=0.02, ha="left", fontweight="bold")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_arm(axes: Axes, records: Sequence[Record], key: str, color: str, label: str) -> None:
+    by_step: dict[int, list[float]] = {}
+    for each in records:
+        if each.get(key) is not None:
+            by_step.setdefault(each["step"], []).append(each[key])
+    steps = sorted(by_step)
+    axes.plot(steps, [statistics.mean(by_step[s]) for s in steps], color=color, label=label)
+    low, high = ([pick(by_step[s]) for s in steps] for pick in (min, max))
+    axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
