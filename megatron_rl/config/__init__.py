@@ -24,7 +24,7 @@ from megatron_rl.config.objective import (
     ObjectiveConfig,
     RejectionConfig,
 )
-from megatron_rl.config.rollout import EvalConfig, RolloutConfig, SamplingConfig
+from megatron_rl.config.rollout import EvalConfig, QuantizationConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import check_between_sections, require
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "OptimizerConfig",
     "OverlongConfig",
     "ParallelConfig",
+    "QuantizationConfig",
     "RejectionConfig",
     "RewardConfig",
     "RolloutConfig",
