@@ -111,7 +111,8 @@ def _probe_samples(run: Run) -> list[Sample]:
         seeds=[sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts],
     )
     unscored = [[UNSCORED] * PROBE_SAMPLES] * len(groups)
-    return make_samples(groups, unscored, [[0.0] * PROBE_SAMPLES] * len(groups))
+    advantages, is_kept = [[0.0] * PROBE_SAMPLES], [[True] * PROBE_SAMPLES]
+    return make_samples(groups, unscored, advantages * len(groups), is_kept * len(groups))
 
 
 def engine_precision(rollout: RolloutConfig) -> str:

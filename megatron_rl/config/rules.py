@@ -42,8 +42,14 @@ def above_zero(**values: float) -> None:
 
 def check_between_sections(config: Config) -> None:
     """The rules whose keys stand in different sections."""
-    _check_sync(config)
     rollout, learner, loop = config.rollout, config.learner, config.loop
+    _check_sync(config)
+    buffer_tokens, max_tokens = config.reward.overlong.buffer_tokens, rollout.sampling.max_tokens
+    require(
+        buffer_tokens <= max_tokens,
+        f"reward.overlong.buffer_tokens: expected at most rollout.sampling.max_tokens={max_tokens},"
+        f" got {buffer_tokens}",
+    )
     sequences = loop.prompts_per_step * loop.samples_per_prompt
     require(
         learner.mini_batches_per_step <= sequences,

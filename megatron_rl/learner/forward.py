@@ -79,8 +79,9 @@ def row_output(
     logprobs, entropy = token_logprobs_and_entropy(
         kept_logits,
         row.labels[kept],
-        overwrite_logits=not has_entropy_gradient,  # a copy that nobody else holds
         **place,
+        # A copy that nobody else holds, but for the entropy's own pass.
+        overwrite_logits=not has_entropy_gradient,
     )
     if has_entropy_gradient:
         entropy = differentiable_entropy(kept_logits, **place)
