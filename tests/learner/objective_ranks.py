@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.config import (
     ConstraintConfig,
@@ -20,6 +21,7 @@ from megatron_rl.config import (
     ObjectiveConfig,
     RejectionConfig,
 )
+from megatron_rl.learner.parallel import Parallel
 from tests.learner.step_ranks import DUAL_VALUE, Case, run_case, run_cases
 
 DUAL = ConstraintConfig(initial=DUAL_VALUE)
@@ -38,17 +40,16 @@ OBJECTIVES = {
         clip_high=4e-4,
         normalize="sequence_mean",
         constraint=DUAL,
-        importance=ImportanceConfig(level="sequence_mean", mode="mask", lower=0.9, upper=1.2),
+        importance=ImportanceConfig(level="sequence_mean", mode="mask", lower=0.93, upper=1.1),
         rejection=RejectionConfig(divergence="k3", level="sequence_mean", upper=0.05),
     ),
     "cispo_veto_token_gate": ObjectiveConfig(
         policy_loss="cispo",
         clip_low=1.0,
         clip_high=4.0,
-        normalize="sequence_sum",
         entropy_coefficient=0.01,
         constraint=replace(DUAL, gate="token", max_discrepancy=0.004, tolerance=0.0005),
-        rejection=RejectionConfig(veto_ratio=0.6),
+        rejection=RejectionConfig(veto_ratio=0.5),
     ),
     "bypass_dppo_penalty": ObjectiveConfig(
         policy_loss="dppo_tv",
@@ -57,7 +58,7 @@ OBJECTIVES = {
         clip_high=0.002,
         constraint=replace(DUAL, penalty="differentiable"),
         rejection=RejectionConfig(
-            divergence="k2", level="sequence_max", upper=0.3, opsm_threshold=0.05
+            divergence="k2", level="sequence_max", upper=0.3, opsm_threshold=0.0
         ),
     ),
     "dr_grpo_batch_normalized": ObjectiveConfig(
@@ -73,6 +74,7 @@ OBJECTIVES = {
         constraint=DUAL, kl=KLConfig(coefficient=0.2, estimator="k1", reference=REFERENCE)
     ),
     "decoupled_opsm": ObjectiveConfig(
+        normalize="sequence_sum",
         constraint=DUAL,
         importance=ImportanceConfig(level="token", mode="mask", lower=0.7, upper=1.4),
         rejection=RejectionConfig(opsm_threshold=0.0),
@@ -83,27 +85,54 @@ OBJECTIVES = {
     ),
 }
 
-NUM_MINI_BATCHES = {"decoupled_opsm": 2, "bypass_dppo_penalty": 2}
-CASES = tuple(
-    Case(objective=name, num_mini_batches=NUM_MINI_BATCHES.get(name, 1), **how)
-    for name in OBJECTIVES
-    for how in (
-        {},
-        {"layout": "dp2"},
-        {"layout": "dp2", "is_swapped": True},
-        {"layout": "tp2"},
-        {"layout": "pp2", "tokens_per_row": 48},
-        {"layout": "dp2", "is_packed": False, "tokens_per_row": 64},
-        {"is_sparse": True},
-        {"layout": "dp2", "is_sparse": True},
-    )
-    if not (how.get("is_sparse") and name in NUM_MINI_BATCHES)
+NUM_MINI_BATCHES = {"decoupled_opsm": 2}
+# What equal engines turn into the plain loss of the same name.
+CORRECTED = tuple(
+    name for name, config in OBJECTIVES.items() if not config.kl.reference and name[:3] != "dec"
+)
+PLAIN = "plain_"
+
+LAYOUTS = (
+    {},
+    {"layout": "dp2"},
+    {"layout": "dp2", "is_swapped": True},
+    {"layout": "tp2"},
+    {"layout": "pp2", "tokens_per_row": 48},
+    {"layout": "dp2", "is_packed": False, "tokens_per_row": 64},
+    {"is_sparse": True},
+    {"layout": "dp2", "is_sparse": True},
+)
+CASES = (
+    *(
+        Case(objective=name, num_mini_batches=NUM_MINI_BATCHES.get(name, 1), **how)
+        for name in OBJECTIVES
+        for how in LAYOUTS
+        if not (how.get("is_sparse") and name in NUM_MINI_BATCHES)
+    ),
+    *(
+        Case(objective=prefix + name, is_aligned=True)
+        for name in CORRECTED
+        for prefix in ("", PLAIN)
+    ),
 )
 
 
+def objective_of(name: str) -> ObjectiveConfig:
+    """Of that name; behind PLAIN, without constraint, weights and rejection."""
+    config = OBJECTIVES[name.removeprefix(PLAIN)]
+    if not name.startswith(PLAIN):
+        return config
+    return replace(
+        config,
+        constraint=ConstraintConfig(enabled=False),
+        importance=ImportanceConfig(),
+        rejection=RejectionConfig(),
+    )
+
+
 def main(model: Path, reference: Path, rollouts: Path, out: Path) -> None:
-    def run(case, parallel):
-        config = OBJECTIVES[case.objective]
+    def run(case: Case, parallel: Parallel) -> dict[str, Any]:
+        config = objective_of(case.objective)
         if config.kl.reference:
             config = replace(config, kl=replace(config.kl, reference=str(reference)))
         return run_case(case, model, rollouts, parallel, config)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from megatron_rl.config import (
     ParallelConfig,
 )
 from megatron_rl.data.packing import fill, pack
+from megatron_rl.learner.dual import build_dual
 from megatron_rl.learner.export import full_tensors
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.step import train_step
-from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import StepReport, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
@@ -55,6 +55,7 @@ class Case:
     is_sparse: bool = False  # the batch of which one DP rank gets no kept token
     is_distributed: bool = False  # the optimizer
     is_swapped: bool = False  # two DP ranks hold each other's rows
+    is_aligned: bool = False  # rollout log-probs are the learner's own
 
     @property
     def name(self) -> str:
@@ -64,6 +65,7 @@ class Case:
             ("sparse", self.is_sparse),
             ("distributed", self.is_distributed),
             ("swapped", self.is_swapped),
+            ("aligned", self.is_aligned),
         )
         parts = [
             self.layout,
@@ -172,6 +174,19 @@ def swap(batch: TrainBatch, parallel: Parallel) -> TrainBatch:
     return batches[1 - parallel.dp_rank]
 
 
+def align(batch: TrainBatch, learner: Learner) -> TrainBatch:
+    """As if the engine were the learner to the last bit; without pipeline parallelism."""
+    return TrainBatch(
+        mini_batches=tuple(
+            tuple(
+                replace(row, rollout_logprobs=logprobs)
+                for row, logprobs in zip(rows, learner.recompute(rows), strict=True)
+            )
+            for rows in batch.mini_batches
+        )
+    )
+
+
 def run_case(
     case: Case,
     model: Path,
@@ -182,7 +197,8 @@ def run_case(
     """One training step; what it did to everything."""
     if config is None:
         config = ObjectiveConfig(
-            normalize=case.normalize, constraint=ConstraintConfig(initial=DUAL_VALUE)
+            normalize=case.normalize,
+            constraint=ConstraintConfig(initial=DUAL_VALUE, tolerance=TOLERANCE),
         )
     learner = Learner(
         ModelConfig(path=str(model)),
@@ -200,10 +216,12 @@ def run_case(
         batch = one_per_row(dealt, case.tokens_per_row, parallel)
     if case.is_swapped:
         batch = swap(batch, parallel)
+    if case.is_aligned:
+        batch = align(batch, learner)
     report, recomputed = train_step(
         learner,
         batch,
-        DualVariable(DUAL_VALUE, tolerance=TOLERANCE),
+        build_dual(config.constraint),
         config,
         step=1,
         weight_version=0,
