@@ -40,7 +40,7 @@ OBJECTIVES = {
         clip_high=4e-4,
         normalize="sequence_mean",
         constraint=DUAL,
-        importance=ImportanceConfig(level="sequence_mean", mode="mask", lower=0.93, upper=1.1),
+        importance=ImportanceConfig(level="sequence_mean", mode="mask", lower=0.94, upper=1.06),
         rejection=RejectionConfig(divergence="k3", level="sequence_mean", upper=0.05),
     ),
     "cispo_veto_token_gate": ObjectiveConfig(
