@@ -52,6 +52,7 @@ from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
 SYNC_LOG = "sync.jsonl"
+REFERENCE_STEP = 1  # the step of eval.reference_rollouts that is scored
 ENGINE_MODEL = "engine_model"  # the checkpoint that quantised engines start from
 # Until a guard has noticed its server's death; the connection breaks before.
 DEATH_SECONDS = 1.0
@@ -76,6 +77,7 @@ class Run:
         self.replay_dir = Path(config.replay)
         check_replay(config)
         check_engine_place(config)
+        check_reference_rollouts(config)
         self._checkpoint = checkpoint_to_resume(config)
 
     def __enter__(self) -> Run:
@@ -316,6 +318,27 @@ def check_replay(config: Config) -> None:
         raise ConfigError(
             f"replay={folder}: expected the rollouts of another run, got those of run_dir="
             f"{config.run_dir}; choose another run_dir"
+        )
+
+
+def check_reference_rollouts(config: Config) -> None:
+    """ConfigError where `eval.reference_rollouts` cannot be scored with these settings."""
+    folder, sampling = config.eval.reference_rollouts, config.rollout.sampling
+    if not folder:
+        return
+    first = Path(folder) / f"step_{REFERENCE_STEP:06d}.rank0.safetensors"
+    if not first.is_file():
+        raise ConfigError(
+            f"eval.reference_rollouts={folder}: expected a run's rollouts/ folder with its step "
+            f"{REFERENCE_STEP}, {first.name} is not there"
+        )
+    # An engine scores given tokens over the whole vocabulary at temperature 1.
+    is_plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.min_p == 0
+    if not is_plain or sampling.top_k > 0:
+        raise ConfigError(
+            "eval.reference_rollouts: expected rollout.sampling with temperature=1 and nothing "
+            f"truncated, got temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, "
+            f"top_k={sampling.top_k}, min_p={sampling.min_p:g}"
         )
 
 

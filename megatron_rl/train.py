@@ -16,6 +16,7 @@ from megatron_rl.config import Config
 from megatron_rl.entry import Progress, run_command
 from megatron_rl.learner.step import train_step
 from megatron_rl.publishing import publish_weights
+from megatron_rl.reference_gap import reference_gap
 from megatron_rl.run import Run
 from megatron_rl.sampling import sample_step
 from megatron_rl.stations import (
@@ -36,7 +37,7 @@ def train(config: Config, progress: Progress) -> None:
         else:
             is_wanted = config.eval.at_start
             before = evaluate_held_out(run, with_constant_answer=True) if is_wanted else {}
-            write_metrics(run, parity, before)
+            write_metrics(run, parity, before, reference_gap(run) if is_wanted else {})
         for step in run.steps():
             sampled = sample_step(run)
             with run.stations.time("learner"):
@@ -61,7 +62,9 @@ def train(config: Config, progress: Progress) -> None:
             run.next_prompt += sampled.num_prompts
             parity = publish_weights(run) if should_publish(config, step) else {}
             record_rollouts(run, sampled, dealt, recomputed)
-            evaluation = evaluate_held_out(run) if should_evaluate(config, step) else {}
+            evaluation = {}
+            if should_evaluate(config, step):
+                evaluation = evaluate_held_out(run) | reference_gap(run)
             # Before the checkpoint: a step that is resumed after has its line, and loses it if it
             # is done again.
             write_metrics(run, report.metrics, parity, evaluation, sampled=sampled)

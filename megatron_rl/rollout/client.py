@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import httpx
@@ -51,6 +52,10 @@ def sampling_seed(run_seed: int, step: int, prompt_index: int) -> int:
 def _hash(*numbers: int) -> int:
     text = ",".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+# Picks the engine, and what it is asked.
+Question = tuple[int, Callable[["_EngineClient"], Awaitable[Any]]]
 
 
 class RolloutClient:
@@ -99,21 +104,43 @@ class RolloutClient:
             raise ValueError(f"seeds: expected one a prompt, {len(prompts)}, got {len(seeds)}")
         if not 1 <= num_samples <= MAX_SAMPLES:
             raise ValueError(f"num_samples: expected 1 to {MAX_SAMPLES}, got {num_samples}")
-        return asyncio.run(self._generate(prompts, sampling, num_samples, seeds))
+        questions = [
+            (
+                prompt.index,
+                partial(
+                    self._group,
+                    prompt=prompt,
+                    body=request_body(prompt, sampling, num_samples, seed),
+                ),
+            )
+            for prompt, seed in zip(prompts, seeds)
+        ]
+        return asyncio.run(self._ask_all(questions))
 
-    async def _generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingConfig,
-        num_samples: int,
-        seeds: Sequence[int],
-    ) -> list[RolloutGroup]:
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """The engines' log-probs of given tokens, over the whole vocabulary at temperature 1.
+
+        Args:
+            sequences: token ids, two or more each, shared out over the engines.
+
+        Returns:
+            For each sequence a log-prob a token, 0.0 for the first, which has none.
+
+        Raises EngineError as `generate` does.
+        """
+        questions = [
+            (number, partial(self._scores, token_ids=tuple(token_ids), where=f"sequence {number}"))
+            for number, token_ids in enumerate(sequences)
+        ]
+        return asyncio.run(self._ask_all(questions))
+
+    async def _ask_all(self, questions: Sequence[Question]) -> list[Any]:
+        """The answers, in order; `number % engines` says who is asked."""
         engines = [_EngineClient(address, self._config) for address in self._addresses]
-        tasks = []
-        for prompt, seed in zip(prompts, seeds):
-            engine = engines[prompt.index % len(engines)]
-            body = request_body(prompt, sampling, num_samples, seed)
-            tasks.append(asyncio.create_task(self._group(engine, prompt, body)))
+        tasks = [
+            asyncio.create_task(question(engines[number % len(engines)]))
+            for number, question in questions
+        ]
         answers = asyncio.gather(*tasks)
         watcher = asyncio.create_task(self._watch())
         try:
@@ -145,6 +172,23 @@ class RolloutClient:
             for index, choice in enumerate(choices)
         )
         return RolloutGroup(prompt=prompt, rollouts=rollouts)
+
+    async def _scores(
+        self, engine: _EngineClient, token_ids: tuple[int, ...], where: str
+    ) -> tuple[float, ...]:
+        answer = await engine.ask(scoring_body(token_ids), where, self._check)
+        entries = (answer["prompt_logprobs"] or [])[1:]  # the first token has none
+        if len(entries) != len(token_ids) - 1:
+            raise EngineError(
+                f"engine {engine.url}, {where}: expected {len(token_ids) - 1} log-probs of given "
+                f"tokens, got {len(entries)}"
+            )
+        logprobs = [
+            entry.get(str(token), {}).get("logprob")
+            for token, entry in zip(token_ids[1:], entries, strict=True)
+        ]
+        check_logprobs(logprobs, token_ids[1:], f"engine {engine.url}, {where}")
+        return (0.0, *logprobs)
 
     async def _watch(self) -> None:
         while True:
@@ -235,6 +279,22 @@ def request_body(
     }
 
 
+def scoring_body(token_ids: Sequence[int]) -> dict[str, Any]:
+    """The JSON of one request that asks for the log-probs of given tokens; the one token that an
+    engine must sample is thrown away.
+    """
+    return {
+        "token_ids": list(token_ids),
+        "sampling_params": {
+            "n": 1,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,  # of the given token only
+            "detokenize": False,
+        },
+    }
+
+
 def rollout_from_choice(
     prompt: Prompt, choice: dict[str, Any], decode: Callable[[Sequence[int]], str], where: str
 ) -> Rollout:
@@ -247,14 +307,7 @@ def rollout_from_choice(
             f"log-probs for {len(tokens)} tokens"
         )
     logprobs = tuple(entry["logprob"] for entry in content)
-    for position, logprob in enumerate(logprobs):
-        # Written so that NaN fails too.
-        if logprob is None or not MISSING_LOGPROB < logprob <= MAX_LOGPROB_ROUNDING:
-            raise EngineError(
-                f"{where}, response token {position} (id {tokens[position]}): expected "
-                f"a log-prob above {MISSING_LOGPROB:g} (how the engine writes NaN) and at most 0, "
-                f"got {logprob}"
-            )
+    check_logprobs(logprobs, tokens, f"{where}, response")
     num_prompt = len(prompt.token_ids)
     return Rollout(
         token_ids=prompt.token_ids + tokens,
@@ -265,6 +318,18 @@ def rollout_from_choice(
         finish_reason=choice["finish_reason"],
         text=decode(tokens),
     )
+
+
+def check_logprobs(logprobs: Sequence[float | None], token_ids: Sequence[int], where: str) -> None:
+    """EngineError, opening with `where`, for the first log-prob that is none."""
+    for position, logprob in enumerate(logprobs):
+        # Written so that NaN fails too.
+        if logprob is None or not MISSING_LOGPROB < logprob <= MAX_LOGPROB_ROUNDING:
+            raise EngineError(
+                f"{where} token {position} (id {token_ids[position]}): expected "
+                f"a log-prob above {MISSING_LOGPROB:g} (how the engine writes NaN) and at most 0, "
+                f"got {logprob}"
+            )
 
 
 def _versions(spans: list[dict[str, Any]] | None, num_tokens: int, where: str) -> tuple[int, ...]:
