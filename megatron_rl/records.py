@@ -12,6 +12,7 @@ weights before the update), `policy_logprobs` (the learner's, under gradient).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,27 @@ class Sample:
     rollout: Rollout
     reward: float
     advantage: float
+    # False: the discrepancy is measured on it, and nothing is learnt from it
+    is_kept: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledStep:
+    """A step's rollouts of one replica, on its head, and what was made of them; elsewhere the lists
+    are empty.
+
+    Example: one group of two of which one response was cut and is not learnt from: `SampledStep(
+    groups=[RolloutGroup(...)], scores=[(Score(...), Score(...))], penalties=[[0.0, -0.5]],
+    advantages=[[1.0, -1.0]], is_kept=[[True, False]], num_prompts=1, num_rounds=1)`.
+    """
+
+    groups: Sequence[RolloutGroup]  # [P], by prompt index
+    scores: Sequence[Sequence[Score]]  # [P][G]
+    penalties: Sequence[Sequence[float]]  # [P][G] at most 0: what length took off the reward
+    advantages: Sequence[Sequence[float]]  # [P][G]
+    is_kept: Sequence[Sequence[bool]]  # [P][G] as in Sample
+    num_prompts: int  # of all replicas together, whether kept or not
+    num_rounds: int  # in which they were sampled; 0 where they were recorded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +192,13 @@ class TrainBatch:
     """
 
     mini_batches: tuple[tuple[MicroBatch, ...], ...]
+    # samples that only the discrepancy is measured on, as many rows on every rank; seldom any
+    measured: tuple[MicroBatch, ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[MicroBatch, ...], ...]:
+        """The mini-batches, and behind them the measured rows where there are any."""
+        return (*self.mini_batches, self.measured) if self.measured else self.mini_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""What train.py does at each station, on the ranks that take part: rollout, reward, advantage,
-evaluation, records. Groups, scores and advantages are held by the heads of the replicas, each its
-own prompts; elsewhere the lists are empty. The weight sync stands in publishing.py.
+"""What train.py does at each station, on the ranks that take part: advantage, evaluation, records.
+Groups, scores and advantages are held by the heads of the replicas, each its own prompts; elsewhere
+the lists are empty. Rollout and reward stand in sampling.py, the weight sync in publishing.py.
 """
 
 from __future__ import annotations
@@ -11,55 +11,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.batch import DealtBatch, recomputed_by_sample
-from megatron_rl.errors import DataError, EngineError
+from megatron_rl.config import ObjectiveConfig
+from megatron_rl.errors import EngineError
 from megatron_rl.objective.advantage import group_advantages
 from megatron_rl.observe.metrics import reduce
-from megatron_rl.records import Sample
+from megatron_rl.records import Sample, SampledStep
 from megatron_rl.reward.score import best_constant_answer, rewards_of
 from megatron_rl.rollout.client import sampling_seed
-from megatron_rl.rollout.recording import read_step, write_recomputed, write_step
+from megatron_rl.rollout.recording import write_recomputed, write_step
 from megatron_rl.run import Run
 from megatron_rl.step_metrics import Advantages, Groups, Scores, evaluation_metrics
 from megatron_rl.weights.huggingface import write_checkpoint
 
 # Evaluation's seeds do not depend on the step: two evaluations differ by the weights alone.
 EVAL_STEP = -1
-
-
-def rollout_and_score(run: Run) -> tuple[Groups, Scores]:
-    """This replica's prompts of the step, sampled and scored; or the recorded ones of a replay."""
-    if not run.parallel.is_replica_head:
-        return [], []
-    start, count = run.share(run.config.loop.prompts_per_step)
-    if run.is_replay:
-        return _recorded_groups(run, start, count)
-    prompts = run.stream.prompts(run.next_prompt + start, count)
-    seeds = [sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts]
-    with run.stations.time("rollout"):
-        groups = run.client.generate(
-            prompts,
-            run.config.rollout.sampling,
-            num_samples=run.config.loop.samples_per_prompt,
-            seeds=seeds,
-        )
-    check_versions(groups, run.published_version)
-    with run.stations.time("reward"):
-        return groups, run.scorer.score(groups)
-
-
-def _recorded_groups(run: Run, start: int, count: int) -> tuple[Groups, Scores]:
-    groups, scores = read_step(run.replay_dir, run.step)
-    expected = run.config.loop.prompts_per_step, run.config.loop.samples_per_prompt
-    got = len(groups), len(groups[0].rollouts) if groups else 0
-    if got != expected or groups[0].prompt.index != run.next_prompt:
-        raise DataError(
-            f"replay={run.replay_dir}: expected step {run.step} to hold {expected[0]} prompts "
-            "from prompt "
-            f"{run.next_prompt} on with {expected[1]} samples each (loop.prompts_per_step, "
-            "loop.samples_per_prompt), "
-            f"got {got[0]} with {got[1]}"
-        )
-    return groups[start : start + count], scores[start : start + count]
 
 
 def check_versions(groups: Groups, expected: int) -> None:
@@ -77,9 +42,8 @@ def check_versions(groups: Groups, expected: int) -> None:
                 )
 
 
-def advantages_of(run: Run, scores: Scores) -> list[list[float]]:
+def advantages_of(objective: ObjectiveConfig, scores: Scores) -> list[list[float]]:
     """Group advantages: for every group, one a sample."""
-    objective = run.config.objective
     return [
         group_advantages(
             torch.tensor(rewards_of(of_group), dtype=torch.float64),
@@ -90,7 +54,9 @@ def advantages_of(run: Run, scores: Scores) -> list[list[float]]:
     ]
 
 
-def make_samples(groups: Groups, scores: Scores, advantages: Advantages) -> list[Sample]:
+def make_samples(
+    groups: Groups, scores: Scores, advantages: Advantages, is_kept: Sequence[Sequence[bool]]
+) -> list[Sample]:
     """One Sample a rollout."""
     return [
         Sample(
@@ -99,10 +65,13 @@ def make_samples(groups: Groups, scores: Scores, advantages: Advantages) -> list
             rollout=rollout,
             reward=score.reward,
             advantage=advantage,
+            is_kept=kept,
         )
-        for group, of_group, of_advantages in zip(groups, scores, advantages, strict=True)
-        for index, (rollout, score, advantage) in enumerate(
-            zip(group.rollouts, of_group, of_advantages, strict=True)
+        for group, of_group, of_advantages, of_kept in zip(
+            groups, scores, advantages, is_kept, strict=True
+        )
+        for index, (rollout, score, advantage, kept) in enumerate(
+            zip(group.rollouts, of_group, of_advantages, of_kept, strict=True)
         )
     ]
 
@@ -140,9 +109,7 @@ def evaluate_held_out(run: Run, *, with_constant_answer: bool = False) -> dict[s
 
 def record_rollouts(
     run: Run,
-    groups: Groups,
-    scores: Scores,
-    advantages: Advantages,
+    sampled: SampledStep,
     dealt: DealtBatch,
     recomputed: Sequence[Sequence[torch.Tensor]],
 ) -> None:
@@ -156,9 +123,9 @@ def record_rollouts(
                 folder,
                 run.step,
                 parallel.dp_rank,
-                groups,
-                scores,
-                advantages,
+                sampled.groups,
+                sampled.scores,
+                sampled.advantages,
                 num_ranks=parallel.dp_size,
             )
         if parallel.is_last_stage and parallel.tp_rank == 0:

@@ -9,23 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from megatron_rl.observe.metrics import Max, Mean, Metric, Sum, reduce
-from megatron_rl.records import RolloutGroup, Score
+from megatron_rl.records import RolloutGroup, SampledStep, Score
 from megatron_rl.run import Run
 
 Groups = Sequence[RolloutGroup]
 Scores = Sequence[Sequence[Score]]
 Advantages = Sequence[Sequence[float]]
 
+NOTHING_SAMPLED = SampledStep(
+    groups=(), scores=(), penalties=(), advantages=(), is_kept=(), num_prompts=0, num_rounds=0
+)
 # What makes a step; evaluation and checkpoints do not slow the tokens down.
 STEP_STATIONS = ("rollout", "reward", "learner", "sync")
 
 
 def write_metrics(
-    run: Run,
-    *known: Mapping[str, float],
-    groups: Groups = (),
-    scores: Scores = (),
-    advantages: Advantages = (),
+    run: Run, *known: Mapping[str, float], sampled: SampledStep = NOTHING_SAMPLED
 ) -> None:
     """One line of metrics for the step: what is known already, and the rollouts' own figures.
 
@@ -33,26 +32,26 @@ def write_metrics(
     """
     if not run.parallel.is_replica_head:
         return
-    own = rollout_metrics(groups, scores, advantages, sources=run.verifiers)
+    own = rollout_metrics(sampled, sources=run.verifiers)
     metrics = reduce(own, run.parallel.reducer())
     for each in known:
         metrics |= each
     seconds = run.stations.take()
     metrics |= {f"speed/seconds/{station}": value for station, value in seconds.items()}
     if metrics["rollout/num_tokens"] == 0:  # a line of its own for the evaluation at the start
-        del metrics["rollout/num_tokens"]
+        del metrics["rollout/num_tokens"], metrics["rollout/num_prompts"]
     else:
         spent = sum(seconds.get(station, 0.0) for station in STEP_STATIONS)
         metrics["speed/tokens_per_second"] = metrics["rollout/num_tokens"] / spent
     run.recorder.write(run.step, metrics)
 
 
-def rollout_metrics(
-    groups: Groups, scores: Scores, advantages: Advantages, *, sources: Collection[str]
-) -> dict[str, Metric]:
+def rollout_metrics(sampled: SampledStep, *, sources: Collection[str]) -> dict[str, Metric]:
     """Reward, advantage, lengths and rates of one replica's groups, to be reduced over the
-    replicas; with several sources, the reward of each.
+    replicas; with several sources, the reward of each. Over everything that was sampled;
+    `rollout/kept_rate/mean` is the share that is learnt from.
     """
+    groups, scores, advantages = sampled.groups, sampled.scores, sampled.advantages
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     flat = [score for of_group in scores for score in of_group]
     scored = [score for score in flat if score.failure is None]
@@ -67,6 +66,10 @@ def rollout_metrics(
         "rollout/response_tokens/max": Max(max(lengths, default=float("-inf"))),
         "rollout/truncation_rate/mean": mean_of([each.is_truncated for each in rollouts]),
         "rollout/num_tokens": Sum(float(sum(lengths))),
+        "rollout/num_prompts": Sum(float(len(groups))),
+        "rollout/num_rounds": Max(sampled.num_rounds or float("-inf")),
+        "rollout/kept_rate/mean": mean_of([kept for each in sampled.is_kept for kept in each]),
+        "reward/overlong_penalty/mean": mean_of([p for each in sampled.penalties for p in each]),
     }
     if len(sources) > 1:
         for source in sources:

@@ -17,12 +17,11 @@ from megatron_rl.entry import Progress, run_command
 from megatron_rl.learner.step import train_step
 from megatron_rl.publishing import publish_weights
 from megatron_rl.run import Run
+from megatron_rl.sampling import sample_step
 from megatron_rl.stations import (
-    advantages_of,
     evaluate_held_out,
     make_samples,
     record_rollouts,
-    rollout_and_score,
     save_hf_checkpoint,
 )
 from megatron_rl.step_metrics import write_metrics
@@ -39,14 +38,13 @@ def train(config: Config, progress: Progress) -> None:
             before = evaluate_held_out(run, with_constant_answer=True) if is_wanted else {}
             write_metrics(run, parity, before)
         for step in run.steps():
-            groups, scores = rollout_and_score(run)
-            advantages = advantages_of(run, scores)
+            sampled = sample_step(run)
             with run.stations.time("learner"):
                 dealt = deal_batch(
-                    make_samples(groups, scores, advantages),
+                    make_samples(
+                        sampled.groups, sampled.scores, sampled.advantages, sampled.is_kept
+                    ),
                     run.parallel,
-                    first_prompt=run.next_prompt,
-                    num_prompts=config.loop.prompts_per_step,
                     samples_per_prompt=config.loop.samples_per_prompt,
                     num_mini_batches=config.learner.mini_batches_per_step,
                     tokens_per_row=config.learner.tokens_per_micro_batch,
@@ -60,26 +58,23 @@ def train(config: Config, progress: Progress) -> None:
                     weight_version=step - 1,
                     should_recompute=config.learner.recompute == "always",
                 )
-            run.next_prompt += config.loop.prompts_per_step
-            parity = publish_weights(run)
-            record_rollouts(run, groups, scores, advantages, dealt, recomputed)
+            run.next_prompt += sampled.num_prompts
+            parity = publish_weights(run) if should_publish(config, step) else {}
+            record_rollouts(run, sampled, dealt, recomputed)
             evaluation = evaluate_held_out(run) if should_evaluate(config, step) else {}
             # Before the checkpoint: a step that is resumed after has its line, and loses it if it
             # is done again.
-            write_metrics(
-                run,
-                report.metrics,
-                parity,
-                evaluation,
-                groups=groups,
-                scores=scores,
-                advantages=advantages,
-            )
+            write_metrics(run, report.metrics, parity, evaluation, sampled=sampled)
             if should_save(config, step):
                 with run.stations.time("checkpoint"):
                     run.save()
         save_hf_checkpoint(run)
         run.recorder.summarize()
+
+
+def should_publish(config: Config, step: int) -> bool:
+    """Every `sync.every` steps; the last step is one of them (config/rules.py)."""
+    return step % config.sync.every == 0
 
 
 def should_evaluate(config: Config, step: int) -> bool:

@@ -19,7 +19,7 @@ NUM_PROMPTS, NUM_SAMPLES, TOKENS_PER_ROW = 6, 3, 40
 FIRST_PROMPT = 12
 
 
-def make_sample(prompt: int, index: int) -> Sample:
+def make_sample(prompt: int, index: int, *, is_kept: bool = True) -> Sample:
     rng = random.Random(100 * prompt + index)
     length = rng.randint(1, TOKENS_PER_ROW)
     num_prompt = rng.randint(1, length)
@@ -37,10 +37,15 @@ def make_sample(prompt: int, index: int) -> Sample:
         ),
         reward=rng.random(),
         advantage=rng.gauss(0.0, 1.0),
+        is_kept=is_kept,
     )
 
 
-ALL = [make_sample(prompt, index) for prompt in range(NUM_PROMPTS) for index in range(NUM_SAMPLES)]
+KEYS = [(prompt, index) for prompt in range(NUM_PROMPTS) for index in range(NUM_SAMPLES)]
+ALL = [make_sample(*key) for key in KEYS]
+# Prompts 1 and 2 were dropped, and one response of prompt 3.
+DROPPED = {*((prompt, index) for prompt in (1, 2) for index in range(NUM_SAMPLES)), (3, 1)}
+PARTLY_KEPT = [make_sample(*key, is_kept=key not in DROPPED) for key in KEYS]
 
 
 def gloo_parallel(rank: int, world_size: int, model_size: int) -> Parallel:
@@ -65,24 +70,25 @@ def gloo_parallel(rank: int, world_size: int, model_size: int) -> Parallel:
     )
 
 
-def _deal(rank: int, world_size: int, model_size: int, num_mini_batches: int) -> dict[str, Any]:
+def _deal(
+    rank: int, world_size: int, model_size: int, num_mini_batches: int, samples: list[Sample] = ALL
+) -> dict[str, Any]:
     parallel = gloo_parallel(rank, world_size, model_size)
     first = NUM_PROMPTS * parallel.dp_rank // parallel.dp_size
     last = NUM_PROMPTS * (parallel.dp_rank + 1) // parallel.dp_size
-    mine = ALL[first * NUM_SAMPLES : last * NUM_SAMPLES] if parallel.is_replica_head else []
+    mine = samples[first * NUM_SAMPLES : last * NUM_SAMPLES] if parallel.is_replica_head else []
     dealt = deal_batch(
         mine,
         parallel,
-        first_prompt=FIRST_PROMPT,
-        num_prompts=NUM_PROMPTS,
         samples_per_prompt=NUM_SAMPLES,
         num_mini_batches=num_mini_batches,
         tokens_per_row=TOKENS_PER_ROW,
     )
     # Each position's own token in the place of a log-prob: what comes back must be the tokens.
-    as_values = [[row.labels.float() for row in rows] for rows in dealt.batch.mini_batches]
+    as_values = [[row.labels.float() for row in rows] for rows in dealt.batch.parts]
     return {
         "samples": dealt.samples,
+        "num_measured": len(dealt.batch.measured),
         "num_rows": [len(rows) for rows in dealt.batch.mini_batches],
         "num_kept": [
             int(sum(row.loss_mask.sum() for row in rows)) for rows in dealt.batch.mini_batches
@@ -135,3 +141,29 @@ def test_recomputed_values_come_back_to_their_tokens() -> None:
             tokens = torch.tensor(sample.rollout.token_ids, dtype=torch.float32)
             assert values[0] == 0.0
             assert torch.equal(values[1:], tokens[1:])
+
+
+@pytest.mark.parametrize(("world_size", "model_size"), [(1, 1), (2, 1), (4, 2)])
+def test_what_is_not_kept_stands_in_rows_of_its_own(world_size: int, model_size: int) -> None:
+    """The kept groups 0, 3, 4 and 5 fill the mini-batches, two each, on any number of ranks."""
+    of_ranks = run_ranks(_deal, world_size, world_size, model_size, 2, PARTLY_KEPT)
+    heads = of_ranks[::model_size]
+    assert len({each["num_measured"] for each in of_ranks}) == 1
+    assert of_ranks[0]["num_measured"] > 0
+    for number, prompts in enumerate(((0, 3), (4, 5))):
+        dealt = [sample for each in heads for sample in flat(each["samples"][number])]
+        expected = [key for key in KEYS if key[0] in prompts and key not in DROPPED]
+        keys = sorted((each.prompt_index - FIRST_PROMPT, each.sample_index) for each in dealt)
+        assert keys == expected
+        assert all(sample.is_kept for sample in dealt)
+    measured = [sample for each in heads for sample in flat(each["samples"][2])]
+    keys = sorted((each.prompt_index - FIRST_PROMPT, each.sample_index) for each in measured)
+    assert keys == sorted(DROPPED)
+    returned = sum(len(each["returned"]) for each in heads)
+    assert returned == len(ALL)
+
+
+def test_where_everything_is_kept_nothing_is_measured_apart() -> None:
+    for each in run_ranks(_deal, 2, 2, 1, 2):
+        assert each["num_measured"] == 0
+        assert len(each["samples"]) == 2

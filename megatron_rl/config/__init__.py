@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.data import DataConfig, RewardConfig, TaskConfig
+from megatron_rl.config.data import DataConfig, OverlongConfig, RewardConfig, TaskConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
-from megatron_rl.config.loop import CheckpointConfig, LoopConfig, SyncConfig
+from megatron_rl.config.loop import CheckpointConfig, DynamicSamplingConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.config.objective import (
     ConstraintConfig,
@@ -24,7 +24,7 @@ from megatron_rl.config.objective import (
     ObjectiveConfig,
     RejectionConfig,
 )
-from megatron_rl.config.rollout import EvalConfig, RolloutConfig, SamplingConfig
+from megatron_rl.config.rollout import EvalConfig, QuantizationConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import check_between_sections, require
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Config",
     "ConstraintConfig",
     "DataConfig",
+    "DynamicSamplingConfig",
     "EvalConfig",
     "ImportanceConfig",
     "KLConfig",
@@ -40,7 +41,9 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "OverlongConfig",
     "ParallelConfig",
+    "QuantizationConfig",
     "RejectionConfig",
     "RewardConfig",
     "RolloutConfig",

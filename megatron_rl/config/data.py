@@ -74,11 +74,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OverlongConfig:
+    """What becomes of responses near rollout.sampling.max_tokens in training (DAPO, arXiv
+    2503.14476); evaluation counts them as they are.
+    """
+
+    # the last tokens before max_tokens, over which a penalty grows from 0 to `penalty`; 0: none
+    buffer_tokens: int = 0
+    penalty: float = 1.0  # taken off the reward at max_tokens
+    # nothing is learnt from a response cut at max_tokens; the discrepancy is measured on it
+    mask_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(0, buffer_tokens=self.buffer_tokens, penalty=self.penalty)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     num_workers: int = 2
     timeout_seconds: float = 10.0  # for one response; longer counts as "timeout", not as wrong
     # reward of a response cut at max_tokens; null: whatever the verifier says
     truncated_reward: float | None = None
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
     def __post_init__(self) -> None:
         at_least(1, num_workers=self.num_workers)

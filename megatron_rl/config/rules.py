@@ -43,6 +43,13 @@ def above_zero(**values: float) -> None:
 def check_between_sections(config: Config) -> None:
     """The rules whose keys stand in different sections."""
     rollout, learner, loop = config.rollout, config.learner, config.loop
+    _check_sync(config)
+    buffer_tokens, max_tokens = config.reward.overlong.buffer_tokens, rollout.sampling.max_tokens
+    require(
+        buffer_tokens <= max_tokens,
+        f"reward.overlong.buffer_tokens: expected at most rollout.sampling.max_tokens={max_tokens},"
+        f" got {buffer_tokens}",
+    )
     sequences = loop.prompts_per_step * loop.samples_per_prompt
     require(
         learner.mini_batches_per_step <= sequences,
@@ -84,3 +91,18 @@ def check_between_sections(config: Config) -> None:
         "(loop.num_steps x learner.mini_batches_per_step) with "
         f"decay={optimizer.decay}, got {optimizer.warmup_steps}",
     )
+
+
+def _check_sync(config: Config) -> None:
+    """Whatever needs fresh engines, or is gone on from, falls on a step that is published."""
+    every = config.sync.every
+    for key, steps in (
+        ("checkpoint.every", config.checkpoint.every),
+        ("eval.every", config.eval.every),
+        ("loop.num_steps", config.loop.num_steps),
+    ):
+        require(
+            steps % every == 0,
+            f"{key}: expected a multiple of sync.every={every}, since only then do the engines "
+            f"serve the step's weights, got {steps}",
+        )

@@ -19,7 +19,7 @@ from megatron_rl.objective.corrections import importance_weights, weight_mean
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.objective.rejection import rejection_metrics, within_divergence, without_veto
 from megatron_rl.observe.metrics import Metric
-from megatron_rl.records import MicroBatch
+from megatron_rl.records import MicroBatch, TrainBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +101,9 @@ def correct_row(
 
 
 def batch_scalars(
-    mini_batches: Sequence[Sequence[MicroBatch]],
+    batch: TrainBatch,
     recomputed: Sequence[Sequence[torch.Tensor]],
+    measured: Sequence[torch.Tensor],
     config: ObjectiveConfig,
     parallel: Parallel,
     *,
@@ -112,17 +113,16 @@ def batch_scalars(
 
     Args:
         recomputed: a [T] a row a mini-batch.
+        measured: a [T] a row that only the gap is measured on.
         tolerance: what the mean gap is held against, for the gate "mean".
 
     Raises:
         DivergenceError: a batch without any response token, on every rank.
     """
     sums = torch.zeros(4, dtype=torch.float64)
-    for rows, of_rows in zip(mini_batches, recomputed, strict=True):
+    for rows, of_rows in zip(batch.mini_batches, recomputed, strict=True):
         for row, logprobs in zip(rows, of_rows, strict=True):
-            gap = discrepancy(logprobs, row.rollout_logprobs)[row.loss_mask].double()
-            sums[0] += gap.sum().cpu()
-            sums[1] += gap.numel()
+            sums[:2] += _gap_sum(row, logprobs)
             correction = correct_row(row, logprobs, config)
             if correction.weights is not None:
                 mean = weight_mean(
@@ -133,6 +133,8 @@ def batch_scalars(
                 )
                 sums[2] += float(mean.sum)
                 sums[3] += float(mean.count)
+    for row, logprobs in zip(batch.measured, measured, strict=True):
+        sums[:2] += _gap_sum(row, logprobs)
     gap_sum, gap_count, weight_sum, weight_count = parallel.reducer()(sums, "sum").tolist()
     if gap_count == 0:
         raise DivergenceError("training step: expected a response token in the batch, got none")
@@ -141,3 +143,9 @@ def batch_scalars(
         weight_mean=weight_sum / weight_count if weight_sum > 0 else 1.0,
         is_gate_open=gap_sum / gap_count > tolerance,
     )
+
+
+def _gap_sum(row: MicroBatch, recomputed: torch.Tensor) -> torch.Tensor:
+    """[2] float64 on the CPU: the sum of delta over the row's sampled tokens, and their number."""
+    gap = discrepancy(recomputed, row.rollout_logprobs)[row.loss_mask].double()
+    return torch.stack([gap.sum(), gap.new_tensor(gap.numel())]).cpu()

@@ -76,7 +76,13 @@ def row_output(
         "vocab_size": vocab_size,
         "group": parallel.tp_group if parallel.tp_size > 1 else None,
     }
-    logprobs, entropy = token_logprobs_and_entropy(kept_logits, row.labels[kept], **place)
+    logprobs, entropy = token_logprobs_and_entropy(
+        kept_logits,
+        row.labels[kept],
+        **place,
+        # A copy that nobody else holds, but for the entropy's own pass.
+        overwrite_logits=not has_entropy_gradient,
+    )
     if has_entropy_gradient:
         entropy = differentiable_entropy(kept_logits, **place)
     zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)

@@ -77,7 +77,7 @@ class MiniBatchLoss:
         row, config = self._rows[index], self._settings.config
         recomputed = self._recomputed[index] if self._recomputed else output.logprobs.detach()
         reference = self._reference[index] if self._reference else None
-        self._check(index, recomputed, row.rollout_logprobs)
+        _check(row, recomputed, f"{self._settings.place}, row {index}")
         correction = correct_row(row, recomputed, config)
         per_token, metrics = self._per_token(row, output, recomputed, reference, correction)
         total, count = normalized_sum(
@@ -94,15 +94,7 @@ class MiniBatchLoss:
                 "worst token at position "
                 f"{int(per_token.detach().abs().argmax())}; lower learner.optimizer.learning_rate"
             )
-        metrics |= correction.metrics | discrepancy_metrics(
-            recomputed,
-            row.rollout_logprobs,
-            row.loss_mask,
-            row.weight_versions,
-            self._settings.weight_version,
-            sequence_ids=row.sequence_ids,
-            num_sequences=row.cu_seqlens.numel() - 1,
-        )
+        metrics |= correction.metrics | _gap_metrics(row, recomputed, self._settings)
         metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
         return total, count, RowResult(recomputed_logprobs=recomputed, metrics=metrics)
 
@@ -191,11 +183,40 @@ class MiniBatchLoss:
             weights = stays.float() if weights is None else torch.where(stays, weights, 0.0)
         return weights, metrics
 
-    def _check(self, index: int, recomputed: torch.Tensor, rollout_logprobs: torch.Tensor) -> None:
-        mask = self._rows[index].loss_mask
-        for name, logprobs in (("recomputed", recomputed), ("rollout", rollout_logprobs)):
-            try:
-                check_logprobs(logprobs, mask, name=f"{name} log-prob")
-            except DivergenceError as error:
-                place = self._settings.place
-                raise DivergenceError(f"{place}, row {index}: {error}") from error
+
+def measured_rows(
+    rows: Sequence[MicroBatch], recomputed: Sequence[torch.Tensor], settings: StepSettings
+) -> list[RowResult]:
+    """The gap of rows that nothing is learnt from.
+
+    Args:
+        recomputed: a [T] a row; empty on all but the last pipeline stage.
+    """
+    results = []
+    for index, (row, logprobs) in enumerate(zip(rows, recomputed)):
+        _check(row, logprobs, f"{settings.place}, measured row {index}")
+        metrics = _gap_metrics(row, logprobs, settings)
+        results.append(RowResult(recomputed_logprobs=logprobs, metrics=metrics))
+    return results
+
+
+def _gap_metrics(
+    row: MicroBatch, recomputed: torch.Tensor, settings: StepSettings
+) -> dict[str, Metric]:
+    return discrepancy_metrics(
+        recomputed,
+        row.rollout_logprobs,
+        row.loss_mask,
+        row.weight_versions,
+        settings.weight_version,
+        sequence_ids=row.sequence_ids,
+        num_sequences=row.cu_seqlens.numel() - 1,
+    )
+
+
+def _check(row: MicroBatch, recomputed: torch.Tensor, place: str) -> None:
+    for name, logprobs in (("recomputed", recomputed), ("rollout", row.rollout_logprobs)):
+        try:
+            check_logprobs(logprobs, row.loss_mask, name=f"{name} log-prob")
+        except DivergenceError as error:
+            raise DivergenceError(f"{place}: {error}") from error

@@ -6,9 +6,10 @@ For every kept token, with lambda from before this step (DCMDP, arXiv 2606.08779
     delta = |p_recomputed - p_rollout|,   A' = A - lambda * delta,   loss = surrogate of A'
 
 then `lambda <- clip(lambda + eta * (mean delta - tolerance))` from the mean over the global batch,
-over every token that was sampled, whatever a correction keeps of it (learner/row_loss.py). The sums
-are added over micro-batches and data-parallel ranks and sent from the last pipeline stage to the
-others, so that lambda is the same number on every rank.
+over every token that was sampled: whatever a correction keeps of it (learner/row_loss.py), and also
+of dropped groups and responses (`TrainBatch.measured`). The sums are added over micro-batches and
+data-parallel ranks and sent from the last pipeline stage to the others, so that lambda is the same
+number on every rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from megatron_rl.config import ObjectiveConfig
 from megatron_rl.learner.corrections import BatchScalars, batch_scalars, needs_batch_scalars
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.row_loss import MiniBatchLoss, RowResult, StepSettings
+from megatron_rl.learner.row_loss import MiniBatchLoss, RowResult, StepSettings, measured_rows
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.observe.metrics import Metric, merge, reduce
 from megatron_rl.records import StepReport, TrainBatch
@@ -48,8 +49,8 @@ def train_step(
             that a sequence is in are taken. What needs sums of the whole batch before its first
             backward pass always has the pass.
     Returns:
-        The report, the same on every rank; and `recomputed_logprobs`, a [T] a row a mini-batch, on
-        the last stage.
+        The report, the same on every rank; and `recomputed_logprobs`, a [T] a row a part of the
+        batch, on the last stage.
     Raises:
         DivergenceError: a log-prob, the loss or the gradient's norm is not finite.
     """
@@ -59,11 +60,12 @@ def train_step(
     is_update_off_policy = len(batch.mini_batches) > 1 and config.old_policy == "recomputed"
     if should_recompute or is_update_off_policy or needs_batch_scalars(config):
         recomputed = [learner.recompute(rows) for rows in batch.mini_batches]
+    measured = learner.recompute(batch.measured)
     reference = [learner.reference_logprobs(rows) for rows in batch.mini_batches]
     scalars = BatchScalars()
     if needs_batch_scalars(config) and learner.parallel.is_last_stage:
         scalars = batch_scalars(
-            batch.mini_batches, recomputed, config, learner.parallel, tolerance=dual.tolerance
+            batch, recomputed, measured, config, learner.parallel, tolerance=dual.tolerance
         )
     is_gated = config.constraint.gate == "mean"
     settings = StepSettings(
@@ -83,6 +85,8 @@ def train_step(
         )
         results.append(row_results)
         grad_norms.append(grad_norm)
+    if batch.measured:
+        results.append(measured_rows(batch.measured, measured, settings))
     metrics = _global_metrics(learner, [row.metrics for rows in results for row in rows])
     metrics |= {
         "constraint/lambda": penalty,

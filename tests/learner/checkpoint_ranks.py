@@ -80,8 +80,6 @@ def train(
         dealt = deal_batch(
             recorded.read_samples(rollouts, step, learner.parallel),
             learner.parallel,
-            first_prompt=(step - 1) * recorded.NUM_PROMPTS,
-            num_prompts=recorded.NUM_PROMPTS,
             samples_per_prompt=recorded.NUM_SAMPLES,
             num_mini_batches=1,
             tokens_per_row=256,

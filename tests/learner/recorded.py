@@ -148,12 +148,10 @@ def record(model: Path, folder: Path) -> None:
     steps = {step: mixed_groups(step, rng) for step in range(1, NUM_STEPS + 1)}
     steps[SPARSE_STEP] = sparse_groups(rng)
     for step, (groups, scores) in steps.items():
-        first, samples = groups[0].prompt.index, as_samples(groups, scores)
+        samples = as_samples(groups, scores)
         dealt = deal_batch(
             samples,
             parallel,
-            first_prompt=first,
-            num_prompts=len(groups),
             samples_per_prompt=len(groups[0].rollouts),
             num_mini_batches=1,
             tokens_per_row=256,

@@ -118,8 +118,6 @@ def deal(case: Case, rollouts: Path, parallel: Parallel) -> DealtBatch:
     return deal_batch(
         samples,
         parallel,
-        first_prompt=0,
-        num_prompts=2 if case.is_sparse else recorded.NUM_PROMPTS,
         samples_per_prompt=2 if case.is_sparse else recorded.NUM_SAMPLES,
         num_mini_batches=case.num_mini_batches,
         tokens_per_row=case.tokens_per_row,

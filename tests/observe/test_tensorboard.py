@@ -7,7 +7,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.observe.metrics import reduce
 from megatron_rl.observe.tensorboard import LAYOUT, TensorBoardWriter
-from megatron_rl.step_metrics import evaluation_metrics, rollout_metrics
+from megatron_rl.step_metrics import NOTHING_SAMPLED, evaluation_metrics, rollout_metrics
 
 
 def test_scalars_survive_a_resume_without_doubled_steps(tmp_path):
@@ -41,7 +41,7 @@ def keys_of_a_step() -> set[str]:
         num_sequences=1,
     )
     keys = set(reduce(of_gap, lambda values, operation: values))
-    keys |= set(rollout_metrics([], [], [], sources=["a"]))
+    keys |= set(rollout_metrics(NOTHING_SAMPLED, sources=["a"]))
     keys |= set(evaluation_metrics([], [], 8))
     return keys | {
         "constraint/lambda",
