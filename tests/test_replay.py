@@ -21,7 +21,18 @@ from tests.learner.recorded import NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS
 from tests.torchrun import ROOT, run_module, torchrun_command, torchrun_environment
 
 START_SECONDS = 120.0
-LAYOUTS = {"tp2": "parallel.tensor=2", "dp2": "parallel.tensor=1"}
+LAYOUTS = {
+    "tp2": ["parallel.tensor=2"],
+    "dp2": ["parallel.tensor=1"],
+    # Killed while the tolerance is being measured, or in the warm-up of the dual step after it.
+    "measured tolerance": [
+        "objective.preset=dc_grpo_tis",
+        "objective.constraint.tolerance=auto",
+        "objective.constraint.tolerance_steps=5",
+        "objective.constraint.warmup_steps=3",
+        "objective.importance.batch_normalize=true",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +110,7 @@ def test_the_same_rollouts_give_the_same_bits_also_after_a_kill(
     layout: str, config: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    arguments = [str(config), LAYOUTS[layout]]
+    arguments = [str(config), *LAYOUTS[layout]]
     run_module("megatron_rl.train", *arguments, f"run_dir={whole}", ranks=2)
     step = kill_halfway([*arguments, f"run_dir={killed}"], killed)
     assert 2 <= step < NUM_STEPS

@@ -88,7 +88,7 @@ def _show(options: argparse.Namespace, console: Console) -> None:
     if options.worst:
         samples = sorted(samples, key=lambda sample: sample.worst, reverse=True)
     samples = samples[: options.num]
-    tolerance = config.objective.constraint.tolerance
+    tolerance = tolerance_of(config.objective.constraint.tolerance, options.run_dir)
     should_color = console.is_terminal and not options.no_color
     console.print(f"step {step}: {len(samples)} of {total} samples")
     if not any(token.p_recomputed is not None for sample in samples for token in sample.tokens):
@@ -100,6 +100,21 @@ def _show(options: argparse.Namespace, console: Console) -> None:
         console.print(heading(sample))
         console.print(Text(sample.line["prompt"], style="dim"))
         console.print(colored(sample, tolerance) if should_color else numbers(sample))
+
+
+def tolerance_of(setting: float | str, run_dir: Path) -> float:
+    """The run's tolerance; where it is measured, what its metrics say last."""
+    if not isinstance(setting, str):
+        return setting
+    path, key = run_dir / "metrics.jsonl", "constraint/tolerance"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    measured = [line[key] for line in lines if key in line]
+    if not measured:
+        raise DataError(
+            f"{path}: expected a line with {key}, got none: objective.constraint.tolerance=auto is "
+            "measured over the first objective.constraint.tolerance_steps steps"
+        )
+    return measured[-1]
 
 
 def last_step(folder: Path) -> int:

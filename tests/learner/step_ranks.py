@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from megatron_rl.config import (
     ParallelConfig,
 )
 from megatron_rl.data.packing import fill, pack
+from megatron_rl.learner.dual import build_dual
 from megatron_rl.learner.export import full_tensors
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.step import train_step
-from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import StepReport, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
@@ -49,10 +49,13 @@ class Case:
     tokens_per_row: int = 256
     is_packed: bool = True  # False: every sequence in a row of its own
     normalize: str = "token_mean"
+    objective: str = ""  # a name of objective_ranks.py, which then says how to normalise
     num_mini_batches: int = 1
     should_recompute: bool = False
     is_sparse: bool = False  # the batch of which one DP rank gets no kept token
     is_distributed: bool = False  # the optimizer
+    is_swapped: bool = False  # two DP ranks hold each other's rows
+    is_aligned: bool = False  # rollout log-probs are the learner's own
 
     @property
     def name(self) -> str:
@@ -61,10 +64,12 @@ class Case:
             ("recompute", self.should_recompute),
             ("sparse", self.is_sparse),
             ("distributed", self.is_distributed),
+            ("swapped", self.is_swapped),
+            ("aligned", self.is_aligned),
         )
         parts = [
             self.layout,
-            self.normalize,
+            self.objective or self.normalize,
             f"{self.num_mini_batches}mb",
             str(self.tokens_per_row),
         ]
@@ -75,6 +80,7 @@ class Case:
         """The case that it must agree with: one rank, long rows."""
         same = Case(
             normalize=self.normalize,
+            objective=self.objective,
             num_mini_batches=self.num_mini_batches,
             is_sparse=self.is_sparse,
         )
@@ -159,8 +165,39 @@ def mean_shaped_advantage(
     return float(torch.cat(values).mean()) if values else float("nan")
 
 
-def run_case(case: Case, model: Path, rollouts: Path, parallel: Parallel) -> dict[str, Any]:
+def swap(batch: TrainBatch, parallel: Parallel) -> TrainBatch:
+    """The other one's of two DP ranks."""
+    batches: list[Any] = [None, None]
+    dist.all_gather_object(batches, batch, group=parallel.dp_group)
+    return batches[1 - parallel.dp_rank]
+
+
+def align(batch: TrainBatch, learner: Learner) -> TrainBatch:
+    """As if the engine were the learner to the last bit; without pipeline parallelism."""
+    return TrainBatch(
+        mini_batches=tuple(
+            tuple(
+                replace(row, rollout_logprobs=logprobs)
+                for row, logprobs in zip(rows, learner.recompute(rows), strict=True)
+            )
+            for rows in batch.mini_batches
+        )
+    )
+
+
+def run_case(
+    case: Case,
+    model: Path,
+    rollouts: Path,
+    parallel: Parallel,
+    config: ObjectiveConfig | None = None,
+) -> dict[str, Any]:
     """One training step; what it did to everything."""
+    if config is None:
+        config = ObjectiveConfig(
+            normalize=case.normalize,
+            constraint=ConstraintConfig(initial=DUAL_VALUE, tolerance=TOLERANCE),
+        )
     learner = Learner(
         ModelConfig(path=str(model)),
         OptimizerConfig(
@@ -169,16 +206,21 @@ def run_case(case: Case, model: Path, rollouts: Path, parallel: Parallel) -> dic
         read_geometry(model),
         parallel,
         num_updates=2,
+        reference_path=config.kl.reference,
     )
     dealt = deal(case, rollouts, parallel)
     batch = dealt.batch
     if not case.is_packed:
         batch = one_per_row(dealt, case.tokens_per_row, parallel)
+    if case.is_swapped:
+        batch = swap(batch, parallel)
+    if case.is_aligned:
+        batch = align(batch, learner)
     report, recomputed = train_step(
         learner,
         batch,
-        DualVariable(DUAL_VALUE, tolerance=TOLERANCE),
-        ObjectiveConfig(normalize=case.normalize, constraint=ConstraintConfig(initial=DUAL_VALUE)),
+        build_dual(config.constraint),
+        config,
         step=1,
         weight_version=0,
         should_recompute=case.should_recompute,
@@ -201,7 +243,10 @@ def run_case(case: Case, model: Path, rollouts: Path, parallel: Parallel) -> dic
     }
 
 
-def main(model: Path, rollouts: Path, out: Path) -> None:
+def run_cases(
+    cases: Sequence[Case], out: Path, run: Callable[[Case, Parallel], dict[str, Any]]
+) -> None:
+    """Those of this world size, a layout after the other; rank 0 writes what they gave."""
     from megatron.core import parallel_state
 
     world_size = int(os.environ["WORLD_SIZE"])
@@ -210,13 +255,17 @@ def main(model: Path, rollouts: Path, out: Path) -> None:
             continue
         config = ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_seconds=60)
         parallel = initialize_parallel(config, seed=0)
-        for case in CASES:
+        for case in cases:
             if case.layout == layout:
-                outcome = run_case(case, model, rollouts, parallel)
+                outcome = run(case, parallel)
                 if parallel.rank == 0:
                     torch.save(outcome, out / f"{case.name}.pt")
         parallel_state.destroy_model_parallel()
     shut_down_parallel()
+
+
+def main(model: Path, rollouts: Path, out: Path) -> None:
+    run_cases(CASES, out, lambda case, parallel: run_case(case, model, rollouts, parallel))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from megatron_rl.config import Config, ModelConfig
 from megatron_rl.config.file import save_config
+from megatron_rl.errors import DataError
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.rollout.recording import write_recomputed, write_step
 from tools import inspect_rollouts, make_tiny_model
@@ -113,3 +114,12 @@ def test_what_is_missing_is_named(run_dir, inspect, tmp_path):
     assert status == 1 and "expected files of step 99" in error
     status, _, error = inspect(tmp_path)
     assert status == 1 and "config.yaml: expected a readable YAML" in error
+
+
+def test_a_measured_tolerance_is_read_from_the_metrics(tmp_path):
+    assert inspect_rollouts.tolerance_of(0.004, tmp_path) == 0.004
+    with pytest.raises(DataError, match="constraint/tolerance"):
+        inspect_rollouts.tolerance_of("auto", tmp_path)
+    lines = ('{"step": 1}', '{"step": 2, "constraint/tolerance": 0.0031}')
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert inspect_rollouts.tolerance_of("auto", tmp_path) == 0.0031

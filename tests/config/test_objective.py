@@ -1,0 +1,133 @@
+"""Presets, and the combinations of the objective that make no sense."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_rl.config import (
+    Config,
+    ConstraintConfig,
+    ImportanceConfig,
+    KLConfig,
+    LearnerConfig,
+    ObjectiveConfig,
+    RejectionConfig,
+)
+from megatron_rl.config.file import load_config, save_config
+from megatron_rl.config.presets import PRESETS
+from megatron_rl.errors import ConfigError
+
+
+@pytest.fixture
+def empty(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    return path
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_more_than_its_name_and_is_read_back(name, empty, tmp_path):
+    config = load_config(empty, [f"objective.preset={name}"])
+    assert config.objective.preset == name
+    # dc_grpo is the defaults, said by name.
+    assert (replace(config.objective, preset="") == ObjectiveConfig()) == (name == "dc_grpo")
+    assert config.objective.constraint.enabled == name.startswith("dc_")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_what_the_file_and_the_command_line_give_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("objective: {preset: icepop, importance: {upper: 4}}")
+    objective = load_config(path).objective
+    assert objective.importance == ImportanceConfig(level="token", mode="mask", lower=0.5, upper=4)
+    objective = load_config(path, ["objective.importance.lower=0.25"]).objective
+    assert (objective.importance.lower, objective.importance.upper) == (0.25, 4.0)
+    objective = load_config(path, ["objective.preset=gspo"]).objective
+    assert objective.policy_loss == "gspo"
+    assert objective.importance == ImportanceConfig(upper=4.0)  # the file's, under gspo's nothing
+    assert load_config(path, ["objective.preset="]).objective.importance.level == "none"
+
+
+def test_the_published_numbers(empty):
+    def of(name):
+        return load_config(empty, [f"objective.preset={name}"]).objective
+
+    assert (of("dapo").clip_low, of("dapo").clip_high, of("dapo").normalize) == (
+        0.2,
+        0.28,
+        "token_mean",
+    )
+    assert load_config(empty, ["objective.preset=dapo"]).loop.dynamic_sampling.enabled
+    assert (of("gspo").clip_low, of("gspo").clip_high) == (3e-4, 4e-4)
+    assert of("tis").importance == ImportanceConfig(level="token", mode="truncate", upper=2.0)
+    assert of("sequence_mask").importance.upper == 3.0
+    geometric = of("geometric_rejection").rejection
+    assert (geometric.lower, geometric.upper, geometric.veto_ratio) == (0.999, 1.001, 1e-4)
+    assert of("k3_rejection").rejection.upper == 0.01
+
+
+def test_dr_grpo_divides_by_the_longest_response(empty):
+    overrides = ["objective.preset=dr_grpo", "rollout.sampling.max_tokens=77"]
+    objective = load_config(empty, overrides).objective
+    assert (objective.normalize, objective.normalize_length) == ("constant", 77)
+    assert not objective.advantage_std
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["preset=grop"], "objective.preset: expected grpo, dapo"),
+        (["preset=3"], "objective.preset: expected grpo, dapo"),
+        (["preset=bypass", "importance.level=token"], "importance.level: expected none with old_"),
+        (["old_policy=rollout", "constraint.gate=mean"], "constraint.gate: expected batch or tok"),
+        (["preset=gspo", "importance.level=token"], "importance.level: expected sequence_mean or"),
+        (["preset=gspo", "rejection.divergence=k1"], "rejection.level: expected one of a seque"),
+        (["importance.batch_normalize=true"], "batch_normalize: expected a level other than none"),
+        (["importance.lower=1.5"], "importance.lower: expected a ratio in [0, 1], got 1.5"),
+        (["importance.upper=0.9"], "importance.upper: expected a ratio of at least 1, got 0.9"),
+        (["importance.level=sequence"], "expected none, token, sequence_sum or sequence_mean, got"),
+        (["rejection.divergence=k2", "rejection.lower=0.1"], "rejection.lower: expected 0 with"),
+        (["rejection.divergence=k1", "rejection.upper=0.01"], "rejection.upper: expected a ratio"),
+        (["rejection.veto_ratio=1"], "rejection.veto_ratio: expected in [0, 1), got 1"),
+        (["rejection.opsm_threshold=-1"], "rejection.opsm_threshold: expected at least 0, got -1"),
+        (["rejection.opsm_threshold=0.1"], "opsm_threshold: expected several learner.mini_batches"),
+        (["kl.coefficient=0.1"], "kl.reference: expected a checkpoint folder with coefficient=0.1"),
+        (["kl.estimator=k4"], "kl.estimator: expected k1, k2 or k3, got 'k4'"),
+        (["normalize=constant"], "normalize_length: expected at least 1 with normalize=constant"),
+        (["normalize_length=8"], "normalize_length: expected at least 1 with normalize=constant"),
+        (["clip_low=1"], "clip_low: expected in [0, 1), got 1"),
+        (["preset=cispo", "clip_low=1.1"], "clip_low: expected in [0, 1], got 1.1"),
+        (["constraint.tolerance=often"], "constraint.tolerance: expected a number or auto, got"),
+        (["constraint.tolerance=2"], "tolerance: expected a difference of probabilities in [0, 1]"),
+        (["constraint.tolerance_steps=1"], "constraint.tolerance_steps: expected at least 2, got"),
+        (["constraint.gate=sequence"], "constraint.gate: expected batch, mean or token, got"),
+        (["constraint.penalty=soft"], "constraint.penalty: expected shaping or differentiable, go"),
+        (["constraint.max_discrepancy=0"], "constraint.max_discrepancy: expected above 0, got 0"),
+        (["entropy_coefficient=-1"], "entropy_coefficient: expected at least 0, got -1"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(overrides, expected, empty):
+    with pytest.raises(ConfigError) as caught:
+        load_config(empty, [f"objective.{each}" for each in overrides])
+    message = str(caught.value)
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_opsm_wants_a_policy_that_moves():
+    opsm = RejectionConfig(opsm_threshold=1e-4)
+    moving = LearnerConfig(mini_batches_per_step=2)
+    Config(objective=ObjectiveConfig(rejection=opsm), learner=moving)
+    Config(objective=ObjectiveConfig(rejection=opsm, old_policy="rollout"))
+
+
+def test_sound_combinations():
+    for settings in (
+        {"constraint": ConstraintConfig(penalty="differentiable", gate="token")},
+        {"old_policy": "rollout", "constraint": ConstraintConfig(gate="token", tolerance="auto")},
+        {"old_policy": "rollout", "rejection": RejectionConfig(divergence="k3", upper=0.1)},
+        {"policy_loss": "gspo", "importance": ImportanceConfig(level="sequence_mean")},
+        {"kl": KLConfig(reference="models/base")},  # measured only
+    ):
+        ObjectiveConfig(**settings)
