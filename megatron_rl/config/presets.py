@@ -21,7 +21,8 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
         "clip_high": 0.2,
         "normalize": "sequence_mean",
     },
-    # arXiv 2503.14476: clip-higher and the token mean
+    # arXiv 2503.14476: clip-higher, the token mean, and dynamic sampling (below); its over-long
+    # shaping wants a length: reward.overlong.buffer_tokens
     "dapo": {"constraint": _NO_CONSTRAINT, "clip_low": 0.2, "clip_high": 0.28},
     # arXiv 2503.20783: neither length nor deviation weighs
     "dr_grpo": {
@@ -94,6 +95,11 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "dc_grpo_tis": {"constraint": {"enabled": True}, "importance": _TIS},
 }
 
+_OTHER_SECTIONS: dict[str, dict[str, Any]] = {
+    "dapo": {"loop": {"dynamic_sampling": {"enabled": True}}},
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    name: {"objective": {**objective, "preset": name}} for name, objective in _OBJECTIVES.items()
+    name: {"objective": {**objective, "preset": name}, **_OTHER_SECTIONS.get(name, {})}
+    for name, objective in _OBJECTIVES.items()
 }

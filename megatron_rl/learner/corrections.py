@@ -17,7 +17,7 @@ from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.parallel import Parallel
 from megatron_rl.objective.corrections import importance_weights, weight_mean
 from megatron_rl.objective.discrepancy import discrepancy
-from megatron_rl.objective.rejection import rejection_metrics, within_divergence, without_veto
+from megatron_rl.objective.rejection import rejection_mask, rejection_metrics, veto_mask
 from megatron_rl.observe.metrics import Metric
 from megatron_rl.records import MicroBatch, TrainBatch
 
@@ -62,7 +62,7 @@ def correct_row(
     rollout, sampled, ids = row.rollout_logprobs, row.loss_mask, row.sequence_ids
     kept, metrics = sampled, {}
     if rejection.divergence != "none":
-        stays = within_divergence(
+        stays = rejection_mask(
             recomputed,
             rollout,
             sampled,
@@ -75,7 +75,7 @@ def correct_row(
         metrics |= rejection_metrics(stays, sampled, ids, name="rejected")
         kept = kept & stays
     if rejection.veto_ratio > 0 or rejection.veto_probability > 0:
-        stays = without_veto(
+        stays = veto_mask(
             recomputed,
             rollout,
             sampled,

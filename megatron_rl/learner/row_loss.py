@@ -22,7 +22,7 @@ from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.objective.loss import policy_loss
 from megatron_rl.objective.normalize import normalized_sum
 from megatron_rl.objective.regularizers import reference_kl, reference_metrics
-from megatron_rl.objective.rejection import on_policy_or_praised, rejection_metrics
+from megatron_rl.objective.rejection import off_policy_sequence_mask, rejection_metrics
 from megatron_rl.observe.metrics import Mean, Metric
 from megatron_rl.records import MicroBatch
 
@@ -176,7 +176,7 @@ class MiniBatchLoss:
             metrics |= weight_metrics(weights, correction.is_outside, kept)
         threshold = config.rejection.opsm_threshold
         if threshold is not None:
-            stays = on_policy_or_praised(
+            stays = off_policy_sequence_mask(
                 output.logprobs, old, row.advantages, kept, row.sequence_ids, threshold=threshold
             )
             metrics |= rejection_metrics(stays, kept, row.sequence_ids, name="opsm_masked")

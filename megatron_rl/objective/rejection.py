@@ -34,7 +34,7 @@ DIVERGENCES = ("k1", "k2", "k3")
 LEVELS = ("token", "sequence_sum", "sequence_mean", "sequence_max")
 
 
-def within_divergence(
+def rejection_mask(
     recomputed_logprobs: torch.Tensor,
     rollout_logprobs: torch.Tensor,
     mask: torch.Tensor,
@@ -87,7 +87,7 @@ def within_divergence(
     return mask & to_tokens((of_sequences >= low) & (of_sequences <= high), sequence_ids)
 
 
-def without_veto(
+def veto_mask(
     recomputed_logprobs: torch.Tensor,
     rollout_logprobs: torch.Tensor,
     mask: torch.Tensor,
@@ -115,7 +115,7 @@ def without_veto(
     return mask & ~to_tokens(has_veto, sequence_ids)
 
 
-def on_policy_or_praised(
+def off_policy_sequence_mask(
     policy_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,

@@ -58,6 +58,7 @@ def test_the_published_numbers(empty):
         0.28,
         "token_mean",
     )
+    assert load_config(empty, ["objective.preset=dapo"]).loop.dynamic_sampling.enabled
     assert (of("gspo").clip_low, of("gspo").clip_high) == (3e-4, 4e-4)
     assert of("tis").importance == ImportanceConfig(level="token", mode="truncate", upper=2.0)
     assert of("sequence_mask").importance.upper == 3.0

@@ -39,7 +39,7 @@ OBJECTIVES = {
         clip_low=3e-4,
         clip_high=4e-4,
         normalize="sequence_mean",
-        constraint=DUAL,
+        constraint=replace(DUAL, gate="mean", tolerance=0.0005),
         importance=ImportanceConfig(level="sequence_mean", mode="mask", lower=0.94, upper=1.06),
         rejection=RejectionConfig(divergence="k3", level="sequence_mean", upper=0.05),
     ),
@@ -64,7 +64,7 @@ OBJECTIVES = {
     "dr_grpo_batch_normalized": ObjectiveConfig(
         normalize="constant",
         normalize_length=32,
-        constraint=replace(DUAL, gate="mean", tolerance=0.0005),
+        constraint=replace(DUAL, gate="mean"),
         importance=ImportanceConfig(level="sequence_sum", upper=1.5, batch_normalize=True),
     ),
     "kl_in_loss": ObjectiveConfig(

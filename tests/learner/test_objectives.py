@@ -150,12 +150,23 @@ def test_the_rules_took_some_and_left_some(outcomes: Outcomes) -> None:
 
 def test_rejection_changes_neither_the_gap_nor_lambda(outcomes: Outcomes) -> None:
     """Not even where everything is rejected: lambda steps by every token that was sampled."""
-    names = ("dapo_tis_rejection", "gspo_k3", "all_rejected")
+    names = ("dapo_tis_rejection", "kl_in_loss", "all_rejected")
     reports = [outcomes[one_of(name)]["reports"][0] for name in names]
     assert len({report.metrics["discrepancy/mean"] for report in reports}) == 1
     assert len({report.dual_value for report in reports}) == 1
     assert reports[-1].metrics["correction/rejected_tokens/mean"] > 0.99
     assert "loss/mean" not in reports[-1].metrics
+
+
+def test_the_gate_of_the_mean_opens_above_the_tolerance_only(outcomes: Outcomes) -> None:
+    for name, is_open in (("gspo_k3", True), ("dr_grpo_batch_normalized", False)):
+        for layout in ("dp1", "dp2", "pp2"):
+            how = {"layout": layout} | ({"tokens_per_row": 48} if layout == "pp2" else {})
+            metrics = metrics_of(outcomes[one_of(name, **how)])
+            constraint = OBJECTIVES[name].constraint
+            assert (metrics["discrepancy/mean"] > constraint.tolerance) == is_open
+            assert (metrics["constraint/penalty/mean"] > 0) == is_open
+            assert metrics["constraint/lambda"] == DUAL_VALUE
 
 
 def test_batch_normalised_weights_have_a_mean_of_one(outcomes: Outcomes) -> None:

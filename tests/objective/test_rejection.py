@@ -7,10 +7,10 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.objective.rejection import (
     DIVERGENCES,
     LEVELS,
-    on_policy_or_praised,
+    off_policy_sequence_mask,
+    rejection_mask,
     rejection_metrics,
-    within_divergence,
-    without_veto,
+    veto_mask,
 )
 from megatron_rl.observe.metrics import reduce
 
@@ -28,7 +28,7 @@ def _alone(tensor, _operation):
 
 
 def kept_of(divergence, level, lower, upper, recomputed=RECOMPUTED):
-    kept = within_divergence(
+    kept = rejection_mask(
         recomputed,
         ROLLOUT,
         MASK,
@@ -75,19 +75,19 @@ def test_equal_policies_lose_nothing(divergence, level):
     bounds = (1.0, 1.0) if divergence == "k1" else (0.0, 1e-12)
     everything = MASK.nonzero()[:, 0].tolist()
     assert kept_of(divergence, level, *bounds, recomputed=ROLLOUT) == everything
-    stays = without_veto(ROLLOUT, ROLLOUT, MASK, IDS, ratio=0.999, probability=0.0)
+    stays = veto_mask(ROLLOUT, ROLLOUT, MASK, IDS, ratio=0.999, probability=0.0)
     assert torch.equal(stays, MASK)
 
 
 def test_veto_worked_by_hand():
     log_ratios = torch.tensor([0.0, -9.3, 0.0, -9.1, 0.0, 0.0, 0.0])  # ln 1e-4 is -9.21
     recomputed = ROLLOUT + log_ratios
-    stays = without_veto(recomputed, ROLLOUT, MASK, IDS, ratio=1e-4, probability=0.0)
+    stays = veto_mask(recomputed, ROLLOUT, MASK, IDS, ratio=1e-4, probability=0.0)
     assert stays.nonzero()[:, 0].tolist() == [2, 3, 5]
     # p_train of sequence 2 is exp(-2) = 0.135; of the others exp(-3) and less.
-    stays = without_veto(recomputed, ROLLOUT, MASK, IDS, ratio=0.0, probability=0.1)
+    stays = veto_mask(recomputed, ROLLOUT, MASK, IDS, ratio=0.0, probability=0.1)
     assert stays.nonzero()[:, 0].tolist() == [5]
-    assert torch.equal(without_veto(recomputed, ROLLOUT, MASK, IDS, ratio=0, probability=0), MASK)
+    assert torch.equal(veto_mask(recomputed, ROLLOUT, MASK, IDS, ratio=0, probability=0), MASK)
 
 
 def test_opsm_worked_by_hand():
@@ -96,9 +96,9 @@ def test_opsm_worked_by_hand():
     policy = torch.tensor([-1.3, -0.8, -1.1, -1.0, math.nan, -0.7, math.nan])
     advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, -1.0, 0.0])
     for threshold, expected in ((0.04, [2, 3, 5]), (0.06, [0, 1, 2, 3, 5])):
-        stays = on_policy_or_praised(policy, old, advantages, MASK, IDS, threshold=threshold)
+        stays = off_policy_sequence_mask(policy, old, advantages, MASK, IDS, threshold=threshold)
         assert stays.nonzero()[:, 0].tolist() == expected
-    stays = on_policy_or_praised(old, old, -torch.ones(7), MASK, IDS, threshold=0.0)
+    stays = off_policy_sequence_mask(old, old, -torch.ones(7), MASK, IDS, threshold=0.0)
     assert torch.equal(stays, MASK)
 
 
