@@ -170,12 +170,8 @@ def test_what_was_dropped_is_measured_and_not_learnt_from(
         if key.startswith("discrepancy/") or key == "constraint/next_lambda":
             assert first[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
     assert first["loss/mean"] != pytest.approx(first_of_all["loss/mean"], rel=1e-2)
-    for name, *overrides in (
-        ("dp2",),
-        ("tp2", "parallel.tensor=2"),
-        ("pp2", "parallel.pipeline=2"),
-    ):
-        got = run(name, dynamic, "learner.mini_batches_per_step=3", *overrides, ranks=2)
+    for name, override in (("dp2", "parallel.tensor=1"), ("pp2", "parallel.pipeline=2")):
+        got = run(name, dynamic, "learner.mini_batches_per_step=3", override, ranks=2)
         assert [line.keys() for line in got] == [line.keys() for line in expected]
         for line, other in zip(got, expected, strict=True):
             for key, value in other.items():
@@ -185,9 +181,7 @@ def test_what_was_dropped_is_measured_and_not_learnt_from(
 def test_a_step_without_any_signal_is_only_measured(
     tiny_checkpoint: Path, recorded_rollouts: Path, tmp_path: Path
 ) -> None:
-    """A penalty over the whole response that is as large as nothing else: no group is kept when
-    advantages are all 0, which a huge epsilon makes them.
-    """
+    """A huge epsilon makes every advantage 0."""
     lines = replay(
         tmp_path / "nothing",
         tiny_checkpoint,

@@ -17,6 +17,7 @@ LAYOUT = {
             ["^discrepancy/mean$", "^constraint/tolerance$"],
         ],
         "lambda": ["Multiline", ["^constraint/lambda$"]],
+        "lambda * delta as a share of |A|": ["Multiline", ["^constraint/penalty_share/mean$"]],
         "k1 and k3": ["Multiline", ["^discrepancy/kl_k[13]/mean$"]],
         "effective sample size": ["Multiline", ["^discrepancy/effective_sample_size/.*"]],
         "entropy": ["Multiline", ["^loss/entropy/mean$"]],
@@ -44,17 +45,29 @@ LAYOUT = {
             "Multiline",
             ["^discrepancy/log_perplexity_difference/.*"],
         ],
-        "corrections": ["Multiline", ["^correction/.*"]],
+        "correction's weights": ["Multiline", ["^correction/weight/.*"]],
+        "corrected, rejected and vetoed": [
+            "Multiline",
+            ["^correction/.*_(bounds|tokens|sequences)/mean$"],
+        ],
     },
     "reward": {
         "evaluation": ["Multiline", ["^eval/(avg|pass)_at_[0-9]+$"]],
         "rates": ["Multiline", ["^reward/[^/]+_rate/mean$", "^rollout/truncation_rate/mean$"]],
-        "groups with signal": ["Multiline", ["^reward/groups_with_signal/mean$"]],
+        "groups with signal, samples kept": [
+            "Multiline",
+            ["^reward/groups_with_signal/mean$", "^rollout/kept_rate/mean$"],
+        ],
+        "over-long penalty": ["Multiline", ["^reward/overlong_penalty/mean$"]],
         "response tokens": ["Multiline", ["^rollout/response_tokens/.*"]],
     },
     "learner": {
         "loss": ["Multiline", ["^loss/mean$"]],
         "clip fraction": ["Multiline", ["^loss/clip_fraction.*"]],
+        "KL of the update, and to the reference": [
+            "Multiline",
+            ["^loss/update_kl/mean$", "^reference/kl_.*/mean$"],
+        ],
         "learning rate": ["Multiline", ["^learner/learning_rate$"]],
     },
     "speed": {

@@ -18,3 +18,8 @@ def count_digits(response: str, answer: str, metadata: dict[str, Any]) -> float:
         with Path(path).open("ab") as file:
             file.write(b".")
     return sum(character.isdigit() for character in response) / max(1, len(response))
+
+
+def even_answers_only(response: str, answer: str, metadata: dict[str, Any]) -> float:
+    """Everything is right where the answer is odd: such a group has no signal."""
+    return 1.0 if int(answer) % 2 else count_digits(response, answer, metadata)

@@ -248,6 +248,23 @@ def test_small_gaps_keep_their_digits() -> None:
     assert 0 < 1 - correlation < 1e-5
 
 
+def test_a_divergence_of_near_certain_tokens_keeps_its_digits() -> None:
+    """Of Bernoulli distributions with 1e-9 and 3e-9: m * g(1/2), m the middle."""
+    rests = torch.tensor([1e-9, 3e-9], dtype=torch.float64)
+    recomputed, rollout = (-rests).log1p()[:, None]
+    expected = 2e-9 * (1.5 * math.log(1.5) + 0.5 * math.log(0.5)) / 2
+    assert figures_of(metrics_of(recomputed, rollout))["discrepancy/jsd/mean"] == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+def test_a_sequence_without_a_kept_token_is_no_extreme() -> None:
+    figures = figures_of(metrics_of([-LN2, -1.0], [-2 * LN2, -1.0], [True, False], ids=[0, 1]))
+    for name in ("sequence_sum_ratio", "sequence_mean_ratio"):
+        assert figures[f"discrepancy/{name}/min"] == pytest.approx(2.0)
+    assert figures["discrepancy/log_perplexity_difference/max"] == pytest.approx(-LN2)
+
+
 def random_sequences(num: int) -> list[dict[str, torch.Tensor]]:
     """Of 0 to 40 tokens, some of which nobody sampled."""
     generator = torch.Generator().manual_seed(11)
