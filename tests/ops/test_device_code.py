@@ -104,7 +104,7 @@ def _rows(logits):
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("lockstep") / "lockstep.so"
-    flags = "-O2 -std=c++17 -ffp-contract=off -Wall -Werror -shared -fPIC".split()
+    flags = ["-O2", "-std=c++17", "-ffp-contract=off", "-Wall", "-Werror", "-shared", "-fPIC"]
     source = HERE / "lockstep.cpp"
     subprocess.run(["g++", *flags, f"-I{CSRC}", str(source), "-o", str(path)], check=True)
     library = ctypes.CDLL(str(path))
