@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from bench_logprobs import DTYPES, machine, peak, reset_peak, timed
+from bench_logprobs import DTYPES, cache_filler, machine, peak, reset_peak, timed
 
 from megatron_rl.ops.logprobs import linear_token_logprobs
 
@@ -37,6 +37,8 @@ def main() -> None:
     hidden = torch.randn(options.rows, options.hidden, **place)
     weight = torch.randn(options.vocab, options.hidden, **place) * options.hidden**-0.5
     labels = torch.randint(options.vocab, (options.rows,), device=device)
+    if device.type == "cuda":
+        cache_filler(device)
     functions = contenders(hidden, weight, labels, options.chunks)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     extra = dict.fromkeys(functions, 0.0)

@@ -14,7 +14,9 @@ export MEGATRON_RL_CUDA=1
 step() { printf '\n== %s\n' "$*"; }
 
 step "machine"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+fi
 "$python" - <<'PY'
 import torch
 

@@ -279,6 +279,14 @@ def test_an_instruction_set_is_asked_for_by_name(monkeypatch):
         token_logprobs(torch.zeros(1, 2), torch.tensor([0]))
 
 
+@pytest.mark.skipif(bool(OPS.cuda_architectures()), reason="built with CUDA kernels")
+def test_cuda_kernels_that_are_not_built_are_told_or_an_error(monkeypatch):
+    assert kernels.backend(torch.device("cuda")).startswith("torch operations")
+    monkeypatch.setenv(kernels.CUDA_VARIABLE, "1")
+    with pytest.raises(ConfigError, match="MEGATRON_RL_CUDA=1"):
+        kernels.load.__wrapped__()
+
+
 @pytest.mark.parametrize("has_entropy", [True, False])
 def test_the_operators_declare_what_they_do(has_entropy):
     logits, labels, incoming = make_problem(6, 300, torch.bfloat16)
