@@ -44,6 +44,7 @@ from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
 from megatron_rl.reward.score import Scorer
 from megatron_rl.reward.verifiers import resolve_verifiers
 from megatron_rl.rollout.client import RolloutClient
+from megatron_rl.rollout.engine_model import engine_model
 from megatron_rl.rollout.recording import truncate_after
 from megatron_rl.rollout.server import Engine, check_given, given_addresses, start_engines
 from megatron_rl.sync.publish import Publisher
@@ -51,6 +52,7 @@ from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
 SYNC_LOG = "sync.jsonl"
+ENGINE_MODEL = "engine_model"  # the checkpoint that quantised engines start from
 # Until a guard has noticed its server's death; the connection breaks before.
 DEATH_SECONDS = 1.0
 
@@ -129,6 +131,7 @@ class Run:
                 last_step=self.step if self.was_resumed else -1,
             )
         )
+        self.recorder.say(f"log-probs: {self.learner.logprob_backend}")
         if self.parallel.is_replica_head and not self.is_replay:
             self.scorer = self._stack.enter_context(Scorer(config.reward, self.verifiers))
         self._connect()
@@ -137,7 +140,7 @@ class Run:
         rollout = self.config.rollout
         self._engines = start_engines(
             rollout,
-            model_path=self.config.model.path,
+            model_path=engine_model(rollout, self.config.model.path, self.run_dir / ENGINE_MODEL),
             log_dir=self.run_dir / "logs",
             token=os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
             seed=self.config.loop.seed,
@@ -263,7 +266,9 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
             f"data.max_prompt_tokens={limit}: expected room for rollout.sampling.max_tokens="
             f"{config.rollout.sampling.max_tokens} in the model's context of {context}"
         )
-    if config.eval.sampling.max_tokens >= context:
+    is_evaluated = config.eval.every or config.eval.at_start or config.eval.at_end
+    has_room = config.eval.sampling.max_tokens < context
+    if is_evaluated and config.data.num_held_out and not has_room:
         raise ConfigError(
             f"eval.sampling.max_tokens: expected below the model's context of {context}, "
             f"got {config.eval.sampling.max_tokens}"

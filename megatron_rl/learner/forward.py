@@ -72,6 +72,7 @@ def row_output(
         temperature=temperature,
         vocab_size=vocab_size,
         group=parallel.tp_group if parallel.tp_size > 1 else None,
+        overwrite_logits=True,  # a copy that nobody else holds
     )
     zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)
     return RowOutput(

@@ -18,6 +18,7 @@ from megatron_rl.learner.model import build_model
 from megatron_rl.learner.optimizer import build_optimizer
 from megatron_rl.learner.parallel import Parallel
 from megatron_rl.learner.recompute import recompute_logprobs
+from megatron_rl.ops import kernels
 from megatron_rl.records import MicroBatch
 from megatron_rl.weights.geometry import Geometry
 
@@ -57,6 +58,11 @@ class Learner:
     def learning_rate(self) -> float:
         """Of the last optimizer step."""
         return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def logprob_backend(self) -> str:
+        """What computes log-probs here, in words: `C++ (avx512)`."""
+        return kernels.backend(self.parallel.device)
 
     def recompute(self, rows: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """`recomputed_logprobs` at the present weights: on the last stage a [T] float32 a row,
@@ -98,9 +104,8 @@ class Learner:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_schedule(self.model, rows, on_output, forward_only=False)
-        self.scheduler.step(
-            1
-        )  # before the step, so that a warm-up's first step does not have a rate of 0
+        # Before the step, so that a warm-up's first step does not have a rate of 0.
+        self.scheduler.step(1)
         _, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm)
         if grad_norm != grad_norm or grad_norm == float("inf"):
