@@ -9,7 +9,7 @@ its order, the threads, the device and its vector width. Error: at most 5e-7 x m
 against float64. The matrix product of `linear_token_logprobs` has bits of its own.
 
 `kernels.py` says what computes: on the CPU the C++ kernels, on a CUDA device the CUDA kernels, or,
-in a build without them, the torch operations of `reference.py`, with the same steps and much slower.
+in a build without them, `reference.py`, the same steps in torch operations and much slower.
 
 Collectives: one all-gather of a few dozen int32 a row in the forward pass, however many chunks;
 none in the backward pass of `token_logprobs`. Every rank of the group must call with the same
