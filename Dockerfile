@@ -20,4 +20,4 @@ WORKDIR /workspace
 # package are built against it.
 RUN pip install --no-cache-dir "setuptools>=77,<81" wheel ninja packaging torch==2.13.0
 COPY . .
-RUN pip install --no-cache-dir --no-build-isolation ".[gpu,test]"
+RUN MEGATRON_RL_CUDA=1 pip install --no-cache-dir --no-build-isolation ".[gpu,test]"

@@ -1,10 +1,12 @@
 """Times the aligned log-prob of given logits against what others do, in one table.
 
     OMP_NUM_THREADS=2 python tools/bench_logprobs.py --rows 1024 --vocab 151936
+    python tools/bench_logprobs.py --device cuda --rows 64 4096
 
 Forward, and forward with backward to the logits: medians of warm runs that take turns, so that a
 busy machine is busy for all. "read" is a plain sum over the logits' memory; the share of it that a
-forward pass reaches is the read's time over its own.
+forward pass reaches is the read's time over its own. On a GPU nothing of the logits is left in its
+cache when a run begins.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,7 +34,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Timing:
     forward: float  # seconds
     both: float  # forward and backward
-    extra_mebibytes: float  # largest resident memory of forward and backward beyond the logits
+    extra_mebibytes: float  # largest memory of forward and backward beyond the logits
     error: float  # against float64, of the first rows: max |difference| / max(1, |logprob|)
 
 
@@ -42,17 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1024])
     parser.add_argument("--vocab", type=int, nargs="+", default=[151936])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave out what compiles")
     options = parser.parse_args(arguments)
+    device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         distributed.init_process_group(
-            "gloo", init_method=f"file://{Path(folder) / 'meet'}", rank=0, world_size=1
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{Path(folder) / 'meet'}",
+            rank=0,
+            world_size=1,
         )
         for vocab_size in options.vocab:
             for num_rows in options.rows:
-                functions = contenders(compiled=not options.no_compile)
-                bench(functions, num_rows, vocab_size, DTYPES[options.dtype], options.runs)
+                functions = contenders(compiled=not options.no_compile, device=device)
+                shape, dtype = (num_rows, vocab_size), DTYPES[options.dtype]
+                bench(functions, shape, dtype, device, options.runs)
         distributed.destroy_process_group()
 
 
@@ -65,7 +74,7 @@ def gather_minus_logsumexp(logits: torch.Tensor, labels: torch.Tensor) -> torch.
     return logits.gather(1, labels[:, None])[:, 0].float() - logits.float().logsumexp(1)
 
 
-def contenders(*, compiled: bool) -> dict[str, Function]:
+def contenders(*, compiled: bool, device: torch.device) -> dict[str, Function]:
     """Name -> log-probs of logits and labels. The others are compared with the first one."""
     functions: dict[str, Function] = {
         "torch: log_softmax, gather": log_softmax_and_gather,
@@ -74,6 +83,8 @@ def contenders(*, compiled: bool) -> dict[str, Function]:
     if compiled:
         functions["torch.compile of the first"] = torch.compile(log_softmax_and_gather)
         functions |= megatron()
+        if device.type == "cuda":
+            functions |= liger()
     functions["megatron_rl"] = token_logprobs
     functions["megatron_rl, with entropy"] = lambda logits, labels: token_logprobs_and_entropy(
         logits, labels
@@ -98,16 +109,29 @@ def megatron() -> dict[str, Function]:
     return {"Megatron: fused cross entropy": logprobs}
 
 
+def liger() -> dict[str, Function]:
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+    except ImportError as error:
+        print(f"Liger's cross entropy left out: {error}")
+        return {}
+
+    def logprobs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -liger_cross_entropy(logits, labels, reduction="none")
+
+    return {"Liger: cross entropy": logprobs}
+
+
 def bench(
     functions: dict[str, Function],
-    num_rows: int,
-    vocab_size: int,
+    shape: tuple[int, int],
     dtype: torch.dtype,
+    device: torch.device,
     num_runs: int,
 ) -> None:
     torch.manual_seed(0)
-    original = torch.randn(num_rows, vocab_size, dtype=dtype)
-    labels = torch.randint(vocab_size, (num_rows,))
+    original = torch.randn(shape, dtype=dtype, device=device)
+    labels = torch.randint(shape[1], shape[:1], device=device)
     logits = torch.empty_like(original)
     num_bytes = original.numel() * original.element_size()
     words = logits.view(torch.uint8).view(-1)[: num_bytes // 8 * 8].view(torch.int64)
@@ -117,18 +141,19 @@ def bench(
     for run in range(num_runs + 1):  # the first one warms up
         for name, function in functions.items():
             logits.copy_(original)  # Megatron's backward and ours may write over them
-            reads.append(timed(lambda: words.sum()))
+            reads.append(timed(lambda: words.sum(), device))
             with torch.no_grad():
-                forward = timed(lambda function=function: function(logits, labels))
+                forward = timed(lambda function=function: function(logits, labels), device)
+            logits.copy_(original)
             leaf = logits.detach().requires_grad_()
-            before = reset_peak()
+            before = reset_peak(device)
             both = timed(
-                lambda function=function, leaf=leaf: function(leaf, labels).sum().backward()
+                lambda function=function, leaf=leaf: function(leaf, labels).sum().backward(), device
             )
             if run > 0:
                 seconds[name][0].append(forward)
                 seconds[name][1].append(both)
-                extra[name] = max(extra[name], peak() - before)
+                extra[name] = max(extra[name], peak(device) - before)
     timings = {
         name: Timing(
             forward=statistics.median(forward),
@@ -138,24 +163,46 @@ def bench(
         )
         for name, (forward, both) in seconds.items()
     }
-    show(timings, tuple(original.shape), dtype, statistics.median(reads), num_bytes)
+    show(timings, original, statistics.median(reads))
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, with a GPU's work done."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    cache_filler(device).zero_()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     function()
-    return time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
-def reset_peak() -> float:
-    """Make the kernel forget the largest resident memory so far; returns what is resident, MiB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
+@cache
+def cache_filler(device: torch.device) -> torch.Tensor:
+    """256 MiB, more than any GPU caches; kept, so that it is in no peak."""
+    return torch.empty(2**28, dtype=torch.uint8, device=device)
 
 
-def peak() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+def reset_peak(device: torch.device) -> float:
+    """Forget the largest memory so far; returns what is in use, MiB."""
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    return peak(device)
+
+
+def peak(device: torch.device) -> float:
+    """MiB: resident on the CPU, of tensors on a GPU."""
+    if device.type == "cpu":
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def error_of(function: Function, logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -165,18 +212,18 @@ def error_of(function: Function, logits: torch.Tensor, labels: torch.Tensor) -> 
     return float(((got - expected).abs() / expected.abs().clamp(min=1.0)).max())
 
 
-def show(
-    timings: dict[str, Timing],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    read: float,
-    num_bytes: int,
-) -> None:
-    backend = kernels.backend(torch.device("cpu"))
+def machine(device: torch.device) -> str:
+    what = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    return f"{what}, torch {torch.__version__}, megatron_rl by {kernels.backend(device)}"
+
+
+def show(timings: dict[str, Timing], logits: torch.Tensor, read: float) -> None:
+    num_bytes = logits.numel() * logits.element_size()
     print(
-        f"\n{list(shape)} {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, megatron_rl by {backend}; "
-        f"read {read * 1e3:.1f} ms, {num_bytes / read / 1e9:.1f} GB/s"
+        f"\n{list(logits.shape)} {str(logits.dtype).removeprefix('torch.')}, "
+        f"{machine(logits.device)}; read {read * 1e3:.2f} ms, {num_bytes / read / 1e9:.1f} GB/s"
     )
     print(
         f"{'':32}{'forward':>11}{'times':>8}{'GB/s':>7}{'share':>7}"
@@ -185,9 +232,9 @@ def show(
     first = next(iter(timings.values()))
     for name, timing in timings.items():
         print(
-            f"{name:32}{timing.forward * 1e3:8.1f} ms{first.forward / timing.forward:8.1f}"
+            f"{name:32}{timing.forward * 1e3:8.2f} ms{first.forward / timing.forward:8.1f}"
             f"{num_bytes / timing.forward / 1e9:7.1f}{read / timing.forward:7.0%}"
-            f"{timing.both * 1e3:9.1f} ms{first.both / timing.both:8.1f}"
+            f"{timing.both * 1e3:9.2f} ms{first.both / timing.both:8.1f}"
             f"{timing.extra_mebibytes:6.0f} MiB{timing.error:9.1e}"
         )
 

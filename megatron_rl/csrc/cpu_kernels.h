@@ -9,14 +9,6 @@ namespace megatron_rl {
 
 constexpr int kTileGranules = 16;  // 2,048 columns: 4 KB of BF16, read twice from the L1 cache
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-enum ScalarKind { kFloat32, kBFloat16, kFloat16, kNumScalarKinds };
-
 struct Tile {
   alignas(64) int32_t exponent[kTileGranules];
   alignas(64) float sum[kTileGranules];

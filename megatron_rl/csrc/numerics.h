@@ -8,7 +8,8 @@
 // nearest, so whoever follows this order gets the same bits. ops/reference.py is the same in torch.
 //
 // No floating-point function of libm, no contraction, no denormal is flushed: see setup.py for the
-// flags, and FloatEnvironment in token_logprobs.cpp.
+// flags, and FloatEnvironment in token_logprobs.cpp. On a GPU the operations are the intrinsics that
+// name their rounding, which no compiler contracts or flushes.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,12 @@
 #define MEGATRON_RL_INLINE inline
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define MEGATRON_RL_UNROLL _Pragma("unroll")
+#else
+#define MEGATRON_RL_UNROLL
+#endif
+
 namespace megatron_rl {
 
 struct Node {
@@ -27,6 +34,15 @@ struct Node {
   float sum;         // S: sum exp(y) = S * 2^N
   float weighted;    // B: sum of S's terms times (y - N ln 2); 0 where no entropy is asked for
 };
+
+// 16-bit logits by their bits.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+enum ScalarKind { kFloat32, kBFloat16, kFloat16, kNumScalarKinds };
 
 // What the gradient of one row needs:  p = exp(y) / sum exp(y),  -G p, and G (1 - p) at the label.
 struct GradientRow {
@@ -64,6 +80,12 @@ __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, 
 __device__ __forceinline__ float multiply_add(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }
+// The larger one; NaN where one of them is. x86 keeps b's bits there: they reach no result.
+__device__ __forceinline__ float larger(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
 __device__ __forceinline__ uint32_t to_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 #else
@@ -74,6 +96,8 @@ MEGATRON_RL_INLINE float divide(float a, float b) { return a / b; }
 MEGATRON_RL_INLINE float multiply_add(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 }
+// The larger one; b where one of them is NaN, as x86 does.
+MEGATRON_RL_INLINE float larger(float a, float b) { return a > b ? a : b; }
 MEGATRON_RL_INLINE uint32_t to_bits(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
@@ -85,9 +109,6 @@ MEGATRON_RL_INLINE float from_bits(uint32_t bits) {
   return x;
 }
 #endif
-
-// The larger one; b where one of them is NaN, as x86 does.
-MEGATRON_RL_INLINE float larger(float a, float b) { return a > b ? a : b; }
 
 // f * 2^n, where adding kMagic left n in the low bits of t.
 MEGATRON_RL_INLINE float scale_by_low_bits(float f, float t) {
@@ -225,7 +246,8 @@ MEGATRON_RL_INLINE double logarithm(double x) {
   const double z = divide(add(q, -1.0), add(q, 1.0));
   const double w = multiply(z, z);
   double series = 1.0 / 19;
-  for (int i = 17; i >= 1; i -= 2) series = add(multiply(series, w), divide(1.0, static_cast<double>(i)));
+  MEGATRON_RL_UNROLL  // so that the compiler divides
+  for (int i = 17; i >= 1; i -= 2) series = add(multiply(series, w), 1.0 / i);
   return add(multiply(static_cast<double>(k), 0x1.62e42fefa39efp-1),
              multiply(2.0, multiply(z, series)));
 }

@@ -1,4 +1,4 @@
-// The operators of the aligned log-prob on CPU tensors: rows of logits to nodes, nodes of all
+// The operators of the aligned log-prob, and what they do on CPU tensors: rows of logits to nodes, nodes of all
 // tensor-parallel ranks to log-probs, and the gradient of the logits. Called by ops/logprobs.py,
 // which checks shapes, labels and errors.
 #include <ATen/ATen.h>
@@ -7,8 +7,10 @@
 #include <c10/util/StringUtil.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -52,6 +54,16 @@ class FloatEnvironment {
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const CpuKernels* kernels : supported_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+// What the CUDA kernels of this build run on; empty where it has none.
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> names;
+#if defined(MEGATRON_RL_CUDA_ARCHITECTURES)
+  std::istringstream words(MEGATRON_RL_CUDA_ARCHITECTURES);
+  for (std::string name; words >> name;) names.push_back(name);
+#endif
   return names;
 }
 
@@ -158,15 +170,6 @@ float push_granules(Tree& tree, const Row& row, const ShardLayout& layout,
   return maximum;
 }
 
-int64_t words_per_row(at::IntArrayRef edges, int64_t vocab_size, bool has_entropy) {
-  int64_t words = 0;
-  for (size_t rank = 0; rank + 1 < edges.size(); ++rank) {
-    const ShardLayout layout = shard_layout(edges[rank], edges[rank + 1], vocab_size);
-    words = std::max(words, num_nodes(layout) * (has_entropy ? 3 : 2) + layout.num_raw());
-  }
-  return kHeaderWords + words;
-}
-
 int32_t word(float x) { return static_cast<int32_t>(to_bits(x)); }
 float number(int32_t word) { return from_bits(static_cast<uint32_t>(word)); }
 
@@ -199,13 +202,12 @@ at::Tensor token_logprobs_nodes(const at::Tensor& logits, const at::Tensor& labe
   const ShardLayout layout = shard_layout(edges[rank], edges[rank + 1], vocab_size);
   TORCH_CHECK(logits.size(1) == edges[rank + 1] - edges[rank], "logits: expected the columns of ",
               "shard ", rank, ", ", edges[rank + 1] - edges[rank], ", got ", logits.size(1));
-  const int64_t num_rows = logits.size(0);
-  at::Tensor nodes =
-      at::zeros({num_rows, words_per_row(edges, vocab_size, has_entropy)}, at::kInt);
+  const int64_t num_rows = logits.size(0), num_ranks = static_cast<int64_t>(edges.size()) - 1;
+  const int64_t stride = words_per_row(edges.data(), num_ranks, vocab_size, has_entropy);
+  at::Tensor nodes = at::zeros({num_rows, stride}, at::kInt);
   const at::Tensor ids = labels.contiguous();
   int32_t* words = nodes.data_ptr<int32_t>();
   const int64_t* label = ids.data_ptr<int64_t>();
-  const int64_t stride = nodes.size(1);
   at::parallel_for(0, num_rows, rows_per_task(logits.size(1)), [&](int64_t begin, int64_t end) {
     const FloatEnvironment environment;
     for (int64_t i = begin; i < end; ++i) {
@@ -290,7 +292,7 @@ Finished token_logprobs_finish(const at::Tensor& nodes, const at::Tensor& labels
                                c10::string_view instruction_set) {
   const CpuKernels& kernels = kernels_named(instruction_set);
   const int64_t num_ranks = static_cast<int64_t>(edges.size()) - 1, num_rows = labels.size(0);
-  const int64_t stride = words_per_row(edges, vocab_size, has_entropy);
+  const int64_t stride = words_per_row(edges.data(), num_ranks, vocab_size, has_entropy);
   TORCH_CHECK(nodes.is_contiguous() && nodes.scalar_type() == at::kInt &&
                   nodes.sizes() == at::IntArrayRef({num_ranks, num_rows, stride}),
               "nodes: expected [", num_ranks, ", ", num_rows, ", ", stride, "] int32, got ",
@@ -366,6 +368,7 @@ void token_logprobs_gradient(const at::Tensor& logits, const at::Tensor& labels,
 
 TORCH_LIBRARY(megatron_rl, library) {
   library.def("instruction_sets() -> str[]", instruction_sets);
+  library.def("cuda_architectures() -> str[]", cuda_architectures);
   library.def(
       "token_logprobs_nodes(Tensor logits, Tensor labels, float temperature, int[] edges, "
       "int rank, int vocab_size, bool has_entropy, str instruction_set='') -> Tensor");

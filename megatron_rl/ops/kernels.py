@@ -2,8 +2,9 @@
 
 On the CPU they are the C++ kernels of csrc/, in the widest instruction set that the CPU has; the
 environment variable MEGATRON_RL_CPU_ISA (avx512, avx2 or portable) asks for another one, with the
-same bits. On a CUDA device they are `reference.py`, with the same bits and slow, until the CUDA
-kernel is written.
+same bits. On a CUDA device they are the CUDA kernels where the extension was built with them, and
+`reference.py` otherwise, with the same arithmetic and slow; MEGATRON_RL_CUDA=1, which makes the
+build fail without them, makes their absence an error here too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron_rl.ops import reference
 from megatron_rl.ops.node_layout import words_per_row
 
 INSTRUCTION_SET_VARIABLE = "MEGATRON_RL_CPU_ISA"
+CUDA_VARIABLE = "MEGATRON_RL_CUDA"
 
 
 @cache
@@ -26,7 +28,8 @@ def load() -> None:
     """Load the extension and register what is Python's part of the operators, once.
 
     Raises:
-        ConfigError: an extension that was not built, or was built for another torch.
+        ConfigError: an extension that was not built, or was built for another torch, or without
+            the CUDA kernels that MEGATRON_RL_CUDA=1 asks for.
     """
     try:
         from megatron_rl import _C  # noqa: F401
@@ -35,11 +38,17 @@ def load() -> None:
             f"megatron_rl._C: expected the built native extension, got {error}; run "
             "tools/bootstrap.sh, which builds it"
         ) from error
-    library = torch.library.Library("megatron_rl", "IMPL")
-    library.impl("token_logprobs_nodes", _reference_nodes, "CUDA")
-    library.impl("token_logprobs_finish", _reference_finish, "CUDA")
-    library.impl("token_logprobs_gradient", _reference_gradient, "CUDA")
-    _LIBRARIES.append(library)
+    if not torch.ops.megatron_rl.cuda_architectures():
+        if os.environ.get(CUDA_VARIABLE) == "1":
+            raise ConfigError(
+                f"{CUDA_VARIABLE}=1: expected a native extension with CUDA kernels, got one "
+                "without; build it again where CUDA_HOME is set and torch has CUDA"
+            )
+        library = torch.library.Library("megatron_rl", "IMPL")
+        library.impl("token_logprobs_nodes", _reference_nodes, "CUDA")
+        library.impl("token_logprobs_finish", _reference_finish, "CUDA")
+        library.impl("token_logprobs_gradient", _reference_gradient, "CUDA")
+        _LIBRARIES.append(library)
     torch.library.register_fake("megatron_rl::token_logprobs_nodes", _fake_nodes)
     torch.library.register_fake("megatron_rl::token_logprobs_finish", _fake_finish)
     torch.library.register_fake("megatron_rl::token_logprobs_gradient", _fake_gradient)
@@ -69,6 +78,10 @@ def backend(device: torch.device) -> str:
     """What computes on this device, in words for a run's log."""
     if device.type == "cpu":
         return f"C++ ({instruction_set()})"
+    load()
+    architectures = torch.ops.megatron_rl.cuda_architectures()
+    if device.type == "cuda" and architectures:
+        return f"CUDA ({', '.join(architectures)})"
     return "torch operations (no kernel for this device is built)"
 
 

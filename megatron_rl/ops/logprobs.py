@@ -8,8 +8,8 @@ The same logits give the same bits: whatever the number of shards and their padd
 its order, the threads, the device and its vector width. Error: at most 5e-7 x max(1, |logprob|)
 against float64. The matrix product of `linear_token_logprobs` has bits of its own.
 
-On the CPU the C++ kernels compute (`kernels.py`); on a CUDA device, as long as there is no CUDA
-kernel, the torch operations of `reference.py` on the device: the same bits, much slower.
+`kernels.py` says what computes: on the CPU the C++ kernels, on a CUDA device the CUDA kernels, or,
+in a build without them, `reference.py`, the same steps in torch operations and much slower.
 
 Collectives: one all-gather of a few dozen int32 a row in the forward pass, however many chunks;
 none in the backward pass of `token_logprobs`. Every rank of the group must call with the same
@@ -64,8 +64,8 @@ def token_logprobs(
         DataError: a label outside the vocabulary. DivergenceError: a row with NaN or +inf, or whose
             largest logit lies outside +-2^21 after division by the temperature (nothing but -inf,
             too). Both name the row and are raised on every rank. On a CUDA device nothing waits for
-            the check: such a row's log-prob is NaN (`objective.discrepancy.check_logprobs` finds
-            it).
+            the check: such a row's log-prob is NaN, and that is the flag which
+            `objective.discrepancy.check_logprobs` reads before it enters a loss.
         ValueError: shapes or dtypes that do not fit. ConfigError: a temperature of 0 or below,
             or a native extension that is not built.
     """

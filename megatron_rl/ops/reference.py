@@ -7,8 +7,8 @@ are summed against their own maximum, nodes are merged pairwise in a tree whose 
 global positions alone, and the root is finished in float64. Each step is rounded once; csrc/ does
 the same steps. Eager only: a compiler would fuse what is rounded apart here.
 
-`nodes`, `finish` and `gradient` are also what runs on a CUDA device as long as there is no CUDA
-kernel: the same bits, at a fraction of the speed.
+`nodes`, `finish` and `gradient` are also what runs on a CUDA device in a build without CUDA
+kernels: the same steps, at a fraction of the speed.
 """
 
 from __future__ import annotations

@@ -11,76 +11,20 @@ import megatron_rl
 from megatron_rl.errors import ConfigError
 from megatron_rl.ops import kernels, reference
 from megatron_rl.ops.logprobs import token_logprobs, token_logprobs_and_entropy
+from tests.ops.rows import (
+    DTYPES,
+    TEMPERATURES,
+    Native,
+    assert_same_bits,
+    bits_of,
+    make_problem,
+    pad_columns,
+    run_shards,
+)
 
 kernels.load()
 OPS = torch.ops.megatron_rl
 INSTRUCTION_SETS = OPS.instruction_sets()
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TEMPERATURES = [1.0, 0.7, 1.3]
-NAMES = ("logprobs", "entropy", "exponent", "sum", "maximum", "gradient")
-
-
-class _Native:
-    """The operators of one instruction set, with the signatures of `reference`."""
-
-    def __init__(self, instruction_set):
-        self.nodes = lambda *given: OPS.token_logprobs_nodes(*given, instruction_set)
-        self.finish = lambda *given: OPS.token_logprobs_finish(*given, instruction_set)
-        self.gradient = lambda *given: OPS.token_logprobs_gradient(*given, instruction_set)
-
-
-def _problem(num_rows, vocab_size, dtype, scale=3.0):
-    """Rows of every kind: plain, peaked, flat, with -inf in places, and with a huge gap."""
-    logits = torch.randn(num_rows, vocab_size) * scale
-    labels = torch.randint(vocab_size, (num_rows,))
-    incoming = torch.randn(num_rows)
-    for row in range(0, num_rows, 6):
-        kinds = logits[row : row + 6]
-        if len(kinds) == 6:
-            kinds[1, labels[row + 1]] += 40.0
-            kinds[2] = 1.5
-            kinds[3, torch.rand(vocab_size) < 0.5] = -math.inf
-            kinds[3, labels[row + 3]] = 0.25
-            kinds[4, vocab_size // 3 :] = -math.inf
-            kinds[4, 0] = 2.0
-            kinds[5, vocab_size // 2 :] -= 3e4
-            incoming[row + 2], incoming[row + 3] = 0.0, 1e-30
-    return logits.to(dtype), labels, incoming
-
-
-def _run(ops, logits, labels, incoming, *, temperature, edges, vocab_size, has_entropy=True):
-    """Everything, through simulated shards with the given edges."""
-    pairs = list(itertools.pairwise(edges))
-    shards = [logits[:, begin:end] for begin, end in pairs]
-    words = [
-        ops.nodes(shard, labels, temperature, edges, rank, vocab_size, has_entropy)
-        for rank, shard in enumerate(shards)
-    ]
-    finished = ops.finish(torch.stack(words), labels, edges, vocab_size, has_entropy)
-    gradients = []
-    for (begin, _), shard in zip(pairs, shards):
-        gradients.append(torch.full_like(shard, 7.0).contiguous())
-        ops.gradient(
-            shard,
-            labels,
-            incoming,
-            finished[2],
-            finished[3],
-            temperature,
-            begin,
-            vocab_size,
-            gradients[-1],
-        )
-    return (*finished, torch.cat(gradients, dim=1))
-
-
-def _bits(tensor):
-    return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-
-
-def _assert_same_bits(got, expected):
-    for name, a, b in zip(NAMES, got, expected):
-        assert torch.equal(_bits(a), _bits(b)), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,31 +33,25 @@ def test_kernels_have_the_bits_of_the_reference(dtype, temperature):
     torch.manual_seed(0)
     sizes = [1, 2, 15, 16, 17, 127, 128, 129, 300, 2047, 2048, 2049, 4097, 6200, 33000]
     for vocab_size, scale in itertools.product(sizes, [1.0, 30.0]):
-        problem = _problem(2 if vocab_size > 9000 else 12, vocab_size, dtype, scale)
+        problem = make_problem(2 if vocab_size > 9000 else 12, vocab_size, dtype, scale)
         layout = {"temperature": temperature, "edges": [0, vocab_size], "vocab_size": vocab_size}
-        expected = _run(reference, *problem, **layout)
+        expected = run_shards(reference, *problem, **layout)
         for name in INSTRUCTION_SETS:
-            got = _run(_Native(name), *problem, **layout)
-            _assert_same_bits(got, expected)
-            without = _run(_Native(name), *problem, **layout, has_entropy=False)
+            got = run_shards(Native(name), *problem, **layout)
+            assert_same_bits(got, expected)
+            without = run_shards(Native(name), *problem, **layout, has_entropy=False)
             assert without[1].numel() == 0
-            _assert_same_bits(without[:1] + got[1:2] + without[2:], expected)
+            assert_same_bits(without[:1] + got[1:2] + without[2:], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_have_the_bits_of_the_reference_at_the_size_of_a_model(dtype):
     torch.manual_seed(0)
-    problem = _problem(2, 151936, dtype)
+    problem = make_problem(2, 151936, dtype)
     layout = {"temperature": 1.0, "edges": [0, 151936], "vocab_size": 151936}
-    expected = _run(reference, *problem, **layout)
+    expected = run_shards(reference, *problem, **layout)
     for name in INSTRUCTION_SETS:
-        _assert_same_bits(_run(_Native(name), *problem, **layout), expected)
-
-
-def _padded(logits, num_columns):
-    """With what may stand in padded columns: they count for nothing."""
-    padding = torch.full((logits.shape[0], num_columns - logits.shape[1]), math.nan)
-    return torch.cat([logits, padding.to(logits.dtype)], dim=1)
+        assert_same_bits(run_shards(Native(name), *problem, **layout), expected)
 
 
 @pytest.mark.parametrize(
@@ -122,21 +60,21 @@ def _padded(logits, num_columns):
 )
 def test_shards_with_megatrons_padding_change_no_bit(vocab_size, dtype):
     torch.manual_seed(0)
-    logits, labels, incoming = _problem(6, vocab_size, dtype)
+    logits, labels, incoming = make_problem(6, vocab_size, dtype)
     labels[0], labels[1] = 0, vocab_size - 1
     names = [name for name in INSTRUCTION_SETS if name != "portable" or vocab_size < 100000]
     whole = {"edges": [0, vocab_size], "vocab_size": vocab_size, "temperature": 0.7}
     rows = slice(0, 1 if vocab_size > 10000 else 6)
-    expected = _run(_Native(names[0]), logits, labels, incoming, **whole)
-    twin = _run(reference, logits[rows], labels[rows], incoming[rows], **whole)
-    _assert_same_bits([tensor[rows] for tensor in expected], twin)
+    expected = run_shards(Native(names[0]), logits, labels, incoming, **whole)
+    twin = run_shards(reference, logits[rows], labels[rows], incoming[rows], **whole)
+    assert_same_bits([tensor[rows] for tensor in expected], twin)
     for num_ranks, name in itertools.product([1, 2, 3, 4, 6, 8, 16, 32, 64], names):
         width = -(-vocab_size // (128 * num_ranks)) * 128
         edges = [width * rank for rank in range(num_ranks + 1)]
-        padded = _padded(logits, edges[-1])
-        got = _run(_Native(name), padded, labels, incoming, **whole | {"edges": edges})
-        assert _bits(got[-1][:, vocab_size:]).eq(0).all()
-        _assert_same_bits((*got[:-1], got[-1][:, :vocab_size]), expected)
+        padded = pad_columns(logits, edges[-1])
+        got = run_shards(Native(name), padded, labels, incoming, **whole | {"edges": edges})
+        assert bits_of(got[-1][:, vocab_size:]).eq(0).all()
+        assert_same_bits((*got[:-1], got[-1][:, :vocab_size]), expected)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +91,14 @@ def test_shards_with_megatrons_padding_change_no_bit(vocab_size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shards_cut_anywhere_change_no_bit(edges, vocab_size, dtype):
     torch.manual_seed(0)
-    logits, labels, incoming = _problem(6, vocab_size, dtype)
-    logits = _padded(logits, edges[-1])
+    logits, labels, incoming = make_problem(6, vocab_size, dtype)
+    logits = pad_columns(logits, edges[-1])
     whole = {"edges": [0, edges[-1]], "vocab_size": vocab_size, "temperature": 1.3}
-    expected = _run(reference, logits, labels, incoming, **whole)
+    expected = run_shards(reference, logits, labels, incoming, **whole)
     cut = whole | {"edges": edges}
-    _assert_same_bits(_run(reference, logits, labels, incoming, **cut), expected)
+    assert_same_bits(run_shards(reference, logits, labels, incoming, **cut), expected)
     for name in INSTRUCTION_SETS:
-        _assert_same_bits(_run(_Native(name), logits, labels, incoming, **cut), expected)
+        assert_same_bits(run_shards(Native(name), logits, labels, incoming, **cut), expected)
 
 
 def _values_and_gradient(logits, labels, incoming):
@@ -180,7 +118,7 @@ def num_threads():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_order_and_company_change_no_bit(dtype, num_threads):
     torch.manual_seed(0)
-    problem = _problem(66, 20001, dtype)
+    problem = make_problem(66, 20001, dtype)
     torch.set_num_threads(2)
     expected = _values_and_gradient(*problem)
     torch.set_num_threads(1)
@@ -190,9 +128,9 @@ def test_threads_order_and_company_change_no_bit(dtype, num_threads):
     shuffled = _values_and_gradient(*(tensor[order] for tensor in problem))
     alone = [_values_and_gradient(*(tensor[i : i + 1] for tensor in problem)) for i in range(66)]
     for index, tensor in enumerate(expected):
-        assert torch.equal(_bits(single[index]), _bits(tensor))
-        assert torch.equal(_bits(shuffled[index]), _bits(tensor[order]))
-        assert torch.equal(_bits(torch.cat([one[index] for one in alone])), _bits(tensor))
+        assert torch.equal(bits_of(single[index]), bits_of(tensor))
+        assert torch.equal(bits_of(shuffled[index]), bits_of(tensor[order]))
+        assert torch.equal(bits_of(torch.cat([one[index] for one in alone])), bits_of(tensor))
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
@@ -200,7 +138,7 @@ def test_threads_order_and_company_change_no_bit(dtype, num_threads):
 def test_flushing_denormals_changes_no_bit_and_stays_set(name, dtype, monkeypatch):
     monkeypatch.setenv(kernels.INSTRUCTION_SET_VARIABLE, name)
     torch.manual_seed(0)
-    problem = _problem(66, 2100, dtype)
+    problem = make_problem(66, 2100, dtype)
     problem[0][:, 1500:] *= 1e-40  # denormal logits, in the dtypes that have them
     problem[2].mul_(1e-36)  # and denormal gradients
     expected = _values_and_gradient(*problem)
@@ -215,7 +153,7 @@ def test_flushing_denormals_changes_no_bit_and_stays_set(name, dtype, monkeypatc
         torch.set_flush_denormal(False)
     assert is_flushed
     for a, b in zip(got, expected):
-        assert torch.equal(_bits(a), _bits(b))
+        assert torch.equal(bits_of(a), bits_of(b))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -225,10 +163,10 @@ def test_every_16_bit_logit_is_widened_exactly(dtype):
     logits = x[:, None].expand(-1, 128).contiguous()
     labels, incoming = torch.zeros(len(x), dtype=torch.int64), torch.ones(len(x))
     layout = {"temperature": 1.0, "edges": [0, 128], "vocab_size": 128}
-    expected = _run(reference, logits, labels, incoming, **layout)
+    expected = run_shards(reference, logits, labels, incoming, **layout)
     assert torch.equal(expected[4], x.float())
     for name in INSTRUCTION_SETS:
-        _assert_same_bits(_run(_Native(name), logits, labels, incoming, **layout), expected)
+        assert_same_bits(run_shards(Native(name), logits, labels, incoming, **layout), expected)
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
@@ -251,7 +189,7 @@ def test_a_nan_is_never_lost(name, dtype, has_entropy):
     logits.view(integer)[torch.arange(400), column] = bits
     edges = [0, 1250, vocab_size]
     labels = torch.randint(vocab_size, (400,))
-    native = _Native(name)
+    native = Native(name)
     for cut in ([0, vocab_size], edges):
         words = [
             native.nodes(logits[:, a:b], labels, 1.0, cut, rank, vocab_size, has_entropy)
@@ -313,13 +251,15 @@ def test_many_tokens_have_the_bits_of_the_reference():
     torch.manual_seed(0)
     sizes = [(100, 151936)] * 20 + [(7000, 1000)] * 14
     for index, (num_rows, vocab_size) in enumerate(sizes):
-        problem = _problem(num_rows, vocab_size, DTYPES[index % 3])
+        problem = make_problem(num_rows, vocab_size, DTYPES[index % 3])
         layout = {"temperature": TEMPERATURES[index // 3 % 3], "vocab_size": vocab_size}
-        expected = _run(reference, *problem, edges=[0, vocab_size], **layout)
+        expected = run_shards(reference, *problem, edges=[0, vocab_size], **layout)
         for name in INSTRUCTION_SETS:
             for num_ranks in (1, 3, 8):
                 edges = [vocab_size * rank // num_ranks for rank in range(num_ranks + 1)]
-                _assert_same_bits(_run(_Native(name), *problem, edges=edges, **layout), expected)
+                assert_same_bits(
+                    run_shards(Native(name), *problem, edges=edges, **layout), expected
+                )
 
 
 def test_an_extension_that_is_not_built_is_an_error(monkeypatch):
@@ -339,9 +279,17 @@ def test_an_instruction_set_is_asked_for_by_name(monkeypatch):
         token_logprobs(torch.zeros(1, 2), torch.tensor([0]))
 
 
+@pytest.mark.skipif(bool(OPS.cuda_architectures()), reason="built with CUDA kernels")
+def test_cuda_kernels_that_are_not_built_are_told_or_an_error(monkeypatch):
+    assert kernels.backend(torch.device("cuda")).startswith("torch operations")
+    monkeypatch.setenv(kernels.CUDA_VARIABLE, "1")
+    with pytest.raises(ConfigError, match="MEGATRON_RL_CUDA=1"):
+        kernels.load.__wrapped__()
+
+
 @pytest.mark.parametrize("has_entropy", [True, False])
 def test_the_operators_declare_what_they_do(has_entropy):
-    logits, labels, incoming = _problem(6, 300, torch.bfloat16)
+    logits, labels, incoming = make_problem(6, 300, torch.bfloat16)
     checks = ("test_schema", "test_faketensor")
     given = (logits[:, :150], labels, 1.0, [0, 150, 300], 0, 290, has_entropy)
     torch.library.opcheck(OPS.token_logprobs_nodes.default, given, test_utils=checks)
