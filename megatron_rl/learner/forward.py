@@ -16,16 +16,21 @@ import torch
 
 from megatron_rl.learner.attention import plan_stacks
 from megatron_rl.learner.parallel import Parallel
-from megatron_rl.ops.logprobs import token_logprobs_and_entropy
-from megatron_rl.records import MicroBatch
+from megatron_rl.ops.support_logprobs import support_logprobs
+from megatron_rl.records import MicroBatch, Truncation
+
+WHOLE = Truncation()  # no token is excluded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowOutput:
-    """What a row gave: both [T] float32, 0 where the row's loss mask is False."""
+    """What a row gave: [T], 0 and False where the row's loss mask is False."""
 
-    logprobs: torch.Tensor  # under gradient in training
-    entropy: torch.Tensor  # of the whole distribution at temperature T, in nats; no gradient
+    logprobs: torch.Tensor  # float32, of the truncated distribution; under gradient in training
+    # float32, of the whole distribution at temperature T, in nats; no gradient
+    entropy: torch.Tensor
+    # bool: a label that the sampler could not have chosen with these logits; it is kept
+    is_outside_support: torch.Tensor
 
 
 def packed_seq_params(row: MicroBatch) -> Any:
@@ -57,6 +62,7 @@ def row_output(
     row: MicroBatch,
     *,
     temperature: float,
+    truncation: Truncation = WHOLE,
     vocab_size: int,
     parallel: Parallel,
 ) -> RowOutput:
@@ -66,9 +72,10 @@ def row_output(
         logits: [1, T, V / TP] of this rank, any floating dtype.
     """
     kept = row.loss_mask.nonzero()[:, 0]
-    logprobs, entropy = token_logprobs_and_entropy(
+    output = support_logprobs(
         logits[0].index_select(0, kept),
         row.labels[kept],
+        truncation=truncation,
         temperature=temperature,
         vocab_size=vocab_size,
         group=parallel.tp_group if parallel.tp_size > 1 else None,
@@ -76,7 +83,9 @@ def row_output(
     )
     zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)
     return RowOutput(
-        logprobs=zeros.index_copy(0, kept, logprobs), entropy=zeros.index_copy(0, kept, entropy)
+        logprobs=zeros.index_copy(0, kept, output.logprobs),
+        entropy=zeros.index_copy(0, kept, output.entropy),
+        is_outside_support=zeros.bool().index_copy(0, kept, output.is_outside),
     )
 
 

@@ -8,33 +8,37 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rl.learner.forward import row_output, run_schedule
+from megatron_rl.learner.forward import WHOLE, RowOutput, row_output, run_schedule
 from megatron_rl.learner.parallel import Parallel
-from megatron_rl.records import MicroBatch
+from megatron_rl.records import MicroBatch, Truncation
 
 
 @torch.no_grad()
-def recompute_logprobs(
+def recompute_rows(
     model: torch.nn.Module,
     rows: Sequence[MicroBatch],
     *,
     temperature: float,
+    truncation: Truncation = WHOLE,
     vocab_size: int,
     parallel: Parallel,
-) -> list[torch.Tensor]:
-    """The learner's log-probs of every kept label.
+) -> list[RowOutput]:
+    """The learner's log-probs of every kept label, and what comes with them.
 
     Returns:
-        On the last pipeline stage a [T] float32 a row, 0 where its loss mask is False; empty on
-        other stages.
+        On the last pipeline stage one a row; empty on other stages.
     """
     if not rows:
         return []
 
-    def on_output(index: int, logits: torch.Tensor) -> torch.Tensor:
-        output = row_output(
-            logits, rows[index], temperature=temperature, vocab_size=vocab_size, parallel=parallel
+    def on_output(index: int, logits: torch.Tensor) -> RowOutput:
+        return row_output(
+            logits,
+            rows[index],
+            temperature=temperature,
+            truncation=truncation,
+            vocab_size=vocab_size,
+            parallel=parallel,
         )
-        return output.logprobs
 
     return run_schedule(model, rows, on_output, forward_only=True)

@@ -68,9 +68,9 @@ def train_step(
         DivergenceError: a log-prob, the loss or the gradient's norm is not finite.
     """
     dual_value = dual.value if config.constraint.enabled else 0.0
-    recomputed: list[list[torch.Tensor]] = [[] for _ in batch.mini_batches]
+    recomputed: list[list[RowOutput]] = [[] for _ in batch.mini_batches]
     if should_recompute or len(batch.mini_batches) > 1:
-        recomputed = [learner.recompute(rows) for rows in batch.mini_batches]
+        recomputed = [learner.recompute_rows(rows) for rows in batch.mini_batches]
     results: list[list[RowResult]] = []
     grad_norms = []
     for rows, known in zip(batch.mini_batches, recomputed, strict=True):
@@ -106,7 +106,7 @@ class _RowLoss:
     def __init__(
         self,
         rows: Sequence[MicroBatch],
-        recomputed: Sequence[torch.Tensor],
+        recomputed: Sequence[RowOutput],
         dual_value: float,
         config: ObjectiveConfig,
         weight_version: int,
@@ -123,7 +123,8 @@ class _RowLoss:
         self, index: int, output: RowOutput
     ) -> tuple[torch.Tensor, torch.Tensor, RowResult]:
         row, config = self._rows[index], self._config
-        recomputed = self._recomputed[index] if self._recomputed else output.logprobs.detach()
+        before = self._recomputed[index] if self._recomputed else output
+        recomputed = before.logprobs.detach()
         self._check(index, recomputed, row.rollout_logprobs)
         delta = discrepancy(recomputed, row.rollout_logprobs)
         shaped = shape_advantages(row.advantages, delta, self._dual_value)
@@ -151,6 +152,9 @@ class _RowLoss:
             row.loss_mask,
             row.weight_versions,
             self._weight_version,
+        )
+        metrics["discrepancy/outside_support/mean"] = Mean(
+            sum=int(before.is_outside_support.sum()), count=int(row.loss_mask.sum())
         )
         metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
         return total, count, RowResult(recomputed_logprobs=recomputed, metrics=metrics)

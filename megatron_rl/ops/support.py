@@ -95,9 +95,7 @@ class _Search:
         for _ in range(reference.key_bits(dtype)):
             middle = (low + high) // 2
             y = reference.logits_of(middle, dtype, self.temperature)
-            is_kept = (y >= self.maximum) | (
-                reference.terms(y, self.maximum).double() >= bound
-            )
+            is_kept = (y >= self.maximum) | (reference.terms(y, self.maximum).double() >= bound)
             is_kept |= y.isnan()  # beyond the largest number
             low, high = torch.where(is_kept, low, middle + 1), torch.where(is_kept, middle, high)
         return high

@@ -72,9 +72,7 @@ def all_reduce_sum(tensor: torch.Tensor, group: distributed.ProcessGroup | None)
     return tensor
 
 
-def reduce_scatter_rows(
-    rows: torch.Tensor, group: distributed.ProcessGroup | None
-) -> torch.Tensor:
+def reduce_scatter_rows(rows: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
     """Of the elementwise sum over the group of rows [R * N, W], this rank's N consecutive ones."""
     if group is None or group.size() == 1:
         return rows
