@@ -27,6 +27,8 @@ class RowOutput:
     """What a row gave: [T], 0 and False where the row's loss mask is False."""
 
     logprobs: torch.Tensor  # float32, of the truncated distribution; under gradient in training
+    # float32, of the whole one, which a reference policy is compared with; under gradient too
+    full_logprobs: torch.Tensor
     # float32, of the whole distribution at temperature T, in nats; no gradient
     entropy: torch.Tensor
     # bool: a label that the sampler could not have chosen with these logits; it is kept
@@ -84,6 +86,7 @@ def row_output(
     zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)
     return RowOutput(
         logprobs=zeros.index_copy(0, kept, output.logprobs),
+        full_logprobs=zeros.index_copy(0, kept, output.full_logprobs),
         entropy=zeros.index_copy(0, kept, output.entropy),
         is_outside_support=zeros.bool().index_copy(0, kept, output.is_outside),
     )

@@ -17,7 +17,7 @@ from megatron_rl.learner.forward import WHOLE, RowOutput, row_output, run_schedu
 from megatron_rl.learner.model import build_model
 from megatron_rl.learner.optimizer import build_optimizer
 from megatron_rl.learner.parallel import Parallel
-from megatron_rl.learner.recompute import recompute_rows
+from megatron_rl.learner.recompute import recompute_logprobs
 from megatron_rl.ops import kernels
 from megatron_rl.records import MicroBatch, Truncation
 from megatron_rl.weights.geometry import Geometry
@@ -73,17 +73,11 @@ class Learner:
         """`recomputed_logprobs` at the present weights: on the last stage a [T] float32 a row,
         elsewhere nothing. With `truncation` they are of another policy than the learner's own.
         """
-        return [output.logprobs for output in self.recompute_rows(rows, truncation=truncation)]
-
-    def recompute_rows(
-        self, rows: Sequence[MicroBatch], *, truncation: Truncation | None = None
-    ) -> list[RowOutput]:
-        """`recompute`, with what comes beside the log-probs."""
-        return recompute_rows(
+        return recompute_logprobs(
             self.model,
             rows,
             temperature=self.temperature,
-            truncation=truncation or self.truncation,
+            truncation=self.truncation if truncation is None else truncation,
             vocab_size=self.geometry.vocab_size,
             parallel=self.parallel,
         )

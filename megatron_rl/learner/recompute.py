@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rl.learner.forward import WHOLE, RowOutput, row_output, run_schedule
+from megatron_rl.learner.forward import WHOLE, row_output, run_schedule
 from megatron_rl.learner.parallel import Parallel
 from megatron_rl.records import MicroBatch, Truncation
 
 
 @torch.no_grad()
-def recompute_rows(
+def recompute_logprobs(
     model: torch.nn.Module,
     rows: Sequence[MicroBatch],
     *,
@@ -22,17 +22,18 @@ def recompute_rows(
     truncation: Truncation = WHOLE,
     vocab_size: int,
     parallel: Parallel,
-) -> list[RowOutput]:
-    """The learner's log-probs of every kept label, and what comes with them.
+) -> list[torch.Tensor]:
+    """The learner's log-probs of every kept label.
 
     Returns:
-        On the last pipeline stage one a row; empty on other stages.
+        On the last pipeline stage a [T] float32 a row, 0 where its loss mask is False; empty on
+        other stages.
     """
     if not rows:
         return []
 
-    def on_output(index: int, logits: torch.Tensor) -> RowOutput:
-        return row_output(
+    def on_output(index: int, logits: torch.Tensor) -> torch.Tensor:
+        output = row_output(
             logits,
             rows[index],
             temperature=temperature,
@@ -40,5 +41,6 @@ def recompute_rows(
             vocab_size=vocab_size,
             parallel=parallel,
         )
+        return output.logprobs
 
     return run_schedule(model, rows, on_output, forward_only=True)

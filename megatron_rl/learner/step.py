@@ -68,12 +68,12 @@ def train_step(
         DivergenceError: a log-prob, the loss or the gradient's norm is not finite.
     """
     dual_value = dual.value if config.constraint.enabled else 0.0
-    recomputed: list[list[RowOutput]] = [[] for _ in batch.mini_batches]
+    recomputed: list[list[torch.Tensor]] = [[] for _ in batch.mini_batches]
     if should_recompute or len(batch.mini_batches) > 1:
-        recomputed = [learner.recompute_rows(rows) for rows in batch.mini_batches]
+        recomputed = [learner.recompute(rows) for rows in batch.mini_batches]
     results: list[list[RowResult]] = []
     grad_norms = []
-    for rows, known in zip(batch.mini_batches, recomputed, strict=True):
+    for number, (rows, known) in enumerate(zip(batch.mini_batches, recomputed, strict=True)):
         loss = _RowLoss(
             rows,
             known,
@@ -81,6 +81,7 @@ def train_step(
             config,
             weight_version,
             f"step {step}, rank {learner.parallel.rank}",
+            is_before_update=number == 0,
         )
         row_results, grad_norm = learner.update(rows, loss)
         results.append(row_results)
@@ -106,11 +107,13 @@ class _RowLoss:
     def __init__(
         self,
         rows: Sequence[MicroBatch],
-        recomputed: Sequence[RowOutput],
+        recomputed: Sequence[torch.Tensor],
         dual_value: float,
         config: ObjectiveConfig,
         weight_version: int,
         place: str,
+        *,
+        is_before_update: bool,
     ) -> None:
         self._rows = rows
         self._recomputed = recomputed
@@ -118,13 +121,13 @@ class _RowLoss:
         self._config = config
         self._weight_version = weight_version
         self._place = place
+        self._is_before_update = is_before_update
 
     def __call__(
         self, index: int, output: RowOutput
     ) -> tuple[torch.Tensor, torch.Tensor, RowResult]:
         row, config = self._rows[index], self._config
-        before = self._recomputed[index] if self._recomputed else output
-        recomputed = before.logprobs.detach()
+        recomputed = self._recomputed[index] if self._recomputed else output.logprobs.detach()
         self._check(index, recomputed, row.rollout_logprobs)
         delta = discrepancy(recomputed, row.rollout_logprobs)
         shaped = shape_advantages(row.advantages, delta, self._dual_value)
@@ -153,11 +156,21 @@ class _RowLoss:
             row.weight_versions,
             self._weight_version,
         )
-        metrics["discrepancy/outside_support/mean"] = Mean(
-            sum=int(before.is_outside_support.sum()), count=int(row.loss_mask.sum())
-        )
+        metrics |= self._support_metrics(row, output)
         metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
         return total, count, RowResult(recomputed_logprobs=recomputed, metrics=metrics)
+
+    def _support_metrics(self, row: MicroBatch, output: RowOutput) -> dict[str, Metric]:
+        """Tokens outside the support at the weights before the update; after it, they are so
+        because the policy has moved.
+        """
+        is_counted = row.loss_mask if self._is_before_update else row.loss_mask & False
+        num_outside = (output.is_outside_support & is_counted).sum()
+        return {
+            "discrepancy/outside_support/mean": Mean(
+                sum=int(num_outside), count=int(is_counted.sum())
+            )
+        }
 
     def _check(self, index: int, recomputed: torch.Tensor, rollout_logprobs: torch.Tensor) -> None:
         mask = self._rows[index].loss_mask

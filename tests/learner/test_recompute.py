@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.learner.recompute import recompute_rows
+from megatron_rl.learner.recompute import recompute_logprobs
 from tests.learner.parity_models import MODELS
 from tests.learner.parity_ranks import BFLOAT16_CASES, CASES, Case
 
@@ -35,5 +35,5 @@ def test_only_the_last_stage_has_logprobs(model: str, case: Case, outcome_of: An
 
 
 def test_no_rows_no_pass() -> None:
-    rows = recompute_rows(None, [], temperature=1.0, vocab_size=8, parallel=None)
+    rows = recompute_logprobs(None, [], temperature=1.0, vocab_size=8, parallel=None)
     assert rows == []
