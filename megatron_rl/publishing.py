@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_rl.batch import DealtBatch, pack_batch, recomputed_by_sample
 from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import SyncError
+from megatron_rl.learner.forward import WHOLE
 from megatron_rl.learner.model import DTYPES
 from megatron_rl.records import Sample, Score
 from megatron_rl.rollout.client import sampling_seed
@@ -85,7 +86,7 @@ def _probe(run: Run) -> dict[str, float]:
         box = [_probe_samples(run)]
     dist.broadcast_object_list(box, src=0, device=run.parallel.device)
     dealt = pack_batch(box[0], run.parallel, run.config.learner.tokens_per_micro_batch)
-    recomputed = run.learner.recompute(dealt.batch.mini_batches[0])
+    recomputed = run.learner.recompute(dealt.batch.mini_batches[0], truncation=WHOLE)
     figures: dict[str, float] = {}
     if run.parallel.is_last_stage:
         reports = _compare_engines(run, dealt, recomputed)
@@ -100,13 +101,23 @@ def _probe(run: Run) -> dict[str, float]:
 
 
 def _probe_samples(run: Run) -> list[Sample]:
-    """Short samples of the first prompts, which the client spreads over engines by index."""
+    """Short samples of the first prompts, which the client spreads over engines by index.
+
+    Of the whole distribution: where the run's sampling truncates, rounding now and then takes a
+    token at the edge in or out, and all log-probs of that position move by more than rounding.
+    """
     num_tokens = math.ceil(run.config.sync.probe_num_tokens / (PROBE_PROMPTS * PROBE_SAMPLES))
     sampling = run.config.rollout.sampling
     prompts = run.stream.prompts(0, PROBE_PROMPTS * len(run.addresses))
     groups = run.client.generate(
         prompts,
-        replace(sampling, max_tokens=min(num_tokens, sampling.max_tokens)),
+        replace(
+            sampling,
+            max_tokens=min(num_tokens, sampling.max_tokens),
+            top_k=WHOLE.top_k,
+            top_p=WHOLE.top_p,
+            min_p=WHOLE.min_p,
+        ),
         num_samples=PROBE_SAMPLES,
         seeds=[sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts],
     )

@@ -80,6 +80,25 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """Which tokens the engine's sampler may choose, in the order in which vLLM decides: min_p of
+    the largest probability, then top_k, then top_p of what is left.
+
+    Example: `Truncation(top_k=20, top_p=0.9, ties="all")`.
+    """
+
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    ties: str = "all"  # of equal logits at rank k: "all" stay, or as many as make "exact"ly k
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a token can be excluded at all."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAddress:
     """Where a rollout engine listens, and the run's bearer token; the token is never printed.
 

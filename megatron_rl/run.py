@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.config.file import save_config
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ from megatron_rl.learner.parallel import (
 from megatron_rl.lifetime import register_cleanup
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.timing import Stations
-from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
+from megatron_rl.records import TOKEN_VARIABLE, EngineAddress, Truncation
 from megatron_rl.reward.score import Scorer
 from megatron_rl.reward.verifiers import resolve_verifiers
 from megatron_rl.rollout.client import RolloutClient
@@ -115,6 +115,7 @@ class Run:
             num_updates=config.loop.num_steps * config.learner.mini_batches_per_step,
             temperature=config.rollout.sampling.temperature,
             reference_path=config.objective.kl.reference,
+            truncation=truncation_of(config.rollout, self.parallel.device.type),
         )
         self.dual = build_dual(config.objective.constraint)
         self.next_prompt = 0
@@ -305,6 +306,18 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if not folder.is_dir():
         raise DataError(f"resume: expected auto, never or a checkpoint folder, got {folder}")
     return folder
+
+
+def truncation_of(rollout: RolloutConfig, device: str) -> Truncation:
+    """What the engines' sampler excludes, as the learner must know it.
+
+    Args:
+        device: "cpu" or "cuda": the learner's, which is the engines' too.
+    """
+    sampling, ties = rollout.sampling, rollout.top_k_ties
+    if ties == "auto":
+        ties = "all" if device == "cpu" else "exact"
+    return Truncation(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p, ties=ties)
 
 
 def check_replay(config: Config) -> None:

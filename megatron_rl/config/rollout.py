@@ -62,6 +62,9 @@ class RolloutConfig:
     request_timeout_seconds: float = 300.0
     max_retries: int = 3
     max_in_flight: int = 64  # requests, per engine
+    # which of several equal logits at rank top_k the engine keeps: all (vLLM's torch path) or as
+    # many as make exactly k, exact (its Triton path); auto: all on a CPU, exact on CUDA
+    top_k_ties: str = "auto"
     extra_args: list[str] = field(default_factory=list)  # appended to the server's command line
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -76,6 +79,7 @@ class RolloutConfig:
             self.quantization.format != "int8_w8a8" or self.dtype == "bfloat16",
             f"dtype: expected bfloat16 with quantization.format=int8_w8a8, got {self.dtype}",
         )
+        one_of("top_k_ties", self.top_k_ties, ("auto", "all", "exact"))
         at_least(
             0,
             max_model_len=self.max_model_len,
@@ -102,12 +106,11 @@ class RolloutConfig:
             f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
             f"got {self.sampling.max_tokens}",
         )
-        sampling = self.sampling
         require(
-            sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0,
-            "sampling: expected top_p=1, top_k=0 and min_p=0, since the learner's log-probs "
-            f"are over the whole vocabulary, got top_p={sampling.top_p:g}, top_k={sampling.top_k}, "
-            f"min_p={sampling.min_p:g}; evaluation may truncate (eval.sampling)",
+            self.sampling.top_k != 1,
+            "sampling.top_k: expected 0 (off) or at least 2 in training, got 1, which leaves one "
+            "token, of log-prob 0 whatever the weights are; evaluation may be greedy "
+            "(eval.sampling)",
         )
 
 

@@ -1,5 +1,8 @@
 #include "cpu_dispatch.h"
 
+#include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
+
 namespace megatron_rl {
 namespace {
 
@@ -29,6 +32,19 @@ const CpuKernels* find_kernels(const std::string& name) {
     if (name.empty() || name == kernels->name) return kernels;
   }
   return nullptr;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const CpuKernels* kernels : supported_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+const CpuKernels& kernels_named(const std::string& name) {
+  const CpuKernels* kernels = find_kernels(name);
+  TORCH_CHECK(kernels != nullptr, "instruction_set: expected one of ",
+              c10::Join(", ", instruction_sets()), ", got ", name);
+  return *kernels;
 }
 
 }  // namespace megatron_rl

@@ -28,6 +28,10 @@ struct CpuKernels {
   using Gradient = void (*)(const void* logits, void* gradient, int64_t num_columns,
                             const GradientRow& row);
   Gradient gradient[kNumScalarKinds];
+  // exp(y) * 2^-N of every column, N being the exponent of the row's maximum.
+  using Terms = void (*)(const void* logits, int64_t num_columns, float temperature, float maximum,
+                         float* terms);
+  Terms terms[kNumScalarKinds];
 };
 
 extern const CpuKernels kPortableKernels;

@@ -190,6 +190,27 @@ void gradient(const void* logits, void* gradient, int64_t num_columns, const Gra
   }
 }
 
+template <class Lanes, class Scalar>
+void terms(const void* logits, int64_t num_columns, float temperature, float maximum, float* out) {
+  const auto* x = static_cast<const Scalar*>(logits);
+  const Reference<Lanes> row = reference(splat<Lanes>(maximum));
+  const Lanes divisor = splat<Lanes>(temperature);
+  const auto write = [&](const Scalar* from, float* to) {
+    Lanes y = Lanes::load(from);
+    if (temperature != 1.0f) y = divide(y, divisor);
+    store(term(larger(row.floor, y), row.offset), to);
+  };
+  const int64_t whole = num_columns / kLanes * kLanes;
+  for (int64_t column = 0; column < whole; column += kLanes) write(x + column, out + column);
+  if (whole < num_columns) {
+    Scalar rest[kLanes] = {};
+    float rest_terms[kLanes];
+    for (int64_t i = whole; i < num_columns; ++i) rest[i - whole] = x[i];
+    write(rest, rest_terms);
+    for (int64_t i = whole; i < num_columns; ++i) out[i] = rest_terms[i - whole];
+  }
+}
+
 template <class Lanes>
 constexpr CpuKernels kernels_of(const char* name) {
   return {name,
@@ -197,7 +218,8 @@ constexpr CpuKernels kernels_of(const char* name) {
            granules<Lanes, Half, false>},
           {granules<Lanes, float, true>, granules<Lanes, BFloat16, true>,
            granules<Lanes, Half, true>},
-          {gradient<Lanes, float>, gradient<Lanes, BFloat16>, gradient<Lanes, Half>}};
+          {gradient<Lanes, float>, gradient<Lanes, BFloat16>, gradient<Lanes, Half>},
+          {terms<Lanes, float>, terms<Lanes, BFloat16>, terms<Lanes, Half>}};
 }
 
 }  // namespace

@@ -1,14 +1,11 @@
-// The operators of the aligned log-prob, and what they do on CPU tensors: rows of logits to nodes, nodes of all
-// tensor-parallel ranks to log-probs, and the gradient of the logits. Called by ops/logprobs.py,
-// which checks shapes, labels and errors.
+// The operators of the aligned log-prob, and what they do on CPU tensors: rows of logits to nodes,
+// nodes of all tensor-parallel ranks to log-probs, and the gradient of the logits. Called by
+// ops/logprobs.py, which checks shapes, labels and errors.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <Python.h>
-#include <c10/util/StringUtil.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cfenv>
 #include <cstring>
 #include <sstream>
 #include <string>
@@ -17,45 +14,12 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_kernels.h"
+#include "cpu_rows.h"
 #include "numerics.h"
 #include "shard_layout.h"
 
-#if defined(MEGATRON_RL_X86_KERNELS)
-#include <immintrin.h>
-#endif
-
 namespace megatron_rl {
 namespace {
-
-constexpr int64_t kColumnsPerTask = 1 << 15;  // fewer are not worth another thread
-
-// Nearest rounding, denormals kept, as long as it lives: torch.set_flush_denormal and whatever
-// else a thread carries must not change a bit.
-class FloatEnvironment {
- public:
-#if defined(MEGATRON_RL_X86_KERNELS)
-  FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~FloatEnvironment() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  FloatEnvironment() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~FloatEnvironment() { std::fesetenv(&saved_); }
-
- private:
-  std::fenv_t saved_;
-#endif
-};
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const CpuKernels* kernels : supported_kernels()) names.emplace_back(kernels->name);
-  return names;
-}
 
 // What the CUDA kernels of this build run on; empty where it has none.
 std::vector<std::string> cuda_architectures() {
@@ -65,68 +29,6 @@ std::vector<std::string> cuda_architectures() {
   for (std::string name; words >> name;) names.push_back(name);
 #endif
   return names;
-}
-
-const CpuKernels& kernels_named(c10::string_view name) {
-  const CpuKernels* kernels = find_kernels(std::string(name));
-  TORCH_CHECK(kernels != nullptr, "instruction_set: expected one of ",
-              c10::Join(", ", instruction_sets()), ", got ", name);
-  return *kernels;
-}
-
-ScalarKind kind_of(const at::Tensor& logits) {
-  TORCH_CHECK(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) <= 1),
-              "logits: expected [N, V] with columns side by side");
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    default:
-      TORCH_CHECK(false, "logits: expected float32, bfloat16 or float16, got ", logits.dtype());
-  }
-}
-
-// One row of logits, addressed by column within the shard.
-struct Row {
-  char* begin;
-  ScalarKind kind;
-  float temperature;
-
-  char* at(int64_t column) const { return begin + column * (kind == kFloat32 ? 4 : 2); }
-
-  float logit(int64_t column) const {
-    float x;
-    if (kind == kFloat32) {
-      std::memcpy(&x, at(column), sizeof x);
-    } else {
-      uint16_t bits;
-      std::memcpy(&bits, at(column), sizeof bits);
-      x = kind == kBFloat16 ? from_bits(static_cast<uint32_t>(bits) << 16)
-                            : static_cast<float>(c10::Half(bits, c10::Half::from_bits()));
-    }
-    return temperature == 1.0f ? x : divide(x, temperature);
-  }
-
-  void set(int64_t column, float x) const {
-    if (kind == kFloat32) {
-      std::memcpy(at(column), &x, sizeof x);
-    } else {
-      const uint16_t bits = kind == kBFloat16 ? c10::BFloat16(x).x : c10::Half(x).x;
-      std::memcpy(at(column), &bits, sizeof bits);
-    }
-  }
-};
-
-Row row_of(const at::Tensor& logits, int64_t row, ScalarKind kind, float temperature) {
-  char* begin = static_cast<char*>(logits.data_ptr());
-  return {begin + row * logits.stride(0) * logits.element_size(), kind, temperature};
-}
-
-int64_t rows_per_task(int64_t num_columns) {
-  return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, num_columns));
 }
 
 void push_tile(Tree& tree, int64_t granule, int num_granules, const Tile& tile) {
@@ -197,7 +99,7 @@ at::Tensor token_logprobs_nodes(const at::Tensor& logits, const at::Tensor& labe
                                 double temperature, at::IntArrayRef edges, int64_t rank,
                                 int64_t vocab_size, bool has_entropy,
                                 c10::string_view instruction_set) {
-  const CpuKernels& kernels = kernels_named(instruction_set);
+  const CpuKernels& kernels = kernels_named(std::string(instruction_set));
   const ScalarKind kind = kind_of(logits);
   const ShardLayout layout = shard_layout(edges[rank], edges[rank + 1], vocab_size);
   TORCH_CHECK(logits.size(1) == edges[rank + 1] - edges[rank], "logits: expected the columns of ",
@@ -290,7 +192,7 @@ using Finished = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::
 Finished token_logprobs_finish(const at::Tensor& nodes, const at::Tensor& labels,
                                at::IntArrayRef edges, int64_t vocab_size, bool has_entropy,
                                c10::string_view instruction_set) {
-  const CpuKernels& kernels = kernels_named(instruction_set);
+  const CpuKernels& kernels = kernels_named(std::string(instruction_set));
   const int64_t num_ranks = static_cast<int64_t>(edges.size()) - 1, num_rows = labels.size(0);
   const int64_t stride = words_per_row(edges.data(), num_ranks, vocab_size, has_entropy);
   TORCH_CHECK(nodes.is_contiguous() && nodes.scalar_type() == at::kInt &&
@@ -332,7 +234,7 @@ void token_logprobs_gradient(const at::Tensor& logits, const at::Tensor& labels,
                              const at::Tensor& sum, double temperature, int64_t first_column,
                              int64_t vocab_size, const at::Tensor& gradient,
                              c10::string_view instruction_set) {
-  const CpuKernels& kernels = kernels_named(instruction_set);
+  const CpuKernels& kernels = kernels_named(std::string(instruction_set));
   const ScalarKind kind = kind_of(logits);
   TORCH_CHECK(kind_of(gradient) == kind && gradient.sizes() == logits.sizes(),
               "gradient: expected the logits' dtype and shape");

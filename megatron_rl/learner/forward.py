@@ -17,17 +17,23 @@ import torch
 from megatron_rl.learner.attention import plan_stacks
 from megatron_rl.learner.parallel import Parallel
 from megatron_rl.ops.entropy import differentiable_entropy
-from megatron_rl.ops.logprobs import token_logprobs_and_entropy
-from megatron_rl.records import MicroBatch
+from megatron_rl.ops.support_logprobs import support_logprobs
+from megatron_rl.records import MicroBatch, Truncation
+
+WHOLE = Truncation()  # no token is excluded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowOutput:
-    """What a row gave: both [T] float32, 0 where the row's loss mask is False."""
+    """What a row gave: [T], 0 and False where the row's loss mask is False."""
 
-    logprobs: torch.Tensor  # under gradient in training
-    # Of the whole distribution at temperature T, in nats; under gradient only where asked for.
+    logprobs: torch.Tensor  # float32, of the truncated distribution; under gradient in training
+    # float32, of the whole one, which a reference policy is compared with; under gradient too
+    full_logprobs: torch.Tensor
+    # float32, of the whole distribution at temperature T, in nats; under gradient where asked for
     entropy: torch.Tensor
+    # bool: a label that the sampler could not have chosen with these logits; it is kept
+    is_outside_support: torch.Tensor
 
 
 def packed_seq_params(row: MicroBatch) -> Any:
@@ -59,6 +65,7 @@ def row_output(
     row: MicroBatch,
     *,
     temperature: float,
+    truncation: Truncation = WHOLE,
     vocab_size: int,
     parallel: Parallel,
     has_entropy_gradient: bool = False,
@@ -76,18 +83,23 @@ def row_output(
         "vocab_size": vocab_size,
         "group": parallel.tp_group if parallel.tp_size > 1 else None,
     }
-    logprobs, entropy = token_logprobs_and_entropy(
+    output = support_logprobs(
         kept_logits,
         row.labels[kept],
+        truncation=truncation,
         **place,
         # A copy that nobody else holds, but for the entropy's own pass.
         overwrite_logits=not has_entropy_gradient,
     )
+    entropy = output.entropy
     if has_entropy_gradient:
         entropy = differentiable_entropy(kept_logits, **place)
     zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)
     return RowOutput(
-        logprobs=zeros.index_copy(0, kept, logprobs), entropy=zeros.index_copy(0, kept, entropy)
+        logprobs=zeros.index_copy(0, kept, output.logprobs),
+        full_logprobs=zeros.index_copy(0, kept, output.full_logprobs),
+        entropy=zeros.index_copy(0, kept, entropy),
+        is_outside_support=zeros.bool().index_copy(0, kept, output.is_outside),
     )
 
 

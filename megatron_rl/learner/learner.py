@@ -13,14 +13,14 @@ import torch
 from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.export import full_tensors, tensor_shapes
-from megatron_rl.learner.forward import RowOutput, row_output, run_schedule
+from megatron_rl.learner.forward import WHOLE, RowOutput, row_output, run_schedule
 from megatron_rl.learner.model import build_model
 from megatron_rl.learner.optimizer import build_optimizer
 from megatron_rl.learner.parallel import Parallel
 from megatron_rl.learner.recompute import recompute_logprobs
 from megatron_rl.learner.reference import Reference
 from megatron_rl.ops import kernels
-from megatron_rl.records import MicroBatch
+from megatron_rl.records import MicroBatch, Truncation
 from megatron_rl.weights.geometry import Geometry
 
 # Given a row's number and its output: Megatron's contract (sum, count), and anything to hand back.
@@ -40,16 +40,19 @@ class Learner:
         num_updates: int,
         temperature: float = 1.0,
         reference_path: str = "",
+        truncation: Truncation = WHOLE,
     ) -> None:
         """
         Args:
             num_updates: optimizer steps of the whole run, for a decaying learning rate.
             temperature: of the policy, at which every log-prob of the learner is taken.
             reference_path: checkpoint of a frozen reference policy; "": none.
+            truncation: of the policy, over whose support they are taken.
         """
         self.geometry = geometry
         self.parallel = parallel
         self.temperature = temperature
+        self.truncation = truncation
         self.model = build_model(
             model, geometry, parallel, use_distributed_optimizer=optimizer.distributed
         )
@@ -70,14 +73,17 @@ class Learner:
         """What computes log-probs here, in words: `C++ (avx512)`."""
         return kernels.backend(self.parallel.device)
 
-    def recompute(self, rows: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    def recompute(
+        self, rows: Sequence[MicroBatch], *, truncation: Truncation | None = None
+    ) -> list[torch.Tensor]:
         """`recomputed_logprobs` at the present weights: on the last stage a [T] float32 a row,
-        elsewhere nothing.
+        elsewhere nothing. With `truncation` they are of another policy than the learner's own.
         """
         return recompute_logprobs(
             self.model,
             rows,
             temperature=self.temperature,
+            truncation=self.truncation if truncation is None else truncation,
             vocab_size=self.geometry.vocab_size,
             parallel=self.parallel,
         )
@@ -110,6 +116,7 @@ class Learner:
                 logits,
                 rows[index],
                 temperature=self.temperature,
+                truncation=self.truncation,
                 vocab_size=self.geometry.vocab_size,
                 parallel=self.parallel,
                 has_entropy_gradient=has_entropy_gradient,

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rl.learner.forward import row_output, run_schedule
+from megatron_rl.learner.forward import WHOLE, row_output, run_schedule
 from megatron_rl.learner.parallel import Parallel
-from megatron_rl.records import MicroBatch
+from megatron_rl.records import MicroBatch, Truncation
 
 
 @torch.no_grad()
@@ -19,6 +19,7 @@ def recompute_logprobs(
     rows: Sequence[MicroBatch],
     *,
     temperature: float,
+    truncation: Truncation = WHOLE,
     vocab_size: int,
     parallel: Parallel,
 ) -> list[torch.Tensor]:
@@ -33,7 +34,12 @@ def recompute_logprobs(
 
     def on_output(index: int, logits: torch.Tensor) -> torch.Tensor:
         output = row_output(
-            logits, rows[index], temperature=temperature, vocab_size=vocab_size, parallel=parallel
+            logits,
+            rows[index],
+            temperature=temperature,
+            truncation=truncation,
+            vocab_size=vocab_size,
+            parallel=parallel,
         )
         return output.logprobs
 

@@ -59,17 +59,21 @@ class MiniBatchLoss:
         recomputed: Sequence[torch.Tensor],
         reference: Sequence[torch.Tensor],
         settings: StepSettings,
+        *,
+        is_before_update: bool,
     ) -> None:
         """
         Args:
             recomputed: a [T] a row; empty: the policy's own, detached, are the same bits before
                 the first optimizer step, and stand in for them under bypass.
             reference: a [T] a row; empty: no reference policy.
+            is_before_update: no optimizer step of this batch has been done.
         """
         self._rows = rows
         self._recomputed = recomputed
         self._reference = reference
         self._settings = settings
+        self._is_before_update = is_before_update
 
     def __call__(
         self, index: int, output: RowOutput
@@ -95,8 +99,21 @@ class MiniBatchLoss:
                 f"{int(per_token.detach().abs().argmax())}; lower learner.optimizer.learning_rate"
             )
         metrics |= correction.metrics | _gap_metrics(row, recomputed, self._settings)
+        metrics |= self._support_metrics(row, output)
         metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
         return total, count, RowResult(recomputed_logprobs=recomputed, metrics=metrics)
+
+    def _support_metrics(self, row: MicroBatch, output: RowOutput) -> dict[str, Metric]:
+        """Tokens outside the support at the weights before the update; after it, they are so
+        because the policy has moved.
+        """
+        is_counted = row.loss_mask if self._is_before_update else row.loss_mask & False
+        is_outside = output.is_outside_support & is_counted
+        return {
+            "discrepancy/outside_support/mean": Mean(
+                sum=is_outside.sum(dtype=torch.float64), count=is_counted.sum(dtype=torch.float64)
+            )
+        }
 
     def _per_token(
         self,
@@ -111,9 +128,10 @@ class MiniBatchLoss:
         old = row.rollout_logprobs if config.old_policy == "rollout" else recomputed
         advantages, penalty, metrics = self._penalised(row, output, recomputed, kept)
         if reference is not None:
-            metrics |= reference_metrics(output.logprobs, reference, kept)
+            metrics |= reference_metrics(output.full_logprobs, reference, kept)
             if config.kl.estimator == "k1":
-                gap = reference_kl(old, reference, kept, estimator="k1")
+                policy = output.full_logprobs.detach()
+                gap = reference_kl(policy, reference, kept, estimator="k1")
                 advantages = advantages - config.kl.coefficient * gap
         weights, of_weights = self._weights(row, output, old, correction)
         per_token, of_loss = policy_loss(
@@ -131,7 +149,8 @@ class MiniBatchLoss:
         if penalty is not None:
             per_token = per_token + penalty
         if reference is not None and config.kl.coefficient > 0 and config.kl.estimator != "k1":
-            kl = reference_kl(output.logprobs, reference, kept, estimator=config.kl.estimator)
+            policy = output.full_logprobs
+            kl = reference_kl(policy, reference, kept, estimator=config.kl.estimator)
             per_token = per_token + config.kl.coefficient * kl
         if config.entropy_coefficient > 0:
             bonus = config.entropy_coefficient * torch.where(kept, output.entropy, 0.0)

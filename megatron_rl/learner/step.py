@@ -78,8 +78,10 @@ def train_step(
     )
     results: list[list[RowResult]] = []
     grad_norms = []
-    for rows, known, of_reference in zip(batch.mini_batches, recomputed, reference, strict=True):
-        loss = MiniBatchLoss(rows, known, of_reference, settings)
+    for number, (rows, known, of_reference) in enumerate(
+        zip(batch.mini_batches, recomputed, reference, strict=True)
+    ):
+        loss = MiniBatchLoss(rows, known, of_reference, settings, is_before_update=number == 0)
         row_results, grad_norm = learner.update(
             rows, loss, has_entropy_gradient=config.entropy_coefficient > 0
         )

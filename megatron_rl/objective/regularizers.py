@@ -7,7 +7,7 @@ With `d = log p_ref - log p_theta` (Schulman 2020, "Approximating KL divergence"
 
 k3 is GRPO's term in the loss (arXiv 2402.03300); the gradient of k2 is that of the KL on the
 policy's own samples. The gradient of k1 in the loss has mean 0, so k1 goes into the advantages, at
-the old policy, as in PPO's reward (arXiv 2203.02155): `A' = A - coefficient * k1`.
+the policy's present log-probs, as in PPO's reward (arXiv 2203.02155): `A' = A - coefficient * k1`.
 """
 
 from __future__ import annotations

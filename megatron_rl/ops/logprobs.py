@@ -29,7 +29,13 @@ from megatron_rl.errors import ConfigError, DataError, DivergenceError
 from megatron_rl.ops import kernels
 from megatron_rl.ops.node_layout import words_per_row
 from megatron_rl.ops.reference import LARGEST_LOGIT
-from megatron_rl.ops.vocab_parallel import VocabShard, all_reduce_sum, gather_rows, vocab_shard
+from megatron_rl.ops.vocab_parallel import (
+    VocabShard,
+    all_reduce_sum,
+    gather_rows,
+    reduce_scatter_rows,
+    vocab_shard,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,6 +47,7 @@ def token_logprobs(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
+    ignore_index: int | None = None,
     overwrite_logits: bool = False,
 ) -> torch.Tensor:
     """Log-prob of one label a row.
@@ -52,6 +59,8 @@ def token_logprobs(
         temperature: the sampler's; logits are divided by it in float32.
         vocab_size: V without padded columns, which stand at the global end; None: no padding.
         group: tensor-parallel group over which the vocabulary is sharded, or None.
+        ignore_index: rows with this label give 0 and take no gradient, and logits there may hold
+            anything.
         overwrite_logits: the backward pass writes the gradient over the logits instead of into new
             memory. Nothing else may need them then; a second backward pass raises RuntimeError.
 
@@ -69,9 +78,10 @@ def token_logprobs(
         ValueError: shapes or dtypes that do not fit. ConfigError: a temperature of 0 or below,
             or a native extension that is not built.
     """
-    shard = _shard_of(logits, labels, temperature, vocab_size, group)
-    logprobs, _ = _TokenLogprobs.apply(
-        logits, labels, float(temperature), shard, group, False, overwrite_logits
+    labels, is_counted = without_ignored(labels, ignore_index)
+    shard = shard_of(logits, labels, temperature, vocab_size, group)
+    logprobs, _, _ = TokenLogprobs.apply(
+        logits, labels, is_counted, float(temperature), shard, group, False, overwrite_logits
     )
     return logprobs
 
@@ -83,15 +93,18 @@ def token_logprobs_and_entropy(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
+    ignore_index: int | None = None,
     overwrite_logits: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs`, and beside it every row's entropy in nats, [N] float32, never below 0, no
-    gradient.
+    gradient; 0 where the label is ignored.
     """
-    shard = _shard_of(logits, labels, temperature, vocab_size, group)
-    return _TokenLogprobs.apply(
-        logits, labels, float(temperature), shard, group, True, overwrite_logits
+    labels, is_counted = without_ignored(labels, ignore_index)
+    shard = shard_of(logits, labels, temperature, vocab_size, group)
+    logprobs, entropy, _ = TokenLogprobs.apply(
+        logits, labels, is_counted, float(temperature), shard, group, True, overwrite_logits
     )
+    return logprobs, entropy
 
 
 def linear_token_logprobs(
@@ -103,6 +116,8 @@ def linear_token_logprobs(
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
     chunk_size: int = 1024,
+    ignore_index: int | None = None,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor:
     """`token_logprobs(hidden @ weight.T, labels)` with `chunk_size` rows of logits at a time.
 
@@ -110,15 +125,18 @@ def linear_token_logprobs(
     last one filled up with zeros, because a product's bits depend on its number of rows.
 
     Args:
-        hidden: [N, H] float32, bfloat16 or float16, the same on every rank of the group.
+        hidden: [N, H] float32, bfloat16 or float16, the same on every rank of the group; with
+            sequence_parallel this rank's [N / TP, H] of it, in order of rank.
         weight: [V, H], hidden's dtype: this rank's shard of the output layer.
-        labels, temperature, vocab_size, group: as for `token_logprobs`.
+        labels, temperature, vocab_size, group, ignore_index: as for `token_logprobs`.
         chunk_size: rows of logits at a time, at least 1.
+        sequence_parallel: the ranks of the group hold equally many consecutive rows of hidden
+            each, which are gathered here, in both passes.
 
     Returns:
-        [N] float32. The gradient of `hidden` is already summed over the group (one all-reduce, in
-        float32), so the caller must not reduce it again; that of `weight` is this rank's shard,
-        accumulated in float32.
+        [N] float32. The gradient of `hidden` is already summed over the group (one all-reduce, or
+        reduce-scatter, in float32), so the caller must not reduce it again; that of `weight` is
+        this rank's shard, accumulated in float32.
 
     Raises:
         As `token_logprobs`.
@@ -137,51 +155,78 @@ def linear_token_logprobs(
         raise ConfigError(
             f"linear_token_logprobs: expected chunk_size of at least 1, got {chunk_size}"
         )
+    labels, is_counted = without_ignored(labels, ignore_index)
     shard = vocab_shard(weight.shape[0], vocab_size, group)
-    _check(hidden, labels, temperature, shard)
+    num_rows = hidden.shape[0] * (len(shard.edges) - 1 if sequence_parallel else 1)
+    _check(hidden.dtype, num_rows, labels, temperature, shard)
     return _LinearTokenLogprobs.apply(
-        hidden, weight, labels, float(temperature), shard, group, chunk_size
+        hidden,
+        weight,
+        labels,
+        is_counted,
+        float(temperature),
+        shard,
+        group,
+        chunk_size,
+        sequence_parallel,
     )
 
 
-def _shard_of(
+def without_ignored(
+    labels: torch.Tensor, ignore_index: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Labels that are all within the vocabulary, and which rows count; None: all of them."""
+    if ignore_index is None:
+        return labels, None
+    is_counted = labels != ignore_index
+    return torch.where(is_counted, labels, 0), is_counted
+
+
+def shard_of(
     logits: torch.Tensor,
     labels: torch.Tensor,
     temperature: float,
     vocab_size: int | None,
     group: ProcessGroup | None,
 ) -> VocabShard:
+    """This rank's share of the vocabulary, once what was given is checked."""
     if logits.dim() != 2:
         raise ValueError(
             f"token_logprobs: expected logits of shape [N, V], got {tuple(logits.shape)}"
         )
     shard = vocab_shard(logits.shape[1], vocab_size, group)
-    _check(logits, labels, temperature, shard)
+    _check(logits.dtype, logits.shape[0], labels, temperature, shard)
     return shard
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs, entropy, and the largest y of every row; only the first has a gradient."""
+
     @staticmethod
-    def forward(ctx, logits, labels, temperature, shard, group, has_entropy, overwrite_logits):
+    def forward(
+        ctx, logits, labels, is_counted, temperature, shard, group, has_entropy, overwrite_logits
+    ):
         words = kernels.nodes(
             logits, labels, temperature, shard.edges, shard.rank, shard.vocab_size, has_entropy
         )
-        logprobs, entropy, exponent, total = _finish(words, labels, shard, group, has_entropy)
-        ctx.save_for_backward(logits, labels, exponent, total)
+        logprobs, entropy, exponent, total, maximum = _finish(
+            words, labels, is_counted, shard, group, has_entropy
+        )
+        ctx.save_for_backward(logits, labels, is_counted, exponent, total)
         ctx.temperature, ctx.shard = temperature, shard
         ctx.overwrite_logits, ctx.is_overwritten = overwrite_logits, False
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(entropy, maximum)
+        return logprobs, entropy, maximum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs, _grad_entropy):
+    def backward(ctx, grad_logprobs, _grad_entropy, _grad_maximum):
         if ctx.is_overwritten:
             raise RuntimeError(
                 "token_logprobs: expected one backward pass with overwrite_logits=True, got a "
                 "second one; its logits are gone"
             )
-        logits, labels, exponent, total = ctx.saved_tensors
+        logits, labels, is_counted, exponent, total = ctx.saved_tensors
         if ctx.overwrite_logits:
             grad_logits, ctx.is_overwritten = logits.detach(), True
             # Autograd then refuses any other node that saved these logits.
@@ -191,7 +236,7 @@ class _TokenLogprobs(torch.autograd.Function):
         kernels.gradient(
             logits,
             labels,
-            grad_logprobs,
+            _where_counted(grad_logprobs, is_counted),
             exponent,
             total,
             ctx.temperature,
@@ -199,12 +244,27 @@ class _TokenLogprobs(torch.autograd.Function):
             ctx.shard.vocab_size,
             grad_logits,
         )
-        return grad_logits, *([None] * 6)
+        return grad_logits, *([None] * 7)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, shard, group, chunk_size):
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        labels,
+        is_counted,
+        temperature,
+        shard,
+        group,
+        chunk_size,
+        sequence_parallel,
+    ):
+        ctx.save_for_backward(hidden, weight, labels, is_counted)
+        ctx.sequence_parallel = sequence_parallel
+        if sequence_parallel:
+            hidden = gather_rows(hidden, group).flatten(0, 1)
         width = words_per_row(shard.edges, shard.vocab_size, has_entropy=False)
         words = torch.empty(hidden.shape[0], width, dtype=torch.int32, device=hidden.device)
         for rows, padded_hidden in _row_tiles(hidden, chunk_size):
@@ -212,8 +272,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             words[rows] = kernels.nodes(
                 logits, labels[rows], temperature, shard.edges, shard.rank, shard.vocab_size, False
             )
-        logprobs, _, exponent, total = _finish(words, labels, shard, group, False)
-        ctx.save_for_backward(hidden, weight, labels, exponent, total)
+        logprobs, _, ctx.exponent, ctx.total, _ = _finish(
+            words, labels, is_counted, shard, group, False
+        )
         ctx.temperature, ctx.shard = temperature, shard
         ctx.group, ctx.chunk_size = group, chunk_size
         return logprobs
@@ -221,7 +282,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs):
-        hidden, weight, labels, exponent, total = ctx.saved_tensors
+        hidden, weight, labels, is_counted = ctx.saved_tensors
+        grad_logprobs = _where_counted(grad_logprobs, is_counted)
+        if ctx.sequence_parallel:
+            hidden = gather_rows(hidden, ctx.group).flatten(0, 1)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows, padded_hidden in _row_tiles(hidden, ctx.chunk_size):
@@ -231,8 +295,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 logits[:num_rows],
                 labels[rows],
                 grad_logprobs[rows],
-                exponent[rows],
-                total[rows],
+                ctx.exponent[rows],
+                ctx.total[rows],
                 ctx.temperature,
                 ctx.shard.start,
                 ctx.shard.vocab_size,
@@ -241,28 +305,43 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             logits[num_rows:] = 0.0
             grad_hidden[rows] = (logits @ weight)[:num_rows]
             grad_weight += logits.T @ padded_hidden
-        all_reduce_sum(grad_hidden, ctx.group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), *([None] * 5)
+        if ctx.sequence_parallel:
+            grad_hidden = reduce_scatter_rows(grad_hidden, ctx.group)
+        else:
+            all_reduce_sum(grad_hidden, ctx.group)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), *([None] * 7)
+
+
+def _where_counted(values: torch.Tensor, is_counted: torch.Tensor | None) -> torch.Tensor:
+    """0 in ignored rows."""
+    return values if is_counted is None else torch.where(is_counted, values, 0.0)
 
 
 def _finish(
     words: torch.Tensor,
     labels: torch.Tensor,
+    is_counted: torch.Tensor | None,
     shard: VocabShard,
     group: ProcessGroup | None,
     has_entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gather the nodes of all ranks and finish: log-probs, entropy, N and S of the roots."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gather the nodes of all ranks and finish: log-probs, entropy, N and S of the roots, and the
+    largest y.
+    """
     gathered = gather_rows(words, group)
     logprobs, entropy, exponent, total, maximum = kernels.finish(
         gathered, labels, shard.edges, shard.vocab_size, has_entropy
     )
     if maximum.device.type == "cpu":
         is_broken = ~(maximum.abs() <= LARGEST_LOGIT)
+        if is_counted is not None:
+            is_broken &= is_counted
         if bool(is_broken.any()):
             row = int(is_broken.int().argmax())
             raise DivergenceError(_broken_row(row, float(maximum[row]), is_broken))
-    return logprobs, entropy, exponent, total
+    logprobs = _where_counted(logprobs, is_counted)
+    entropy = _where_counted(entropy, is_counted) if has_entropy else entropy
+    return logprobs, entropy, exponent, total, maximum
 
 
 def _broken_row(row: int, maximum: float, is_broken: torch.Tensor) -> str:
@@ -289,12 +368,14 @@ def _row_tiles(hidden: torch.Tensor, chunk_size: int) -> Iterator[tuple[slice, t
         yield rows, torch.nn.functional.pad(tile, (0, 0, 0, missing)) if missing else tile
 
 
-def _check(rows: torch.Tensor, labels: torch.Tensor, temperature: float, shard: VocabShard) -> None:
-    if rows.dtype not in DTYPES:
-        raise ValueError(f"token_logprobs: expected float32, bfloat16 or float16, got {rows.dtype}")
-    if labels.shape != rows.shape[:1] or labels.dtype != torch.int64:
+def _check(
+    dtype: torch.dtype, num_rows: int, labels: torch.Tensor, temperature: float, shard: VocabShard
+) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"token_logprobs: expected float32, bfloat16 or float16, got {dtype}")
+    if labels.shape != (num_rows,) or labels.dtype != torch.int64:
         raise ValueError(
-            f"token_logprobs: expected labels [{rows.shape[0]}] int64, "
+            f"token_logprobs: expected labels [{num_rows}] int64, "
             f"got {tuple(labels.shape)} {labels.dtype}"
         )
     if not (math.isfinite(temperature) and temperature > 0):

@@ -77,3 +77,13 @@ def all_reduce_max(tensor: torch.Tensor, group: distributed.ProcessGroup | None)
     if group is not None and group.size() > 1:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group)
     return tensor
+
+
+def reduce_scatter_rows(rows: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
+    """Of the elementwise sum over the group of rows [R * N, W], this rank's N consecutive ones."""
+    if group is None or group.size() == 1:
+        return rows
+    own = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
+    if rows.numel() > 0:  # no rank has rows otherwise
+        distributed.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    return own

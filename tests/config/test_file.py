@@ -187,6 +187,8 @@ def test_files_that_cannot_be_read(tmp_path):
         (RolloutConfig, "num_engines", 0),
         (RolloutConfig, "port", 80),
         (RolloutConfig, "max_model_len", 256),
+        (RolloutConfig, "top_k_ties", "some"),
+        (RolloutConfig, "sampling", SamplingConfig(top_k=1)),
         (LearnerConfig, "recompute", "never"),
         (LearnerConfig, "mini_batches_per_step", 0),
         (LoopConfig, "samples_per_prompt", 1),

@@ -219,6 +219,49 @@ def test_a_label_outside_the_vocabulary_is_named(label):
         token_logprobs(torch.zeros(3, 32), labels, vocab_size=30)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ignored_rows_give_0_and_take_nothing(dtype):
+    torch.manual_seed(0)
+    logits, labels, incoming = torch.randn(5, 30).to(dtype), torch.arange(5), torch.randn(5)
+    labels[1], labels[4] = -100, -100
+    logits[4, 7], is_counted = math.nan, labels >= 0
+    leaf = logits.clone().requires_grad_()
+    logprobs, entropy = token_logprobs_and_entropy(leaf, labels, ignore_index=-100)
+    logprobs.backward(incoming)
+    other = logits[is_counted].clone().requires_grad_()
+    expected, expected_entropy = token_logprobs_and_entropy(other, labels[is_counted])
+    expected.backward(incoming[is_counted])
+    for got, of_counted in ((logprobs, expected), (entropy, expected_entropy)):
+        assert torch.equal(got[is_counted], of_counted)
+        assert got[~is_counted].eq(0).all()
+    assert torch.equal(leaf.grad[is_counted], other.grad)
+    ignored = leaf.grad[~is_counted].float().view(torch.int32)
+    assert torch.equal(ignored, torch.zeros_like(ignored))
+    assert torch.equal(token_logprobs(logits, labels, ignore_index=-100), logprobs)
+    with pytest.raises(DataError, match="row 1"):
+        token_logprobs(logits, labels, ignore_index=-1)
+    labels[4] = 0
+    with pytest.raises(DivergenceError, match="row 4"):
+        token_logprobs(logits, labels, ignore_index=-100)
+
+
+def test_linear_ignores_rows():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 6), torch.randn(20, 6)
+    labels = torch.tensor([3, -1, 5, 19, -1, 0, 1, 2, -1])
+    is_counted = labels >= 0
+    results = []
+    for rows in (torch.ones(9, dtype=torch.bool), is_counted):
+        leaves = hidden[rows].clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs = linear_token_logprobs(*leaves, labels[rows], chunk_size=4, ignore_index=-1)
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), leaves[0].grad, leaves[1].grad))
+    for got, expected in zip(results[0], results[1]):
+        got, ignored = (got, got[:0]) if len(got) == 20 else (got[is_counted], got[~is_counted])
+        torch.testing.assert_close(got, expected)
+        assert ignored.eq(0).all()
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_a_temperature_that_cannot_be(temperature):
     with pytest.raises(ConfigError, match="temperature"):

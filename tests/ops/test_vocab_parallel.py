@@ -110,6 +110,31 @@ def test_sharded_linear_equals_unsharded(world_size):
     assert error.item() < 1e-6
 
 
+def _sequence_parallel_linear(rank):
+    hidden, weight, labels, incoming = (tensor[:44] for tensor in _linear_problem())
+    world_size = distributed.get_world_size()
+    weight, own = weight.chunk(world_size)[rank], hidden.chunk(world_size)[rank]
+    own, shard = own.clone().requires_grad_(), weight.clone().requires_grad_()
+    group = distributed.group.WORLD
+    logprobs = linear_token_logprobs(
+        own, shard, labels, vocab_size=37, group=group, chunk_size=16, sequence_parallel=True
+    )
+    logprobs.backward(incoming)
+    whole = _linear_of(hidden, weight, labels, incoming, group)
+    return (logprobs.detach(), own.grad, shard.grad), whole
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rows_shared_out_among_ranks_equal_whole_ones(world_size):
+    results = run_ranks(_sequence_parallel_linear, world_size)
+    for rank, ((logprobs, grad_hidden, grad_weight), whole) in enumerate(results):
+        assert torch.equal(logprobs, whole[0])
+        assert torch.equal(grad_weight, whole[2])
+        torch.testing.assert_close(
+            grad_hidden, whole[1].chunk(world_size)[rank], rtol=1e-6, atol=1e-7
+        )
+
+
 def _broken(rank, what):
     logits, labels = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)
     if what == "label":

@@ -1,0 +1,137 @@
+"""The search for the support in plain torch: `histogram` and `keep` are the truth that
+csrc/support.cpp is compared with, and what runs on a CUDA device; the rest is for a number a row.
+
+A key is an integer that orders as the logit does: the bits of a 16-bit logit, or of
+y = logit / temperature in float32 (two logits may have one y, and the sampler sees the y), with the
+sign bit flipped, or all bits of a negative one. Equal numbers have equal keys, -0 that of 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_rl.ops.reference import (
+    CHUNK_ELEMENTS,
+    LARGEST_LOGIT,
+    LOG2E,
+    MAGIC,
+    REACH,
+    multiply_add,
+    scaled,
+    term,
+)
+
+NUM_BINS = 256
+MASS_UNIT = 2.0**40  # masses are integers, so that their sums do not depend on the order
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def key_bits(dtype: torch.dtype) -> int:
+    """Width of a key: 16 or 32."""
+    return 8 * dtype.itemsize
+
+
+def keys(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """int64 keys of logits of any shape."""
+    if logits.dtype == torch.float32:
+        logits = scaled(logits, temperature)
+    half = 1 << (key_bits(logits.dtype) - 1)
+    bits = logits.contiguous().view(INTEGERS[logits.dtype]).long()
+    bits = torch.where(bits == -half, 0, bits)
+    return torch.where(bits < 0, ~bits, bits + half)
+
+
+def key_of_minus_infinity(dtype: torch.dtype) -> int:
+    return int(keys(torch.tensor(-math.inf, dtype=dtype), 1.0))
+
+
+def logits_of(keys: torch.Tensor, dtype: torch.dtype, temperature: float) -> torch.Tensor:
+    """The float32 y that a key stands for."""
+    half = 1 << (key_bits(dtype) - 1)
+    bits = torch.where(keys >= half, keys - half, ~keys).to(INTEGERS[dtype])
+    values = bits.view(dtype)
+    return values if dtype == torch.float32 else scaled(values, temperature)
+
+
+def terms(y: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+    """exp(y) * 2^-N in float32, N being the exponent of the row's maximum."""
+    raised = maximum.clamp(min=-LARGEST_LOGIT)
+    exponent = multiply_add(raised, LOG2E, MAGIC) - MAGIC
+    return term(torch.maximum(y, raised - REACH), MAGIC - exponent)
+
+
+def masses(y: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+    """int64 round(term * 2^40), ties to even."""
+    return (terms(y, maximum).double() * MASS_UNIT).round().long()
+
+
+def histogram(
+    logits: torch.Tensor,
+    maximum: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    temperature: float,
+    width: int,
+    shift: int,
+    has_masses: bool,
+) -> torch.Tensor:
+    """Columns by 8 bits of their key, of those whose key is within [low, high].
+
+    Args:
+        logits: [N, V] float32, bfloat16 or float16; columns from `width` on are padding.
+        maximum: [N] float32, the row's largest y over all shards.
+        low, high: [N] int64, inclusive; nothing where low > high.
+        shift: a column falls into bin `(key >> shift) & 255`.
+
+    Returns:
+        [1, N, 256] int64 counts, or [2, N, 256] with the masses behind them.
+    """
+    num_rows = logits.shape[0]
+    result = torch.zeros(
+        1 + has_masses, num_rows, NUM_BINS, dtype=torch.int64, device=logits.device
+    )
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        shard = logits[rows, :width]
+        of_shard = keys(shard, temperature)
+        is_in = (of_shard >= low[rows, None]) & (of_shard <= high[rows, None])
+        bins = (of_shard >> shift) & (NUM_BINS - 1)
+        result[0, rows].scatter_add_(1, bins, is_in.long())
+        if has_masses:
+            mass = masses(scaled(shard, temperature), maximum[rows, None])
+            result[1, rows].scatter_add_(1, bins, torch.where(is_in, mass, 0))
+    return result
+
+
+def keep(
+    logits: torch.Tensor,
+    edge: torch.Tensor,
+    quota: torch.Tensor,
+    label_column: torch.Tensor,
+    temperature: float,
+    width: int,
+) -> torch.Tensor:
+    """The logits, but -inf outside the support.
+
+    Args:
+        logits: [N, V]; columns from `width` on are padding.
+        edge: [N] int64 key; columns above it stay.
+        quota: [N] int64; of the columns on it, other than the label, the first so many stay.
+        label_column: [N] int64, the label's column in this shard if it has one; it stays.
+    """
+    kept = torch.full_like(logits, -math.inf, memory_format=torch.contiguous_format)
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    columns = torch.arange(width, device=logits.device)
+    for start in range(0, logits.shape[0], step):
+        rows = slice(start, start + step)
+        shard = logits[rows, :width]
+        of_shard = keys(shard, temperature)
+        is_label = columns == label_column[rows, None]
+        is_tie = (of_shard == edge[rows, None]) & ~is_label
+        is_kept = (of_shard > edge[rows, None]) | is_label
+        is_kept |= is_tie & (is_tie.cumsum(1) <= quota[rows, None])
+        kept[rows, :width] = torch.where(is_kept, shard, -math.inf)
+    return kept
