@@ -72,8 +72,14 @@ def run(
     )
     known = [torch.tensor([*TRAIN, 1.0]).log()] if should_recompute else []
     reference = [torch.tensor([*REFERENCE, 1.0]).log()] if config.kl.reference else []
-    loss = MiniBatchLoss([row_of(rollout)], known, reference, settings)
-    total, count, result = loss(0, RowOutput(logprobs=logprobs, entropy=entropy))
+    loss = MiniBatchLoss([row_of(rollout)], known, reference, settings, is_before_update=True)
+    output = RowOutput(
+        logprobs=logprobs,
+        full_logprobs=logprobs,
+        entropy=entropy,
+        is_outside_support=torch.tensor([False, True, False, True]),
+    )
+    total, count, result = loss(0, output)
     total.backward()
     assert logprobs.grad[3] == 0
     metrics = reduce(result.metrics, lambda tensor, _operation: tensor)
@@ -85,8 +91,9 @@ def close(*numbers: float) -> object:
 
 
 def test_plain():
-    total, count, gradient, _ = run(FREE)
+    total, count, gradient, metrics = run(FREE)
     assert (total, count) == (0.0, 3)
+    assert metrics["discrepancy/outside_support/mean"] == pytest.approx(1 / 3)
     assert gradient == close(-1.0, -1.0, 2.0)
 
 
