@@ -1,13 +1,12 @@
-// The operators of the aligned log-prob, and what they do on CPU tensors: rows of logits to nodes,
-// nodes of all tensor-parallel ranks to log-probs, and the gradient of the logits. Called by
-// ops/logprobs.py, which checks shapes, labels and errors.
+// The operators of the aligned log-prob on CPU tensors: rows of logits to nodes, nodes of all
+// tensor-parallel ranks to log-probs, and the gradient of the logits. Called by ops/logprobs.py,
+// which checks shapes, labels and errors.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <Python.h>
 #include <torch/library.h>
 
 #include <cstring>
-#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -20,16 +19,6 @@
 
 namespace megatron_rl {
 namespace {
-
-// What the CUDA kernels of this build run on; empty where it has none.
-std::vector<std::string> cuda_architectures() {
-  std::vector<std::string> names;
-#if defined(MEGATRON_RL_CUDA_ARCHITECTURES)
-  std::istringstream words(MEGATRON_RL_CUDA_ARCHITECTURES);
-  for (std::string name; words >> name;) names.push_back(name);
-#endif
-  return names;
-}
 
 void push_tile(Tree& tree, int64_t granule, int num_granules, const Tile& tile) {
   if (num_granules == kTileGranules) {
@@ -270,7 +259,6 @@ void token_logprobs_gradient(const at::Tensor& logits, const at::Tensor& labels,
 
 TORCH_LIBRARY(megatron_rl, library) {
   library.def("instruction_sets() -> str[]", instruction_sets);
-  library.def("cuda_architectures() -> str[]", cuda_architectures);
   library.def(
       "token_logprobs_nodes(Tensor logits, Tensor labels, float temperature, int[] edges, "
       "int rank, int vocab_size, bool has_entropy, str instruction_set='') -> Tensor");
