@@ -177,6 +177,16 @@ def test_opsm_drops_what_the_policy_left_and_the_group_blames():
     assert run(config, policy=(0.4, 0.25, 0.49))[2][2] == pytest.approx(2 * 0.98, rel=1e-5)
 
 
+def test_opsm_beside_importance_weights():
+    config = replace(
+        FREE,
+        importance=ImportanceConfig(level="token", upper=1.5),
+        rejection=RejectionConfig(opsm_threshold=0.05),
+    )
+    assert run(config, policy=(0.5, 0.25, 0.45))[2] == close(-1.5, -1.0, 0.0)
+    assert run(config)[2] == close(-1.5, -1.0, 2 * 0.8)
+
+
 def test_the_reference_pulls():
     # p_ref / p_theta = 1/2, 1, 1: k3's gradient by log p_theta is 1 - p_ref / p_theta.
     kl = KLConfig(coefficient=0.2, reference="models/base")
