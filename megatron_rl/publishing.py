@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.batch import DealtBatch, pack_batch, recomputed_by_sample
+from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import SyncError
 from megatron_rl.learner.forward import WHOLE
 from megatron_rl.learner.model import DTYPES
@@ -24,6 +25,7 @@ from megatron_rl.run import SYNC_LOG, Run
 from megatron_rl.stations import make_samples
 from megatron_rl.sync.probe import ParityReport, check_parity
 from megatron_rl.sync.wire import TensorSpec
+from megatron_rl.weights.quantization import quantized, quantized_shapes
 
 PROBE_PROMPTS = 4  # an engine
 PROBE_SAMPLES = 2  # a prompt
@@ -52,13 +54,17 @@ def publish_weights(run: Run) -> dict[str, float]:
 
 
 def _publish(run: Run) -> None:
-    dtype = DTYPES[run.config.model.dtype]
+    quantization = run.config.rollout.quantization
+    shapes = run.learner.tensor_shapes()
     specs = [
         TensorSpec(name=name, dtype=dtype, shape=shape)
-        for name, shape in run.learner.tensor_shapes()
+        for name, dtype, shape in quantized_shapes(
+            quantization, shapes, DTYPES[run.config.model.dtype]
+        )
     ]
+    tensors = quantized(quantization, run.learner.full_tensors())
     try:
-        report = run.publisher.publish(specs, run.learner.full_tensors(), version=run.step)
+        report = run.publisher.publish(specs, tensors, version=run.step)
     except SyncError:
         run.check_engines_after_failure()
         raise
@@ -119,12 +125,22 @@ def _probe_samples(run: Run) -> list[Sample]:
     return make_samples(groups, unscored, [[0.0] * PROBE_SAMPLES] * len(groups))
 
 
+def engine_precision(rollout: RolloutConfig) -> str:
+    """The least precise of the engine's weights, activations and KV cache, as `sync/probe.py` names
+    it.
+    """
+    number = rollout.quantization.format.removesuffix("_w8a8")
+    is_fp8 = number == "fp8" or rollout.kv_cache_dtype.startswith("fp8")
+    if number == "int4" or not is_fp8:
+        return rollout.dtype if number == "none" else number
+    return "fp8"
+
+
 def _compare_engines(
     run: Run, dealt: DealtBatch, recomputed: Sequence[torch.Tensor]
 ) -> list[ParityReport]:
     """One report an engine: pooled, a single stale engine among many would pass."""
     rollout = run.config.rollout
-    is_fp8 = rollout.kv_cache_dtype.startswith("fp8")
     pairs = recomputed_by_sample(dealt, [recomputed])
     reports = []
     for number, address in enumerate(run.addresses):
@@ -135,7 +151,7 @@ def _compare_engines(
             report = check_parity(
                 torch.cat([values[mask] for values, mask in zip(served, masks)]),
                 torch.cat([values[mask] for (_, values), mask in zip(own, masks)]),
-                engine_dtype="fp8" if is_fp8 else rollout.dtype,
+                engine_dtype=engine_precision(rollout),
                 learner_dtype=run.config.model.dtype,
                 tolerance=run.config.sync.probe_tolerance,
             )

@@ -44,6 +44,7 @@ from megatron_rl.records import TOKEN_VARIABLE, EngineAddress, Truncation
 from megatron_rl.reward.score import Scorer
 from megatron_rl.reward.verifiers import resolve_verifiers
 from megatron_rl.rollout.client import RolloutClient
+from megatron_rl.rollout.engine_model import engine_model
 from megatron_rl.rollout.recording import truncate_after
 from megatron_rl.rollout.server import Engine, check_given, given_addresses, start_engines
 from megatron_rl.sync.publish import Publisher
@@ -51,6 +52,7 @@ from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
 SYNC_LOG = "sync.jsonl"
+ENGINE_MODEL = "engine_model"  # the checkpoint that quantised engines start from
 # Until a guard has noticed its server's death; the connection breaks before.
 DEATH_SECONDS = 1.0
 
@@ -139,7 +141,7 @@ class Run:
         rollout = self.config.rollout
         self._engines = start_engines(
             rollout,
-            model_path=self.config.model.path,
+            model_path=engine_model(rollout, self.config.model.path, self.run_dir / ENGINE_MODEL),
             log_dir=self.run_dir / "logs",
             token=os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
             seed=self.config.loop.seed,

@@ -17,7 +17,7 @@ from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStart
 from megatron_rl.config.loop import CheckpointConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.config.objective import ConstraintConfig, ObjectiveConfig
-from megatron_rl.config.rollout import EvalConfig, RolloutConfig, SamplingConfig
+from megatron_rl.config.rollout import EvalConfig, QuantizationConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import check_between_sections, require
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "QuantizationConfig",
     "RewardConfig",
     "RolloutConfig",
     "SamplingConfig",

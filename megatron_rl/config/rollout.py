@@ -25,12 +25,33 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """What the engine's weights are rounded to on their way from the learner, at every sync."""
+
+    # none; int8, fp8, int4: weights alone, sent in rollout.dtype; int8_w8a8: activations too
+    format: str = "none"
+    # a scale for every: channel (output), group (of group_size inputs), block (128 x 128)
+    strategy: str = "channel"
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        one_of("format", self.format, ("none", "int8", "fp8", "int4", "int8_w8a8"))
+        one_of("strategy", self.strategy, ("channel", "group", "block"))
+        at_least(1, group_size=self.group_size)
+        require(
+            self.format != "int8_w8a8" or self.strategy == "channel",
+            f"strategy: expected channel with format=int8_w8a8, got {self.strategy}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     num_engines: int = 1  # servers started by the run; 0 with `urls`
     # servers already running; their token comes from MEGATRON_RL_TOKEN
     urls: list[str] = field(default_factory=list)
     dtype: str = "bfloat16"  # of the engine: float32, bfloat16
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: str = "auto"  # auto (the engine's dtype), fp8
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     max_model_len: int = 0  # 0: the model's own context
     max_num_seqs: int = 256
     kv_cache_gib: float = 1.0  # CPU engines: memory for the KV cache
@@ -55,6 +76,10 @@ class RolloutConfig:
         )
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
         one_of("top_k_ties", self.top_k_ties, ("auto", "all", "exact"))
+        require(
+            self.quantization.format != "int8_w8a8" or self.dtype == "bfloat16",
+            f"dtype: expected bfloat16 with quantization.format=int8_w8a8, got {self.dtype}",
+        )
         at_least(
             0,
             max_model_len=self.max_model_len,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ def write_checkpoint(
     *,
     like: str | Path,
     max_shard_bytes: int = 4 * 2**30,
+    config_changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write a Hugging Face checkpoint: tensors as they come, in shards, and every small file of
     `like`.
@@ -130,6 +132,7 @@ def write_checkpoint(
         tensors: full tensors, in the order in which they shall stand; kept on the CPU until their
             shard is full.
         like: the checkpoint whose config and tokenizer are copied.
+        config_changes: keys of its config.json that shall have another value.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
@@ -138,7 +141,10 @@ def write_checkpoint(
     partial.mkdir(parents=True)
     try:
         dtypes = _write_tensors(partial, tensors, max_shard_bytes)
-        _copy_small_files(Path(like), partial, dtypes)
+        _copy_small_files(Path(like), partial)
+        if len(dtypes) == 1:
+            config_changes = {"dtype": str(dtypes.pop()).removeprefix("torch."), **config_changes}
+        _change_config(partial / "config.json", config_changes)
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
@@ -189,7 +195,7 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
 
 
-def _copy_small_files(source: Path, target: Path, dtypes: set[torch.dtype]) -> None:
+def _copy_small_files(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if (
             path.is_file()
@@ -197,8 +203,11 @@ def _copy_small_files(source: Path, target: Path, dtypes: set[torch.dtype]) -> N
             and not path.name.endswith(".index.json")
         ):
             shutil.copyfile(path, target / path.name)
-    if len(dtypes) == 1:
-        config = json.loads((target / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
-        (target / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _change_config(path: Path, changes: Mapping[str, Any]) -> None:
+    if changes:
+        config = json.loads(path.read_text())
+        if "dtype" in changes:
+            config.pop("torch_dtype", None)  # its older name
+        path.write_text(json.dumps(config | dict(changes), indent=2))
