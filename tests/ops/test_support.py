@@ -234,6 +234,14 @@ def test_a_label_outside_is_kept_and_told():
     assert every_tie[1].item() == pytest.approx(float(p[1] / p[:3].sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": -1}, {"top_p": 0.0}, {"top_p": math.nan}, {"min_p": 1.0}, {"ties": "some"}]
+)
+def test_a_truncation_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="expected top_k"):
+        Truncation(**wrong)
+
+
 def test_nothing_excluded_is_the_whole_distribution():
     torch.manual_seed(0)
     logits, labels = torch.randn(9, 50), torch.randint(50, (9,))
