@@ -205,8 +205,7 @@ def _share_edge(
     """Each rank's part of the columns on the edge: the label first, then the lowest columns."""
     column = label_column(labels, search.width, shard)
     is_local = column >= 0
-    padded = torch.nn.functional.pad(search.logits[:, : search.width], (0, 1))
-    at_label = padded.gather(1, torch.where(is_local, column, search.width)[:, None])[:, 0]
+    at_label = search.logits.gather(1, column.clamp(min=0)[:, None])[:, 0]
     key = torch.where(is_local, reference.keys(at_label, search.temperature), -2)
     is_tie, is_inside = key == edge, key >= edge
     words = torch.stack([num_local_ties - is_tie.long(), is_tie.long(), is_inside.long()], dim=1)
