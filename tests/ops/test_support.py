@@ -131,7 +131,7 @@ def test_the_support_is_that_of_an_oracle_that_sorts(truncation, dtype):
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_support_of_many_rows_is_that_of_an_oracle_that_sorts(truncation, dtype):
-    _compare_with_the_oracle(truncation, dtype, 3400)
+    _compare_with_the_oracle(truncation, dtype, 700)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
