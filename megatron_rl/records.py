@@ -92,6 +92,14 @@ class Truncation:
     min_p: float = 0.0
     ties: str = "all"  # of equal logits at rank k: "all" stay, or as many as make "exact"ly k
 
+    def __post_init__(self) -> None:
+        is_sound = self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p < 1
+        if not is_sound or self.ties not in ("all", "exact"):
+            raise ValueError(
+                "expected top_k of 0 or more, top_p in (0, 1], min_p in [0, 1) and ties all or "
+                f"exact, got {self}"
+            )
+
     @property
     def is_active(self) -> bool:
         """Whether a token can be excluded at all."""

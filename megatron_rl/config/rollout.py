@@ -75,11 +75,11 @@ class RolloutConfig:
             f"got num_engines={self.num_engines} and {len(self.urls)} urls",
         )
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("top_k_ties", self.top_k_ties, ("auto", "all", "exact"))
         require(
             self.quantization.format != "int8_w8a8" or self.dtype == "bfloat16",
             f"dtype: expected bfloat16 with quantization.format=int8_w8a8, got {self.dtype}",
         )
-        one_of("top_k_ties", self.top_k_ties, ("auto", "all", "exact"))
         at_least(
             0,
             max_model_len=self.max_model_len,

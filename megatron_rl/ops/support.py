@@ -15,8 +15,8 @@ Of c equal logits on the edge of top_p, ceil((p * all - above) / each), at least
 engine keeps as many (vLLM's torch path sorts, and which of them come first is the sort's chance):
 here the label first, then the lowest columns.
 
-Collectives: one all-reduce of [N, 256] int64 a round, 2 rounds for 16-bit logits, 4 for float32,
-for top_k and for top_p each; one gather of [N, 3] int64.
+Collectives: an all-reduce of [N, 256] int64 a round ([2, N, 256] in the last one for top_p), 2
+rounds for 16-bit logits, 4 for float32, for top_k and for top_p each; one gather of [N, 3] int64.
 """
 
 from __future__ import annotations
@@ -100,29 +100,28 @@ class _Search:
             low, high = torch.where(is_kept, low, middle + 1), torch.where(is_kept, middle, high)
         return high
 
-    def descend(
-        self, lowest: torch.Tensor, wanted: torch.Tensor | float, surplus: torch.Tensor | None
-    ) -> _Edge:
+    def descend(self, lowest: torch.Tensor, wanted: float, surplus: torch.Tensor | None) -> _Edge:
         """The largest key at and above which enough columns lie.
 
         Args:
             lowest: [N] int64; smaller keys do not count.
-            wanted: how many columns; or the share of their mass, less `surplus`.
-            surplus: [N] int64, None where columns are counted.
+            wanted: how many columns; or the share of their mass, once `surplus` is taken off it.
+            surplus: [N] int64; None: columns are counted.
         """
         has_masses = surplus is not None
         prefix = torch.zeros_like(lowest)
-        missing = wanted
-        for shift in range(
-            reference.key_bits(self.logits.dtype) - BITS_PER_ROUND, -1, -BITS_PER_ROUND
-        ):
+        missing = torch.zeros_like(lowest)
+        first_shift = reference.key_bits(self.logits.dtype) - BITS_PER_ROUND
+        for shift in range(first_shift, -1, -BITS_PER_ROUND):
             low = prefix << (shift + BITS_PER_ROUND)
             high = low + (1 << (shift + BITS_PER_ROUND)) - 1
             low = torch.where(self.is_sound, torch.maximum(low, lowest), high + 1)
             local = self._histogram(low, high, shift, has_masses)
-            summed = all_reduce_sum(local.clone(), self.group)
+            # Of masses, the counts matter in the last round alone.
+            searched = local if shift == 0 else local[-1:]
+            summed = all_reduce_sum(searched.clone(), self.group)
             at_or_above = summed[-1].flip(1).cumsum(1).flip(1)
-            if shift == reference.key_bits(self.logits.dtype) - BITS_PER_ROUND:
+            if shift == first_shift:
                 missing = _first_wanted(at_or_above[:, 0], wanted, surplus)
             bins = (at_or_above >= missing[:, None]).sum(1, keepdim=True).clamp(min=1) - 1
             of_bin = summed[-1].gather(1, bins)[:, 0]
@@ -145,9 +144,7 @@ class _Search:
         return torch.ops.megatron_rl.support_histogram(*given, has_masses, name)
 
 
-def _first_wanted(
-    total: torch.Tensor, wanted: torch.Tensor | float, surplus: torch.Tensor | None
-) -> torch.Tensor:
+def _first_wanted(total: torch.Tensor, wanted: float, surplus: torch.Tensor | None) -> torch.Tensor:
     """What to look for, once the row's total is known: k columns or all that there are; or the mass
     that p asks for, so that `above < p * all` is `above < wanted` in integers.
     """
@@ -191,8 +188,7 @@ def find_support(
     if truncation.top_p < 1.0:
         found = search.descend(lowest, truncation.top_p, surplus)
         mass = search.mass_of(found.key).clamp(min=1)  # 0 only in a broken row
-        num_kept = (found.missing + mass - 1) // mass
-        quota = torch.where(found.key == lowest, torch.minimum(num_kept, quota), num_kept)
+        quota = (found.missing + mass - 1) // mass
         edge, num_local_ties = found.key, found.num_local_ties
     edge = torch.where(search.is_sound, edge, -1)
     return _share_edge(search, labels, edge, quota, num_local_ties, shard)
@@ -209,8 +205,7 @@ def _share_edge(
     """Each rank's part of the columns on the edge: the label first, then the lowest columns."""
     column = label_column(labels, search.width, shard)
     is_local = column >= 0
-    padded = torch.nn.functional.pad(search.logits[:, : search.width], (0, 1))
-    at_label = padded.gather(1, torch.where(is_local, column, search.width)[:, None])[:, 0]
+    at_label = search.logits.gather(1, column.clamp(min=0)[:, None])[:, 0]
     key = torch.where(is_local, reference.keys(at_label, search.temperature), -2)
     is_tie, is_inside = key == edge, key >= edge
     words = torch.stack([num_local_ties - is_tie.long(), is_tie.long(), is_inside.long()], dim=1)
