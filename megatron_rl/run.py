@@ -128,10 +128,10 @@ class Run:
                 last_step=self.step if self.was_resumed else -1,
             )
         )
-        self.recorder.say(f"log-probs: {self.learner.logprob_backend}")
         if self.parallel.is_replica_head and not self.is_replay:
             self.scorer = self._stack.enter_context(Scorer(config.reward, self.verifiers))
         self._connect()
+        self.recorder.say(f"log-probs: {self.learner.logprob_backend}")
 
     def _start_engines(self) -> None:
         rollout = self.config.rollout

@@ -1,7 +1,7 @@
 """Which correction helps, on which engine? Runs every arm of a study and writes what came out.
 
-    python tools/study_discrepancy.py run configs/study.yaml -o runs/study model.path=MODEL
-    python tools/study_discrepancy.py report configs/study.yaml -o runs/study --docs docs
+    python tools/study_discrepancy.py run configs/studies/discrepancy.yaml -o runs/study model.path=MODEL
+    python tools/study_discrepancy.py report configs/studies/discrepancy.yaml -o runs/study --docs docs
 
 `run` goes through engines x seeds x arms, one real training run after another, and may be stopped
 and called again: finished runs stay. `report` writes discrepancy-study.md, a PNG an engine and the
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("study", type=Path, help="YAML file, see configs/study.yaml")
+    parser.add_argument("study", type=Path, help="YAML file, see configs/studies/discrepancy.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report goes")
@@ -123,7 +123,7 @@ def load_study(path: Path) -> Study:
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: expected config, settings, seeds, engines and arms as in configs/study.yaml, "
+            f"{path}: expected config, settings, seeds, engines and arms as in configs/studies/discrepancy.yaml, "
             f"got {error!r}"
         ) from error
 

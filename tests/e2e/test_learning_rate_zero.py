@@ -31,7 +31,10 @@ def test_nothing_changes(num_ranks: int, tmp_path: Path, write_config: Callable[
     )
     run_dir = tmp_path / "run"
     lines = train_to_the_end(config, num_ranks=num_ranks, run_dir=run_dir).splitlines()
-    # A line a step, the table, where the curves are; nothing that a library has to say.
+    # What computes log-probs, a line a step, the table, where the curves are; nothing that a
+    # library has to say.
+    backend, *lines = lines
+    assert backend.startswith("log-probs: C++ (")
     num_lines = NUM_STEPS + 1
     assert [line.split()[:2] for line in lines[:num_lines]] == [
         ["step", str(step)] for step in range(num_lines)

@@ -33,7 +33,7 @@ def write_run(folder: Path, *, end: float) -> None:
 
 
 def test_the_shipped_study_loads_with_every_arm_on_every_engine():
-    study = load_study(REPOSITORY / "configs/study.yaml")
+    study = load_study(REPOSITORY / "configs/studies/discrepancy.yaml")
     assert len(study.runs()) == len(study.seeds) * len(study.engines) * len(study.arms)
     assert len(study.seeds) >= 3
     assert [seed for _, _, seed in study.runs()] == sorted(seed for _, _, seed in study.runs())
