@@ -63,7 +63,7 @@ def warm_start(config: Config, progress: Progress) -> None:
             start = settings.sequences_per_step * parallel.dp_rank // parallel.dp_size
             stop = settings.sequences_per_step * (parallel.dp_rank + 1) // parallel.dp_size
             samples = as_samples(stream.pairs(first + start, stop - start), first + start)
-            rows = pack_rows(samples, parallel, config.learner.tokens_per_micro_batch)
+            rows = pack_rows(samples, parallel, config.learner.tokens_per_micro_batch, min_rows=1)
             metrics = learn(learner, rows)
             recent_losses.append(metrics["loss/mean"])
             # The same number on every rank, so that all of them stop at the same step.

@@ -1,7 +1,7 @@
 """Which correction helps, on which engine? Runs every arm of a study and writes what came out.
 
-    python tools/study_discrepancy.py run configs/studies/discrepancy.yaml -o runs/study model.path=MODEL
-    python tools/study_discrepancy.py report configs/studies/discrepancy.yaml -o runs/study --docs docs
+    python tools/study_discrepancy.py run configs/studies/discrepancy.yaml model.path=MODEL
+    python tools/study_discrepancy.py report configs/studies/discrepancy.yaml
 
 `run` goes through engines x seeds x arms, one real training run after another, and may be stopped
 and called again: finished runs stay. `report` writes discrepancy-study.md, a PNG an engine and the
@@ -123,8 +123,8 @@ def load_study(path: Path) -> Study:
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: expected config, settings, seeds, engines and arms as in configs/studies/discrepancy.yaml, "
-            f"got {error!r}"
+            f"{path}: expected config, settings, seeds, engines and arms as in "
+            f"configs/studies/discrepancy.yaml, got {error!r}"
         ) from error
 
 
