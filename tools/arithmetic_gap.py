@@ -43,7 +43,9 @@ def compare(config: Config, progress: Progress) -> None:
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)
     groups, scores = read_step(Path(config.replay), 1)
-    samples = make_samples(groups, scores, [[0.0] * len(group.rollouts) for group in groups])
+    zeros = [[0.0] * len(group.rollouts) for group in groups]
+    is_kept = [[True] * len(group.rollouts) for group in groups]
+    samples = make_samples(groups, scores, zeros, is_kept)
     rows = pack_batch(samples, parallel, config.learner.tokens_per_micro_batch).batch
     gaps: dict[str, list[torch.Tensor]] = {way: [] for way in DTYPES}
 
