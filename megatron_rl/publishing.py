@@ -14,22 +14,21 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_rl.batch import DealtBatch, pack_batch, recomputed_by_sample
+from megatron_rl.batch import DealtBatch, recomputed_by_sample
 from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import SyncError
 from megatron_rl.learner.forward import WHOLE
 from megatron_rl.learner.model import DTYPES
-from megatron_rl.records import Sample, Score
+from megatron_rl.records import Sample
 from megatron_rl.rollout.client import sampling_seed
 from megatron_rl.run import SYNC_LOG, Run
-from megatron_rl.stations import make_samples
+from megatron_rl.stations import recompute_for_all, unscored_samples
 from megatron_rl.sync.probe import ParityReport, check_parity
 from megatron_rl.sync.wire import TensorSpec
 from megatron_rl.weights.quantization import quantized, quantized_shapes
 
 PROBE_PROMPTS = 4  # an engine
 PROBE_SAMPLES = 2  # a prompt
-UNSCORED = Score(reward=0.0, is_formatted=False, failure=None)  # a probe is for log-probs alone
 
 
 def publish_weights(run: Run) -> dict[str, float]:
@@ -81,12 +80,8 @@ def _publish(run: Run) -> None:
 
 def _probe(run: Run) -> dict[str, float]:
     """A few samples from every engine, held against the learner's log-probs of the same tokens."""
-    box: list[list[Sample]] = [[]]
-    if run.parallel.rank == 0:
-        box = [_probe_samples(run)]
-    dist.broadcast_object_list(box, src=0, device=run.parallel.device)
-    dealt = pack_batch(box[0], run.parallel, run.config.learner.tokens_per_micro_batch)
-    recomputed = run.learner.recompute(dealt.batch.mini_batches[0], truncation=WHOLE)
+    samples = _probe_samples(run) if run.parallel.rank == 0 else []
+    dealt, recomputed = recompute_for_all(run, samples)
     figures: dict[str, float] = {}
     if run.parallel.is_last_stage:
         reports = _compare_engines(run, dealt, recomputed)
@@ -121,9 +116,7 @@ def _probe_samples(run: Run) -> list[Sample]:
         num_samples=PROBE_SAMPLES,
         seeds=[sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts],
     )
-    unscored = [[UNSCORED] * PROBE_SAMPLES] * len(groups)
-    advantages, is_kept = [[0.0] * PROBE_SAMPLES], [[True] * PROBE_SAMPLES]
-    return make_samples(groups, unscored, advantages * len(groups), is_kept * len(groups))
+    return unscored_samples(groups)
 
 
 def engine_precision(rollout: RolloutConfig) -> str:

@@ -9,17 +9,16 @@ two runs, or two moments of one, can be compared.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megatron_rl.batch import pack_batch, recomputed_by_sample
+from megatron_rl.batch import recomputed_by_sample
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.records import Sample
 from megatron_rl.rollout.recording import read_step
 from megatron_rl.run import REFERENCE_STEP, Run
+from megatron_rl.stations import recompute_for_all, unscored_samples
 
 
 def reference_gap(run: Run) -> dict[str, float]:
@@ -35,12 +34,8 @@ def reference_gap(run: Run) -> dict[str, float]:
     if not run.config.eval.reference_rollouts or run.is_replay:
         return {}
     with run.stations.time("eval"):
-        box: list[list[Sample]] = [[]]
-        if run.parallel.rank == 0:
-            box = [_scored_by_engine(run)]
-        dist.broadcast_object_list(box, src=0, device=run.parallel.device)
-        dealt = pack_batch(box[0], run.parallel, run.config.learner.tokens_per_micro_batch)
-        recomputed = run.learner.recompute(dealt.batch.mini_batches[0])
+        samples = _scored_by_engine(run) if run.parallel.rank == 0 else []
+        dealt, recomputed = recompute_for_all(run, samples)
         figures: dict[str, float] = {}
         if run.parallel.is_last_stage:
             gaps, logprobs = [], []
@@ -60,18 +55,7 @@ def reference_gap(run: Run) -> dict[str, float]:
 def _scored_by_engine(run: Run) -> list[Sample]:
     """The recorded samples, with what the engines give their tokens now."""
     groups, _ = read_step(Path(run.config.eval.reference_rollouts), REFERENCE_STEP)
-    recorded = (
-        Sample(
-            prompt_index=group.prompt.index,
-            sample_index=index,
-            rollout=rollout,
-            reward=0.0,
-            advantage=0.0,
-        )
-        for group in groups
-        for index, rollout in enumerate(group.rollouts)
-    )
-    samples = list(islice(recorded, run.config.eval.num_reference))
+    samples = unscored_samples(groups)[: run.config.eval.num_reference]
     scores = run.client.score([sample.rollout.token_ids for sample in samples])
     return [
         replace(sample, rollout=replace(sample.rollout, rollout_logprobs=logprobs))

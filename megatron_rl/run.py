@@ -346,8 +346,7 @@ def check_reference_rollouts(config: Config) -> None:
             f"{REFERENCE_STEP}, {first.name} is not there"
         )
     # An engine scores given tokens over the whole vocabulary at temperature 1.
-    is_plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.min_p == 0
-    if not is_plain or sampling.top_k > 0:
+    if sampling.temperature != 1 or truncation_of(config.rollout, "cpu").is_active:
         raise ConfigError(
             "eval.reference_rollouts: expected rollout.sampling with temperature=1 and nothing "
             f"truncated, got temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, "

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_rl.batch import DealtBatch, recomputed_by_sample
+from megatron_rl.batch import DealtBatch, pack_batch, recomputed_by_sample
 from megatron_rl.config import ObjectiveConfig
 from megatron_rl.errors import EngineError
+from megatron_rl.learner.forward import WHOLE
 from megatron_rl.objective.advantage import group_advantages
 from megatron_rl.observe.metrics import reduce
-from megatron_rl.records import Sample, SampledStep
+from megatron_rl.records import Sample, SampledStep, Score
 from megatron_rl.reward.score import best_constant_answer, rewards_of
 from megatron_rl.rollout.client import sampling_seed
 from megatron_rl.rollout.recording import write_recomputed, write_step
@@ -25,6 +26,7 @@ from megatron_rl.weights.huggingface import write_checkpoint
 
 # Evaluation's seeds do not depend on the step: two evaluations differ by the weights alone.
 EVAL_STEP = -1
+UNSCORED = Score(reward=0.0, is_formatted=False, failure=None)
 
 
 def check_versions(groups: Groups, expected: int) -> None:
@@ -74,6 +76,30 @@ def make_samples(
             zip(group.rollouts, of_group, of_advantages, of_kept, strict=True)
         )
     ]
+
+
+def unscored_samples(groups: Groups) -> list[Sample]:
+    """One Sample a rollout of groups whose log-probs alone matter."""
+    counts = [len(group.rollouts) for group in groups]
+    return make_samples(
+        groups,
+        [[UNSCORED] * count for count in counts],
+        [[0.0] * count for count in counts],
+        [[True] * count for count in counts],
+    )
+
+
+def recompute_for_all(run: Run, samples: Sequence[Sample]) -> tuple[DealtBatch, list[torch.Tensor]]:
+    """The learner's log-probs over the whole distribution of samples that rank 0 holds; a
+    collective in which every replica computes them all.
+
+    Returns:
+        The packed samples, and on the last pipeline stage a [T] a row.
+    """
+    box = [samples]
+    dist.broadcast_object_list(box, src=0, device=run.parallel.device)
+    dealt = pack_batch(box[0], run.parallel, run.config.learner.tokens_per_micro_batch)
+    return dealt, run.learner.recompute(dealt.batch.mini_batches[0], truncation=WHOLE)
 
 
 def evaluate_held_out(run: Run, *, with_constant_answer: bool = False) -> dict[str, float]:

@@ -26,7 +26,7 @@ from megatron_rl.learner.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.ops.logprobs import token_logprobs
 from megatron_rl.rollout.recording import read_step
 from megatron_rl.run import prepare_data
-from megatron_rl.stations import make_samples
+from megatron_rl.stations import unscored_samples
 
 DTYPES = {"log_softmax in float32": torch.float32, "log_softmax in bfloat16": torch.bfloat16}
 
@@ -42,10 +42,8 @@ def compare(config: Config, progress: Progress) -> None:
     geometry, _, _ = prepare_data(config)
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)
-    groups, scores = read_step(Path(config.replay), 1)
-    zeros = [[0.0] * len(group.rollouts) for group in groups]
-    is_kept = [[True] * len(group.rollouts) for group in groups]
-    samples = make_samples(groups, scores, zeros, is_kept)
+    groups, _ = read_step(Path(config.replay), 1)
+    samples = unscored_samples(groups)
     rows = pack_batch(samples, parallel, config.learner.tokens_per_micro_batch).batch
     gaps: dict[str, list[torch.Tensor]] = {way: [] for way in DTYPES}
 

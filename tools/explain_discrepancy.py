@@ -38,6 +38,7 @@ from megatron_rl.experiment import run_to_the_end
 from megatron_rl.lifetime import watch_signals
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.rollout.recording import read_recomputed, read_step
+from megatron_rl.run import truncation_of
 
 BLUE, GREY = "#2563a8", "#5f6b7a"
 RAW_LOGPROBS = ("--logprobs-mode", "raw_logprobs")
@@ -98,7 +99,7 @@ def causes_of(config: Config) -> list[Cause]:
     """
     rollout, sampling = config.rollout, config.rollout.sampling
     samples = max(config.loop.samples_per_prompt, config.eval.num_samples)  # one prompt at a time
-    is_truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    is_truncated = truncation_of(rollout, "cpu").is_active
     return [
         Cause(
             name="raw log-probs of the engine",  # before temperature, top-k, top-p and min-p
