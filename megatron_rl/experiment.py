@@ -2,29 +2,76 @@
 
 Each run is a torchrun of its own, as `launch/torchrun.sh` starts it, with its output in
 `<run_dir>/console.log`. A run that is finished is not run again; one that was stopped goes on.
+Runs may share engines, one run at a time each: every run publishes its own weights first.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_rl.config.file import load_config
 from megatron_rl.entry import ERROR_FILE
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.lifetime import die_with_parent, register_cleanup, unregister_cleanup
+from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
+from megatron_rl.rollout.engine_model import engine_model
+from megatron_rl.rollout.server import start_engines
 
 DONE_FILE = "done.json"  # the settings of a finished run
 TAIL_LINES = 15
 
 
-def run_to_the_end(config: str | Path, overrides: Sequence[str], run_dir: Path) -> Path:
+@contextmanager
+def shared_engines(
+    config: str | Path, overrides: Sequence[str], folder: Path, *, count: int
+) -> Iterator[list[EngineAddress]]:
+    """`count` engines of these settings that are ready, for `run_to_the_end`; ended on the way out.
+
+    Raises:
+        ConfigError, EngineError: settings that do not load, an engine that does not start.
+    """
+    settings = load_config(config, [*overrides, f"run_dir={folder}"])
+    engines = start_engines(
+        replace(settings.rollout, num_engines=count, urls=[]),
+        model_path=engine_model(settings.rollout, settings.model.path, folder / "model"),
+        log_dir=folder / "logs",
+        token=os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
+        seed=settings.loop.seed,
+        update_timeout_seconds=settings.sync.timeout_seconds,
+    )
+    with ExitStack() as stack:
+        for engine in engines:
+            register_cleanup(engine.stop)
+            stack.callback(unregister_cleanup, engine.stop)
+            stack.enter_context(engine)
+        for engine in engines:
+            engine.wait_ready()
+        yield [engine.address for engine in engines]
+
+
+def run_to_the_end(
+    config: str | Path,
+    overrides: Sequence[str],
+    run_dir: Path,
+    *,
+    engine: EngineAddress | None = None,
+    num_threads: int = 0,
+) -> Path:
     """Train with `config` and `overrides` in `run_dir`, on one replica of its model.
 
+    Args:
+        engine: a running one that nobody else uses meanwhile; None: the run starts its own.
+        num_threads: of a learner rank; 0: torch's own choice.
     Returns:
         `run_dir`.
     Raises:
@@ -32,31 +79,46 @@ def run_to_the_end(config: str | Path, overrides: Sequence[str], run_dir: Path) 
         EngineError: the run failed; tells its last words.
     """
     settings = load_config(config, [*overrides, f"run_dir={run_dir}"])
-    wanted = {"config": str(config), "overrides": list(overrides)}
-    done = run_dir / DONE_FILE
-    if done.is_file():
-        if json.loads(done.read_text()) != wanted:
-            raise ConfigError(
-                f"{done}: expected a run of {wanted}, got {done.read_text().strip()}; choose "
-                "another output folder, or delete this one"
-            )
+    if is_finished(config, overrides, run_dir):
         return run_dir
     num_ranks = settings.parallel.tensor * settings.parallel.pipeline
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(num_ranks), "-m", "megatron_rl.train", str(config)]
     command += [*overrides, f"run_dir={run_dir}"]
+    environment = dict(os.environ)
+    if engine is not None:
+        command += ["rollout.num_engines=0", f"rollout.urls=[{engine.url}]"]
+        environment[TOKEN_VARIABLE] = engine.token
+    if num_threads:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "console.log").open("ab") as log:
-        code = _wait(command, log)
+        code = _wait(command, environment, log)
     if code != 0:
         raise EngineError(f"{run_dir}: expected the run to end well, got {_last_words(run_dir)}")
-    done.write_text(json.dumps(wanted) + "\n")
+    (run_dir / DONE_FILE).write_text(json.dumps(_settings_of(config, overrides)) + "\n")
     return run_dir
 
 
-def _wait(command: list[str], log: object) -> int:
+def is_finished(config: str | Path, overrides: Sequence[str], run_dir: Path) -> bool:
+    """Whether `run_dir` holds a finished run of these settings; ConfigError where of others."""
+    done, wanted = run_dir / DONE_FILE, _settings_of(config, overrides)
+    if done.is_file() and json.loads(done.read_text()) != wanted:
+        raise ConfigError(
+            f"{done}: expected a run of {wanted}, got {done.read_text().strip()}; choose another "
+            "output folder, or delete this one"
+        )
+    return done.is_file()
+
+
+def _settings_of(config: str | Path, overrides: Sequence[str]) -> dict[str, object]:
+    return {"config": str(config), "overrides": list(overrides)}
+
+
+def _wait(command: list[str], environment: dict[str, str], log: BinaryIO) -> int:
     process = subprocess.Popen(
         command,
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

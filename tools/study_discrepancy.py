@@ -1,11 +1,12 @@
 """Which correction helps, on which engine? Runs every arm of a study and writes what came out.
 
-    python tools/study_discrepancy.py run configs/studies/discrepancy.yaml model.path=MODEL
+    python tools/study_discrepancy.py run configs/studies/discrepancy.yaml --jobs 2 model.path=MODEL
     python tools/study_discrepancy.py report configs/studies/discrepancy.yaml
 
-`run` goes through engines x seeds x arms, one real training run after another, and may be stopped
-and called again: finished runs stay. `report` writes discrepancy-study.md, a PNG an engine and the
-raw figures of every step as CSV, from the runs that are finished.
+`run` goes through engines x seeds x arms, `--jobs` real training runs at a time, each with a
+rollout engine of its own that stays for the next one. It may be stopped and called again: finished
+runs stay. `report` writes discrepancy-study.md, a PNG an engine and the raw figures of every step
+as CSV, from the runs that are finished.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import matplotlib
@@ -28,9 +32,10 @@ from matplotlib.axes import Axes
 from omegaconf import OmegaConf
 
 from megatron_rl.errors import ConfigError, DataError, EngineError
-from megatron_rl.experiment import DONE_FILE, run_to_the_end
+from megatron_rl.experiment import DONE_FILE, is_finished, run_to_the_end, shared_engines
 from megatron_rl.lifetime import watch_signals
 from megatron_rl.observe.run_log import read_metrics
+from megatron_rl.records import EngineAddress
 
 Record = dict[str, Any]
 PANELS = (  # of the curves, by metric
@@ -50,11 +55,13 @@ COLUMNS = (
     "discrepancy/kl_k3/mean",
     "constraint/tolerance",
     "constraint/lambda",
+    "constraint/penalty_share/mean",
     "loss/entropy/mean",
-    "advantage/abs/mean",
     "learner/grad_norm",
     "speed/seconds/learner",
 )
+ENTROPY_WINDOW = 0.05  # steps of nearly the same entropy differ by at most this share of it
+MIN_MATCHED = 3  # steps that a comparison at one entropy stands on, at least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +74,16 @@ class Study:
     settings: tuple[str, ...]
     seeds: tuple[int, ...]
     engines: dict[str, tuple[str, ...]]
-    arms: dict[str, tuple[str, ...]]
+    arms: dict[str, tuple[str, ...]]  # the first is what the others are held against
 
     def runs(self) -> list[tuple[str, str, int]]:
-        """Engine, arm and seed of every run; a whole seed of all arms before the next one."""
+        """Engine, arm and seed of every run; on an engine a whole seed of all arms before the next
+        one.
+        """
         return [
             (engine, arm, seed)
-            for seed in self.seeds
             for engine in self.engines
+            for seed in self.seeds
             for arm in self.arms
         ]
 
@@ -91,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=("run", "report"))
     parser.add_argument("study", type=Path, help="YAML file, see configs/studies/discrepancy.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report goes")
     options = parser.parse_intermixed_args(arguments)
@@ -98,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         study = load_study(options.study)
         if options.action == "run":
-            run_study(study, options.overrides, options.output)
+            run_study(study, options.overrides, options.output, options.jobs)
         else:
             curves = read_curves(study, options.output)
             options.docs.mkdir(parents=True, exist_ok=True)
@@ -128,19 +138,54 @@ def load_study(path: Path) -> Study:
         ) from error
 
 
-def run_study(study: Study, overrides: Sequence[str], output: Path) -> None:
+def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> None:
     """Every run that is not finished; one that fails is told and left out."""
-    runs, failed = study.runs(), []
-    for number, (engine, arm, seed) in enumerate(runs, 1):
-        print(f"{number} of {len(runs)}: {engine}, {arm}, seed {seed}", flush=True)
-        settings = [*overrides, *study.overrides(engine, arm, seed)]
-        try:
-            run_to_the_end(study.config, settings, run_dir_of(output, engine, arm, seed))
-        except EngineError as error:
-            print(error, file=sys.stderr, flush=True)
-            failed.append(f"{engine}/{arm}/seed {seed}")
+    failed: list[str] = []
+    for engine in study.engines:
+        pending = []
+        for name, arm, seed in study.runs():
+            settings = [*overrides, *study.overrides(engine, arm, seed)]
+            folder = run_dir_of(output, engine, arm, seed)
+            if name == engine and not is_finished(study.config, settings, folder):
+                pending.append((arm, seed))
+        if pending:
+            failed += run_engine(study, engine, pending, overrides, output, jobs)
     if failed:
         raise EngineError(f"expected every run to end well, got failures of {', '.join(failed)}")
+
+
+def run_engine(
+    study: Study,
+    engine: str,
+    pending: Sequence[tuple[str, int]],
+    overrides: Sequence[str],
+    output: Path,
+    jobs: int,
+) -> list[str]:
+    """The runs of `pending`, arms and seeds, `jobs` at a time; returns those that failed."""
+    served = [*overrides, *study.settings, *study.engines[engine]]
+    num_threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    free: SimpleQueue[EngineAddress] = SimpleQueue()
+
+    def run(arm: str, seed: int) -> str | None:
+        print(f"{engine}, {arm}, seed {seed}", flush=True)
+        settings = [*overrides, *study.overrides(engine, arm, seed)]
+        folder, address = run_dir_of(output, engine, arm, seed), free.get()
+        try:
+            run_to_the_end(study.config, settings, folder, engine=address, num_threads=num_threads)
+        except EngineError as error:
+            print(error, file=sys.stderr, flush=True)
+            return f"{engine}/{arm}/seed {seed}"
+        finally:
+            free.put(address)
+        return None
+
+    folder = output / engine / "engines"
+    with shared_engines(study.config, served, folder, count=jobs) as addresses:
+        for address in addresses:
+            free.put(address)
+        with ThreadPoolExecutor(jobs) as pool:
+            return [name for name in pool.map(lambda each: run(*each), pending) if name]
 
 
 def run_dir_of(output: Path, engine: str, arm: str, seed: int) -> Path:
@@ -162,7 +207,8 @@ def read_curves(study: Study, output: Path) -> list[Record]:
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """One line a step: COLUMNS, and whatever is below eval/."""
-    evaluations = sorted({key for each in records for key in each if key.startswith("eval/avg")})
+    wanted = ("eval/avg", "eval/reference")
+    evaluations = sorted({key for each in records for key in each if key.startswith(wanted)})
     fields = ["engine", "arm", "seed", "step", *COLUMNS, *evaluations]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
@@ -204,23 +250,40 @@ def kept_findings(path: Path) -> str:
 def table_of(records: Sequence[Record]) -> list[str]:
     """A line an arm, in Markdown."""
     last = max(each["step"] for each in records) - LAST_STEPS
+    arms = list(dict.fromkeys(each["arm"] for each in records))
+    baseline = [each for run in runs_of(records, arms[0]) for each in run]
     columns: dict[str, Callable[[list[Record]], float]] = {
         "avg@8, end": lambda run: at_end(run, "eval/avg_at_8"),
         "gain": lambda run: at_end(run, "eval/avg_at_8") - at_start(run, "eval/avg_at_8"),
         "discrepancy": lambda run: mean_after(run, "discrepancy/mean", last),
+        f"{arms[0]}'s at this entropy": lambda run: at_same_entropy(run, baseline, last),
         "tolerance": lambda run: mean_after(run, "constraint/tolerance", last),
-        "lambda, end": lambda run: at_end(run, "constraint/lambda"),
-        "lambda x discrepancy / mean |A|": penalty_share,
+        "reference gap, end": lambda run: at_end(run, "eval/reference_gap/mean"),
         "entropy": lambda run: mean_after(run, "loss/entropy/mean", last),
+        "lambda, end": lambda run: at_end(run, "constraint/lambda"),
+        "penalty / abs(A)": lambda run: mean_after(run, "constraint/penalty_share/mean", last),
         "gradient norm": lambda run: mean_after(run, "learner/grad_norm", last),
-        "seconds a step, learner": lambda run: mean_after(run, "speed/seconds/learner", 0),
+        "learner, s a step": lambda run: mean_after(run, "speed/seconds/learner", 0),
     }
     lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for arm in dict.fromkeys(each["arm"] for each in records):
+    for arm in arms:
         runs = runs_of(records, arm)
         cells = [with_error([column(run) for run in runs]) for column in columns.values()]
         lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def at_same_entropy(run: Sequence[Record], others: Sequence[Record], last: int) -> float:
+    """The mean discrepancy of those other steps whose entropy is that of the run's end; NaN where
+    there are too few. A policy that has sharpened has a smaller gap whatever held it down.
+    """
+    entropy = mean_after(run, "loss/entropy/mean", last)
+    near = [
+        each["discrepancy/mean"]
+        for each in others
+        if abs(each.get("loss/entropy/mean", math.inf) - entropy) <= ENTROPY_WINDOW * entropy
+    ]
+    return statistics.mean(near) if len(near) >= MIN_MATCHED else math.nan
 
 
 def runs_of(records: Sequence[Record], arm: str) -> list[list[Record]]:
@@ -241,12 +304,6 @@ def at_end(run: Sequence[Record], key: str) -> float:
 def mean_after(run: Sequence[Record], key: str, step: int) -> float:
     found = [each[key] for each in run if each["step"] > step and each.get(key) is not None]
     return statistics.mean(found) if found else math.nan
-
-
-def penalty_share(run: Sequence[Record]) -> float:
-    """lambda x mean gap over the mean |A|, in the last step."""
-    gap, size = at_end(run, "discrepancy/mean"), at_end(run, "advantage/abs/mean")
-    return at_end(run, "constraint/lambda") * gap / size if size else math.nan
 
 
 def with_error(values: Sequence[float]) -> str:

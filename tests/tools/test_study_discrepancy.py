@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,25 +10,26 @@ import pytest
 from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.experiment import DONE_FILE
-from tools.study_discrepancy import load_study, main, run_dir_of, with_error
+from megatron_rl.observe.run_log import read_metrics
+from tools.study_discrepancy import at_same_entropy, load_study, main, run_dir_of, with_error
 
 REPOSITORY = Path(__file__).parents[2]
 STUDY = """
 config: configs/quickstart.yaml
-settings: [loop.num_steps=2]
+settings: [loop.num_steps=2, sync.probe_tolerance=1]
 seeds: [0, 1]
 engines: {bf16: [], int4: [rollout.quantization.format=int4]}
 arms: {grpo: [objective.constraint.enabled=false], dc_grpo: []}
 """
 
 
-def write_run(folder: Path, *, end: float) -> None:
+def write_run(folder: Path, *, end: float, entropy: float = 0.3) -> None:
     folder.mkdir(parents=True)
     (folder / DONE_FILE).write_text("{}")
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(3):
             record = {"step": step, "reward/mean": 0.5, "discrepancy/mean": 0.002 * step}
-            record |= {"constraint/lambda": 0.5, "advantage/abs/mean": 0.8}
+            record |= {"constraint/penalty_share/mean": 0.25, "loss/entropy/mean": entropy}
             record |= {"eval/avg_at_8": 0.4 if step == 0 else end} if step != 1 else {}
             file.write(json.dumps(record) + "\n")
 
@@ -36,7 +38,9 @@ def test_the_shipped_study_loads_with_every_arm_on_every_engine():
     study = load_study(REPOSITORY / "configs/studies/discrepancy.yaml")
     assert len(study.runs()) == len(study.seeds) * len(study.engines) * len(study.arms)
     assert len(study.seeds) >= 3
-    assert [seed for _, _, seed in study.runs()] == sorted(seed for _, _, seed in study.runs())
+    # A study that is stopped has whole seeds of the engines it came to.
+    first = study.runs()[: len(study.arms)]
+    assert {(engine, seed) for engine, _, seed in first} == {(next(iter(study.engines)), 0)}
     for engine, arm, seed in study.runs():
         config = load_config(REPOSITORY / study.config, study.overrides(engine, arm, seed))
         assert config.loop.seed == config.data.seed == seed
@@ -48,7 +52,7 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     runs = tmp_path / "runs"
     write_run(run_dir_of(runs, "bf16", "grpo", 0), end=0.6)
     write_run(run_dir_of(runs, "bf16", "grpo", 1), end=0.8)
-    write_run(run_dir_of(runs, "bf16", "dc_grpo", 0), end=0.9)
+    write_run(run_dir_of(runs, "bf16", "dc_grpo", 0), end=0.9, entropy=0.32)
     unfinished = run_dir_of(runs, "int4", "grpo", 0)
     write_run(unfinished, end=0.0)
     (unfinished / DONE_FILE).unlink()
@@ -57,11 +61,12 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     assert main(command) == 0
 
     report = (docs / "discrepancy-study.md").read_text()
-    # avg@8 of 0.6 and 0.8; lambda x gap / |A| = 0.5 x 0.004 / 0.8.
     [line] = [line for line in report.splitlines() if line.startswith("| grpo | 2 |")]
-    assert line.startswith("| grpo | 2 | 0.7 ± 0.1 | 0.3 ± 0.1 | 0.002 ± 0 |")
-    assert "| 0.0025 ± 0 |" in line
-    assert "| dc_grpo | 1 | 0.9 | 0.5 |" in report
+    # Steps 0 to 2 have gaps of 0, 0.002 and 0.004.
+    assert line.startswith("| grpo | 2 | 0.7 ± 0.1 | 0.3 ± 0.1 | 0.002 ± 0 | 0.002 ± 0 |")
+    assert "| 0.25 ± 0 |" in line
+    # GRPO never had the entropy that this arm ends with.
+    assert "| dc_grpo | 1 | 0.9 | 0.5 | 0.002 |  |" in report
     assert "## Engine: int4" not in report
     assert (docs / "discrepancy-study-bf16.png").stat().st_size > 10_000
     with (docs / "discrepancy-study.csv").open() as file:
@@ -72,6 +77,31 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     (docs / "discrepancy-study.md").write_text(report + "\n## Findings\nBy hand.\n")
     assert main(command) == 0
     assert (docs / "discrepancy-study.md").read_text() == report + "\n## Findings\nBy hand.\n"
+
+
+def test_runs_are_compared_where_their_entropy_is_the_same():
+    others = [
+        {"loss/entropy/mean": entropy, "discrepancy/mean": gap}
+        for entropy, gap in [(0.5, 0.9), (0.312, 0.01), (0.3, 0.02), (0.288, 0.03), (0.2, 0.001)]
+    ]
+    run = [{"step": step, "loss/entropy/mean": 0.3} for step in range(4)]
+    assert at_same_entropy(run, others, 0) == pytest.approx(0.02)
+    assert math.isnan(at_same_entropy(run, others[:3], 0))
+
+
+@pytest.mark.slow
+def test_a_study_of_real_runs_two_at_a_time_on_engines_that_stay(tmp_path, tiny_checkpoint):
+    (tmp_path / "study.yaml").write_text(STUDY.replace("[0, 1]", "[0]"))
+    command = ["run", str(tmp_path / "study.yaml"), "--jobs", "2", "-o", str(tmp_path / "runs")]
+    command += [f"model.path={tiny_checkpoint}", "parallel.tensor=1", "loop.prompts_per_step=8"]
+    command += ["data.num_held_out=8", "checkpoint.save_hf=false"]
+    assert main(command) == 0
+    study = load_study(tmp_path / "study.yaml")
+    for engine, arm, seed in study.runs():
+        folder = run_dir_of(tmp_path / "runs", engine, arm, seed)
+        assert [each["step"] for each in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
+    assert main(command) == 0  # nothing is left to do
+    assert main([*command, "loop.prompts_per_step=9"]) == 1  # finished runs of other settings
 
 
 def test_what_is_no_study_and_what_has_no_runs(tmp_path, capsys):
