@@ -15,9 +15,10 @@ import torch
 
 from megatron_rl.batch import recomputed_by_sample
 from megatron_rl.objective.discrepancy import discrepancy
+from megatron_rl.preflight import REFERENCE_STEP
 from megatron_rl.records import Sample
 from megatron_rl.rollout.recording import read_step
-from megatron_rl.run import REFERENCE_STEP, Run
+from megatron_rl.run import Run
 from megatron_rl.stations import recompute_for_all, unscored_samples
 
 

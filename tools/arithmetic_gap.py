@@ -24,8 +24,8 @@ from megatron_rl.learner.forward import run_schedule
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.ops.logprobs import token_logprobs
+from megatron_rl.preflight import prepare_data
 from megatron_rl.rollout.recording import read_step
-from megatron_rl.run import prepare_data
 from megatron_rl.stations import unscored_samples
 
 DTYPES = {"log_softmax in float32": torch.float32, "log_softmax in bfloat16": torch.bfloat16}

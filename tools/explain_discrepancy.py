@@ -37,8 +37,8 @@ from megatron_rl.errors import ConfigError, DataError, EngineError
 from megatron_rl.experiment import run_to_the_end
 from megatron_rl.lifetime import watch_signals
 from megatron_rl.objective.discrepancy import discrepancy
+from megatron_rl.preflight import truncation_of
 from megatron_rl.rollout.recording import read_recomputed, read_step
-from megatron_rl.run import truncation_of
 
 BLUE, GREY = "#2563a8", "#5f6b7a"
 RAW_LOGPROBS = ("--logprobs-mode", "raw_logprobs")

@@ -18,6 +18,10 @@ class ConstraintConfig:
     # batch: by lambda alone; mean: and only in steps whose mean gap exceeds the tolerance (a
     # forward pass more); token: only what exceeds it in a token's gap, max(delta - tolerance, 0)
     gate: str = "batch"
+    # what a token's penalised gap is counted from. none: 0, as published; batch: its mean over the
+    # kept tokens of the global batch (a forward pass more), so that shaping moves no advantage on
+    # average
+    baseline: str = "none"
     initial: float = 0.1  # lambda before the first step
     # eta of lambda <- clip(lambda + eta * (mean discrepancy - tolerance), minimum, maximum)
     learning_rate: float = 1.0
@@ -33,6 +37,12 @@ class ConstraintConfig:
     def __post_init__(self) -> None:
         one_of("penalty", self.penalty, ("shaping", "differentiable"))
         one_of("gate", self.gate, ("batch", "mean", "token"))
+        one_of("baseline", self.baseline, ("none", "batch"))
+        require(
+            self.baseline == "none" or self.penalty == "shaping",
+            "baseline: expected none with penalty=differentiable, whose gradient a constant does "
+            f"not change, got {self.baseline}",
+        )
         at_least(0, learning_rate=self.learning_rate, minimum=self.minimum)
         at_least(0, warmup_steps=self.warmup_steps, tolerance_slack=self.tolerance_slack)
         at_least(2, tolerance_steps=self.tolerance_steps)
@@ -189,6 +199,11 @@ class ObjectiveConfig:
             not (is_bypass and self.constraint.enabled and self.constraint.gate == "mean"),
             "constraint.gate: expected batch or token with old_policy=rollout, which saves the "
             "forward pass that the mean gap comes from, got mean",
+        )
+        require(
+            not (is_bypass and self.constraint.enabled and self.constraint.baseline == "batch"),
+            "constraint.baseline: expected none with old_policy=rollout, which saves the forward "
+            "pass that the mean gap comes from, got batch",
         )
         require(
             self.policy_loss != "gspo" or self.importance.level != "token",

@@ -91,6 +91,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     # arXiv 2606.08779: what the defaults are, said by name
     "dc_grpo": {"constraint": {"enabled": True}},
+    "dc_grpo_centered": {"constraint": {"enabled": True, "baseline": "batch"}},
     "dc_grpo_penalty": {"constraint": {"enabled": True, "penalty": "differentiable"}},
     "dc_grpo_tis": {"constraint": {"enabled": True}, "importance": _TIS},
 }

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config import ObjectiveConfig
+from megatron_rl.config import ConstraintConfig, ObjectiveConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.parallel import Parallel
+from megatron_rl.objective.constraint import gated_discrepancy
 from megatron_rl.objective.corrections import importance_weights, weight_mean
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.objective.rejection import rejection_mask, rejection_metrics, veto_mask
@@ -42,12 +43,14 @@ class BatchScalars:
 
     weight_mean: float = 1.0  # of the global batch's kept weights
     is_gate_open: bool = True  # the penalty acts in this step
+    baseline: float = 0.0  # what a token's penalised gap is counted from
 
 
 def needs_batch_scalars(config: ObjectiveConfig) -> bool:
     """Whether a row's loss waits for sums of the global batch, and so for a recomputation."""
     constraint = config.constraint
-    return config.importance.batch_normalize or (constraint.enabled and constraint.gate == "mean")
+    is_constrained = constraint.gate == "mean" or constraint.baseline == "batch"
+    return config.importance.batch_normalize or (constraint.enabled and is_constrained)
 
 
 def correct_row(
@@ -114,16 +117,19 @@ def batch_scalars(
     Args:
         recomputed: a [T] a row a mini-batch.
         measured: a [T] a row that only the gap is measured on.
-        tolerance: what the mean gap is held against, for the gate "mean".
+        tolerance: c; what the mean gap is held against, for the gate "mean".
 
     Raises:
         DivergenceError: a batch without any response token, on every rank.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     for rows, of_rows in zip(batch.mini_batches, recomputed, strict=True):
         for row, logprobs in zip(rows, of_rows, strict=True):
-            sums[:2] += _gap_sum(row, logprobs)
+            gap = discrepancy(logprobs, row.rollout_logprobs)
             correction = correct_row(row, logprobs, config)
+            sums[:2] += _sum_and_count(gap, row.loss_mask)
+            penalised = penalised_gap(gap, config.constraint, tolerance=tolerance)
+            sums[4:] += _sum_and_count(penalised, correction.kept)
             if correction.weights is not None:
                 mean = weight_mean(
                     correction.weights,
@@ -134,18 +140,30 @@ def batch_scalars(
                 sums[2] += float(mean.sum)
                 sums[3] += float(mean.count)
     for row, logprobs in zip(batch.measured, measured, strict=True):
-        sums[:2] += _gap_sum(row, logprobs)
-    gap_sum, gap_count, weight_sum, weight_count = parallel.reducer()(sums, "sum").tolist()
+        sums[:2] += _sum_and_count(discrepancy(logprobs, row.rollout_logprobs), row.loss_mask)
+    is_centered = config.constraint.enabled and config.constraint.baseline == "batch"
+    reduced = parallel.reducer()(sums, "sum").tolist()
+    gap_sum, gap_count, weight_sum, weight_count, penalised_sum, kept_count = reduced
     if gap_count == 0:
         raise DivergenceError("training step: expected a response token in the batch, got none")
     return BatchScalars(
         # Nothing kept, or nothing that weighs: there is nothing to normalise.
         weight_mean=weight_sum / weight_count if weight_sum > 0 else 1.0,
         is_gate_open=gap_sum / gap_count > tolerance,
+        baseline=penalised_sum / kept_count if is_centered and kept_count else 0.0,
     )
 
 
-def _gap_sum(row: MicroBatch, recomputed: torch.Tensor) -> torch.Tensor:
-    """[2] float64 on the CPU: the sum of delta over the row's sampled tokens, and their number."""
-    gap = discrepancy(recomputed, row.rollout_logprobs)[row.loss_mask].double()
-    return torch.stack([gap.sum(), gap.new_tensor(gap.numel())]).cpu()
+def penalised_gap(
+    gap: torch.Tensor, constraint: ConstraintConfig, *, tolerance: float
+) -> torch.Tensor:
+    """What the constraint takes of a token's gap [T], under gradient where the gap is."""
+    return gated_discrepancy(
+        gap, gate=constraint.gate, tolerance=tolerance, maximum=constraint.max_discrepancy
+    )
+
+
+def _sum_and_count(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[2] float64 on the CPU: the sum of values [T] where the mask is True, and their number."""
+    kept = values[mask].double()
+    return torch.stack([kept.sum(), kept.new_tensor(kept.numel())]).cpu()

@@ -13,9 +13,14 @@ import torch
 
 from megatron_rl.config import ObjectiveConfig
 from megatron_rl.errors import DivergenceError
-from megatron_rl.learner.corrections import BatchScalars, RowCorrection, correct_row
+from megatron_rl.learner.corrections import (
+    BatchScalars,
+    RowCorrection,
+    correct_row,
+    penalised_gap,
+)
 from megatron_rl.learner.forward import RowOutput
-from megatron_rl.objective.constraint import gated_discrepancy, probability_gap, shape_advantages
+from megatron_rl.objective.constraint import probability_gap, shape_advantages
 from megatron_rl.objective.corrections import weight_metrics
 from megatron_rl.objective.discrepancy import check_logprobs, discrepancy
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
@@ -162,12 +167,8 @@ class MiniBatchLoss:
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Metric]]:
         """The constraint's share: shaped advantages, or a term [T] of the loss."""
         settings, constraint = self._settings, self._settings.config.constraint
-        rule = {
-            "gate": constraint.gate,
-            "tolerance": settings.tolerance,
-            "maximum": constraint.max_discrepancy,
-        }
-        gap = gated_discrepancy(discrepancy(recomputed, row.rollout_logprobs), **rule)
+        measured = discrepancy(recomputed, row.rollout_logprobs)
+        gap = penalised_gap(measured, constraint, tolerance=settings.tolerance)
         metrics: dict[str, Metric] = {}
         if constraint.enabled:
             taken = settings.penalty * gap[kept].double()
@@ -179,9 +180,11 @@ class MiniBatchLoss:
                 ),
             }
         if constraint.penalty == "shaping":
-            return shape_advantages(row.advantages, gap, settings.penalty), None, metrics
+            centered = gap - settings.scalars.baseline
+            return shape_advantages(row.advantages, centered, settings.penalty), None, metrics
         moved = probability_gap(output.logprobs, row.rollout_logprobs, kept)
-        return row.advantages, settings.penalty * gated_discrepancy(moved, **rule), metrics
+        taken = penalised_gap(moved, constraint, tolerance=settings.tolerance)
+        return row.advantages, settings.penalty * taken, metrics
 
     def _weights(
         self, row: MicroBatch, output: RowOutput, old: torch.Tensor, correction: RowCorrection

@@ -10,6 +10,11 @@ step. It weighs a penalty on every token, in one of two forms:
 
 with g(delta) = delta, or max(delta - c, 0) where the gate is the token's. The lambda that weighs
 a batch's penalty is the one from before that batch's dual step.
+
+Shaping lowers every advantage by lambda * mean g on average. On the policy's own samples that has
+no gradient in expectation; on another policy's, and after the first of several updates, it pushes
+the policy away from all that was sampled, and so widens the gap that it is to close. A baseline,
+g(delta[t]) - mean g in the place of g, takes that push away.
 """
 
 from __future__ import annotations

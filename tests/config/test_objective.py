@@ -102,6 +102,15 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
         (["constraint.tolerance=2"], "tolerance: expected a difference of probabilities in [0, 1]"),
         (["constraint.tolerance_steps=1"], "constraint.tolerance_steps: expected at least 2, got"),
         (["constraint.gate=sequence"], "constraint.gate: expected batch, mean or token, got"),
+        (["constraint.baseline=mean"], "constraint.baseline: expected none or batch, got 'mean'"),
+        (
+            ["preset=dc_grpo_penalty", "constraint.baseline=batch"],
+            "constraint.baseline: expected none with penalty=differentiable",
+        ),
+        (
+            ["preset=dc_grpo_centered", "old_policy=rollout"],
+            "constraint.baseline: expected none with old_policy=rollout",
+        ),
         (["constraint.penalty=soft"], "constraint.penalty: expected shaping or differentiable, go"),
         (["constraint.max_discrepancy=0"], "constraint.max_discrepancy: expected above 0, got 0"),
         (["entropy_coefficient=-1"], "entropy_coefficient: expected at least 0, got -1"),

@@ -28,6 +28,7 @@ FIGURES = {
     "geometric_rejection": "correction/vetoed_sequences/mean",
     "k3_rejection": "correction/rejected_sequences/mean",
     "dc_grpo": "constraint/penalty/mean",
+    "dc_grpo_centered": "constraint/penalty/mean",
     "dc_grpo_penalty": "constraint/penalty/mean",
     "dc_grpo_tis": "correction/weight/mean",
 }

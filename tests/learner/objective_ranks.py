@@ -67,6 +67,10 @@ OBJECTIVES = {
         constraint=replace(DUAL, gate="mean"),
         importance=ImportanceConfig(level="sequence_sum", upper=1.5, batch_normalize=True),
     ),
+    "centered_rejection": ObjectiveConfig(
+        constraint=replace(DUAL, baseline="batch"),
+        rejection=RejectionConfig(divergence="k1", level="token", lower=0.6, upper=1.6),
+    ),
     "kl_in_loss": ObjectiveConfig(
         constraint=DUAL, kl=KLConfig(coefficient=0.2, reference=REFERENCE)
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +21,11 @@ from megatron_rl.config import (
     RejectionConfig,
 )
 from megatron_rl.errors import DivergenceError
-from megatron_rl.learner.corrections import BatchScalars
+from megatron_rl.learner.corrections import BatchScalars, batch_scalars
 from megatron_rl.learner.forward import RowOutput
 from megatron_rl.learner.row_loss import MiniBatchLoss, StepSettings
 from megatron_rl.observe.metrics import reduce
-from megatron_rl.records import MicroBatch
+from megatron_rl.records import MicroBatch, TrainBatch
 
 TRAIN, ROLLOUT = (0.5, 0.25, 0.5), (0.25, 0.25, 0.625)
 REFERENCE = (0.25, 0.25, 0.5)
@@ -58,6 +59,7 @@ def run(
     rollout: tuple[float, ...] = ROLLOUT,
     should_recompute: bool = True,
     weight_mean: float = 1.0,
+    baseline: float = 0.0,
 ) -> tuple[float, int, list[float], dict[str, float]]:
     """Sum, count, gradient of the sum by the three log-probs, metrics."""
     logprobs = torch.tensor([*policy, 1.0]).log().requires_grad_()
@@ -66,7 +68,7 @@ def run(
         config=config,
         penalty=penalty,
         tolerance=0.1,
-        scalars=BatchScalars(weight_mean=weight_mean),
+        scalars=BatchScalars(weight_mean=weight_mean, baseline=baseline),
         weight_version=0,
         place="step 1, rank 0",
     )
@@ -108,6 +110,33 @@ def test_shaped_advantages():
     token = replace(config, constraint=ConstraintConfig(gate="token", max_discrepancy=0.2))
     # beyond 0.1, and a gap counts as at most 0.2: 0.1, 0, 0.025
     assert run(token, penalty=PENALTY)[2] == close(-0.96, -1.0, 2.01)
+
+
+def test_a_baseline_leaves_the_mean_advantage_as_it_was():
+    # delta = 1/4, 0, 1/8 counted from their mean of 1/8, times 0.4
+    config = ObjectiveConfig(constraint=ConstraintConfig(baseline="batch"))
+    total, _, gradient, metrics = run(config, penalty=PENALTY, baseline=0.125)
+    assert gradient == close(-0.95, -1.05, 2.0)
+    assert total == pytest.approx(0.0, abs=1e-6)
+    assert metrics["constraint/penalty/mean"] == pytest.approx(0.05, rel=1e-5)
+
+
+def test_the_baseline_is_the_mean_of_what_is_penalised_over_the_kept_tokens():
+    constraint = ConstraintConfig(baseline="batch", gate="token")
+    config = ObjectiveConfig(constraint=constraint)
+    assert baseline_of(config) == pytest.approx((0.15 + 0.0 + 0.025) / 3, rel=1e-5)
+    # k2 of a rho of 2 is 0.24: the first token is rejected.
+    rejection = RejectionConfig(divergence="k2", level="token", upper=0.1)
+    assert baseline_of(replace(config, rejection=rejection)) == pytest.approx(0.0125, rel=1e-5)
+    assert baseline_of(replace(config, constraint=ConstraintConfig(gate="mean"))) == 0
+
+
+def baseline_of(config: ObjectiveConfig) -> float:
+    """Of one row, alone in the world, with a tolerance of 0.1."""
+    batch = TrainBatch(mini_batches=((row_of(ROLLOUT),),))
+    alone = SimpleNamespace(reducer=lambda: lambda tensor, _operation: tensor)
+    recomputed = [[torch.tensor([*TRAIN, 1.0]).log()]]
+    return batch_scalars(batch, recomputed, [], config, alone, tolerance=0.1).baseline
 
 
 def test_a_differentiable_penalty():

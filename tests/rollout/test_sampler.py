@@ -10,8 +10,8 @@ import torch
 from megatron_rl.config import RolloutConfig, SamplingConfig
 from megatron_rl.ops.support import find_support, keep_support
 from megatron_rl.ops.vocab_parallel import vocab_shard
+from megatron_rl.preflight import truncation_of
 from megatron_rl.records import Truncation
-from megatron_rl.run import truncation_of
 
 
 def _of_engine(logits: torch.Tensor, truncation: Truncation) -> torch.Tensor:
