@@ -12,4 +12,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 ruff check .
 ruff format --check .
-exec python -m pytest -m "not slow" "$@"
+exec python -m pytest -m "not slow" --durations=15 "$@"
