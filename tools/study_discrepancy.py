@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -38,6 +38,7 @@ from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.records import EngineAddress
 
 Record = dict[str, Any]
+Parts = dict[str, tuple[str, ...]]  # settings by the name of an engine or an arm
 PANELS = (  # of the curves, by metric
     ("reward/mean", "reward"),
     ("discrepancy/mean", "mean |p_train - p_inf|"),
@@ -73,8 +74,8 @@ class Study:
     config: str
     settings: tuple[str, ...]
     seeds: tuple[int, ...]
-    engines: dict[str, tuple[str, ...]]
-    arms: dict[str, tuple[str, ...]]  # the first is what the others are held against
+    engines: Parts
+    arms: Parts  # the first is what the others are held against
 
     def runs(self) -> list[tuple[str, str, int]]:
         """Engine, arm and seed of every run; on an engine a whole seed of all arms before the next
@@ -101,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study", type=Path, help="YAML file, see configs/studies/discrepancy.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1)")
+    parser.add_argument("--engines", help="run only these, a,b,... (default all)")
+    parser.add_argument("--arms", help="run only these, a,b,... (default all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report goes")
     options = parser.parse_intermixed_args(arguments)
@@ -108,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         study = load_study(options.study)
         if options.action == "run":
-            run_study(study, options.overrides, options.output, options.jobs)
+            chosen = choose(study, options.engines, options.arms)
+            run_study(chosen, options.overrides, options.output, options.jobs)
         else:
             curves = read_curves(study, options.output)
             options.docs.mkdir(parents=True, exist_ok=True)
@@ -136,6 +140,23 @@ def load_study(path: Path) -> Study:
             f"{path}: expected config, settings, seeds, engines and arms as in "
             f"configs/studies/discrepancy.yaml, got {error!r}"
         ) from error
+
+
+def choose(study: Study, engines: str | None, arms: str | None) -> Study:
+    """The part of the study that the command line names; ConfigError where it has no such part."""
+
+    def those(known: Parts, names: str | None, what: str) -> Parts:
+        wanted = list(known) if names is None else names.split(",")
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise ConfigError(f"--{what}: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        return {name: known[name] for name in wanted}
+
+    return replace(
+        study,
+        engines=those(study.engines, engines, "engines"),
+        arms=those(study.arms, arms, "arms"),
+    )
 
 
 def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> None:

@@ -11,7 +11,14 @@ from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.experiment import DONE_FILE
 from megatron_rl.observe.run_log import read_metrics
-from tools.study_discrepancy import at_same_entropy, load_study, main, run_dir_of, with_error
+from tools.study_discrepancy import (
+    at_same_entropy,
+    choose,
+    load_study,
+    main,
+    run_dir_of,
+    with_error,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 STUDY = """
@@ -102,6 +109,15 @@ def test_a_study_of_real_runs_two_at_a_time_on_engines_that_stay(tmp_path, tiny_
         assert [each["step"] for each in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
     assert main(command) == 0  # nothing is left to do
     assert main([*command, "loop.prompts_per_step=9"]) == 1  # finished runs of other settings
+
+
+def test_a_part_of_a_study(tmp_path):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    study = load_study(tmp_path / "study.yaml")
+    assert choose(study, None, None) == study
+    assert choose(study, "int4", "grpo").runs() == [("int4", "grpo", 0), ("int4", "grpo", 1)]
+    with pytest.raises(ConfigError, match="--arms: expected some of grpo, dc_grpo, got 'tis'"):
+        choose(study, None, "grpo,tis")
 
 
 def test_what_is_no_study_and_what_has_no_runs(tmp_path, capsys):
