@@ -52,6 +52,7 @@ def load() -> None:
     torch.library.register_fake("megatron_rl::token_logprobs_nodes", _fake_nodes)
     torch.library.register_fake("megatron_rl::token_logprobs_finish", _fake_finish)
     torch.library.register_fake("megatron_rl::token_logprobs_gradient", _fake_gradient)
+    torch.library.register_fake("megatron_rl::empty_like_logits", _fake_empty_like)
 
 
 _LIBRARIES: list[torch.library.Library] = []  # a registration lives as long as its Library
@@ -143,6 +144,12 @@ def gradient(
     )
 
 
+def empty_like(logits: torch.Tensor) -> torch.Tensor:
+    """Memory for a gradient of the logits: contiguous, a large one on the CPU in huge pages."""
+    load()
+    return torch.ops.megatron_rl.empty_like_logits(logits)
+
+
 def _reference_nodes(
     logits, labels, temperature, edges, rank, vocab_size, has_entropy, _instruction_set=""
 ):
@@ -187,3 +194,7 @@ def _fake_gradient(
     instruction_set="",
 ):
     return None
+
+
+def _fake_empty_like(logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -232,7 +232,7 @@ class TokenLogprobs(torch.autograd.Function):
             # Autograd then refuses any other node that saved these logits.
             torch.autograd.graph.increment_version(logits)
         else:
-            grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            grad_logits = kernels.empty_like(logits)
         kernels.gradient(
             logits,
             labels,
