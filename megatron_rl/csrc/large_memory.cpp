@@ -12,8 +12,8 @@ namespace megatron_rl {
 namespace {
 
 constexpr uintptr_t kHugePage = 2 << 20;
-// Smaller ones may come from the heap, which keeps its pages; glibc maps all of these anew.
-constexpr int64_t kLargeBytes = 32 << 20;
+// Below it a few page faults cost less than asking.
+constexpr int64_t kLargeBytes = 4 << 20;
 
 // Only whole huge pages inside: no byte more becomes resident, and no neighbour changes. A kernel
 // without them refuses, and the memory is as good as before.
