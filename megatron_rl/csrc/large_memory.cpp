@@ -1,38 +1,55 @@
 #include "large_memory.h"
 
+#include <c10/util/strides.h>
 #include <torch/library.h>
 
 #include <cstdint>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <mutex>
+#include <optional>
 
 namespace megatron_rl {
 namespace {
 
-constexpr uintptr_t kHugePage = 2 << 20;
-// Below it a few page faults cost less than asking.
-constexpr int64_t kLargeBytes = 4 << 20;
+constexpr size_t kLeastKept = 4 << 20, kMostKept = 512 << 20;  // bytes
 
-// Only whole huge pages inside: no byte more becomes resident, and no neighbour changes. A kernel
-// without them refuses, and the memory is as good as before.
-void ask_for_huge_pages(const at::Tensor& memory) {
-#if defined(MADV_HUGEPAGE)
-  const auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + memory.nbytes()) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+// One piece of memory that its last tensor has left, or is still in use by.
+class LastMemory {
+ public:
+  // Storage of at least so many bytes that no tensor uses.
+  at::Storage take(const at::Tensor& logits, size_t num_bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool is_free = storage_.has_value() && storage_->use_count() == 1;
+    // Not a far larger one: what is resident stays within twice what was asked for.
+    if (is_free && num_bytes <= storage_->nbytes() && storage_->nbytes() <= 2 * num_bytes) {
+      return *storage_;
+    }
+    if (is_free) storage_.reset();  // before the new one: never both
+    const auto count = static_cast<int64_t>(num_bytes);
+    storage_ = at::empty({count}, logits.options().dtype(at::kByte)).storage();
+    return *storage_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::optional<at::Storage> storage_;
+};
+
+// Never destroyed: at the end of the process its tensors may outlive it.
+LastMemory& last_memory() {
+  static auto* memory = new LastMemory;
+  return *memory;
 }
 
 }  // namespace
 
 at::Tensor empty_like_logits(const at::Tensor& logits) {
-  at::Tensor memory = at::empty(logits.sizes(), logits.options());
-  const auto num_bytes = static_cast<int64_t>(memory.nbytes());
-  if (memory.is_cpu() && num_bytes >= kLargeBytes) ask_for_huge_pages(memory);
-  return memory;
+  const size_t num_bytes = logits.numel() * logits.element_size();
+  if (!logits.is_cpu() || num_bytes < kLeastKept || num_bytes > kMostKept) {
+    return at::empty(logits.sizes(), logits.options());
+  }
+  at::Tensor memory = at::empty({0}, logits.options());
+  const at::Storage storage = last_memory().take(logits, num_bytes);
+  return memory.set_(storage, 0, logits.sizes(), c10::contiguous_strides(logits.sizes()));
 }
 
 TORCH_LIBRARY_FRAGMENT(megatron_rl, library) {

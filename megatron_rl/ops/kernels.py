@@ -154,7 +154,7 @@ def gradient(
 
 
 def empty_like(logits: torch.Tensor) -> torch.Tensor:
-    """Memory for a gradient of the logits: contiguous, a large one on the CPU in huge pages."""
+    """Memory for a gradient of the logits, contiguous; on the CPU perhaps that of the last one."""
     load()
     return torch.ops.megatron_rl.empty_like_logits(logits)
 

@@ -61,8 +61,9 @@ def token_logprobs(
         group: tensor-parallel group over which the vocabulary is sharded, or None.
         ignore_index: rows with this label give 0 and take no gradient, and logits there may hold
             anything.
-        overwrite_logits: the backward pass writes the gradient over the logits instead of into new
-            memory. Nothing else may need them then; a second backward pass raises RuntimeError.
+        overwrite_logits: the backward pass writes the gradient over the logits instead of into
+            memory of its own (on the CPU, one gradient's of at most 512 MiB is kept for the next
+            one). Nothing else may need them then; a second backward pass raises RuntimeError.
 
     Returns:
         [N] float32, never above 0, the same on every rank. The gradient arrives in the logits'
