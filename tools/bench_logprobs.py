@@ -9,8 +9,9 @@ shape.
 Forward, and forward with backward to the logits: medians of warm runs that take turns, so that a
 busy machine is busy for all. "times" is how many times as fast as the first one; "read" is a plain
 sum over the logits' memory, and the share of it that a forward pass reaches is the read's time over
-its own; "memory" is the largest of forward and backward beyond the logits. On a GPU nothing of the
-logits is left in its cache when a run begins.
+its own; "memory" is the largest of forward and backward, without the logits and what stays from run
+to run (on the CPU, one gradient of megatron_rl of at most 512 MiB). On a GPU nothing of the logits
+is left in its cache when a run begins.
 """
 
 from __future__ import annotations
