@@ -1,18 +1,24 @@
-"""Times the aligned log-prob of given logits against what others do, in one table.
+"""Times the aligned log-prob of given logits against what others do: a table in Markdown for every
+shape.
 
     OMP_NUM_THREADS=2 python tools/bench_logprobs.py --rows 1024 --vocab 151936
+    OMP_NUM_THREADS=2 python tools/bench_logprobs.py --rows 1 8 64 1024 4096 \\
+        --vocab 32000 151936 262144 --memory-gib 10 -o docs/logprobs-benchmark.md
     python tools/bench_logprobs.py --device cuda --rows 64 4096
 
 Forward, and forward with backward to the logits: medians of warm runs that take turns, so that a
-busy machine is busy for all. "read" is a plain sum over the logits' memory; the share of it that a
-forward pass reaches is the read's time over its own. On a GPU nothing of the logits is left in its
-cache when a run begins.
+busy machine is busy for all. "times" is how many times as fast as the first one; "read" is a plain
+sum over the logits' memory, and the share of it that a forward pass reaches is the read's time over
+its own; "memory" is the largest of forward and backward, without the logits and what stays from run
+to run (on the CPU, one gradient of megatron_rl of at most 512 MiB). On a GPU nothing of the logits
+is left in its cache when a run begins.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +33,8 @@ from megatron_rl.ops import kernels
 from megatron_rl.ops.logprobs import token_logprobs, token_logprobs_and_entropy
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+MOST_COPIES = 16  # of the logits in memory: nobody takes more
+FIRST = "torch: log_softmax, gather"  # what the others are compared with
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -48,8 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave out what compiles")
+    parser.add_argument("--memory-gib", type=float, help="leave out what would need more in all")
+    parser.add_argument("-o", "--output", type=Path, help="a Markdown file for the tables")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    command = " ".join(
+        ["tools/bench_logprobs.py", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    heading = (
+        f"# Log-probs of logits\n\n`{command}`: {machine(device)}; medians of {options.runs} runs."
+    )
+    sections = [heading]
     with tempfile.TemporaryDirectory() as folder:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -61,7 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for num_rows in options.rows:
                 functions = contenders(compiled=not options.no_compile, device=device)
                 shape, dtype = (num_rows, vocab_size), DTYPES[options.dtype]
-                bench(functions, shape, dtype, device, options.runs)
+                sections.append(
+                    bench(functions, shape, dtype, device, options.runs, options.memory_gib)
+                )
+                print(f"\n{sections[-1]}", flush=True)
+                if options.output is not None:  # at once: what is measured outlives an interruption
+                    options.output.write_text("\n\n".join(sections) + "\n")
         distributed.destroy_process_group()
 
 
@@ -75,13 +97,16 @@ def gather_minus_logsumexp(logits: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def contenders(*, compiled: bool, device: torch.device) -> dict[str, Function]:
-    """Name -> log-probs of logits and labels. The others are compared with the first one."""
+    """Name -> log-probs of logits and labels."""
     functions: dict[str, Function] = {
-        "torch: log_softmax, gather": log_softmax_and_gather,
+        FIRST: log_softmax_and_gather,
         "torch: gather - logsumexp": gather_minus_logsumexp,
     }
     if compiled:
-        functions["torch.compile of the first"] = torch.compile(log_softmax_and_gather)
+        torch.compiler.reset()  # after 8 shapes of one function it would run eagerly
+        functions["torch.compile of the first"] = torch.compile(
+            log_softmax_and_gather, dynamic=False
+        )
         functions |= megatron()
         if device.type == "cuda":
             functions |= liger()
@@ -128,13 +153,22 @@ def bench(
     dtype: torch.dtype,
     device: torch.device,
     num_runs: int,
-) -> None:
+    memory_gib: float | None,
+) -> str:
+    """The table of one shape."""
     torch.manual_seed(0)
     original = torch.randn(shape, dtype=dtype, device=device)
     labels = torch.randint(shape[1], shape[:1], device=device)
     logits = torch.empty_like(original)
     num_bytes = original.numel() * original.element_size()
     words = logits.view(torch.uint8).view(-1)[: num_bytes // 8 * 8].view(torch.int64)
+    logits.copy_(original)
+    left_out = {}
+    most = peak(device) / 1024 + MOST_COPIES * num_bytes / 2**30
+    if memory_gib is not None and most > memory_gib:
+        needed = {name: needed_gib(one, logits, labels) for name, one in functions.items()}
+        left_out = {name: gib for name, gib in needed.items() if gib > memory_gib}
+    functions = {name: one for name, one in functions.items() if name not in left_out}
     seconds: dict[str, list[list[float]]] = {name: [[], []] for name in functions}
     extra = dict.fromkeys(functions, 0.0)
     reads = []
@@ -163,7 +197,18 @@ def bench(
         )
         for name, (forward, both) in seconds.items()
     }
-    show(timings, original, statistics.median(reads))
+    return table(timings, left_out, original, statistics.median(reads))
+
+
+def needed_gib(function: Function, logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """GiB of the whole process, from what a sixteenth of the rows takes."""
+    num_rows = max(1, len(logits) // 16)
+    for _ in range(2):  # the first one compiles
+        leaf = logits[:num_rows].clone().requires_grad_()
+        before = reset_peak(logits.device)
+        function(leaf, labels[:num_rows]).sum().backward()
+        needed = peak(logits.device) - before
+    return (before + len(logits) / num_rows * needed) / 1024
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
@@ -219,24 +264,32 @@ def machine(device: torch.device) -> str:
     return f"{what}, torch {torch.__version__}, megatron_rl by {kernels.backend(device)}"
 
 
-def show(timings: dict[str, Timing], logits: torch.Tensor, read: float) -> None:
+def table(
+    timings: dict[str, Timing], left_out: dict[str, float], logits: torch.Tensor, read: float
+) -> str:
     num_bytes = logits.numel() * logits.element_size()
-    print(
-        f"\n{list(logits.shape)} {str(logits.dtype).removeprefix('torch.')}, "
-        f"{machine(logits.device)}; read {read * 1e3:.2f} ms, {num_bytes / read / 1e9:.1f} GB/s"
-    )
-    print(
-        f"{'':32}{'forward':>11}{'times':>8}{'GB/s':>7}{'share':>7}"
-        f"{'+backward':>12}{'times':>8}{'memory':>10}{'error':>9}"
-    )
-    first = next(iter(timings.values()))
+    first = next(iter(timings.values())) if FIRST in timings else None
+    lines = [
+        f"{list(logits.shape)} {str(logits.dtype).removeprefix('torch.')}, read "
+        f"{read * 1e3:.2f} ms, {num_bytes / read / 1e9:.1f} GB/s:",
+        "",
+        f"| {'':32} | {'forward':>11} | times | GB/s | share | {'+backward':>11} | times | "
+        f"{'memory':>9} | {'error':>7} |",
+        f"|{'-' * 34}|{'-' * 12}:|{'-' * 6}:|{'-' * 5}:|{'-' * 6}:|{'-' * 12}:|{'-' * 6}:|"
+        f"{'-' * 10}:|{'-' * 8}:|",
+    ]
     for name, timing in timings.items():
-        print(
-            f"{name:32}{timing.forward * 1e3:8.2f} ms{first.forward / timing.forward:8.1f}"
-            f"{num_bytes / timing.forward / 1e9:7.1f}{read / timing.forward:7.0%}"
-            f"{timing.both * 1e3:9.2f} ms{first.both / timing.both:8.1f}"
-            f"{timing.extra_mebibytes:6.0f} MiB{timing.error:9.1e}"
+        forward = f"{first.forward / timing.forward:.1f}" if first else "-"
+        both = f"{first.both / timing.both:.1f}" if first else "-"
+        lines.append(
+            f"| {name:32} | {timing.forward * 1e3:8.2f} ms | {forward:>5} | "
+            f"{num_bytes / timing.forward / 1e9:4.1f} | {read / timing.forward:5.0%} | "
+            f"{timing.both * 1e3:8.2f} ms | {both:>5} | {timing.extra_mebibytes:5.0f} MiB | "
+            f"{timing.error:.1e} |"
         )
+    for name, gib in left_out.items():
+        lines.append(f"| {name:32} | left out: {gib:.1f} GiB |  |  |  |  |  |  |  |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

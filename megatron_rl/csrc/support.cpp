@@ -14,6 +14,7 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_rows.h"
+#include "large_memory.h"
 
 namespace megatron_rl {
 namespace {
@@ -144,7 +145,7 @@ at::Tensor support_keep(const at::Tensor& logits, const at::Tensor& edge, const 
   const ScalarKind kind = kind_of(logits);
   const int64_t num_rows = logits.size(0), num_columns = logits.size(1);
   TORCH_CHECK(0 <= width && width <= num_columns, "width: expected at most ", num_columns);
-  const at::Tensor kept = at::empty(logits.sizes(), logits.options());
+  const at::Tensor kept = empty_like_logits(logits);
   kept.narrow(1, width, num_columns - width).fill_(-std::numeric_limits<double>::infinity());
   const at::Tensor edges = edge.contiguous(), quotas = quota.contiguous();
   const at::Tensor labels = label_column.contiguous();

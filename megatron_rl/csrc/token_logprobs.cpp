@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -180,7 +181,10 @@ using Finished = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::
 
 Finished token_logprobs_finish(const at::Tensor& nodes, const at::Tensor& labels,
                                at::IntArrayRef edges, int64_t vocab_size, bool has_entropy,
-                               c10::string_view instruction_set) {
+                               c10::string_view instruction_set,
+                               const std::optional<at::Tensor>&,
+                               const std::optional<at::Tensor>& flag) {
+  TORCH_CHECK(!flag, "flag: expected none on a CPU, where the caller looks at the maxima at once");
   const CpuKernels& kernels = kernels_named(std::string(instruction_set));
   const int64_t num_ranks = static_cast<int64_t>(edges.size()) - 1, num_rows = labels.size(0);
   const int64_t stride = words_per_row(edges.data(), num_ranks, vocab_size, has_entropy);
@@ -264,7 +268,8 @@ TORCH_LIBRARY(megatron_rl, library) {
       "int rank, int vocab_size, bool has_entropy, str instruction_set='') -> Tensor");
   library.def(
       "token_logprobs_finish(Tensor nodes, Tensor labels, int[] edges, int vocab_size, "
-      "bool has_entropy, str instruction_set='') -> (Tensor logprobs, Tensor entropy, "
+      "bool has_entropy, str instruction_set='', Tensor? is_counted=None, "
+      "Tensor(a!)? flag=None) -> (Tensor logprobs, Tensor entropy, "
       "Tensor exponent, Tensor sum, Tensor maximum)");
   library.def(
       "token_logprobs_gradient(Tensor logits, Tensor labels, Tensor incoming, Tensor exponent, "

@@ -20,6 +20,7 @@ from megatron_rl.learner.parallel import Parallel
 from megatron_rl.learner.recompute import recompute_logprobs
 from megatron_rl.learner.reference import Reference
 from megatron_rl.ops import kernels
+from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.records import MicroBatch, Truncation
 from megatron_rl.weights.geometry import Geometry
 
@@ -106,7 +107,8 @@ class Learner:
             What `row_loss` handed back for each row (on the last stage; empty elsewhere), and the
             gradient's norm before clipping.
         Raises:
-            DivergenceError: the gradient's norm is not finite (on every rank).
+            DivergenceError: the gradient's norm is not finite (on every rank), or logits that no
+                log-prob comes from. DataError: a label outside the vocabulary.
         """
 
         def on_output(
@@ -121,6 +123,8 @@ class Learner:
                 parallel=self.parallel,
                 has_entropy_gradient=has_entropy_gradient,
             )
+            # The row's loss waits for its numbers, and so nothing more waits here.
+            check_broken_rows(logits.device, f"micro-batch {index}")
             return row_loss(index, output)
 
         self.model.zero_grad_buffer()

@@ -10,6 +10,7 @@ import torch
 
 from megatron_rl.learner.forward import WHOLE, row_output, run_schedule
 from megatron_rl.learner.parallel import Parallel
+from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.records import MicroBatch, Truncation
 
 
@@ -28,6 +29,9 @@ def recompute_logprobs(
     Returns:
         On the last pipeline stage a [T] float32 a row, 0 where its loss mask is False; empty on
         other stages.
+    Raises:
+        DivergenceError: logits that no log-prob comes from. DataError: a label outside the
+            vocabulary.
     """
     if not rows:
         return []
@@ -43,4 +47,7 @@ def recompute_logprobs(
         )
         return output.logprobs
 
-    return run_schedule(model, rows, on_output, forward_only=True)
+    logprobs = run_schedule(model, rows, on_output, forward_only=True)
+    # Once a pass, at its end: its log-probs are looked at next.
+    check_broken_rows(parallel.device, "recomputation")
+    return logprobs

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_rl.ops import kernels
 from megatron_rl.ops.vocab_parallel import VocabShard, all_reduce_max, all_reduce_sum, vocab_shard
 
 MAX_ELEMENTS = 2**22  # of a tile of rows in float32: 16 MiB
@@ -78,7 +79,7 @@ class _Entropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_entropy):
         logits, log_normaliser, entropy = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
+        gradient = kernels.empty_like(logits)
         scale = grad_entropy.float() / ctx.temperature
         for rows in _tiles(logits):
             logprobs = (

@@ -17,6 +17,7 @@ import torch
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.ops import reference
+from megatron_rl.ops.broken_rows import note_broken_rows
 from megatron_rl.ops.node_layout import words_per_row
 
 INSTRUCTION_SET_VARIABLE = "MEGATRON_RL_CPU_ISA"
@@ -52,6 +53,7 @@ def load() -> None:
     torch.library.register_fake("megatron_rl::token_logprobs_nodes", _fake_nodes)
     torch.library.register_fake("megatron_rl::token_logprobs_finish", _fake_finish)
     torch.library.register_fake("megatron_rl::token_logprobs_gradient", _fake_gradient)
+    torch.library.register_fake("megatron_rl::empty_like_logits", _fake_empty_like)
 
 
 _LIBRARIES: list[torch.library.Library] = []  # a registration lives as long as its Library
@@ -106,13 +108,21 @@ def nodes(
 def finish(
     words: torch.Tensor,
     labels: torch.Tensor,
+    is_counted: torch.Tensor | None,
     edges: Sequence[int],
     vocab_size: int,
     has_entropy: bool,
+    flag: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.finish`: log-probs, entropy, N and S of the root, the row's maximum."""
+    """`reference.finish`: log-probs, entropy, N and S of the root, the row's maximum.
+
+    Args:
+        is_counted: [N] bool, rows that the flag may tell of; None: all.
+        flag: of broken_rows.py, on a CUDA device; None on the CPU.
+    """
+    name = instruction_set()
     return torch.ops.megatron_rl.token_logprobs_finish(
-        words, labels, edges, vocab_size, has_entropy, instruction_set()
+        words, labels, edges, vocab_size, has_entropy, name, is_counted, flag
     )
 
 
@@ -143,14 +153,25 @@ def gradient(
     )
 
 
+def empty_like(logits: torch.Tensor) -> torch.Tensor:
+    """Memory for a gradient of the logits, contiguous; on the CPU perhaps that of the last one."""
+    load()
+    return torch.ops.megatron_rl.empty_like_logits(logits)
+
+
 def _reference_nodes(
     logits, labels, temperature, edges, rank, vocab_size, has_entropy, _instruction_set=""
 ):
     return reference.nodes(logits, labels, temperature, edges, rank, vocab_size, has_entropy)
 
 
-def _reference_finish(words, labels, edges, vocab_size, has_entropy, _instruction_set=""):
-    return reference.finish(words, labels, edges, vocab_size, has_entropy)
+def _reference_finish(
+    words, labels, edges, vocab_size, has_entropy, _instruction_set="", is_counted=None, flag=None
+):
+    finished = reference.finish(words, labels, edges, vocab_size, has_entropy)
+    if flag is not None:
+        note_broken_rows(finished[4], labels, is_counted, vocab_size, flag)
+    return finished
 
 
 def _reference_gradient(*tensors_and_numbers):
@@ -164,7 +185,16 @@ def _fake_nodes(
     return logits.new_empty((logits.shape[0], width), dtype=torch.int32)
 
 
-def _fake_finish(nodes, labels, edges, vocab_size, has_entropy, instruction_set=""):
+def _fake_finish(
+    nodes,
+    labels,
+    edges,
+    vocab_size,
+    has_entropy,
+    instruction_set="",
+    is_counted=None,
+    flag=None,
+):
     num_rows = labels.shape[0]
 
     def rows(count, dtype=torch.float32):
@@ -187,3 +217,7 @@ def _fake_gradient(
     instruction_set="",
 ):
     return None
+
+
+def _fake_empty_like(logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -25,10 +25,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_rl.errors import ConfigError, DataError, DivergenceError
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.ops import kernels
+from megatron_rl.ops.broken_rows import flag_of, raise_if_broken
 from megatron_rl.ops.node_layout import words_per_row
-from megatron_rl.ops.reference import LARGEST_LOGIT
 from megatron_rl.ops.vocab_parallel import (
     VocabShard,
     all_reduce_sum,
@@ -61,8 +61,9 @@ def token_logprobs(
         group: tensor-parallel group over which the vocabulary is sharded, or None.
         ignore_index: rows with this label give 0 and take no gradient, and logits there may hold
             anything.
-        overwrite_logits: the backward pass writes the gradient over the logits instead of into new
-            memory. Nothing else may need them then; a second backward pass raises RuntimeError.
+        overwrite_logits: the backward pass writes the gradient over the logits instead of into
+            memory of its own (on the CPU, one gradient's of at most 512 MiB is kept for the next
+            one). Nothing else may need them then; a second backward pass raises RuntimeError.
 
     Returns:
         [N] float32, never above 0, the same on every rank. The gradient arrives in the logits'
@@ -72,9 +73,9 @@ def token_logprobs(
     Raises:
         DataError: a label outside the vocabulary. DivergenceError: a row with NaN or +inf, or whose
             largest logit lies outside +-2^21 after division by the temperature (nothing but -inf,
-            too). Both name the row and are raised on every rank. On a CUDA device nothing waits for
-            the check: such a row's log-prob is NaN, and that is the flag which
-            `objective.discrepancy.check_logprobs` reads before it enters a loss.
+            too). Both name the row and are raised on every rank: at once on the CPU; on a CUDA
+            device, where nothing waits for them and the row's log-prob is NaN, by the next
+            `broken_rows.check_broken_rows`.
         ValueError: shapes or dtypes that do not fit. ConfigError: a temperature of 0 or below,
             or a native extension that is not built.
     """
@@ -232,7 +233,7 @@ class TokenLogprobs(torch.autograd.Function):
             # Autograd then refuses any other node that saved these logits.
             torch.autograd.graph.increment_version(logits)
         else:
-            grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            grad_logits = kernels.empty_like(logits)
         kernels.gradient(
             logits,
             labels,
@@ -329,33 +330,15 @@ def _finish(
     largest y.
     """
     gathered = gather_rows(words, group)
+    flag = flag_of(words.device) if words.device.type == "cuda" else None
     logprobs, entropy, exponent, total, maximum = kernels.finish(
-        gathered, labels, shard.edges, shard.vocab_size, has_entropy
+        gathered, labels, is_counted, shard.edges, shard.vocab_size, has_entropy, flag
     )
     if maximum.device.type == "cpu":
-        is_broken = ~(maximum.abs() <= LARGEST_LOGIT)
-        if is_counted is not None:
-            is_broken &= is_counted
-        if bool(is_broken.any()):
-            row = int(is_broken.int().argmax())
-            raise DivergenceError(_broken_row(row, float(maximum[row]), is_broken))
+        raise_if_broken(maximum, is_counted)
     logprobs = _where_counted(logprobs, is_counted)
     entropy = _where_counted(entropy, is_counted) if has_entropy else entropy
     return logprobs, entropy, exponent, total, maximum
-
-
-def _broken_row(row: int, maximum: float, is_broken: torch.Tensor) -> str:
-    if math.isnan(maximum) or maximum == math.inf:
-        found = "NaN or +inf"
-    elif maximum == -math.inf:
-        found = "nothing but -inf"
-    else:
-        found = f"a largest one of {maximum:g} after division by the temperature"
-    return (
-        f"logits of row {row}: expected numbers and -inf, the largest within "
-        f"+-{LARGEST_LOGIT:.0f}, got {found} ({int(is_broken.sum())} of {is_broken.numel()} rows "
-        "are broken); look for NaN in the weights and the hidden states"
-    )
 
 
 def _row_tiles(hidden: torch.Tensor, chunk_size: int) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -49,6 +49,8 @@ class LockStepWarp {
     std::memcpy(to, &bits, sizeof bits);
   }
 
+  static void keep_smallest(int64_t* to, int64_t value) { *to = smaller(*to, value); }
+
   static float larger(float a, float b) { return a != a || a > b ? a : b; }
 
   template <class Scalar>
@@ -153,7 +155,8 @@ void nodes(const void* logits, int kind, int64_t row_bytes, int64_t num_rows, co
 
 void finish(const int32_t* words, int64_t words_per_row, int64_t num_rows, const int64_t* labels,
             const int64_t* edges, int num_ranks, int64_t vocab_size, bool has_entropy,
-            float* logprobs, float* entropy, int32_t* exponent, float* sum, float* maximum) {
+            float* logprobs, float* entropy, int32_t* exponent, float* sum, float* maximum,
+            const bool* is_counted, int64_t* flag) {
   FinishTask task = {words, words_per_row, num_rows, labels, vocab_size, num_ranks, has_entropy};
   std::memcpy(task.edges, edges, (num_ranks + 1) * sizeof *edges);
   task.logprobs = logprobs;
@@ -161,6 +164,8 @@ void finish(const int32_t* words, int64_t words_per_row, int64_t num_rows, const
   task.exponent = exponent;
   task.sum = sum;
   task.maximum = maximum;
+  task.is_counted = is_counted;
+  task.flag = flag;
   LockStepWarp warp;
   FinishSpace space;
   for (int64_t row = 0; row < num_rows; ++row) finish_row(warp, task, row, space);

@@ -9,7 +9,9 @@ import math
 import pytest
 import torch
 
+from megatron_rl.errors import DataError, DivergenceError
 from megatron_rl.ops import kernels
+from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.ops.logprobs import token_logprobs, token_logprobs_and_entropy
 from tests.ops import vectors
 from tests.ops.rows import (
@@ -146,6 +148,14 @@ def test_broken_rows_and_labels_have_no_logprob_on_the_gpu():
     logits[0, 7], logits[1, 2999], logits[2] = math.nan, math.inf, -math.inf
     labels = torch.tensor([0, 1, 2, 3000, 3], device="cuda")
     assert token_logprobs(logits, labels).isnan().tolist() == [True, True, True, True, False]
+    with pytest.raises(DivergenceError, match="here: logits of row 0"):
+        check_broken_rows(logits.device, "here")
+    check_broken_rows(logits.device, "here")  # told once
+    token_logprobs(logits, torch.where(labels < 3, -100, labels), ignore_index=-100)
+    with pytest.raises(DataError, match="here: label of row 3"):
+        check_broken_rows(logits.device, "here")
+    token_logprobs(logits[4:], labels[4:])
+    check_broken_rows(logits.device, "here")
 
 
 def test_the_current_stream_is_used():

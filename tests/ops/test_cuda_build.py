@@ -1,5 +1,5 @@
 """The machine code of the CUDA kernels, which nvcc makes without a GPU: no approximation, nothing
-contracted or flushed in the arithmetic, no spilled register, no atomic.
+contracted or flushed in the arithmetic, no spilled register, no atomic but the flag's minimum.
 """
 
 import collections
@@ -168,7 +168,11 @@ def test_logits_are_read_once_in_16_bytes(opcodes):
             assert sum(counts[code] for code in counts if re.match(r"LDG.*\.128", code)) == (
                 2 * num_loads
             ), name
-        assert not [code for code in counts if code.startswith(("ATOM", "RED"))], name
+        atomics = [code for code in counts if code.startswith(("ATOM", "RED"))]
+        if name == "finish_kernel":  # the flag of broken rows
+            assert len(atomics) == 1 and ".MIN.S64." in atomics[0]
+        else:
+            assert not atomics, name
 
 
 @needs_nvcc

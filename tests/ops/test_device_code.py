@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_rl.ops import kernels
+from megatron_rl.ops.broken_rows import NO_ROW, note_broken_rows
 from megatron_rl.ops.node_layout import words_per_row
 from tests.ops.rows import (
     DTYPES,
@@ -50,7 +51,7 @@ class Lockstep:
         )
         return words
 
-    def finish(self, words, labels, edges, vocab_size, has_entropy):
+    def finish(self, words, labels, edges, vocab_size, has_entropy, is_counted=None, flag=None):
         num_ranks, num_rows, width = words.shape
         entropy = torch.empty(num_rows if has_entropy else 0)
         logprobs, total, maximum = (torch.empty(num_rows) for _ in range(3))
@@ -63,7 +64,7 @@ class Lockstep:
             ctypes.c_int(num_ranks),
             ctypes.c_int64(vocab_size),
             ctypes.c_bool(has_entropy),
-            *map(_pointer, (logprobs, entropy, exponent, total, maximum)),
+            *map(_pointer, (logprobs, entropy, exponent, total, maximum, is_counted, flag)),
         )
         return logprobs, entropy, exponent, total, maximum
 
@@ -92,7 +93,7 @@ class Lockstep:
 
 
 def _pointer(tensor):
-    return ctypes.c_void_p(tensor.data_ptr())
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _rows(logits):
@@ -247,3 +248,46 @@ def test_a_label_outside_the_vocabulary_has_no_logprob(lockstep):
     words = lockstep.nodes(logits, labels, 1.0, [0, 300], 0, 290, False)[None]
     logprobs = lockstep.finish(words, labels, [0, 300], 290, False)[0]
     assert logprobs.isnan().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("edges", [[0, 300], [0, 100, 200, 300]])
+def test_the_flag_tells_the_first_broken_row(lockstep, edges):
+    torch.manual_seed(0)
+    sound = torch.randn(40, 300)
+    cases = {  # row -> what breaks it; which rows count; the flag
+        "none": ({}, None, NO_ROW),
+        "logits": ({7: math.nan, 9: math.inf}, None, 2 * 7 + 1),
+        "label": ({8: 290, 9: math.inf}, None, 2 * 8),
+        "negative label": ({8: -1, 30: 5000}, None, 2 * 8),
+        "out of reach": ({11: 2.2e6}, None, 2 * 11 + 1),
+        "the last row": ({39: math.nan}, None, 2 * 39 + 1),
+        "ignored": ({3: math.nan, 5: math.inf, 8: 290}, [3, 5], 2 * 8),
+        "all ignored": ({3: math.nan}, [3], NO_ROW),
+    }
+    for name, (broken, ignored, expected) in cases.items():
+        logits, labels = sound.clone(), torch.randint(290, (40,))
+        for row, value in broken.items():
+            if isinstance(value, int):
+                labels[row] = value
+            else:
+                logits[row, 150] = value
+        is_counted = None
+        if ignored is not None:
+            is_counted = torch.ones(40, dtype=torch.bool)
+            is_counted[ignored] = False
+        words = torch.stack(
+            [
+                lockstep.nodes(logits[:, a:b], labels, 1.0, edges, rank, 290, False)
+                for rank, (a, b) in enumerate(itertools.pairwise(edges))
+            ]
+        )
+        flag, twin = torch.tensor([NO_ROW]), torch.tensor([NO_ROW])
+        maximum = lockstep.finish(words, labels, edges, 290, False, is_counted, flag)[4]
+        note_broken_rows(maximum, labels, is_counted, 290, twin)
+        assert int(flag) == int(twin) == expected, name
+        # What an earlier call left is kept, where its row is the smaller one.
+        for earlier in (0, 2 * 39 + 1):
+            flag, twin = torch.tensor([earlier]), torch.tensor([earlier])
+            lockstep.finish(words, labels, edges, 290, False, is_counted, flag)
+            note_broken_rows(maximum, labels, is_counted, 290, twin)
+            assert int(flag) == int(twin) == min(earlier, expected), name

@@ -1,6 +1,6 @@
 // The kernels of a GPU: device/ with a warp's own lanes, four warps a block. One warp, one piece of
-// work; no block waits for another and nothing is added atomically, so the bits do not depend on the
-// launch.
+// work; no block waits for another and nothing is added atomically (the flag of broken rows is a
+// minimum of integers), so the bits do not depend on the launch.
 #include "../device/words.h"
 #include "launch.h"
 #include "warp.h"

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "launch.h"
@@ -81,7 +82,9 @@ at::Tensor nodes_cuda(const at::Tensor& logits, const at::Tensor& labels, double
 using Finished = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Finished finish_cuda(const at::Tensor& nodes, const at::Tensor& labels, at::IntArrayRef edges,
-                     int64_t vocab_size, bool has_entropy, c10::string_view) {
+                     int64_t vocab_size, bool has_entropy, c10::string_view,
+                     const std::optional<at::Tensor>& is_counted,
+                     const std::optional<at::Tensor>& flag) {
   const c10::DeviceGuard guard(nodes.device());
   const int64_t num_ranks = static_cast<int64_t>(edges.size()) - 1, num_rows = labels.size(0);
   TORCH_CHECK(num_ranks <= kMaxRanks, "edges: expected at most ", kMaxRanks, " shards, got ",
@@ -106,6 +109,15 @@ Finished finish_cuda(const at::Tensor& nodes, const at::Tensor& labels, at::IntA
   task.exponent = exponent.mutable_data_ptr<int32_t>();
   task.sum = sum.mutable_data_ptr<float>();
   task.maximum = maximum.mutable_data_ptr<float>();
+  at::Tensor counted;
+  if (is_counted) {
+    counted = rows_of(*is_counted, "is_counted", num_rows, nodes.device(), at::kBool);
+    task.is_counted = counted.const_data_ptr<bool>();
+  }
+  if (flag) {
+    const at::Tensor first = rows_of(*flag, "flag", 1, nodes.device(), at::kLong);
+    task.flag = first.mutable_data_ptr<int64_t>();
+  }
   C10_CUDA_CHECK(launch_finish(task, stream_of(nodes)));
   return {logprobs, entropy, exponent, sum, maximum};
 }

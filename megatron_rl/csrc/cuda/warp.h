@@ -35,6 +35,10 @@ class GpuWarp {
     __stcs(static_cast<uint4*>(to), words);
   }
 
+  static __device__ __forceinline__ void keep_smallest(int64_t* to, int64_t value) {
+    atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(value));
+  }
+
   static __device__ __forceinline__ float larger(float a, float b) {
     return megatron_rl::larger(a, b);
   }

@@ -10,6 +10,7 @@
 //   load_16, store_16        16 bytes at an aligned address
 //   widen_half, narrow_pair  16-bit floats
 //   larger, larger_pair      NaN where one is NaN; of two 16-bit floats in a word
+//   keep_smallest(to, value) value where it is smaller than what is there; other warps may do so too
 //
 // cuda/warp.h is one on a GPU, and tests/ops/lockstep.cpp one on the CPU: there each() is a loop over
 // the lanes, so that the tests run this very code without a GPU.

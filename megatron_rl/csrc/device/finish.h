@@ -22,6 +22,8 @@ struct FinishTask {
   float *logprobs, *entropy;  // [rows]; no entropy, no memory for it
   int32_t* exponent;          // of the root
   float *sum, *maximum;
+  const bool* is_counted;  // [rows]; null: all of them
+  int64_t* flag;           // of broken rows, ops/broken_rows.py; null: none is kept
 };
 
 namespace {
@@ -123,10 +125,18 @@ class RowJoiner {
       task_.maximum[row] = maximum;
       task_.logprobs[row] = is_sound && has_label_ ? finish_logprob(root, label_logit_) : nan;
       if (task_.has_entropy) task_.entropy[row] = is_sound ? finish_entropy(root) : nan;
+      note_broken(row, is_sound);
     });
   }
 
  private:
+  // The smallest number stays, whichever row comes first.
+  MEGATRON_RL_DEVICE void note_broken(int64_t row, bool is_sound) {
+    if (task_.flag == nullptr || (is_sound && has_label_)) return;
+    if (task_.is_counted != nullptr && !task_.is_counted[row]) return;
+    Warp::keep_smallest(task_.flag, 2 * row + (is_sound ? 0 : 1));
+  }
+
   MEGATRON_RL_DEVICE static float number(int32_t word) {
     return from_bits(static_cast<uint32_t>(word));
   }
