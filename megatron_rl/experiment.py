@@ -1,15 +1,14 @@
 """Settings in, a finished training run out: for tools that compare runs with each other.
 
-Each run is a torchrun of its own, as `launch/torchrun.sh` starts it, with its output in
-`<run_dir>/console.log`. A run that is finished is not run again; one that was stopped goes on.
-Runs may share engines, one run at a time each: every run publishes its own weights first.
+Each run is a torchrun of its own with its output in `<run_dir>/console.log`. A run that is finished
+is not run again; one that was stopped goes on. Runs may share engines, one run at a time each:
+every run publishes its own weights first.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -19,36 +18,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_rl.config import Config
 from megatron_rl.config.file import load_config
+from megatron_rl.engines import start_engines_of
 from megatron_rl.entry import ERROR_FILE
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.lifetime import die_with_parent, register_cleanup, unregister_cleanup
-from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
-from megatron_rl.rollout.engine_model import engine_model
-from megatron_rl.rollout.server import start_engines
+from megatron_rl.records import TOKEN_VARIABLE
+from megatron_rl.rollout.server import Engine
 
 DONE_FILE = "done.json"  # the settings of a finished run
 TAIL_LINES = 15
 
 
 @contextmanager
-def shared_engines(
-    config: str | Path, overrides: Sequence[str], folder: Path, *, count: int
-) -> Iterator[list[EngineAddress]]:
+def shared_engines(config: Config, folder: Path, *, count: int) -> Iterator[list[Engine]]:
     """`count` engines of these settings that are ready, for `run_to_the_end`; ended on the way out.
 
     Raises:
-        ConfigError, EngineError: settings that do not load, an engine that does not start.
+        EngineError: an engine does not start.
     """
-    settings = load_config(config, [*overrides, f"run_dir={folder}"])
-    engines = start_engines(
-        replace(settings.rollout, num_engines=count, urls=[]),
-        model_path=engine_model(settings.rollout, settings.model.path, folder / "model"),
-        log_dir=folder / "logs",
-        token=os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
-        seed=settings.loop.seed,
-        update_timeout_seconds=settings.sync.timeout_seconds,
-    )
+    rollout = replace(config.rollout, num_engines=count, urls=[])
+    engines = start_engines_of(replace(config, rollout=rollout), folder)
     with ExitStack() as stack:
         for engine in engines:
             register_cleanup(engine.stop)
@@ -56,7 +47,7 @@ def shared_engines(
             stack.enter_context(engine)
         for engine in engines:
             engine.wait_ready()
-        yield [engine.address for engine in engines]
+        yield engines
 
 
 def run_to_the_end(
@@ -64,14 +55,15 @@ def run_to_the_end(
     overrides: Sequence[str],
     run_dir: Path,
     *,
-    engine: EngineAddress | None = None,
+    engine: Engine | None = None,
     num_threads: int = 0,
 ) -> Path:
     """Train with `config` and `overrides` in `run_dir`, on one replica of its model.
 
     Args:
-        engine: a running one that nobody else uses meanwhile; None: the run starts its own.
-        num_threads: of a learner rank; 0: torch's own choice.
+        engine: a running one of the run's own settings that nobody else uses meanwhile; None: the
+            run starts its own.
+        num_threads: of a learner rank; 0: torchrun's own choice.
     Returns:
         `run_dir`.
     Raises:
@@ -87,8 +79,9 @@ def run_to_the_end(
     command += [*overrides, f"run_dir={run_dir}"]
     environment = dict(os.environ)
     if engine is not None:
-        command += ["rollout.num_engines=0", f"rollout.urls=[{engine.url}]"]
-        environment[TOKEN_VARIABLE] = engine.token
+        engine.check()
+        command += ["rollout.num_engines=0", f"rollout.urls=[{engine.address.url}]"]
+        environment[TOKEN_VARIABLE] = engine.address.token
     if num_threads:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -116,13 +109,16 @@ def _settings_of(config: str | Path, overrides: Sequence[str]) -> dict[str, obje
 
 
 def _wait(command: list[str], environment: dict[str, str], log: BinaryIO) -> int:
+    parent = os.getpid()
+    # The kernel counts the end of this thread for the parent's: it waits for the process below.
     process = subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        preexec_fn=lambda: die_with_parent(signal.SIGTERM),  # torchrun then ends its ranks
+        # torchrun then ends its ranks
+        preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent_pid=parent),
     )
     register_cleanup(process.terminate)
     try:

@@ -21,6 +21,7 @@ PR_SET_CHILD_SUBREAPER = 36
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLEANUP_SECONDS = 5.0  # all cleanups together, after a signal
 
+_ending = threading.Event()  # a signal has come that ends this process
 _libc = ctypes.CDLL(None, use_errno=True)
 _cleanups: list[Callable[[], None]] = []
 
@@ -116,6 +117,11 @@ def watch_signals(describe: Callable[[], str] | None) -> None:
     ).start()
 
 
+def is_ending() -> bool:
+    """Whether a signal has come that ends this process: nothing new should be started."""
+    return _ending.is_set()
+
+
 def _leave_to_the_watcher(signum: int, frame: object) -> None:
     pass
 
@@ -125,6 +131,7 @@ def _end_on_signal(reader: int, describe: Callable[[], str] | None) -> None:
         if signum not in _ENDING_SIGNALS:
             continue  # another handler of this process, told through the same pipe
         try:
+            _ending.set()
             if describe is not None:
                 _say(f"stopped by {signal.Signals(signum).name}: {describe()}")
             worker = threading.Thread(target=run_cleanups, name="cleanup", daemon=True)
@@ -141,7 +148,7 @@ def _signals(reader: int) -> Iterator[int]:
 
 def run_cleanups() -> None:
     """Run what was registered, the last first; a cleanup that fails is told on stderr."""
-    for cleanup in reversed(_cleanups):
+    for cleanup in reversed(tuple(_cleanups)):  # other threads may register and forget meanwhile
         try:
             cleanup()
         except Exception as error:  # the others still have to run, and the process ends anyway

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_rl.config import Config
 from megatron_rl.config.file import save_config
+from megatron_rl.engines import start_engines_of
 from megatron_rl.entry import Progress
 from megatron_rl.errors import ConfigError
 from megatron_rl.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -46,17 +46,15 @@ from megatron_rl.preflight import (
     prepare_data,
     truncation_of,
 )
-from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
+from megatron_rl.records import EngineAddress
 from megatron_rl.reward.score import Scorer
 from megatron_rl.reward.verifiers import resolve_verifiers
 from megatron_rl.rollout.client import RolloutClient
-from megatron_rl.rollout.engine_model import engine_model
 from megatron_rl.rollout.recording import truncate_after
-from megatron_rl.rollout.server import Engine, check_given, given_addresses, start_engines
+from megatron_rl.rollout.server import Engine, check_given, given_addresses
 from megatron_rl.sync.publish import Publisher
 
 SYNC_LOG = "sync.jsonl"
-ENGINE_MODEL = "engine_model"  # the checkpoint that quantised engines start from
 # Until a guard has noticed its server's death; the connection breaks before.
 DEATH_SECONDS = 1.0
 
@@ -137,15 +135,7 @@ class Run:
         self.recorder.say(f"log-probs: {self.learner.logprob_backend}")
 
     def _start_engines(self) -> None:
-        rollout = self.config.rollout
-        self._engines = start_engines(
-            rollout,
-            model_path=engine_model(rollout, self.config.model.path, self.run_dir / ENGINE_MODEL),
-            log_dir=self.run_dir / "logs",
-            token=os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
-            seed=self.config.loop.seed,
-            update_timeout_seconds=self.config.sync.timeout_seconds,
-        )
+        self._engines = start_engines_of(self.config, self.run_dir)
         for engine in self._engines:
             self._stack.callback(engine.stop)
             register_cleanup(engine.stop)

@@ -18,13 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.config import Config
+from megatron_rl.engines import start_engines_of
 from megatron_rl.entry import Progress, run_command
 from megatron_rl.errors import ConfigError
 from megatron_rl.lifetime import register_cleanup
 from megatron_rl.records import TOKEN_VARIABLE
-from megatron_rl.rollout.engine_model import engine_model
-from megatron_rl.rollout.server import start_engines
-from megatron_rl.run import ENGINE_MODEL
 
 TOKEN_FILE = "engine_token"
 CHECK_SECONDS = 0.5  # between looks at the engine's process
@@ -37,14 +35,11 @@ def serve(config: Config, progress: Progress) -> None:
             "rollout.port: expected the port that rollout.urls of the run will name, got 0"
         )
     run_dir = Path(config.run_dir)
-    rollout = replace(config.rollout, num_engines=1, urls=[])
-    [engine] = start_engines(
-        rollout,
-        model_path=engine_model(rollout, config.model.path, run_dir / ENGINE_MODEL),
+    [engine] = start_engines_of(
+        replace(config, rollout=replace(config.rollout, num_engines=1, urls=[])),
+        run_dir,
         log_dir=run_dir / "logs" / f"port_{config.rollout.port}",
         token=os.environ.get(TOKEN_VARIABLE) or token_in(run_dir / TOKEN_FILE),
-        seed=config.loop.seed,
-        update_timeout_seconds=config.sync.timeout_seconds,
     )
     register_cleanup(engine.stop)
     progress.describe = lambda: f"the engine at {engine.address.url} ends too"

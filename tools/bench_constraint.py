@@ -3,10 +3,11 @@
     NPROC=2 launch/torchrun.sh tools.bench_constraint configs/quickstart.yaml \\
         run_dir=runs/bench_constraint loop.num_steps=200
 
-A real run whose odd steps are those of the config and whose even steps are plain GRPO: no
-constraint and no metric of the discrepancy. They differ in the learner's station alone, so the cost
-is the difference of its medians, over the median of a whole plain step. The first steps are left
-out.
+A real run whose odd steps are those of the config and whose even steps are plain GRPO, without the
+constraint and the metrics of the gap. They differ in the training step and in the line of metrics
+that is written after it: the cost is the difference of the medians of both together, over the
+median of a whole plain step. The first steps are left out. What stays in plain steps is the gap of
+every token itself, and the share of tokens outside the sampler's support.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,8 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.learner import row_loss
 from megatron_rl.learner.step import train_step
 from megatron_rl.observe.run_log import read_metrics
-from megatron_rl.step_metrics import STEP_STATIONS
+from megatron_rl.run import Run
+from megatron_rl.step_metrics import STEP_STATIONS, write_metrics
 
 NUM_WARM_UP = 10
 MIN_STEPS = NUM_WARM_UP + 20
@@ -38,15 +41,31 @@ def is_plain(step: int) -> bool:
     return step % 2 == 0
 
 
-def alternating_step(
-    learner: object, batch: object, dual: object, config: ObjectiveConfig, *, step: int, **rest: Any
-) -> Any:
-    """`train_step`, in even steps as plain GRPO."""
-    with ExitStack() as stack:
-        if is_plain(step):
-            config = replace(config, constraint=replace(config.constraint, enabled=False))
-            stack.enter_context(mock.patch.object(row_loss, "discrepancy_metrics", return_value={}))
-        return train_step(learner, batch, dual, config, step=step, **rest)
+class AlternatingSteps:
+    """Stands in for what train.py calls: even steps are plain, and every step is timed."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}  # of training and of writing metrics, by step
+
+    def train(
+        self, learner: object, batch: object, dual: object, config: ObjectiveConfig, **rest: Any
+    ) -> Any:
+        """`learner.step.train_step`."""
+        start, step = time.perf_counter(), rest["step"]
+        with ExitStack() as stack:
+            if is_plain(step):
+                config = replace(config, constraint=replace(config.constraint, enabled=False))
+                nothing = mock.patch.object(row_loss, "discrepancy_metrics", return_value={})
+                stack.enter_context(nothing)
+            result = train_step(learner, batch, dual, config, **rest)
+        self.seconds[step] = time.perf_counter() - start
+        return result
+
+    def write(self, run: Run, *known: Any, **sampled: Any) -> None:
+        """`step_metrics.write_metrics`."""
+        start = time.perf_counter()
+        write_metrics(run, *known, **sampled)
+        self.seconds[run.step] = self.seconds.get(run.step, 0.0) + time.perf_counter() - start
 
 
 def bench(config: Config, progress: Progress) -> None:
@@ -57,29 +76,37 @@ def bench(config: Config, progress: Progress) -> None:
             f"enabled, got {config.loop.num_steps} and "
             f"objective.constraint.enabled={config.objective.constraint.enabled}"
         )
-    with mock.patch.object(megatron_rl.train, "train_step", alternating_step):
+    steps = AlternatingSteps()
+    with (
+        mock.patch.object(megatron_rl.train, "train_step", steps.train),
+        mock.patch.object(megatron_rl.train, "write_metrics", steps.write),
+    ):
         megatron_rl.train.train(config, progress)
     if os.environ.get("RANK", "0") == "0":
-        print(cost_of(read_metrics(Path(config.run_dir) / "metrics.jsonl")))
+        print(cost_of(read_metrics(Path(config.run_dir) / "metrics.jsonl"), steps.seconds))
 
 
-def cost_of(records: Sequence[dict[str, Any]]) -> str:
-    """The medians of both kinds of steps in words."""
-    steps = [each for each in records if each["step"] > NUM_WARM_UP]
-    learner: dict[bool, float] = {}
-    for kind in (True, False):
-        own = [each for each in steps if is_plain(each["step"]) is kind]
-        learner[kind] = statistics.median(each["speed/seconds/learner"] for each in own)
-    whole = statistics.median(
-        sum(each.get(f"speed/seconds/{station}", 0.0) for station in STEP_STATIONS)
-        for each in steps
-        if is_plain(each["step"])
+def cost_of(records: Sequence[Mapping[str, Any]], seconds: Mapping[int, float]) -> str:
+    """The medians of both kinds of steps in words.
+
+    Args:
+        records: the run's lines of metrics, whose stations make the whole of a step.
+        seconds: of training and of writing metrics, by step.
+    """
+    known = {each["step"]: each for each in records if each["step"] > NUM_WARM_UP}
+    plain = [step for step in known if is_plain(step)]
+    with_all = [step for step in known if not is_plain(step)]
+    without, with_constraint = (
+        statistics.median(seconds[step] for step in kind) for kind in (plain, with_all)
     )
-    cost = learner[False] - learner[True]
+    whole = statistics.median(
+        sum(known[step].get(f"speed/seconds/{station}", 0.0) for station in STEP_STATIONS)
+        for step in plain
+    )
     return (
-        f"learner, median of {len(steps)} steps in turn: {learner[False]:.4f} s with the "
-        f"constraint and its metrics, {learner[True]:.4f} s without; {cost / whole:+.2%} of a "
-        f"step of {whole:.3f} s"
+        f"training and metrics, medians of {len(known)} steps in turn: {with_constraint:.4f} s "
+        f"with the constraint, {without:.4f} s without; {(with_constraint - without) / whole:+.2%} "
+        f"of a step of {whole:.3f} s"
     )
 
 

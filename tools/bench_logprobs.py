@@ -64,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ["tools/bench_logprobs.py", *(sys.argv[1:] if arguments is None else arguments)]
     )
     heading = (
-        f"# Log-probs of logits\n\n`{command}`: {machine(device)}; medians of {options.runs} runs."
+        f"# Log-probs of logits\n\n`{command}`: {machine(device)}; medians of {options.runs} runs "
+        "that take turns. times: as fast as the first row; share: of the time that a plain read of "
+        "the logits takes; memory: the largest beyond the logits, without the one gradient of at "
+        "most 512 MiB that megatron_rl keeps on a CPU."
     )
     sections = [heading]
     with tempfile.TemporaryDirectory() as folder:

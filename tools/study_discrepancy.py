@@ -14,14 +14,10 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import matplotlib
@@ -29,16 +25,14 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from omegaconf import OmegaConf
 
 from megatron_rl.errors import ConfigError, DataError, EngineError
-from megatron_rl.experiment import DONE_FILE, is_finished, run_to_the_end, shared_engines
+from megatron_rl.experiment import DONE_FILE
 from megatron_rl.lifetime import watch_signals
 from megatron_rl.observe.run_log import read_metrics
-from megatron_rl.records import EngineAddress
+from megatron_rl.study import Study, choose, load_study, run_dir_of, run_study
 
 Record = dict[str, Any]
-Parts = dict[str, tuple[str, ...]]  # settings by the name of an engine or an arm
 PANELS = (  # of the curves, by metric
     ("reward/mean", "reward"),
     ("discrepancy/mean", "mean |p_train - p_inf|"),
@@ -63,35 +57,7 @@ COLUMNS = (
 )
 ENTROPY_WINDOW = 0.05  # steps of nearly the same entropy differ by at most this share of it
 MIN_MATCHED = 3  # steps that a comparison at one entropy stands on, at least
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
-    """Example: `Study(config="configs/quickstart.yaml", settings=("loop.num_steps=60",),
-    seeds=(0, 1), engines={"bf16": ()}, arms={"grpo": ("objective.constraint.enabled=false",)})`.
-    """
-
-    config: str
-    settings: tuple[str, ...]
-    seeds: tuple[int, ...]
-    engines: Parts
-    arms: Parts  # the first is what the others are held against
-
-    def runs(self) -> list[tuple[str, str, int]]:
-        """Engine, arm and seed of every run; on an engine a whole seed of all arms before the next
-        one.
-        """
-        return [
-            (engine, arm, seed)
-            for engine in self.engines
-            for seed in self.seeds
-            for arm in self.arms
-        ]
-
-    def overrides(self, engine: str, arm: str, seed: int) -> list[str]:
-        """What the run adds to `config`."""
-        own = [*self.settings, *self.engines[engine], *self.arms[arm]]
-        return [*own, f"loop.seed={seed}", f"data.seed={seed}"]
+FIRST_STEPS = 10  # which it leaves out: the gap of old rollouts takes a few steps to build up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,17 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study", type=Path, help="YAML file, see configs/studies/discrepancy.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1)")
-    parser.add_argument("--engines", help="run only these, a,b,... (default all)")
-    parser.add_argument("--arms", help="run only these, a,b,... (default all)")
+    parser.add_argument("--engines", help="these alone, a,b,... (default all)")
+    parser.add_argument("--arms", help="these alone, a,b,... (default all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report goes")
     options = parser.parse_intermixed_args(arguments)
     watch_signals(lambda: "runs that are finished are kept")
     try:
-        study = load_study(options.study)
+        study = choose(load_study(options.study), options.engines, options.arms)
         if options.action == "run":
-            chosen = choose(study, options.engines, options.arms)
-            run_study(chosen, options.overrides, options.output, options.jobs)
+            run_study(study, options.overrides, options.output, options.jobs)
         else:
             curves = read_curves(study, options.output)
             options.docs.mkdir(parents=True, exist_ok=True)
@@ -122,95 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"study_discrepancy: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def load_study(path: Path) -> Study:
-    """Raises ConfigError where the file is not what `Study` says."""
-    try:
-        found: Any = OmegaConf.to_container(OmegaConf.load(path))
-        return Study(
-            config=str(found["config"]),
-            settings=tuple(map(str, found["settings"])),
-            seeds=tuple(map(int, found["seeds"])),
-            engines={name: tuple(map(str, keys)) for name, keys in found["engines"].items()},
-            arms={name: tuple(map(str, keys)) for name, keys in found["arms"].items()},
-        )
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: expected config, settings, seeds, engines and arms as in "
-            f"configs/studies/discrepancy.yaml, got {error!r}"
-        ) from error
-
-
-def choose(study: Study, engines: str | None, arms: str | None) -> Study:
-    """The part of the study that the command line names; ConfigError where it has no such part."""
-
-    def those(known: Parts, names: str | None, what: str) -> Parts:
-        wanted = list(known) if names is None else names.split(",")
-        unknown = [name for name in wanted if name not in known]
-        if unknown:
-            raise ConfigError(f"--{what}: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        return {name: known[name] for name in wanted}
-
-    return replace(
-        study,
-        engines=those(study.engines, engines, "engines"),
-        arms=those(study.arms, arms, "arms"),
-    )
-
-
-def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> None:
-    """Every run that is not finished; one that fails is told and left out."""
-    failed: list[str] = []
-    for engine in study.engines:
-        pending = []
-        for name, arm, seed in study.runs():
-            settings = [*overrides, *study.overrides(engine, arm, seed)]
-            folder = run_dir_of(output, engine, arm, seed)
-            if name == engine and not is_finished(study.config, settings, folder):
-                pending.append((arm, seed))
-        if pending:
-            failed += run_engine(study, engine, pending, overrides, output, jobs)
-    if failed:
-        raise EngineError(f"expected every run to end well, got failures of {', '.join(failed)}")
-
-
-def run_engine(
-    study: Study,
-    engine: str,
-    pending: Sequence[tuple[str, int]],
-    overrides: Sequence[str],
-    output: Path,
-    jobs: int,
-) -> list[str]:
-    """The runs of `pending`, arms and seeds, `jobs` at a time; returns those that failed."""
-    served = [*overrides, *study.settings, *study.engines[engine]]
-    num_threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    free: SimpleQueue[EngineAddress] = SimpleQueue()
-
-    def run(arm: str, seed: int) -> str | None:
-        print(f"{engine}, {arm}, seed {seed}", flush=True)
-        settings = [*overrides, *study.overrides(engine, arm, seed)]
-        folder, address = run_dir_of(output, engine, arm, seed), free.get()
-        try:
-            run_to_the_end(study.config, settings, folder, engine=address, num_threads=num_threads)
-        except EngineError as error:
-            print(error, file=sys.stderr, flush=True)
-            return f"{engine}/{arm}/seed {seed}"
-        finally:
-            free.put(address)
-        return None
-
-    folder = output / engine / "engines"
-    with shared_engines(study.config, served, folder, count=jobs) as addresses:
-        for address in addresses:
-            free.put(address)
-        with ThreadPoolExecutor(jobs) as pool:
-            return [name for name in pool.map(lambda each: run(*each), pending) if name]
-
-
-def run_dir_of(output: Path, engine: str, arm: str, seed: int) -> Path:
-    return output / engine / arm / f"seed_{seed}"
 
 
 def read_curves(study: Study, output: Path) -> list[Record]:
@@ -227,7 +103,7 @@ def read_curves(study: Study, output: Path) -> list[Record]:
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
-    """One line a step: COLUMNS, and whatever is below eval/."""
+    """One line a step: COLUMNS, and of evaluations avg@k and what is said of the reference set."""
     wanted = ("eval/avg", "eval/reference")
     evaluations = sorted({key for each in records for key in each if key.startswith(wanted)})
     fields = ["engine", "arm", "seed", "step", *COLUMNS, *evaluations]
@@ -246,8 +122,10 @@ def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
         "# Which correction helps when engine and learner disagree?",
         "",
         f"Made by `tools/study_discrepancy.py`: `run {study}`, then `report {study}`. Every figure",
-        f"is a mean over seeds with its standard error; those of training are over the last "
-        f"{LAST_STEPS} steps. Raw figures of every step:",
+        f"is a mean over seeds with its standard error; what is not said to be of the end is over "
+        f"the last {LAST_STEPS} steps,",
+        "seconds over all of them (of runs side by side: only how they compare tells). Raw figures "
+        "of every step:",
         "[discrepancy-study.csv](discrepancy-study.csv).",
     ]
     for engine in engines:
@@ -272,12 +150,14 @@ def table_of(records: Sequence[Record]) -> list[str]:
     """A line an arm, in Markdown."""
     last = max(each["step"] for each in records) - LAST_STEPS
     arms = list(dict.fromkeys(each["arm"] for each in records))
-    baseline = [each for run in runs_of(records, arms[0]) for each in run]
+    first = {run[0]["seed"]: run for run in runs_of(records, arms[0])}
     columns: dict[str, Callable[[list[Record]], float]] = {
         "avg@8, end": lambda run: at_end(run, "eval/avg_at_8"),
         "gain": lambda run: at_end(run, "eval/avg_at_8") - at_start(run, "eval/avg_at_8"),
         "discrepancy": lambda run: mean_after(run, "discrepancy/mean", last),
-        f"{arms[0]}'s at this entropy": lambda run: at_same_entropy(run, baseline, last),
+        f"{arms[0]}'s at this entropy": lambda run: at_same_entropy(
+            run, first.get(run[0]["seed"], []), last
+        ),
         "tolerance": lambda run: mean_after(run, "constraint/tolerance", last),
         "reference gap, end": lambda run: at_end(run, "eval/reference_gap/mean"),
         "entropy": lambda run: mean_after(run, "loss/entropy/mean", last),
@@ -294,15 +174,17 @@ def table_of(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def at_same_entropy(run: Sequence[Record], others: Sequence[Record], last: int) -> float:
-    """The mean discrepancy of those other steps whose entropy is that of the run's end; NaN where
-    there are too few. A policy that has sharpened has a smaller gap whatever held it down.
+def at_same_entropy(run: Sequence[Record], other: Sequence[Record], last: int) -> float:
+    """The mean discrepancy of those steps of another run, of the same seed, whose entropy is that
+    of this run's end; NaN where there are too few. A policy that has sharpened has a smaller gap
+    whatever held it down. The other run's first steps are left out.
     """
     entropy = mean_after(run, "loss/entropy/mean", last)
     near = [
         each["discrepancy/mean"]
-        for each in others
-        if abs(each.get("loss/entropy/mean", math.inf) - entropy) <= ENTROPY_WINDOW * entropy
+        for each in other
+        if each["step"] > FIRST_STEPS
+        and abs(each["loss/entropy/mean"] - entropy) <= ENTROPY_WINDOW * entropy
     ]
     return statistics.mean(near) if len(near) >= MIN_MATCHED else math.nan
 

@@ -19,8 +19,7 @@ class ConstraintConfig:
     # forward pass more); token: only what exceeds it in a token's gap, max(delta - tolerance, 0)
     gate: str = "batch"
     # what a token's penalised gap is counted from. none: 0, as published; batch: its mean over the
-    # kept tokens of the global batch (a forward pass more), so that shaping moves no advantage on
-    # average
+    # kept tokens of the global batch (a forward pass more)
     baseline: str = "none"
     initial: float = 0.1  # lambda before the first step
     # eta of lambda <- clip(lambda + eta * (mean discrepancy - tolerance), minimum, maximum)

@@ -3,6 +3,7 @@
 #include <c10/util/strides.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -19,7 +20,9 @@ class LastMemory {
   at::Storage take(const at::Tensor& logits, size_t num_bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const bool is_free = storage_.has_value() && storage_->use_count() == 1;
-    // Not a far larger one: what is resident stays within twice what was asked for.
+    // What its last user did to it, in whichever thread, comes before what is done next.
+    std::atomic_thread_fence(std::memory_order_acquire);
+    // Not a far larger one: a small tensor must not hold a large one's memory.
     if (is_free && num_bytes <= storage_->nbytes() && storage_->nbytes() <= 2 * num_bytes) {
       return *storage_;
     }

@@ -174,7 +174,8 @@ class MiniBatchLoss:
             taken = settings.penalty * gap[kept].double()
             metrics = {
                 "constraint/penalty/mean": Mean(sum=taken.sum(), count=taken.numel()),
-                # sum of lambda * delta over sum of |A|: how much the constraint has to say
+                # sum of lambda * delta over sum of |A|, with a baseline too: how much the
+                # constraint has to say
                 "constraint/penalty_share/mean": Mean(
                     sum=taken.sum(), count=row.advantages[kept].double().abs().sum()
                 ),

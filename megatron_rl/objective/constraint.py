@@ -11,10 +11,11 @@ step. It weighs a penalty on every token, in one of two forms:
 with g(delta) = delta, or max(delta - c, 0) where the gate is the token's. The lambda that weighs
 a batch's penalty is the one from before that batch's dual step.
 
-Shaping lowers every advantage by lambda * mean g on average. On the policy's own samples that has
-no gradient in expectation; on another policy's, and after the first of several updates, it pushes
-the policy away from all that was sampled, and so widens the gap that it is to close. A baseline,
-g(delta[t]) - mean g in the place of g, takes that push away.
+Shaping lowers the advantages by lambda * mean g. On the policy's own samples that has no gradient
+in expectation; on samples of other weights it pushes the policy away from what they sampled. A
+baseline, g(delta[t]) - mean g in the place of g, takes that push away. What stays is that delta has
+no direction: shaping lowers a token's probability also where p_train is below p_inf already, where
+the differentiable penalty raises it.
 """
 
 from __future__ import annotations

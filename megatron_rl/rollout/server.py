@@ -97,6 +97,10 @@ class Engine:
         when = "while serving" if self._is_ready else f"before it was ready{self._reason()}"
         raise EngineError(f"{self._name}: {ended} {when}\n{self._tail()}")
 
+    def is_alive(self) -> bool:
+        """Whether the server has not ended."""
+        return self._guard.poll() is None
+
     def wait_ready(self) -> None:
         """Return when the server answers behind its token.
 

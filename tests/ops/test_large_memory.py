@@ -44,7 +44,7 @@ def test_memory_is_taken_again_when_nobody_uses_it():
     assert other.data_ptr() != address
     address = other.data_ptr()
     del other
-    fewer = kernels.empty_like(logits[:40].half()[:, ::2])
+    fewer = kernels.empty_like(logits[:27])  # 4.1 of 9.8 MiB
     assert fewer.data_ptr() != address  # of a far larger one nothing
     del fewer
     whole = kernels.empty_like(logits)
