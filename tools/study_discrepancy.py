@@ -33,15 +33,20 @@ from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.study import Study, choose, load_study, run_dir_of, run_study
 
 Record = dict[str, Any]
-PANELS = (  # of the curves, by metric
-    ("reward/mean", "reward"),
-    ("discrepancy/mean", "mean |p_train - p_inf|"),
-    ("constraint/lambda", "lambda"),
-    ("loss/entropy/mean", "entropy, nats"),
-    ("learner/grad_norm", "gradient norm"),
-    ("discrepancy/kl_k3/mean", "KL (k3), nats"),
-)
 LAST_STEPS = 10  # what a table says of the end is a mean over these
+PANELS = (  # of the curves, by metric: label, steps of a running mean, axis
+    ("reward/mean", "reward", 1, "linear"),
+    (
+        "discrepancy/mean",
+        f"mean |p_train - p_inf|, last {LAST_STEPS} steps",
+        LAST_STEPS,
+        "linear",
+    ),
+    ("constraint/lambda", "lambda", 1, "linear"),
+    ("loss/entropy/mean", "entropy, nats", 1, "linear"),
+    ("learner/grad_norm", "gradient norm", 1, "log"),
+    ("discrepancy/kl_k3/mean", f"KL (k3), nats, last {LAST_STEPS} steps", LAST_STEPS, "log"),
+)
 
 # Of every step, into the CSV; evaluations are of the steps that have one.
 COLUMNS = (
@@ -224,10 +229,11 @@ def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
     """PANELS of all arms: the mean over seeds, and a band from the lowest to the highest."""
     figure, grid = pyplot.subplots(3, 2, figsize=(11, 10), sharex=True)
     arms = list(dict.fromkeys(each["arm"] for each in records))
-    for (key, label), axes in zip(PANELS, grid.flat, strict=True):
+    for (key, label, window, scale), axes in zip(PANELS, grid.flat, strict=True):
         for number, arm in enumerate(arms):
-            draw_arm(axes, [e for e in records if e["arm"] == arm], key, f"C{number}", arm)
+            draw_arm(axes, runs_of(records, arm), key, window, f"C{number}", arm)
         axes.set_ylabel(label)
+        axes.set_yscale(scale)
         axes.grid(color="#e3e7ec")
         axes.spines[["top", "right"]].set_visible(False)
     tolerance = [each for each in records if each.get("constraint/tolerance") is not None]
@@ -242,11 +248,16 @@ def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
     pyplot.close(figure)
 
 
-def draw_arm(axes: Axes, records: Sequence[Record], key: str, color: str, label: str) -> None:
+def draw_arm(
+    axes: Axes, runs: Sequence[Sequence[Record]], key: str, window: int, color: str, label: str
+) -> None:
+    """A metric of an arm's seeds as running means over `window` steps."""
     by_step: dict[int, list[float]] = {}
-    for each in records:
-        if each.get(key) is not None:
-            by_step.setdefault(each["step"], []).append(each[key])
+    for run in runs:
+        known = [each for each in run if each.get(key) is not None]
+        for end, each in enumerate(known, 1):
+            values = [other[key] for other in known[max(0, end - window) : end]]
+            by_step.setdefault(each["step"], []).append(statistics.mean(values))
     steps = sorted(by_step)
     axes.plot(steps, [statistics.mean(by_step[s]) for s in steps], color=color, label=label)
     low, high = ([pick(by_step[s]) for s in steps] for pick in (min, max))
