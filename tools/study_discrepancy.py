@@ -233,7 +233,8 @@ def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
         for number, arm in enumerate(arms):
             draw_arm(axes, runs_of(records, arm), key, window, f"C{number}", arm)
         axes.set_ylabel(label)
-        axes.set_yscale(scale)
+        # A logarithmic axis wants a value above 0.
+        axes.set_yscale(scale if math.isfinite(axes.dataLim.minposy) else "linear")
         axes.grid(color="#e3e7ec")
         axes.spines[["top", "right"]].set_visible(False)
     tolerance = [each for each in records if each.get("constraint/tolerance") is not None]
