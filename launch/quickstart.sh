@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a model that learned arithmetic by RL, on two cores: environment, a small
 # random model, a supervised warm start, RL through Megatron-Core and vLLM, and its curves.
-#   launch/quickstart.sh                            about a quarter of an hour, besides downloads
+#   launch/quickstart.sh                            a few minutes, besides downloads
 #   launch/quickstart.sh loop.num_steps=10          settings of the RL part
 #   RUN_DIR=runs/second launch/quickstart.sh        another run; the same one goes on where it was
 set -euo pipefail
