@@ -118,13 +118,11 @@ def unfinished(
     """
     pending = []
     shared = served_settings(study, engine, overrides)
-    for name, arm, seed in study.runs():
+    for _, arm, seed in replace(study, engines={engine: study.engines[engine]}).runs():
         settings = [*overrides, *study.overrides(engine, arm, seed)]
-        own = load_config(study.config, settings)
-        if name != engine or is_finished(
-            study.config, settings, run_dir_of(output, engine, arm, seed)
-        ):
+        if is_finished(study.config, settings, run_dir_of(output, engine, arm, seed)):
             continue
+        own = load_config(study.config, settings)
         if (own.model.path, own.rollout) != (shared.model.path, shared.rollout):
             raise ConfigError(
                 f"arm {arm}: expected the rollout settings and the model of the engine {engine}, "

@@ -26,5 +26,5 @@ def test_the_cost_is_the_difference_of_medians_over_a_plain_step():
 
 def test_a_run_that_is_too_short_to_tell(tmp_path: Path):
     config = Config(run_dir=str(tmp_path), loop=LoopConfig(num_steps=12))
-    with pytest.raises(ConfigError, match="expected loop"):
+    with pytest.raises(ConfigError, match=r"expected loop\.num_steps of at least 30"):
         bench(config, Progress())
