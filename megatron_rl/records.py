@@ -26,7 +26,7 @@ MAX_LOGPROB_ROUNDING = 1e-3
 SAMPLE_BITS = 8  # low bits of a seed: vLLM seeds sample i of a prompt with seed + i
 MAX_SAMPLES = 2**SAMPLE_BITS
 TOKEN_VARIABLE = "MEGATRON_RL_TOKEN"  # environment variable that carries the run's bearer token
-# What the engines know the weight transfer of sync/receive.py by.
+# What the engines know the weight transfer of sync/engine_side/plugin.py by.
 WEIGHT_BACKEND = "megatron_rl_shm"
 
 

@@ -1,7 +1,7 @@
 """`python -m megatron_rl.serve CONFIG [key=value ...]`: one rollout engine for a run that is given
 its engines, with the config of that run.
 
-It is the engine that a run would start itself (rollout/server.py), on `rollout.port`, and it lasts
+It is the engine that a run would start itself (engine/server.py), on `rollout.port`, and it lasts
 until Ctrl-C. The run then names it: `rollout.num_engines=0 rollout.urls=[http://127.0.0.1:PORT]`,
 with the token in MEGATRON_RL_TOKEN. Weights travel through the memory of one host, so it listens on
 loopback alone.
@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.config import Config
-from megatron_rl.engines import start_engines_of
-from megatron_rl.entry import Progress, run_command
+from megatron_rl.engine.start import start_engines_of
 from megatron_rl.errors import ConfigError
-from megatron_rl.lifetime import register_cleanup
+from megatron_rl.process.command import Progress, run_command
+from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import TOKEN_VARIABLE
 
 TOKEN_FILE = "engine_token"

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.batch import pack_rows
 from megatron_rl.config import Config
 from megatron_rl.data.pairs import Pair, PairStream
 from megatron_rl.data.tokenizer import load_tokenizer
-from megatron_rl.entry import Progress, run_command
 from megatron_rl.errors import DivergenceError
-from megatron_rl.learner.forward import RowOutput
+from megatron_rl.learner.batch.deal import pack_rows
+from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.parallel import initialize_parallel, shut_down_parallel
+from megatron_rl.learner.passes.forward import RowOutput
 from megatron_rl.objective.normalize import normalized_sum
 from megatron_rl.observe.metrics import Mean, merge, reduce
 from megatron_rl.observe.recorder import Recorder
+from megatron_rl.process.command import Progress, run_command
 from megatron_rl.records import MicroBatch, Rollout, Sample
 from megatron_rl.weights.geometry import read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader, write_checkpoint

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import sys
 
-from megatron_rl.batch import deal_batch
 from megatron_rl.config import Config
-from megatron_rl.entry import Progress, run_command
-from megatron_rl.learner.step import train_step
-from megatron_rl.publishing import publish_weights
-from megatron_rl.reference_gap import reference_gap
-from megatron_rl.run import Run
-from megatron_rl.sampling import sample_step
-from megatron_rl.stations import (
+from megatron_rl.learner.batch.deal import deal_batch
+from megatron_rl.learner.update.step import train_step
+from megatron_rl.loop.collect import sample_step
+from megatron_rl.loop.publish import publish_weights
+from megatron_rl.loop.reference_gap import reference_gap
+from megatron_rl.loop.report import write_metrics
+from megatron_rl.loop.run import Run
+from megatron_rl.loop.stations import (
     evaluate_held_out,
     make_samples,
     record_rollouts,
     save_hf_checkpoint,
 )
-from megatron_rl.step_metrics import write_metrics
+from megatron_rl.process.command import Progress, run_command
 
 
 def train(config: Config, progress: Progress) -> None:

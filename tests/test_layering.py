@@ -1,12 +1,13 @@
-"""The shape of the house, read from the source: who imports whom, and how big things are.
+"""The dependencies between packages, read from the source, and the size of files and functions.
 
-Rooms are the folders of `megatron_rl`; CONTRIBUTING.md draws the arrows that ARROWS spells out.
+CONTRIBUTING.md draws the arrows that ARROWS spells out.
 """
 
 import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,42 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_rl"
 
-# All may import these, and these import only each other.
-LEAVES = {"records", "config", "errors", "lifetime", "observe.metrics", "weights"}
-ROOMS = {"data", "rollout", "reward", "objective", "learner", "sync", "observe"}
-# What a room may import besides leaves and itself. A module at the top, such as train, is part of a
-# loop over the stations: it may import every room and its like, and nothing imports it back.
-ARROWS = {"learner": {"objective", "ops"}, "ops": {"_C"}}
-# Giant -> the files, or the room, that may import it.
+# Every module may import these; they import only each other.
+LEAVES = {"records", "config", "errors", "process", "observe.metrics", "weights"}
+# What the modules of a package, or an entry point, may import besides leaves and their own package.
+ARROWS = {
+    "train": {"loop", "learner"},
+    "sft": {"data", "learner", "objective", "observe"},
+    "serve": {"engine"},
+    "study": {"engine"},
+    "loop": {
+        "data",
+        "rollout",
+        "reward",
+        "objective",
+        "learner",
+        "sync",
+        "engine",
+        "observe",
+    },
+    "rollout": {"engine"},
+    "sync": {"engine"},
+    "learner": {"objective", "ops"},
+    "ops": {"_C"},
+}
+# The packages inside `learner`, each of which may import those before it. `learner.learner` stands
+# between the passes and the update.
+LEARNER_ORDER = ("layout", "batch", "model", "passes", "learner", "update")
+# Dependency -> the modules, or the package, that may import it.
 DOORS = {
     "megatron": {"learner"},
     "transformer_engine": {"learner"},
-    "vllm": {"rollout.server", "sync.receive", "sync.cpu_reload"},
+    "vllm": {"engine.server", "sync.engine_side"},
     "tensorboard": {"observe.tensorboard"},
     "torch.utils.tensorboard": {"observe.tensorboard"},
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+MAX_ROOT_FILES, MAX_IMPORT_CHAIN = 7, 10
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|common|misc)(_|$)")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -41,8 +63,11 @@ SOURCES = sorted(
 
 
 def name_of(path: Path) -> str:
-    """`learner.step` of megatron_rl/learner/step.py; a room's own name for its __init__.py."""
+    """`sync.wire` of megatron_rl/sync/wire.py; a package's own name for its __init__.py."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(path): path for path in MODULES}
 
 
 def imports_of(source: str, module: str) -> set[str]:
@@ -72,34 +97,34 @@ def is_leaf(name: str) -> bool:
     return any(is_below(name, leaf) for leaf in LEAVES)
 
 
-def is_part_of_a_loop(name: str) -> bool:
-    return "." not in name and name not in ROOMS | {"ops", "_C"} and not is_leaf(name)
-
-
 def wrong_arrows(source: str, module: str) -> set[str]:
     """Imports of megatron_rl's own modules that ARROWS does not allow."""
-    room = module.split(".")[0]
-    is_loop = is_part_of_a_loop(module)
+    package = module.split(".")[0]
     wrong = set()
     for imported in imports_of(source, module):
         inner = imported.removeprefix("megatron_rl").removeprefix(".")
         if not is_below(imported, "megatron_rl") or inner in ("", "__version__") or is_leaf(inner):
             continue
         target = inner.split(".")[0]
-        is_own_room = target == room and not is_leaf(module)
-        is_station = is_loop and (target in ROOMS or is_part_of_a_loop(target))
-        if not is_own_room and not is_station and target not in ARROWS.get(room, set()):
+        is_own_package = target == package and not is_leaf(module) and "." in module
+        is_up = package == target == "learner" and _learner_place(inner) > _learner_place(module)
+        if is_up or not (is_own_package or target in ARROWS.get(package, set())):
             wrong.add(f"{module} -> {inner}")
     return wrong
 
 
+def _learner_place(name: str) -> int:
+    inside = [*name.split("."), ""][1]
+    return LEARNER_ORDER.index(inside) if inside in LEARNER_ORDER else 0
+
+
 def wrong_doors(source: str, module: str) -> set[str]:
-    """Imports of a giant outside its door."""
+    """Imports of a large dependency outside the modules that may import it."""
     return {
         f"{module} -> {imported}"
         for imported in imports_of(source, module)
-        for giant, doors in DOORS.items()
-        if is_below(imported, giant) and not any(is_below(module, door) for door in doors)
+        for dependency, doors in DOORS.items()
+        if is_below(imported, dependency) and not any(is_below(module, door) for door in doors)
     }
 
 
@@ -112,11 +137,61 @@ def long_functions(source: str) -> dict[str, int]:
     }
 
 
+@cache
+def imported_modules(module: str) -> frozenset[str]:
+    """The package's own modules that a module names in an import, wherever it stands."""
+    found = set()
+    for imported in imports_of(NAMES[module].read_text(encoding="utf-8"), module):
+        inner = imported.removeprefix("megatron_rl.")
+        owner = inner if inner in NAMES else inner.rpartition(".")[0]
+        if is_below(imported, "megatron_rl") and owner in NAMES and owner != module:
+            found.add(owner)
+    return frozenset(found)
+
+
+@cache
+def longest_chain(module: str) -> tuple[str, ...]:
+    """The longest chain of imports that starts at a module."""
+    below = (longest_chain(each) for each in sorted(imported_modules(module)))
+    return (module, *max(below, key=len, default=()))
+
+
+def package_of(module: str) -> str:
+    is_package = NAMES[module].name == "__init__.py"
+    return module if is_package else module.rpartition(".")[0]
+
+
+def packages_that_import_each_other() -> set[tuple[str, str]]:
+    """Pairs of folders; the root, whose modules are entry points and leaves, is none."""
+    pairs = {
+        (package_of(module), package_of(target))
+        for module in NAMES
+        for target in imported_modules(module)
+    } - {("", "")}
+    return {(one, other) for one, other in pairs if one and one < other and (other, one) in pairs}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_arrows_point_one_way(path):
     source = path.read_text(encoding="utf-8")
     assert wrong_arrows(source, name_of(path)) == set()
     assert wrong_doors(source, name_of(path)) == set()
+
+
+def test_the_root_holds_entry_points_and_leaves_alone():
+    files = [path.name for path in PACKAGE.glob("*.py")]
+    assert {"train.py", "records.py", "errors.py"} <= set(files)
+    assert len(files) <= MAX_ROOT_FILES, files
+
+
+def test_no_chain_of_imports_is_long():
+    chain = max((longest_chain(module) for module in NAMES), key=len)
+    assert len(longest_chain("train")) > 5
+    assert len(chain) <= MAX_IMPORT_CHAIN, " -> ".join(chain)
+
+
+def test_no_two_packages_import_each_other():
+    assert packages_that_import_each_other() == set()
 
 
 def test_no_file_no_function_is_too_long_and_no_name_is_vague():
@@ -140,7 +215,7 @@ import importlib, sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name in {giants!r} or name.partition(".")[0] in {giants!r}:
+        if name in {dependencies!r} or name.partition(".")[0] in {dependencies!r}:
             raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
 
 sys.meta_path.insert(0, Block())
@@ -149,11 +224,11 @@ for module in {modules!r}:
 try:
     importlib.import_module("megatron.core")
 except ModuleNotFoundError:
-    print("imported without the giants")
+    print("imported without them")
 """
 
 
-def test_what_needs_no_giant_imports_without_any():
+def test_what_needs_no_large_dependency_imports_without_any():
     wanted = [
         name
         for name in map(name_of, MODULES)
@@ -161,25 +236,41 @@ def test_what_needs_no_giant_imports_without_any():
     ]
     modules = ["megatron_rl", *(f"megatron_rl.{name}" for name in wanted)]
     assert {"megatron_rl.records", "megatron_rl.config", "megatron_rl.objective"} <= set(modules)
-    script = BLOCKED.format(giants=sorted(DOORS), modules=modules)
+    script = BLOCKED.format(dependencies=sorted(DOORS), modules=modules)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.stdout == "imported without the giants\n", result.stderr
+    assert result.stdout == "imported without them\n", result.stderr
 
 
 @pytest.mark.parametrize(
     ("module", "source", "wrong"),
     [
-        ("reward.score", "from megatron_rl.learner.step import step", {"learner.step.step"}),
-        ("reward.score", "from ..learner import step", {"learner.step"}),
-        ("reward.score", "from . import exact\nfrom megatron_rl.errors import DataError", set()),
-        ("learner.step", "import megatron_rl.objective.loss", set()),
-        ("learner.step", "from megatron_rl.sync import publish", {"sync.publish"}),
-        ("records", "from megatron_rl.objective import loss", {"objective.loss"}),
+        (
+            "reward.score",
+            "from megatron_rl.learner.update.step import step",
+            {"learner.update.step.step"},
+        ),
+        ("reward.score", "from ..learner import learner", {"learner.learner"}),
+        ("reward.score", "from . import worker\nfrom megatron_rl.errors import DataError", set()),
+        ("learner.update.step", "import megatron_rl.objective.constraint", set()),
+        ("learner.update.step", "from megatron_rl.sync import publish", {"sync.publish"}),
+        ("learner.update.step", "from megatron_rl.learner.learner import Learner", set()),
+        (
+            "learner.passes.forward",
+            "from megatron_rl.learner.learner import Learner",
+            {"learner.learner.Learner"},
+        ),
+        (
+            "learner.layout.parallel",
+            "from megatron_rl.learner.model.build import DTYPES",
+            {"learner.model.build.DTYPES"},
+        ),
+        ("records", "from megatron_rl.objective import constraint", {"objective.constraint"}),
         ("observe.metrics", "from megatron_rl.observe import console", {"observe.console"}),
         ("observe.console", "from megatron_rl.observe.metrics import Mean", set()),
-        ("train", "from megatron_rl.sync.publish import Publisher", set()),
-        ("train", "from megatron_rl.stations import evaluate", set()),
-        ("train", "from megatron_rl.ops import logprobs", {"ops.logprobs"}),
+        ("train", "from megatron_rl.loop.run import start", set()),
+        ("train", "from megatron_rl.sft import warm_start", {"sft.warm_start"}),
+        ("train", "from megatron_rl.sync.publish import Publisher", {"sync.publish.Publisher"}),
+        ("loop.publish", "from megatron_rl.sync.publish import Publisher", set()),
         ("data.prompts", "from megatron_rl.train import main", {"train.main"}),
         ("ops.logprobs", "from megatron_rl import _C", set()),
     ],
@@ -191,11 +282,11 @@ def test_the_reader_of_arrows_sees_them(module, source, wrong):
 @pytest.mark.parametrize(
     ("module", "source", "is_wrong"),
     [
-        ("rollout.client", "def f():\n    from vllm import LLM", True),
-        ("rollout.client", "import importlib\nimportlib.import_module('vllm.config')", True),
-        ("rollout.server", "import vllm", False),
-        ("learner.model", "from megatron.core import tensor_parallel", False),
-        ("objective.loss", "import megatron.core", True),
+        ("engine.http", "def f():\n    from vllm import LLM", True),
+        ("engine.http", "import importlib\nimportlib.import_module('vllm.config')", True),
+        ("engine.server", "import vllm", False),
+        ("learner.model.build", "from megatron.core import tensor_parallel", False),
+        ("objective.constraint", "import megatron.core", True),
         ("observe.console", "from torch.utils.tensorboard import SummaryWriter", True),
         ("observe.console", "import megatron_rl.errors", False),
     ],

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import Config, RolloutConfig
-from megatron_rl.entry import Progress
+from megatron_rl.engine.server import check_given, given_addresses
 from megatron_rl.errors import ConfigError, EngineError
+from megatron_rl.process.command import Progress
+from megatron_rl.process.guard import all_pids, is_alive
 from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
-from megatron_rl.rollout.guard import all_pids, is_alive
-from megatron_rl.rollout.server import check_given, given_addresses
 from megatron_rl.serve import serve, token_in
 from tests.torchrun import ROOT
 

@@ -25,13 +25,13 @@ from unittest import mock
 
 import megatron_rl.train
 from megatron_rl.config import Config, ObjectiveConfig
-from megatron_rl.entry import Progress, run_command
 from megatron_rl.errors import ConfigError
-from megatron_rl.learner import row_loss
-from megatron_rl.learner.step import train_step
+from megatron_rl.learner.update import row_loss
+from megatron_rl.learner.update.step import train_step
+from megatron_rl.loop.report import STEP_STATIONS, write_metrics
+from megatron_rl.loop.run import Run
 from megatron_rl.observe.run_log import read_metrics
-from megatron_rl.run import Run
-from megatron_rl.step_metrics import STEP_STATIONS, write_metrics
+from megatron_rl.process.command import Progress, run_command
 
 NUM_WARM_UP = 10
 MIN_STEPS = NUM_WARM_UP + 20

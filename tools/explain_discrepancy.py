@@ -34,11 +34,11 @@ from rich.table import Table
 from megatron_rl.config import Config
 from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, DataError, EngineError
-from megatron_rl.experiment import run_to_the_end
-from megatron_rl.lifetime import watch_signals
+from megatron_rl.loop.preflight import truncation_of
 from megatron_rl.objective.discrepancy import discrepancy
-from megatron_rl.preflight import truncation_of
+from megatron_rl.process.lifetime import watch_signals
 from megatron_rl.rollout.recording import read_recomputed, read_step
+from megatron_rl.study.runs import run_to_the_end
 
 BLUE, GREY = "#2563a8", "#5f6b7a"
 RAW_LOGPROBS = ("--logprobs-mode", "raw_logprobs")

@@ -27,10 +27,10 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from megatron_rl.errors import ConfigError, DataError, EngineError
-from megatron_rl.experiment import DONE_FILE
-from megatron_rl.lifetime import watch_signals
 from megatron_rl.observe.run_log import read_metrics
-from megatron_rl.study import Study, choose, load_study, run_dir_of, run_study
+from megatron_rl.process.lifetime import watch_signals
+from megatron_rl.study.runs import DONE_FILE
+from megatron_rl.study.study import Study, choose, load_study, run_dir_of, run_study
 
 Record = dict[str, Any]
 LAST_STEPS = 10  # what a table says of the end is a mean over these

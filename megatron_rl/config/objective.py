@@ -67,7 +67,7 @@ class ConstraintConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceConfig:
-    """Weights rho = p_train / p_inf on the surrogate (objective/corrections.py)."""
+    """Weights rho = p_train / p_inf on the surrogate (objective/importance.py)."""
 
     # none, token, sequence_sum (product of the sequence's rho), sequence_mean (geometric mean)
     level: str = "none"

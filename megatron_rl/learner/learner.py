@@ -12,13 +12,13 @@ import torch
 
 from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.errors import DivergenceError
-from megatron_rl.learner.export import full_tensors, tensor_shapes
-from megatron_rl.learner.forward import WHOLE, RowOutput, row_output, run_schedule
-from megatron_rl.learner.model import build_model
-from megatron_rl.learner.optimizer import build_optimizer
-from megatron_rl.learner.parallel import Parallel
-from megatron_rl.learner.recompute import recompute_logprobs
-from megatron_rl.learner.reference import Reference
+from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.learner.model.build import build_model
+from megatron_rl.learner.model.export import full_tensors, tensor_shapes
+from megatron_rl.learner.model.optimizer import build_optimizer
+from megatron_rl.learner.passes.forward import WHOLE, RowOutput, row_output, run_schedule
+from megatron_rl.learner.passes.frozen import Reference
+from megatron_rl.learner.passes.recompute import recompute_logprobs
 from megatron_rl.ops import kernels
 from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.records import MicroBatch, Truncation

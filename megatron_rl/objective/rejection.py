@@ -20,7 +20,7 @@ import math
 import torch
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.objective.corrections import log_ratios
+from megatron_rl.objective.importance import log_ratios
 from megatron_rl.objective.loss import MAX_LOG_RATIO
 from megatron_rl.objective.sequences import (
     max_by_sequence,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.lifetime import register_cleanup, unregister_cleanup
+from megatron_rl.process.lifetime import register_cleanup, unregister_cleanup
 
 SECONDS = "speed/seconds/"  # before a station's name
 

@@ -15,7 +15,7 @@ import resource
 import sys
 from typing import Any
 
-from megatron_rl.lifetime import die_with_parent
+from megatron_rl.process.lifetime import die_with_parent
 from megatron_rl.reward.verifiers import BUILT_IN, Verifier, load_verifier
 
 # A response like 9**9**9 makes sympy take all memory of the host within the time limit.

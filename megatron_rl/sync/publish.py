@@ -24,11 +24,11 @@ from types import TracebackType
 import torch
 
 from megatron_rl.config import SyncConfig
+from megatron_rl.engine.control import EngineControl
 from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
-from megatron_rl.sync.control import EngineControl
-from megatron_rl.sync.segment import Segment
 from megatron_rl.sync.source import TensorSource
+from megatron_rl.sync.transports.segment import Segment
 from megatron_rl.sync.wire import (
     ALIGNMENT,
     DIGEST_BYTES,

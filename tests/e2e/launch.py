@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.rollout.guard import all_pids, children_of, is_alive, status_of
+from megatron_rl.process.guard import all_pids, children_of, is_alive, status_of
 
 RUN_VARIABLE = "MEGATRON_RL_TEST_RUN"
 RUN_SECONDS = 240.0  # a run that takes longer hangs
@@ -157,9 +157,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _is_role(pid: int, role: str) -> bool:
     command = _command_line(pid)
     if role == "guard":
-        return "-m megatron_rl.rollout.guard" in command
+        return "-m megatron_rl.process.guard" in command
     assert role == "server", role
-    return "vllm.entrypoints" in command and "megatron_rl.rollout.guard" not in command
+    return "vllm.entrypoints" in command and "megatron_rl.process.guard" not in command
 
 
 def _descendants(pid: int) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from megatron_rl.config.file import load_config
-from megatron_rl.entry import Progress
+from megatron_rl.process.command import Progress
 from megatron_rl.train import train
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_rl.config import RolloutConfig
 from megatron_rl.config.presets import PRESETS
+from megatron_rl.engine.server import start_engines
 from megatron_rl.records import TOKEN_VARIABLE
-from megatron_rl.rollout.server import start_engines
 from tests.e2e.launch import REPOSITORY, read_jsonl
 
 NUM_STEPS = 3

@@ -19,7 +19,7 @@ import pytest
 from megatron_rl.config.file import load_config
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
-from megatron_rl.learner.checkpoint import latest_checkpoint
+from megatron_rl.learner.model.checkpoint import latest_checkpoint
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.rollout.recording import read_recomputed, read_step
 from tests.e2e.launch import TrainingProcess, read_jsonl, training

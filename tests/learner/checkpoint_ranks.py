@@ -21,14 +21,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.batch import deal_batch
 from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.errors import DataError
-from megatron_rl.learner import checkpoint
-from megatron_rl.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rl.learner.batch.deal import deal_batch
+from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
-from megatron_rl.learner.step import train_step
+from megatron_rl.learner.model import checkpoint
+from megatron_rl.learner.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.weights.geometry import read_geometry
 from tests.checkpoint_reader import read_tensors
@@ -274,7 +274,7 @@ def main(model: Path, rollouts: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_rl.learner.cpu_device import run_on_cpu
+    from megatron_rl.learner.layout.cpu_device import run_on_cpu
 
     run_on_cpu()
     main(*map(Path, sys.argv[1:]))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_rl.learner.cpu_device import run_on_cpu
+from megatron_rl.learner.layout.cpu_device import run_on_cpu
 
 NUM_KILLS, NUM_RANKS = 5, 2
 START_TIMEOUT_SECONDS = 60
@@ -26,7 +26,7 @@ START_TIMEOUT_SECONDS = 60
 
 def rank_main(rank: int, meeting: Path, model: Path, rollouts: Path, folder: Path) -> None:
     """Load what is there, then save one step after the other until the end comes."""
-    from megatron_rl.learner.checkpoint import latest_checkpoint
+    from megatron_rl.learner.model.checkpoint import latest_checkpoint
     from megatron_rl.objective.constraint import DualVariable
     from tests.learner import checkpoint_ranks
 

@@ -21,7 +21,7 @@ from megatron_rl.config import (
     ObjectiveConfig,
     RejectionConfig,
 )
-from megatron_rl.learner.parallel import Parallel
+from megatron_rl.learner.layout.parallel import Parallel
 from tests.learner.step_ranks import DUAL_VALUE, Case, run_case, run_cases
 
 DUAL = ConstraintConfig(initial=DUAL_VALUE)
@@ -145,7 +145,7 @@ def main(model: Path, reference: Path, rollouts: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_rl.learner.cpu_device import run_on_cpu
+    from megatron_rl.learner.layout.cpu_device import run_on_cpu
 
     run_on_cpu()
     main(*map(Path, sys.argv[1:]))

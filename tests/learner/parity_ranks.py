@@ -22,15 +22,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.data.packing import deal, fill, pack, plan_rows
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.learner.cpu_device import run_on_cpu
-from megatron_rl.learner.export import full_tensors
-from megatron_rl.learner.forward import RowOutput, row_output, run_schedule
+from megatron_rl.learner.batch.packing import deal, fill, pack, plan_rows
+from megatron_rl.learner.layout.cpu_device import run_on_cpu
+from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model import build_model, stage_tensors
-from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
-from megatron_rl.learner.step import train_step
+from megatron_rl.learner.model.build import build_model, stage_tensors
+from megatron_rl.learner.model.export import full_tensors
+from megatron_rl.learner.passes.forward import RowOutput, row_output, run_schedule
+from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import MicroBatch, Rollout, Sample, TrainBatch
 from megatron_rl.weights.geometry import read_geometry

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.batch import deal_batch, recomputed_by_sample
 from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.learner.batch.deal import deal_batch, recomputed_by_sample
+from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.objective.advantage import group_advantages
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Sample, Score
 from megatron_rl.rollout.recording import read_step, write_step

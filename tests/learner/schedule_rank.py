@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.learner.model import build_model
-from megatron_rl.learner.optimizer import build_optimizer
-from megatron_rl.learner.parallel import initialize_parallel, shut_down_parallel
+from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
+from megatron_rl.learner.model.build import build_model
+from megatron_rl.learner.model.optimizer import build_optimizer
 from megatron_rl.weights.geometry import read_geometry
 
 NUM_UPDATES, LEARNING_RATE = 8, 1e-2

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.batch import DealtBatch, deal_batch
 from megatron_rl.config import (
     ConstraintConfig,
     ModelConfig,
@@ -28,12 +27,13 @@ from megatron_rl.config import (
     OptimizerConfig,
     ParallelConfig,
 )
-from megatron_rl.data.packing import fill, pack
-from megatron_rl.learner.dual import build_dual
-from megatron_rl.learner.export import full_tensors
+from megatron_rl.learner.batch.deal import DealtBatch, deal_batch
+from megatron_rl.learner.batch.packing import fill, pack
+from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.parallel import Parallel, initialize_parallel, shut_down_parallel
-from megatron_rl.learner.step import train_step
+from megatron_rl.learner.model.export import full_tensors
+from megatron_rl.learner.update.dual import build_dual
+from megatron_rl.learner.update.step import train_step
 from megatron_rl.records import StepReport, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
@@ -269,7 +269,7 @@ def main(model: Path, rollouts: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_rl.learner.cpu_device import run_on_cpu
+    from megatron_rl.learner.layout.cpu_device import run_on_cpu
 
     run_on_cpu()
     main(*map(Path, sys.argv[1:]))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_rl.errors import DataError, DivergenceError
-from megatron_rl.learner import learner, recompute
+from megatron_rl.learner import learner
+from megatron_rl.learner.passes import recompute
 from megatron_rl.ops import broken_rows
 
 CPU = torch.device("cpu")

@@ -54,7 +54,7 @@ def test_a_bar_on_a_terminal():
 
 RANK = """
 import time
-from megatron_rl.lifetime import watch_signals
+from megatron_rl.process.lifetime import watch_signals
 from megatron_rl.observe.console import StepConsole
 watch_signals(lambda: "step 1")
 with StepConsole(num_steps=4) as shown:

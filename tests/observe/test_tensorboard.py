@@ -4,10 +4,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from megatron_rl.loop.report import NOTHING_SAMPLED, evaluation_metrics, rollout_metrics
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.observe.metrics import reduce
 from megatron_rl.observe.tensorboard import LAYOUT, TensorBoardWriter
-from megatron_rl.step_metrics import NOTHING_SAMPLED, evaluation_metrics, rollout_metrics
 
 
 def test_scalars_survive_a_resume_without_doubled_steps(tmp_path):

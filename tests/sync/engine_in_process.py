@@ -31,7 +31,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from megatron_rl.config import SyncConfig
 from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
-from megatron_rl.sync import cpu_reload
+from megatron_rl.sync.engine_side import reload as cpu_reload
 from megatron_rl.sync.publish import Publisher
 
 TEXT = torch.randint(3, 128, (96,), generator=torch.Generator().manual_seed(0)).tolist()

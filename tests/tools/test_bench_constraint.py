@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import Config, LoopConfig
-from megatron_rl.entry import Progress
 from megatron_rl.errors import ConfigError
+from megatron_rl.process.command import Progress
 from tools.bench_constraint import NUM_WARM_UP, bench, cost_of
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.experiment import DONE_FILE
 from megatron_rl.observe.run_log import read_metrics
-from megatron_rl.study import load_study, run_dir_of
+from megatron_rl.study.runs import DONE_FILE
+from megatron_rl.study.study import load_study, run_dir_of
 from tools.study_discrepancy import FIRST_STEPS, at_same_entropy, main, with_error
 
 REPOSITORY = Path(__file__).parents[2]

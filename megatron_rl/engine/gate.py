@@ -1,0 +1,215 @@
+"""ASGI middleware in front of a vLLM server: the run's token, and no answer from a mixture of
+weights.
+
+In: every request of the server, `--middleware megatron_rl.engine.gate.Gate`. Out: the same, or a
+refusal in JSON, `{"error": {"type": ..., "message": ...}}`. No vllm import: it knows the routes
+of vLLM 0.32 by name (vllm/entrypoints/rl/online/api_router.py).
+
+vLLM loads weights in place. So from the start of an update to its successful finish nothing may
+answer from them (409 weights_updating); and after an update that failed, or was left unfinished
+for MEGATRON_RL_UPDATE_TIMEOUT seconds, the engine is *poisoned* (503 weights_poisoned) until a
+later update went through from start to finish. vLLM's own /pause lets requests hang instead, with
+no answer; and a finish after half an update succeeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from megatron_rl.records import TOKEN_VARIABLE
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+START_ROUTES = ("/start_weight_update", "/start_draft_weight_update")
+FINISH_ROUTE = "/finish_weight_update"
+UPDATE_ROUTES = (*START_ROUTES, "/update_weights", FINISH_ROUTE)
+# What may answer while the weights are no good. Everything else is refused, so that a generation
+# route that a later vLLM adds is closed, not open.
+CONTROL_ROUTES = frozenset(
+    {
+        "/health",
+        "/version",
+        "/metrics",
+        "/load",
+        "/pause",
+        "/resume",
+        "/is_paused",
+        "/sleep",
+        "/wake_up",
+        "/is_sleeping",
+        "/abort_requests",
+        "/inference/v1/abort_requests",
+        "/init_weight_transfer_engine",
+        "/shutdown_weight_transfer_engine",
+        "/weight_info",
+        "/weight_checker",
+        "/get_world_size",
+        "/reset_prefix_cache",
+        "/reset_mm_cache",
+        "/reset_encoder_cache",
+        "/collective_rpc",
+    }
+)
+
+
+class Gate:
+    """One per server process. Reads MEGATRON_RL_TOKEN and MEGATRON_RL_UPDATE_TIMEOUT (seconds)
+    when it is built.
+
+    Raises RuntimeError without a token: a server that anybody on the host may command is not
+    started.
+    """
+
+    def __init__(self, app: App) -> None:
+        # Taken out of the environment, so that nothing that reports the environment shows it.
+        token = os.environ.pop(TOKEN_VARIABLE, "")
+        if not token:
+            raise RuntimeError(f"gate: expected the run's token in {TOKEN_VARIABLE}, it is not set")
+        self._app = app
+        self._token_digest = _digest(token.encode())
+        self._weights = WeightState(float(os.environ["MEGATRON_RL_UPDATE_TIMEOUT"]))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)  # the server's own start and end
+            return
+        path = scope["path"]
+        if path != "/health" and not self._is_authorized(scope):
+            message = "expected the run's token as 'Authorization: Bearer ...'"
+            await _refuse(scope, send, 401, "unauthorized", message)
+        elif path in UPDATE_ROUTES and scope["type"] == "http":
+            await self._update(path, scope, receive, send)
+        elif path in CONTROL_ROUTES:
+            await self._app(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    def _is_authorized(self, scope: Scope) -> bool:
+        values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        if len(values) != 1:
+            return False
+        scheme, _, token = values[0].partition(b" ")
+        # Digests have one length, so the comparison tells nothing about the token's.
+        return scheme.lower() == b"bearer" and hmac.compare_digest(
+            _digest(token.strip()), self._token_digest
+        )
+
+    async def _update(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._weights.begin(path)
+        if refusal is not None:
+            await _refuse(scope, send, 409, "no_update", refusal)
+            return
+        status = 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                # Before the caller can know of it: its next request meets the new state.
+                self._weights.end(path, status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            if status == 0:  # raised or cancelled: nobody knows what it did
+                self._weights.end(path, 500)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._weights.refusal()
+        if refusal is not None:
+            await _refuse(scope, send, *refusal)
+            return
+        is_refused = False
+
+        async def send_if_whole(message: Message) -> None:
+            # Asked again: an update may have started while the answer was made.
+            nonlocal is_refused
+            refusal = self._weights.refusal()
+            if message["type"] == "http.response.start" and refusal is not None:
+                is_refused = True
+                await _refuse(scope, send, *refusal)
+            elif not is_refused:
+                await send(message)
+
+        await self._app(scope, receive, send_if_whole)
+
+
+class WeightState:
+    """Serving, updating or poisoned; the routes of an update tell which. Times are monotonic
+    seconds.
+    """
+
+    def __init__(self, timeout_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._clock = clock
+        self._last_call: float | None = None  # of the update under way
+        self._poison: str | None = None
+
+    def refusal(self) -> tuple[int, str, str] | None:
+        """Status, type and message with which to refuse generation now; None while serving."""
+        self._expire()
+        if self._last_call is not None:
+            return 409, "weights_updating", "weights are being updated; ask again after its finish"
+        if self._poison is not None:
+            message = f"{self._poison}; the engine serves again after a complete update"
+            return 503, "weights_poisoned", message
+        return None
+
+    def begin(self, path: str) -> str | None:
+        """An update route was called: None to let it through, else why not."""
+        self._expire()
+        if path not in START_ROUTES and self._last_call is None:
+            if self._poison is None:
+                return f"{path}: expected /start_weight_update before it; the weights are unchanged"
+            if path == FINISH_ROUTE:
+                return f"{path}: {self._poison}; start again"
+            return None  # an engine that is poisoned anyway may be told that its update is given up
+        self._last_call = self._clock()
+        return None
+
+    def end(self, path: str, status: int) -> None:
+        """The same call was answered with `status`."""
+        self._expire()
+        if status >= 400:
+            self._last_call = None
+            self._poison = f"{path} failed with status {status}"
+        elif self._last_call is None:
+            return  # too late: poisoned meanwhile
+        elif path == FINISH_ROUTE:
+            self._last_call = self._poison = None
+        else:
+            self._last_call = self._clock()
+
+    def _expire(self) -> None:
+        if self._last_call is None or self._clock() - self._last_call <= self._timeout_seconds:
+            return
+        self._last_call = None
+        self._poison = f"an update was left unfinished for {self._timeout_seconds:g} s"
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.sha256(value).digest()
+
+
+async def _refuse(scope: Scope, send: Send, status: int, kind: str, message: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": kind})
+        return
+    body = json.dumps({"error": {"type": kind, "message": message}}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

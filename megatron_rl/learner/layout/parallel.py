@@ -1,0 +1,166 @@
+"""[door: megatron] Start the process groups and hand them out.
+
+In comes the layout of the config, out goes a `Parallel`: this rank's place and the groups that the
+rest of the learner is given explicitly. NCCL where there is a GPU, gloo otherwise, from the same
+code.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config import ParallelConfig
+from megatron_rl.errors import ConfigError
+from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """This rank's place in the layout. Example: rank 1 of 2 with TP=2: `tp_rank=1, pp_rank=0,
+    dp_rank=0`.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup  # data and context parallel together: who shares a global batch
+    model_group: dist.ProcessGroup  # TP x PP: the ranks that hold one replica of the model
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp_group.rank()
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp_group.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp_group.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp_group.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp_group.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_group.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_replica_head(self) -> bool:
+        """The first rank of its model replica: the one that talks to the engines."""
+        return self.model_group.rank() == 0
+
+    def from_replica_head(self, value: object) -> object:
+        """The head's value on every rank of the replica; the others' argument is ignored."""
+        box = [value]
+        source = dist.get_global_rank(self.model_group, 0)
+        dist.broadcast_object_list(box, src=source, group=self.model_group, device=self.device)
+        return box[0]
+
+    def from_last_stage(self, value: object) -> object:
+        """The value of the last pipeline stage on every stage; the others' argument is ignored."""
+        box = [value]
+        source = dist.get_global_rank(self.pp_group, self.pp_size - 1)
+        dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
+        return box[0]
+
+    def reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
+        """`(float64 tensor, "sum" | "max") -> reduced over the data-parallel ranks`, for
+        metrics.
+        """
+        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+        def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
+            on_device = values.to(self.device)
+            dist.all_reduce(on_device, op=operations[operation], group=self.dp_group)
+            return on_device.to(values.device)
+
+        return reduce
+
+
+def check_world_size(config: ParallelConfig) -> int:
+    """The number of ranks that torchrun started; 1 without it.
+
+    Raises:
+        ConfigError: it is not a multiple of TP x PP.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_size = config.tensor * config.pipeline
+    if world_size % model_size:
+        raise ConfigError(
+            "parallel: expected a world size that is a multiple of tensor x pipeline = "
+            f"{model_size}, got {world_size}; change parallel.tensor, parallel.pipeline or "
+            "torchrun's --nproc_per_node"
+        )
+    return world_size
+
+
+def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
+    """Start torch.distributed and Megatron's groups from torchrun's environment.
+
+    Raises:
+        ConfigError: the world size is not a multiple of TP x PP.
+    """
+    world_size, rank = check_world_size(config), int(os.environ.get("RANK", "0"))
+    run_on_cpu()
+    from megatron.core import parallel_state, tensor_parallel
+
+    device = torch.device("cpu")
+    if not is_cpu_run():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ:  # one process, started without torchrun
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        dist.init_process_group(
+            "gloo" if is_cpu_run() else "nccl",
+            timeout=datetime.timedelta(seconds=config.timeout_seconds),
+            device_id=None if is_cpu_run() else device,
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            create_gloo_process_groups=True,
+            distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model_group=parallel_state.get_model_parallel_group(),
+    )
+
+
+def shut_down_parallel() -> None:
+    """Leave the process groups, so that the processes can end."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

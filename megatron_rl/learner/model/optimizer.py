@@ -1,0 +1,63 @@
+"""[door: megatron] Megatron's optimizer and learning-rate schedule for a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_rl.config import OptimizerConfig
+from megatron_rl.learner.model.adam import use_fused_layout
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+def build_optimizer(
+    config: OptimizerConfig, model: DistributedDataParallel, *, num_updates: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW under Megatron's control (float32 main weights and moments), and its schedule.
+
+    Args:
+        num_updates: optimizer steps of the whole run, over which a decaying schedule goes to 0.
+    """
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    use_fused_layout()
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.learning_rate,
+            min_lr=0.0,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.epsilon,
+            clip_grad=config.clip_grad,
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        [model],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.learning_rate,
+        min_lr=0.0,
+        lr_warmup_steps=config.warmup_steps,
+        # The rate reaches 0 after the last step, not at it. Megatron wants more decay than warm-up
+        # steps, also where nothing decays.
+        lr_decay_steps=max(num_updates, config.warmup_steps) + 1,
+        lr_decay_style=config.decay,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # The schedule is this run's config; only how far it has come is read from a checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler

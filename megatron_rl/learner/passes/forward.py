@@ -1,0 +1,153 @@
+"""[door: megatron] A packed row through the model: what both the recomputation and the training
+step do first.
+
+In comes a `MicroBatch`, out go the log-probs of its kept labels on the last pipeline stage.
+`run_schedule` drives Megatron's own forward-backward schedule with it, whatever the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.learner.model.attention import plan_stacks
+from megatron_rl.ops.entropy import differentiable_entropy
+from megatron_rl.ops.support_logprobs import support_logprobs
+from megatron_rl.records import MicroBatch, Truncation
+
+WHOLE = Truncation()  # no token is excluded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowOutput:
+    """What a row gave: [T], 0 and False where the row's loss mask is False."""
+
+    logprobs: torch.Tensor  # float32, of the truncated distribution; under gradient in training
+    # float32, of the whole one, which a reference policy is compared with; under gradient too
+    full_logprobs: torch.Tensor
+    # float32, of the whole distribution at temperature T, in nats; under gradient where asked for
+    entropy: torch.Tensor
+    # bool: a label that the sampler could not have chosen with these logits; it is kept
+    is_outside_support: torch.Tensor
+
+
+def packed_seq_params(row: MicroBatch) -> Any:
+    """The row's borders as Megatron's attention layers want them; the padding behind the last
+    sequence is one more.
+    """
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    num_tokens = row.tokens.numel()
+    borders = row.cu_seqlens_padded
+    if int(borders[-1]) < num_tokens:
+        borders = torch.cat([borders, borders.new_tensor([num_tokens])])
+    longest = int((borders[1:] - borders[:-1]).max())
+    params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        cu_seqlens_q_padded=borders,
+        cu_seqlens_kv_padded=borders,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    params.stack_plan = plan_stacks(row.cu_seqlens, row.cu_seqlens_padded, num_tokens)
+    return params
+
+
+def row_output(
+    logits: torch.Tensor,
+    row: MicroBatch,
+    *,
+    temperature: float,
+    truncation: Truncation = WHOLE,
+    vocab_size: int,
+    parallel: Parallel,
+    has_entropy_gradient: bool = False,
+) -> RowOutput:
+    """Log-probs of the kept labels from vocabulary-parallel logits.
+
+    Args:
+        logits: [1, T, V / TP] of this rank, any floating dtype.
+        has_entropy_gradient: compute the entropy once more, with a gradient.
+    """
+    kept = row.loss_mask.nonzero()[:, 0]
+    kept_logits = logits[0].index_select(0, kept)
+    place = {
+        "temperature": temperature,
+        "vocab_size": vocab_size,
+        "group": parallel.tp_group if parallel.tp_size > 1 else None,
+    }
+    output = support_logprobs(
+        kept_logits,
+        row.labels[kept],
+        truncation=truncation,
+        **place,
+        # A copy that nobody else holds, but for the entropy's own pass.
+        overwrite_logits=not has_entropy_gradient,
+    )
+    entropy = output.entropy
+    if has_entropy_gradient:
+        entropy = differentiable_entropy(kept_logits, **place)
+    zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)
+    return RowOutput(
+        logprobs=zeros.index_copy(0, kept, output.logprobs),
+        full_logprobs=zeros.index_copy(0, kept, output.full_logprobs),
+        entropy=zeros.index_copy(0, kept, entropy),
+        is_outside_support=zeros.bool().index_copy(0, kept, output.is_outside),
+    )
+
+
+def run_schedule(
+    model: torch.nn.Module,
+    rows: Sequence[MicroBatch],
+    on_output: Callable[[int, torch.Tensor], Any],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Run the rows through Megatron's pipeline schedule.
+
+    Args:
+        rows: this rank's micro-batches, the same number on every DP rank.
+        on_output: `(index of the row, logits [1, T, V / TP])`, called on the last stage. In
+            training it returns Megatron's `(sum, count, anything)`; with `forward_only` it returns
+            anything.
+    Returns:
+        What `on_output` returned (the third item in training), a row each, on the last stage; empty
+        elsewhere.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(
+        numbered_rows: Any, stage: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        index, row = next(numbered_rows)
+        output = stage(
+            row.tokens[None], row.positions[None], None, packed_seq_params=packed_seq_params(row)
+        )
+        return output, partial(_call_with_output, on_output, index)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(list(enumerate(rows))),
+        model=[model],
+        num_microbatches=len(rows),
+        seq_length=rows[0].tokens.numel(),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _call_with_output(
+    on_output: Callable[[int, torch.Tensor], Any],
+    index: int,
+    output: torch.Tensor,
+    non_loss_data: bool = False,  # Megatron's name; it says which of the two passes this is
+) -> Any:
+    return on_output(index, output)

@@ -1,0 +1,151 @@
+"""What can be wrong with a run, found before a process is started: the settings against the model,
+the data, the checkpoints and the hosts that are there.
+
+Rules between settings alone stand in `config/`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config import Config, RolloutConfig
+from megatron_rl.data.prompts import PromptStream
+from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.learner.model.checkpoint import latest_checkpoint
+from megatron_rl.records import Truncation
+from megatron_rl.weights.geometry import Geometry, read_geometry
+from megatron_rl.weights.huggingface import CheckpointReader
+
+REFERENCE_STEP = 1  # the step of eval.reference_rollouts that is scored
+
+
+def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
+    """Model shape, tokenizer and prompts, checked against each other before anything is started.
+
+    Raises:
+        ConfigError, DataError: what is wrong, and where to change it.
+    """
+    geometry = read_geometry(config.model.path)
+    geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    CheckpointReader(config.model.path).check_whole()
+    check_reference(config, geometry)
+    tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
+    context = config.rollout.max_model_len or geometry.max_position_embeddings
+    if context > geometry.max_position_embeddings:
+        raise ConfigError(
+            "rollout.max_model_len: expected at most the model's "
+            f"{geometry.max_position_embeddings} "
+            f"positions, got {context}"
+        )
+    room = min(context, config.learner.tokens_per_micro_batch)
+    limit = config.data.max_prompt_tokens or room - config.rollout.sampling.max_tokens
+    if limit + config.rollout.sampling.max_tokens > context:
+        raise ConfigError(
+            f"data.max_prompt_tokens={limit}: expected room for rollout.sampling.max_tokens="
+            f"{config.rollout.sampling.max_tokens} in the model's context of {context}"
+        )
+    is_evaluated = config.eval.every or config.eval.at_start or config.eval.at_end
+    has_room = config.eval.sampling.max_tokens < context
+    if is_evaluated and config.data.num_held_out and not has_room:
+        raise ConfigError(
+            f"eval.sampling.max_tokens: expected below the model's context of {context}, "
+            f"got {config.eval.sampling.max_tokens}"
+        )
+    return geometry, tokenizer, PromptStream(config.data, tokenizer, limit)
+
+
+def check_reference(config: Config, geometry: Geometry) -> None:
+    """ConfigError or DataError where objective.kl.reference is no whole model of this vocabulary
+    and layout.
+    """
+    path = config.objective.kl.reference
+    if not path:
+        return
+    reference = read_geometry(path)
+    reference.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    if reference.vocab_size != geometry.vocab_size:
+        raise ConfigError(
+            f"objective.kl.reference={path}: expected the model's vocabulary of "
+            f"{geometry.vocab_size}, got {reference.vocab_size}"
+        )
+    CheckpointReader(path).check_whole()
+
+
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The checkpoint that `resume` names: none, the run's latest, or a given folder."""
+    if config.resume == "never":
+        if latest_checkpoint(Path(config.run_dir) / "checkpoints"):
+            raise ConfigError(
+                f"resume=never: expected a run_dir without checkpoints, got {config.run_dir}, "
+                "which has some; choose another run_dir, or delete this one"
+            )
+        return None
+    if config.resume == "auto":
+        return latest_checkpoint(Path(config.run_dir) / "checkpoints")
+    folder = Path(config.resume)
+    if not folder.is_dir():
+        raise DataError(f"resume: expected auto, never or a checkpoint folder, got {folder}")
+    return folder
+
+
+def check_replay(config: Config) -> None:
+    """ConfigError where `replay` names no recorded run, or this run itself."""
+    if not config.replay:
+        return
+    folder = Path(config.replay)
+    if not folder.is_dir():
+        raise ConfigError(f"replay: expected a run's rollouts/ folder, got {folder}")
+    if folder.resolve().is_relative_to(Path(config.run_dir).resolve()):
+        raise ConfigError(
+            f"replay={folder}: expected the rollouts of another run, got those of run_dir="
+            f"{config.run_dir}; choose another run_dir"
+        )
+
+
+def check_reference_rollouts(config: Config) -> None:
+    """ConfigError where `eval.reference_rollouts` cannot be scored with these settings."""
+    folder, sampling = config.eval.reference_rollouts, config.rollout.sampling
+    if not folder:
+        return
+    first = Path(folder) / f"step_{REFERENCE_STEP:06d}.rank0.safetensors"
+    if not first.is_file():
+        raise ConfigError(
+            f"eval.reference_rollouts={folder}: expected a run's rollouts/ folder with its step "
+            f"{REFERENCE_STEP}, {first.name} is not there"
+        )
+    # An engine scores given tokens over the whole vocabulary at temperature 1.
+    if sampling.temperature != 1 or truncation_of(config.rollout, "cpu").is_active:
+        raise ConfigError(
+            "eval.reference_rollouts: expected rollout.sampling with temperature=1 and nothing "
+            f"truncated, got temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, "
+            f"top_k={sampling.top_k}, min_p={sampling.min_p:g}"
+        )
+
+
+def check_engine_place(config: Config) -> None:
+    """ConfigError where the run would start engines that ranks on other hosts cannot reach."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    num_replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    has_far_replicas = local_world_size < world_size and num_replicas > 1
+    if config.rollout.num_engines and not config.replay and has_far_replicas:
+        raise ConfigError(
+            f"rollout.num_engines={config.rollout.num_engines}: expected one replica of the model "
+            f"(parallel.tensor x parallel.pipeline = {world_size} ranks) in a run of several "
+            f"hosts, got {num_replicas}; started engines listen on the first host's loopback only"
+        )
+
+
+def truncation_of(rollout: RolloutConfig, device: str) -> Truncation:
+    """What the engines' sampler excludes, as the learner must know it.
+
+    Args:
+        device: "cpu" or "cuda": the learner's, which is the engines' too.
+    """
+    sampling, ties = rollout.sampling, rollout.top_k_ties
+    if ties == "auto":
+        ties = "all" if device == "cpu" else "exact"
+    return Truncation(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p, ties=ties)

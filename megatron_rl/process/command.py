@@ -1,0 +1,168 @@
+"""How `python -m megatron_rl.<command> CONFIG [key=value ...]` starts and ends on every rank.
+
+A rank dies with its torchrun agent, and ends at once on SIGINT or SIGTERM. An error that a user can
+mend is told once, by the first rank that meets it: in one line, in `<run_dir>/error.txt`, and to
+the agent, whose own report of a failure ends with it. Every other rank then just ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_rl.config import Config
+from megatron_rl.config.file import load_config
+from megatron_rl.errors import ConfigError, DataError, DivergenceError, EngineError, SyncError
+from megatron_rl.process.lifetime import (
+    bind_forked_children,
+    die_with_parent,
+    run_cleanups,
+    watch_signals,
+)
+
+USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError)
+ERROR_FILE = "error.txt"
+COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError")
+LOST_PEER = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
+)
+# Where torchrun looks for the reason of a failed rank.
+AGENT_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+
+
+class Progress:
+    """Where the rank is, for the last words that a signal leaves."""
+
+    def __init__(self) -> None:
+        self.describe: Callable[[], str] = lambda: "before the first step"
+
+
+def run_command(
+    description: str, work: Callable[[Config, Progress], None], argv: list[str] | None = None
+) -> int:
+    """Parse the command line, do the work on this rank, return its exit code.
+
+    Args:
+        work: gets the config, and a `Progress` to say where it is.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. loop.num_steps=50")
+    arguments = parser.parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    bind_forked_children()
+    progress = Progress()
+    watch_signals((lambda: progress.describe()) if rank == 0 else None)
+    _quiet_libraries()
+    run_dir = None
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        run_dir = Path(config.run_dir)
+        if rank == 0:
+            _delete_stale(run_dir / ERROR_FILE)
+        work(config, progress)
+    except BaseException as error:
+        if lost := _lost_peer(error):
+            _tell(f"rank {rank}: another rank ended in the middle of a collective: {lost}", run_dir)
+        elif isinstance(error, USER_ERRORS):
+            _tell(f"{type(error).__name__}: {error}", run_dir)
+        else:
+            _tell(f"rank {rank}:\n{traceback.format_exc()}", run_dir)
+        _leave(1)
+    return 0
+
+
+def _lost_peer(error: BaseException | None) -> str:
+    """What gloo or NCCL said where the error comes from a rank that is gone; "" elsewhere."""
+    while error is not None:
+        # An engine's broken connection is no RuntimeError of this very kind.
+        if type(error).__name__ in COLLECTIVE_ERRORS and LOST_PEER.search(str(error)):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _leave(code: int) -> None:
+    """End without waiting for the other ranks: they may stand in a collective that this one will
+    never join.
+    """
+    run_cleanups()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _tell(message: str, run_dir: Path | None) -> None:
+    """Print the message and leave it in the run's folder, unless another rank was first."""
+    is_first = _is_first()
+    _tell_agent(message if is_first else "another rank failed first", is_first)
+    if not is_first:
+        return
+    print(message, file=sys.stderr, flush=True)
+    if run_dir is not None:
+        with contextlib.suppress(OSError):  # the disk may be the trouble; it was printed
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / ERROR_FILE).write_text(message + "\n")
+
+
+def _is_first() -> bool:
+    """True on the first rank of this launch and host that fails."""
+    if AGENT_VARIABLE not in os.environ:
+        return True
+    # <folder of the launch>/attempt_<n>/<local rank>/error.json
+    told = Path(os.environ[AGENT_VARIABLE]).parents[1] / "told"
+    try:
+        os.close(os.open(told, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # a full disk: better told twice than never
+    return True
+
+
+def _tell_agent(message: str, is_first: bool) -> None:
+    """Have torchrun's report end with the message, and not with an advice to "enable traceback"
+    (the format of torch/distributed/elastic/multiprocessing/errors/error_handler.py).
+    """
+    if AGENT_VARIABLE not in os.environ:
+        return
+    # The agent takes the earliest for the cause, in whole seconds.
+    seconds = int(time.time()) + (0 if is_first else 1)
+    extra = {"py_callstack": message, "timestamp": str(seconds)}
+    with contextlib.suppress(OSError):
+        Path(os.environ[AGENT_VARIABLE]).write_text(
+            json.dumps({"message": {"message": message, "extraInfo": extra}})
+        )
+
+
+def _delete_stale(error_file: Path) -> None:
+    """Delete what an earlier launch left; a faster rank of this one may have failed already."""
+    agent_file = os.environ.get(AGENT_VARIABLE)
+    with contextlib.suppress(FileNotFoundError):
+        # The agent made this rank's folder just before it started the ranks.
+        if agent_file is None or (
+            error_file.stat().st_mtime < Path(agent_file).parent.stat().st_mtime
+        ):
+            error_file.unlink()
+
+
+def _quiet_libraries() -> None:
+    """Only what concerns the user: libraries' notices about optional packages and future versions
+    are not.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    for name in ("megatron", "httpx", "httpcore", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,182 @@
+"""A study in, its finished runs out: every arm on every engine with every seed.
+
+An engine's settings are those of its rollout server and whatever else its arms share. Its arms run
+one after another on servers that stay, `jobs` side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_rl.config import Config
+from megatron_rl.config.file import load_config
+from megatron_rl.engine.server import Engine
+from megatron_rl.errors import ConfigError, EngineError
+from megatron_rl.process.lifetime import is_ending
+from megatron_rl.study.runs import is_finished, run_to_the_end, shared_engines
+
+Parts = dict[str, tuple[str, ...]]  # settings by the name of an engine or an arm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Example: `Study(config="configs/quickstart.yaml", settings=("loop.num_steps=60",),
+    seeds=(0, 1), engines={"bf16": ()}, arms={"grpo": ("objective.constraint.enabled=false",)})`.
+    """
+
+    config: str
+    settings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    engines: Parts
+    arms: Parts  # the first is what the others are held against
+
+    def runs(self) -> list[tuple[str, str, int]]:
+        """Engine, arm and seed of every run; on an engine a whole seed of all arms before the next
+        one.
+        """
+        return [
+            (engine, arm, seed)
+            for engine in self.engines
+            for seed in self.seeds
+            for arm in self.arms
+        ]
+
+    def overrides(self, engine: str, arm: str, seed: int) -> list[str]:
+        """What the run adds to `config`."""
+        own = [*self.settings, *self.engines[engine], *self.arms[arm]]
+        return [*own, f"loop.seed={seed}", f"data.seed={seed}"]
+
+
+def load_study(path: Path) -> Study:
+    """Raises ConfigError where the file is not what `Study` says."""
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(path))
+        return Study(
+            config=str(found["config"]),
+            settings=tuple(map(str, found["settings"])),
+            seeds=tuple(map(int, found["seeds"])),
+            engines={name: tuple(map(str, keys)) for name, keys in found["engines"].items()},
+            arms={name: tuple(map(str, keys)) for name, keys in found["arms"].items()},
+        )
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: expected config, settings, seeds, engines and arms as in "
+            f"configs/studies/discrepancy.yaml, got {error!r}"
+        ) from error
+
+
+def choose(study: Study, engines: str | None, arms: str | None) -> Study:
+    """The part of the study that the command line names; ConfigError where it has no such part."""
+
+    def those(known: Parts, names: str | None, what: str) -> Parts:
+        wanted = list(known) if names is None else names.split(",")
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise ConfigError(f"--{what}: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        return {name: known[name] for name in wanted}
+
+    return replace(
+        study,
+        engines=those(study.engines, engines, "engines"),
+        arms=those(study.arms, arms, "arms"),
+    )
+
+
+def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> None:
+    """Every run that is not finished; one that fails is told and left out."""
+    if jobs < 1:
+        raise ConfigError(f"--jobs: expected at least 1, got {jobs}")
+    pending = {engine: unfinished(study, engine, overrides, output) for engine in study.engines}
+    failed = [
+        name
+        for engine, runs in pending.items()
+        if runs
+        for name in run_engine(study, engine, runs, overrides, output, min(jobs, len(runs)))
+    ]
+    if failed:
+        raise EngineError(f"expected every run to end well, got failures of {', '.join(failed)}")
+
+
+def unfinished(
+    study: Study, engine: str, overrides: Sequence[str], output: Path
+) -> list[tuple[str, int]]:
+    """Arms and seeds that are still to be run on an engine.
+
+    Raises:
+        ConfigError: settings that do not load, a finished run of others, or an arm that wants
+            another engine than the one that it shares.
+    """
+    pending = []
+    shared = served_settings(study, engine, overrides)
+    for _, arm, seed in replace(study, engines={engine: study.engines[engine]}).runs():
+        settings = [*overrides, *study.overrides(engine, arm, seed)]
+        if is_finished(study.config, settings, run_dir_of(output, engine, arm, seed)):
+            continue
+        own = load_config(study.config, settings)
+        if (own.model.path, own.rollout) != (shared.model.path, shared.rollout):
+            raise ConfigError(
+                f"arm {arm}: expected the rollout settings and the model of the engine {engine}, "
+                "which it shares with other arms, got its own; make it an engine"
+            )
+        pending.append((arm, seed))
+    return pending
+
+
+def served_settings(study: Study, engine: str, overrides: Sequence[str]) -> Config:
+    return load_config(study.config, [*overrides, *study.settings, *study.engines[engine]])
+
+
+def run_engine(
+    study: Study,
+    engine: str,
+    pending: Sequence[tuple[str, int]],
+    overrides: Sequence[str],
+    output: Path,
+    jobs: int,
+) -> list[str]:
+    """The runs of `pending`, arms and seeds, `jobs` at a time; returns those that failed, and all
+    that are left once an engine has died.
+    """
+    config = served_settings(study, engine, overrides)
+    num_ranks = config.parallel.tensor * config.parallel.pipeline
+    num_threads = max(1, len(os.sched_getaffinity(0)) // (jobs * num_ranks))
+    free: SimpleQueue[Engine] = SimpleQueue()
+    has_dead_engine = threading.Event()
+
+    def run(arm: str, seed: int) -> str | None:
+        name, server = f"{engine}/{arm}/seed {seed}", free.get()
+        settings = [*overrides, *study.overrides(engine, arm, seed)]
+        folder = run_dir_of(output, engine, arm, seed)
+        try:
+            if is_ending() or has_dead_engine.is_set():
+                return name
+            print(name, flush=True)
+            run_to_the_end(study.config, settings, folder, engine=server, num_threads=num_threads)
+        except EngineError as error:
+            print(error, file=sys.stderr, flush=True)
+            if not server.is_alive():
+                has_dead_engine.set()
+            return name
+        finally:
+            free.put(server)
+        return None
+
+    with shared_engines(config, output / engine / "engines", count=jobs) as servers:
+        for server in servers:
+            free.put(server)
+        with ThreadPoolExecutor(jobs) as pool:
+            return [name for name in pool.map(lambda each: run(*each), pending) if name]
+
+
+def run_dir_of(output: Path, engine: str, arm: str, seed: int) -> Path:
+    return output / engine / arm / f"seed_{seed}"

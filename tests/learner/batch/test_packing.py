@@ -1,0 +1,201 @@
+import random
+
+import pytest
+import torch
+
+from megatron_rl.errors import DataError
+from megatron_rl.learner.batch.packing import deal, empty_micro_batch, fill, pack
+from megatron_rl.records import MicroBatch, Rollout, Sample
+
+
+def make_sample(prompt_index, token_ids, num_prompt, *, advantage=0.5, version=3, sample_index=0):
+    num_response = len(token_ids) - num_prompt
+    rollout = Rollout(
+        token_ids=tuple(token_ids),
+        loss_mask=(False,) * num_prompt + (True,) * num_response,
+        rollout_logprobs=(0.0,) * num_prompt + tuple(-0.1 * (k + 1) for k in range(num_response)),
+        weight_versions=(-1,) * num_prompt + (version,) * num_response,
+        finish_reason="stop",
+        text="",
+    )
+    return Sample(
+        prompt_index=prompt_index,
+        sample_index=sample_index,
+        rollout=rollout,
+        reward=1.0,
+        advantage=advantage,
+    )
+
+
+def random_samples(seed, num, longest):
+    rng = random.Random(seed)
+    samples = []
+    for index in range(num):
+        length = rng.randint(1, longest)
+        num_prompt = rng.randint(1, length)
+        # Unique tokens: what stands in a row tells which sequence and place it came from.
+        ids = [index * 1000 + place + 1 for place in range(length)]
+        samples.append(
+            make_sample(index, ids, num_prompt, advantage=rng.gauss(0, 1), version=index)
+        )
+    return samples
+
+
+def test_deal_worked_by_hand():
+    # 7 to rank 0; 5 to rank 1; 4 to rank 1 (5 < 7); 4 to rank 0 (7 < 9); 1 to rank 1 (9 < 11)
+    assert deal([4, 7, 1, 5, 4], 2) == [[1, 4], [0, 2, 3]]
+    assert deal([3, 3, 3], 3) == [[0], [1], [2]]
+    assert deal([5], 3) == [[0], [], []]
+    assert deal([], 2) == [[], []]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_deal_loses_nothing_and_balances(seed):
+    rng = random.Random(seed)
+    num_ranks = rng.randint(1, 9)
+    lengths = [rng.randint(1, 500) for _ in range(rng.randint(0, 200))]
+    shares = deal(lengths, num_ranks)
+    assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
+    assert shares == deal(lengths, num_ranks)
+    loads = [sum(lengths[index] for index in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+def test_deal_needs_a_rank():
+    with pytest.raises(ValueError, match="at least 1 rank, got 0"):
+        deal([1], 0)
+
+
+def test_pack_the_example_of_the_record():
+    (row,) = pack([make_sample(0, (1, 32, 26, 2), 2, advantage=0.75)], tokens_per_row=8)
+    assert row.tokens.tolist() == [1, 32, 26, 2, 0, 0, 0, 0]
+    assert row.labels.tolist() == [32, 26, 2, 0, 0, 0, 0, 0]
+    assert row.loss_mask.tolist() == [False, True, True, False, False, False, False, False]
+    assert row.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert row.cu_seqlens.tolist() == [0, 4]
+    assert row.cu_seqlens_padded.tolist() == [0, 4]
+    assert row.rollout_logprobs.tolist() == pytest.approx([0, -0.1, -0.2, 0, 0, 0, 0, 0])
+    assert row.advantages.tolist() == [0.75, 0.75, 0.75, 0.75, 0, 0, 0, 0]
+    assert row.weight_versions.tolist() == [-1, 3, 3, -1, -1, -1, -1, -1]
+    assert row.sequence_ids.tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
+
+
+def test_pack_two_sequences_with_context_parallelism():
+    samples = [
+        make_sample(0, (5, 6, 7), 1, advantage=-1.0),
+        make_sample(1, (9, 8, 7, 6, 5), 4, version=4),
+    ]
+    (row,) = pack(samples, tokens_per_row=16, context_parallel=2)
+    # The longer one first, 5 padded to 8; then 3 padded to 4; 4 positions are left.
+    assert row.tokens.tolist() == [9, 8, 7, 6, 5, 0, 0, 0, 5, 6, 7, 0, 0, 0, 0, 0]
+    assert row.labels.tolist() == [8, 7, 6, 5, 0, 0, 0, 0, 6, 7, 0, 0, 0, 0, 0, 0]
+    assert row.loss_mask.nonzero().flatten().tolist() == [3, 8, 9]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert row.sequence_ids.tolist() == [0] * 5 + [-1] * 3 + [1] * 3 + [-1] * 5
+    assert row.cu_seqlens.tolist() == [0, 5, 8]
+    assert row.cu_seqlens_padded.tolist() == [0, 8, 12]
+    assert row.weight_versions.tolist() == [-1] * 3 + [4] + [-1] * 4 + [3, 3] + [-1] * 6
+
+
+@pytest.mark.parametrize("context_parallel", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(8))
+def test_pack_keeps_every_prediction_once(seed, context_parallel):
+    samples = random_samples(seed, 60, 40)
+    rows = pack(samples, tokens_per_row=64, context_parallel=context_parallel)
+    multiple = 2 * context_parallel if context_parallel > 1 else 1
+    seen = []
+    for row in rows:
+        starts = row.cu_seqlens_padded.tolist()
+        assert starts[-1] <= 64
+        assert all(start % multiple == 0 for start in starts)
+        for number in range(len(starts) - 1):
+            length = int(row.cu_seqlens[number + 1] - row.cu_seqlens[number])
+            start = starts[number]
+            part = slice(start, start + length)
+            sample = samples[int(row.tokens[start]) // 1000]
+            rollout = sample.rollout
+            seen.append(sample.prompt_index)
+            assert row.tokens[part].tolist() == list(rollout.token_ids)
+            assert row.labels[part].tolist() == [*rollout.token_ids[1:], 0]
+            assert row.loss_mask[part].tolist() == [*rollout.loss_mask[1:], False]
+            assert row.weight_versions[part].tolist() == [*rollout.weight_versions[1:], -1]
+            assert row.positions[part].tolist() == list(range(length))
+            assert row.rollout_logprobs[part].tolist() == pytest.approx(
+                [*rollout.rollout_logprobs[1:], 0.0]
+            )
+            assert torch.equal(row.advantages[part], torch.tensor([sample.advantage] * length))
+            assert (row.sequence_ids[part] == number).all()
+        outside = row.sequence_ids == -1
+        assert int(outside.sum()) == 64 - int(row.cu_seqlens[-1])
+        assert not row.loss_mask[outside].any()
+        for field in (row.tokens, row.labels, row.rollout_logprobs, row.advantages):
+            assert (field[outside] == 0).all()
+    assert sorted(seen) == list(range(60))
+    assert sum(int(row.loss_mask.sum()) for row in rows) == sum(
+        sample.rollout.num_response_tokens for sample in samples
+    )
+
+
+def test_pack_is_deterministic_and_dense():
+    samples = random_samples(1, 200, 60)
+    first, second = (pack(samples, tokens_per_row=256) for _ in range(2))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, second))
+    num_tokens = sum(len(sample.rollout.token_ids) for sample in samples)
+    assert len(first) <= 11 / 9 * -(-num_tokens // 256) + 1  # the bound of first fit decreasing
+
+
+def test_pack_dtypes():
+    (row,) = pack(random_samples(0, 3, 5), tokens_per_row=32)
+    for batch in (row, empty_micro_batch(32)):
+        expected = {
+            "loss_mask": torch.bool,
+            "rollout_logprobs": torch.float32,
+            "advantages": torch.float32,
+            "cu_seqlens": torch.int32,
+            "cu_seqlens_padded": torch.int32,
+        }
+        for name in MicroBatch.__slots__:
+            tensor = getattr(batch, name)
+            assert tensor.dtype == expected.get(name, torch.int64), name
+            if not name.startswith("cu_"):
+                assert tensor.shape == (32,)
+
+
+def test_pack_refuses_what_does_not_fit():
+    with pytest.raises(
+        DataError, match=r"prompt 7, sample 2: .*at most 4 tokens, got 5.*tokens_per_micro_batch"
+    ):
+        pack([make_sample(7, (1, 2, 3, 4, 5), 2, sample_index=2)], tokens_per_row=4)
+    with pytest.raises(DataError, match=r"at most 16 tokens, got 17 \(24 padded\)"):
+        pack([make_sample(7, range(1, 18), 2)], tokens_per_row=16, context_parallel=4)
+    with pytest.raises(DataError, match="multiple of 2 x context parallel = 4, got 10"):
+        pack([], tokens_per_row=10, context_parallel=2)
+    with pytest.raises(DataError, match="first token from the prompt"):
+        pack([make_sample(7, (1, 2), 0)], tokens_per_row=4)
+    broken = Rollout(
+        token_ids=(1, 2),
+        loss_mask=(False, True),
+        rollout_logprobs=(0.0,),
+        weight_versions=(-1, 0),
+        finish_reason="stop",
+        text="",
+    )
+    with pytest.raises(DataError, match="2 tokens and 2, 1, 2"):
+        pack(
+            [Sample(prompt_index=0, sample_index=0, rollout=broken, reward=0.0, advantage=0.0)],
+            tokens_per_row=4,
+        )
+
+
+def test_fill_reaches_the_common_count_with_masked_rows():
+    rows = pack(random_samples(0, 10, 16), tokens_per_row=16)
+    filled = fill(rows, len(rows) + 3, 16)
+    assert filled[: len(rows)] == rows
+    for row in filled[len(rows) :]:
+        assert not row.loss_mask.any()
+        assert row.cu_seqlens.tolist() == [0, 1]
+        assert row.cu_seqlens_padded.tolist() == [0, 16]
+        assert row.sequence_ids.tolist() == [0] + [-1] * 15
+    assert len(fill([], 2, 8)) == 2
+    with pytest.raises(ValueError, match="at most 0"):
+        fill(rows, 0, 16)

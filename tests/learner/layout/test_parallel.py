@@ -1,0 +1,52 @@
+"""Each rank's place in every layout, and what goes from rank to rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_rl.config import ParallelConfig
+from megatron_rl.errors import ConfigError
+from megatron_rl.learner.layout.parallel import initialize_parallel
+
+# Rank r of TP x DP x PP: tensor ranks are next to each other, pipeline stages farthest apart.
+PLACES = {  # (tp, pp, dp) of ranks 0, 1, ...
+    "tp1": [(0, 0, 0)],
+    "tp2": [(0, 0, 0), (1, 0, 0)],
+    "pp2": [(0, 0, 0), (0, 1, 0)],
+    "dp2": [(0, 0, 0), (0, 0, 1)],
+    "tp2_pp2": [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)],
+    "tp2_dp2": [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)],
+    "pp2_dp2": [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)],
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_places(case: str, outcome_of: Any) -> None:
+    ranks = outcome_of("parallel", case)
+    assert [rank["place"] for rank in ranks] == PLACES[case]
+    sizes = tuple(max(place[axis] for place in PLACES[case]) + 1 for axis in range(3))
+    for rank in ranks:
+        tensor, pipeline, _ = rank["place"]
+        assert rank["size"] == sizes
+        is_head = tensor == 0 and pipeline == 0
+        assert rank["ends"] == (pipeline == 0, pipeline == sizes[1] - 1, is_head)
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_exchanges(case: str, outcome_of: Any) -> None:
+    rank_at = {place: rank for rank, place in enumerate(PLACES[case])}
+    for rank in outcome_of("parallel", case):
+        tensor, pipeline, replica = rank["place"]
+        assert rank["replica_head"] == rank_at[0, 0, replica]
+        assert rank["last_stage"] == rank_at[tensor, rank["size"][1] - 1, replica]
+        peers = [rank_at[tensor, pipeline, other] for other in range(rank["size"][2])]
+        assert rank["reduced"] == [sum(peers), max(peers)]
+
+
+def test_a_world_that_the_layout_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="a multiple of tensor x pipeline = 6, got 4"):
+        initialize_parallel(ParallelConfig(tensor=3, pipeline=2), seed=0)

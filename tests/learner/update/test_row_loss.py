@@ -1,0 +1,240 @@
+"""The loss of one row, put together from its settings: numbers worked by hand, without a model.
+
+Two sequences of two and one sampled tokens, and padding. p_train = 1/2, 1/4, 1/2;
+p_inf = 1/4, 1/4, 5/8; the policy is where the update starts, so every ratio is 1 unless said.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_rl.config import (
+    ConstraintConfig,
+    ImportanceConfig,
+    KLConfig,
+    ObjectiveConfig,
+    RejectionConfig,
+)
+from megatron_rl.errors import DivergenceError
+from megatron_rl.learner.passes.forward import RowOutput
+from megatron_rl.learner.update.row_correction import BatchScalars, batch_scalars
+from megatron_rl.learner.update.row_loss import MiniBatchLoss, StepSettings
+from megatron_rl.observe.metrics import reduce
+from megatron_rl.records import MicroBatch, TrainBatch
+
+TRAIN, ROLLOUT = (0.5, 0.25, 0.5), (0.25, 0.25, 0.625)
+REFERENCE = (0.25, 0.25, 0.5)
+ADVANTAGES = (1.0, 1.0, -2.0)
+PENALTY = 0.4
+FREE = ObjectiveConfig(constraint=ConstraintConfig(enabled=False))
+
+
+def row_of(rollout: tuple[float, ...]) -> MicroBatch:
+    padded = torch.tensor([*rollout, 1.0])
+    integers = torch.zeros(4, dtype=torch.int64)
+    return MicroBatch(
+        tokens=integers,
+        labels=integers,
+        positions=integers,
+        loss_mask=torch.tensor([True, True, True, False]),
+        rollout_logprobs=padded.log(),
+        advantages=torch.tensor([*ADVANTAGES, 0.0]),
+        weight_versions=integers,
+        sequence_ids=torch.tensor([0, 0, 1, -1]),
+        cu_seqlens=torch.tensor([0, 2, 3], dtype=torch.int32),
+        cu_seqlens_padded=torch.tensor([0, 2, 3], dtype=torch.int32),
+    )
+
+
+def run(
+    config: ObjectiveConfig,
+    *,
+    penalty: float = 0.0,
+    policy: tuple[float, ...] = TRAIN,
+    rollout: tuple[float, ...] = ROLLOUT,
+    should_recompute: bool = True,
+    weight_mean: float = 1.0,
+    baseline: float = 0.0,
+) -> tuple[float, int, list[float], dict[str, float]]:
+    """Sum, count, gradient of the sum by the three log-probs, metrics."""
+    logprobs = torch.tensor([*policy, 1.0]).log().requires_grad_()
+    entropy = torch.tensor([1.0, 2.0, 4.0, 99.0])
+    settings = StepSettings(
+        config=config,
+        penalty=penalty,
+        tolerance=0.1,
+        scalars=BatchScalars(weight_mean=weight_mean, baseline=baseline),
+        weight_version=0,
+        place="step 1, rank 0",
+    )
+    known = [torch.tensor([*TRAIN, 1.0]).log()] if should_recompute else []
+    reference = [torch.tensor([*REFERENCE, 1.0]).log()] if config.kl.reference else []
+    loss = MiniBatchLoss([row_of(rollout)], known, reference, settings, is_before_update=True)
+    output = RowOutput(
+        logprobs=logprobs,
+        full_logprobs=logprobs,
+        entropy=entropy,
+        is_outside_support=torch.tensor([False, True, False, True]),
+    )
+    total, count, result = loss(0, output)
+    total.backward()
+    assert logprobs.grad[3] == 0
+    metrics = reduce(result.metrics, lambda tensor, _operation: tensor)
+    return total.item(), int(count), logprobs.grad[:3].tolist(), metrics
+
+
+def close(*numbers: float) -> object:
+    return pytest.approx(list(numbers), rel=1e-5, abs=1e-7)
+
+
+def test_plain():
+    total, count, gradient, metrics = run(FREE)
+    assert (total, count) == (0.0, 3)
+    assert metrics["discrepancy/outside_support/mean"] == pytest.approx(1 / 3)
+    assert gradient == close(-1.0, -1.0, 2.0)
+
+
+def test_shaped_advantages():
+    # delta = 1/4, 0, 1/8, times 0.4
+    config = ObjectiveConfig()
+    total, _, gradient, metrics = run(config, penalty=PENALTY)
+    assert gradient == close(-0.9, -1.0, 2.05)
+    assert total == pytest.approx(0.15, rel=1e-5)
+    assert metrics["constraint/penalty/mean"] == pytest.approx(0.05, rel=1e-5)
+    assert metrics["constraint/penalty_share/mean"] == pytest.approx(0.15 / 4, rel=1e-5)
+    token = replace(config, constraint=ConstraintConfig(gate="token", max_discrepancy=0.2))
+    # beyond 0.1, and a gap counts as at most 0.2: 0.1, 0, 0.025
+    assert run(token, penalty=PENALTY)[2] == close(-0.96, -1.0, 2.01)
+
+
+def test_a_baseline_leaves_the_mean_advantage_as_it_was():
+    # delta = 1/4, 0, 1/8 counted from their mean of 1/8, times 0.4
+    config = ObjectiveConfig(constraint=ConstraintConfig(baseline="batch"))
+    total, _, gradient, metrics = run(config, penalty=PENALTY, baseline=0.125)
+    assert gradient == close(-0.95, -1.05, 2.0)
+    assert total == pytest.approx(0.0, abs=1e-6)
+    assert metrics["constraint/penalty/mean"] == pytest.approx(0.05, rel=1e-5)
+
+
+def test_the_baseline_is_the_mean_of_what_is_penalised_over_the_kept_tokens():
+    constraint = ConstraintConfig(baseline="batch", gate="token")
+    config = ObjectiveConfig(constraint=constraint)
+    assert baseline_of(config) == pytest.approx((0.15 + 0.0 + 0.025) / 3, rel=1e-5)
+    # k2 of a rho of 2 is 0.24: the first token is rejected.
+    rejection = RejectionConfig(divergence="k2", level="token", upper=0.1)
+    assert baseline_of(replace(config, rejection=rejection)) == pytest.approx(0.0125, rel=1e-5)
+    assert baseline_of(replace(config, constraint=ConstraintConfig(gate="mean"))) == 0
+
+
+def baseline_of(config: ObjectiveConfig) -> float:
+    """Of one row, alone in the world, with a tolerance of 0.1."""
+    batch = TrainBatch(mini_batches=((row_of(ROLLOUT),),))
+    alone = SimpleNamespace(reducer=lambda: lambda tensor, _operation: tensor)
+    recomputed = [[torch.tensor([*TRAIN, 1.0]).log()]]
+    return batch_scalars(batch, recomputed, [], config, alone, tolerance=0.1).baseline
+
+
+def test_a_differentiable_penalty():
+    # 0.4 |p_theta - p_inf|: up in the loss, gradient 0.4 x sign x p_theta
+    config = ObjectiveConfig(constraint=ConstraintConfig(penalty="differentiable"))
+    total, _, gradient, _ = run(config, penalty=PENALTY)
+    assert total == pytest.approx(0.4 * 0.375, rel=1e-5)
+    assert gradient == close(-1.0 + 0.2, -1.0, 2.0 - 0.2)
+    token = replace(config, constraint=replace(config.constraint, gate="token"))
+    total, _, gradient, _ = run(token, penalty=PENALTY)
+    assert total == pytest.approx(0.4 * (0.15 + 0.025), rel=1e-5)
+    assert gradient == close(-1.0 + 0.2, -1.0, 2.0 - 0.2)
+
+
+def test_importance_weights_scale_the_shaped_surrogate():
+    # rho = 2, 1, 0.8; bounded to 1.5, 1, 0.8; over a global mean of 1.25: 1.2, 0.8, 0.64
+    config = ObjectiveConfig(importance=ImportanceConfig(level="token", upper=1.5))
+    assert run(config, penalty=PENALTY)[2] == close(-0.9 * 1.5, -1.0, 2.05 * 0.8)
+    normalized = replace(config, importance=replace(config.importance, batch_normalize=True))
+    _, _, gradient, metrics = run(normalized, weight_mean=1.25)
+    assert gradient == close(-1.2, -0.8, 2 * 0.64)
+    assert metrics["correction/weight/max"] == pytest.approx(1.2, rel=1e-5)
+    # Not the penalty: a token of weight 0 is still pulled back.
+    masked = ObjectiveConfig(
+        constraint=ConstraintConfig(penalty="differentiable"),
+        importance=ImportanceConfig(level="token", mode="mask", upper=1.5),
+    )
+    _, count, gradient, _ = run(masked, penalty=PENALTY)
+    assert gradient == close(0.2, -1.0, 2 * 0.8 - 0.2)
+    assert count == 3
+
+
+def test_rejected_tokens_leave_sum_and_count_but_not_the_gap():
+    config = replace(
+        FREE, rejection=RejectionConfig(divergence="k1", level="token", lower=0.0, upper=1.5)
+    )
+    _, count, gradient, metrics = run(config)
+    assert (count, gradient) == (2, close(0.0, -1.0, 2.0))
+    assert metrics["discrepancy/mean"] == pytest.approx(0.125, rel=1e-5)
+    assert metrics["correction/rejected_tokens/mean"] == pytest.approx(1 / 3)
+    veto = replace(FREE, rejection=RejectionConfig(veto_ratio=0.9))
+    assert run(veto)[1:3] == (2, close(-1.0, -1.0, 0.0))
+    # Dr. GRPO still counts the sequence that was rejected.
+    constant = replace(veto, normalize="constant", normalize_length=4)
+    assert run(constant)[1:3] == (2, close(-0.25, -0.25, 0.0))
+    assert run(replace(veto, normalize="sequence_sum"))[1] == 1
+
+
+def test_bypass_takes_the_engine_as_the_old_policy():
+    # Ratios 2, 1, 0.8; the first is clipped.
+    config = replace(FREE, old_policy="rollout")
+    _, _, gradient, metrics = run(config, should_recompute=False)
+    assert gradient == close(0.0, -1.0, 2 * 0.8)
+    assert metrics["loss/ratio/max"] == pytest.approx(2.0, rel=1e-5)
+    assert metrics["discrepancy/mean"] == pytest.approx(0.125, rel=1e-5)
+    constrained = ObjectiveConfig(old_policy="rollout")
+    _, _, gradient, _ = run(constrained, penalty=PENALTY, should_recompute=False)
+    assert gradient == close(0.0, -1.0, 2.05 * 0.8)
+
+
+def test_opsm_drops_what_the_policy_left_and_the_group_blames():
+    config = replace(FREE, rejection=RejectionConfig(opsm_threshold=0.05))
+    # The policy left the second sequence by log(0.5 / 0.45) = 0.105, the first by more.
+    _, count, gradient, metrics = run(config, policy=(0.4, 0.25, 0.45))
+    assert (count, gradient) == (3, close(-0.8, -1.0, 0.0))
+    assert metrics["correction/opsm_masked_sequences/mean"] == 0.5
+    assert run(config, policy=(0.4, 0.25, 0.49))[2][2] == pytest.approx(2 * 0.98, rel=1e-5)
+
+
+def test_opsm_beside_importance_weights():
+    config = replace(
+        FREE,
+        importance=ImportanceConfig(level="token", upper=1.5),
+        rejection=RejectionConfig(opsm_threshold=0.05),
+    )
+    assert run(config, policy=(0.5, 0.25, 0.45))[2] == close(-1.5, -1.0, 0.0)
+    assert run(config)[2] == close(-1.5, -1.0, 2 * 0.8)
+
+
+def test_the_reference_pulls():
+    # p_ref / p_theta = 1/2, 1, 1: k3's gradient by log p_theta is 1 - p_ref / p_theta.
+    kl = KLConfig(coefficient=0.2, reference="models/base")
+    total, _, gradient, metrics = run(replace(FREE, kl=kl))
+    assert gradient == close(-1.0 + 0.1, -1.0, 2.0)
+    assert total == pytest.approx(0.2 * (math.log(2) - 0.5), rel=1e-5)
+    assert metrics["reference/kl_k1/mean"] == pytest.approx(math.log(2) / 3, rel=1e-5)
+    in_advantages = replace(kl, estimator="k1")
+    _, _, gradient, _ = run(replace(FREE, kl=in_advantages))
+    assert gradient == close(-(1.0 - 0.2 * math.log(2)), -1.0, 2.0)
+    measured = replace(kl, coefficient=0.0)
+    assert run(replace(FREE, kl=measured))[2] == close(-1.0, -1.0, 2.0)
+
+
+def test_entropy_is_added_to_what_is_maximised():
+    config = replace(FREE, entropy_coefficient=0.1)
+    assert run(config)[0] == pytest.approx(-0.7, rel=1e-5)
+
+
+def test_broken_logprobs_are_told_with_step_rank_and_row():
+    with pytest.raises(DivergenceError, match=r"step 1, rank 0, row 0: rollout log-prob"):
+        run(FREE, rollout=(0.25, math.nan, 0.5))

@@ -1,0 +1,103 @@
+"""The plan of a study and what becomes of runs that fail; real runs are in
+tests/tools/test_study_discrepancy.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_rl.errors import ConfigError, EngineError
+from megatron_rl.study import study as plan
+from megatron_rl.study.runs import DONE_FILE, is_finished
+from megatron_rl.study.study import Study, choose, run_study
+
+STUDY = Study(
+    config="configs/quickstart.yaml",
+    settings=("loop.num_steps=2",),
+    seeds=(0, 1),
+    engines={"bf16": (), "int4": ("rollout.quantization.format=int4",)},
+    arms={"grpo": ("objective.constraint.enabled=false",), "dc_grpo": ()},
+)
+
+
+@pytest.fixture
+def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """`run_with(study, fails, dies)` runs a study without processes; returns what was started."""
+
+    def run_with(study: Study, fails: str = "", dies: bool = False, jobs: int = 1) -> list[str]:
+        started: list[str] = []
+        server = SimpleNamespace(is_alive=lambda: not (dies and fails in started))
+
+        @contextmanager
+        def engines(config: object, folder: Path, *, count: int):
+            yield [server] * count
+
+        def run(config, settings, folder, *, engine, num_threads):
+            assert engine is server and num_threads >= 1
+            started.append(str(folder.relative_to(tmp_path)))
+            if started[-1] == fails:
+                raise EngineError("expected the run to end well")
+
+        monkeypatch.setattr(plan, "shared_engines", engines)
+        monkeypatch.setattr(plan, "run_to_the_end", run)
+        try:
+            run_study(study, [], tmp_path, jobs)
+        except EngineError as error:
+            started.append(str(error))
+        return started
+
+    return run_with
+
+
+def test_every_run_of_every_engine(run_with: Callable[..., list[str]]) -> None:
+    started = run_with(STUDY)
+    assert started == [f"{engine}/{arm}/seed_{seed}" for engine, arm, seed in STUDY.runs()]
+    assert sorted(run_with(STUDY, jobs=3)) == sorted(started)
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(run_with: Callable[..., list[str]]) -> None:
+    *started, told = run_with(STUDY, fails="bf16/dc_grpo/seed_0")
+    assert len(started) == 8
+    assert told.endswith("got failures of bf16/dc_grpo/seed 0")
+
+
+def test_a_dead_engine_ends_its_runs_and_not_another_engines(
+    run_with: Callable[..., list[str]],
+) -> None:
+    *started, told = run_with(STUDY, fails="bf16/dc_grpo/seed_0", dies=True)
+    assert started[:2] == ["bf16/grpo/seed_0", "bf16/dc_grpo/seed_0"]
+    assert started[2] == "int4/grpo/seed_0"
+    assert "bf16/grpo/seed 1, bf16/dc_grpo/seed 1" in told
+
+
+def test_arms_share_their_engine() -> None:
+    arms = {"grpo": (), "float32": ("rollout.dtype=float32",)}
+    study = Study(**{**fields_of(STUDY), "arms": arms})
+    with pytest.raises(ConfigError, match="arm float32: expected the rollout settings and the mo"):
+        run_study(study, [], Path("nowhere"), 1)
+    with pytest.raises(ConfigError, match="--jobs: expected at least 1, got 0"):
+        run_study(STUDY, [], Path("nowhere"), 0)
+
+
+def fields_of(study: Study) -> dict[str, object]:
+    return {name: getattr(study, name) for name in Study.__dataclass_fields__}
+
+
+def test_a_part_of_a_study() -> None:
+    assert choose(STUDY, None, None) == STUDY
+    assert choose(STUDY, "int4", "grpo").runs() == [("int4", "grpo", 0), ("int4", "grpo", 1)]
+    with pytest.raises(ConfigError, match="--arms: expected some of grpo, dc_grpo, got 'tis'"):
+        choose(STUDY, None, "grpo,tis")
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    assert not is_finished("a.yaml", ["x=1"], tmp_path)
+    (tmp_path / DONE_FILE).write_text('{"config": "a.yaml", "overrides": ["x=1"]}')
+    assert is_finished("a.yaml", ["x=1"], tmp_path)
+    with pytest.raises(ConfigError, match="choose another output folder"):
+        is_finished("a.yaml", ["x=2"], tmp_path)

@@ -1,0 +1,201 @@
+"""Hugging Face tensors to shards and back; no process group, no Megatron."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_rl.weights.geometry import Geometry
+from megatron_rl.weights.rules import (
+    cut_dimension,
+    hf_from_shard,
+    hf_shapes,
+    join_parts,
+    shard_from_hf,
+    tensor_rules,
+)
+
+GEOMETRIES = {
+    model_type: Geometry(
+        model_type=model_type,
+        num_layers=4,
+        hidden_size=24,
+        ffn_hidden_size=40,
+        num_heads=8,
+        num_query_groups=4,
+        head_dim=6,  # 8 x 6 is not the hidden size
+        vocab_size=vocab_size,
+        max_position_embeddings=64,
+        norm_epsilon=1e-6,
+        has_qk_norm=model_type == "qwen3",
+        has_qkv_bias=model_type == "qwen2",
+        is_tied=is_tied,
+        rope_theta=10000.0,
+        has_rope_scaling=False,
+    )
+    for model_type, vocab_size, is_tied in (
+        ("qwen3", 131, False),
+        ("qwen2", 97, True),
+        ("llama", 640, False),
+    )
+}
+
+
+def checkpoint(geometry: Geometry) -> dict[str, torch.Tensor]:
+    """Every tensor of the model, random."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator)
+        for rule in tensor_rules(geometry)
+        for name, shape in zip(rule.hf_names, hf_shapes(rule, geometry), strict=True)
+    }
+
+
+class Slices:
+    """Reads slices as the checkpoint reader does, and counts what it read."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self.num_elements = 0
+
+    def __call__(self, name: str, dimension: int | None, start: int, stop: int) -> torch.Tensor:
+        tensor = self._tensors[name]
+        if dimension is not None:
+            tensor = tensor.narrow(dimension, start, stop - start)
+        self.num_elements += tensor.numel()
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("model_type", GEOMETRIES)
+def test_round_trip_is_equal(model_type: str, size: int) -> None:
+    geometry = GEOMETRIES[model_type]
+    tensors = checkpoint(geometry)
+    kinds = set()
+    for rule in tensor_rules(geometry):
+        kinds.add(rule.kind)
+        shards = [
+            shard_from_hf(rule, geometry, Slices(tensors), rank, size) for rank in range(size)
+        ]
+        assert len({tuple(shard.shape) for shard in shards}) == 1, "ranks hold equal shapes"
+        parts_of_ranks = [hf_from_shard(rule, geometry, shard) for shard in shards]
+        for index, name in enumerate(rule.hf_names):
+            full = join_parts(rule, geometry, [parts[index] for parts in parts_of_ranks])
+            assert torch.equal(full, tensors.pop(name)), f"{name} over {size} ranks"
+    assert not tensors, "tensors that no rule names"
+    assert kinds == {"vocab", "replicated", "qkv", "row", "gate_up"}
+
+
+@pytest.mark.parametrize("model_type", GEOMETRIES)
+def test_a_rank_reads_no_more_than_its_shard(model_type: str) -> None:
+    geometry = GEOMETRIES[model_type]
+    tensors = checkpoint(geometry)
+    for rule in tensor_rules(geometry):
+        for rank in range(4):
+            read = Slices(tensors)
+            shard = shard_from_hf(rule, geometry, read, rank, 4)
+            assert read.num_elements <= shard.numel(), rule.hf_names
+
+
+@pytest.mark.parametrize("model_type", GEOMETRIES)
+def test_names_and_shapes_are_those_of_transformers(model_type: str) -> None:
+    geometry = GEOMETRIES[model_type]
+    config = AutoConfig.for_model(
+        model_type,
+        num_hidden_layers=geometry.num_layers,
+        hidden_size=geometry.hidden_size,
+        intermediate_size=geometry.ffn_hidden_size,
+        num_attention_heads=geometry.num_heads,
+        num_key_value_heads=geometry.num_query_groups,
+        head_dim=geometry.head_dim,
+        vocab_size=geometry.vocab_size,
+        tie_word_embeddings=geometry.is_tied,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    found = {
+        name: shape
+        for rule in tensor_rules(geometry)
+        for name, shape in zip(rule.hf_names, hf_shapes(rule, geometry), strict=True)
+    }
+    assert found == expected
+
+
+def small(**changes: int) -> Geometry:
+    """4 heads of 1 in 2 groups, hidden size 1: small enough to write the rows down."""
+    numbers = {"num_layers": 4, "ffn_hidden_size": 4, "vocab_size": 131} | changes
+    return Geometry(
+        model_type="llama",
+        hidden_size=1,
+        num_heads=4,
+        num_query_groups=2,
+        head_dim=1,
+        max_position_embeddings=8,
+        norm_epsilon=1e-6,
+        has_qk_norm=False,
+        has_qkv_bias=False,
+        is_tied=False,
+        rope_theta=10000.0,
+        has_rope_scaling=False,
+        **numbers,
+    )
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values)[:, None]
+
+
+def rule_of(geometry: Geometry, kind: str, layer: int | None = 0):
+    return next(r for r in tensor_rules(geometry) if r.kind == kind and r.layer == layer)
+
+
+def test_queries_keys_and_values_stand_by_group() -> None:
+    geometry = small()
+    rule = rule_of(geometry, "qkv")
+    values = (column(0, 1, 2, 3), column(10, 11), column(20, 21))
+    tensors = dict(zip(rule.hf_names, values))
+    whole = shard_from_hf(rule, geometry, Slices(tensors), 0, 1)
+    assert whole[:, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    second = shard_from_hf(rule, geometry, Slices(tensors), 1, 2)
+    assert second[:, 0].tolist() == [2, 3, 11, 21]
+
+
+def test_gate_stands_before_up_on_each_rank() -> None:
+    geometry = small()
+    rule = rule_of(geometry, "gate_up")
+    tensors = dict(zip(rule.hf_names, (column(0, 1, 2, 3), column(10, 11, 12, 13))))
+    second = shard_from_hf(rule, geometry, Slices(tensors), 1, 2)
+    assert second[:, 0].tolist() == [2, 3, 12, 13]
+
+
+@pytest.mark.parametrize(("rank", "num_real"), [(0, 128), (1, 3), (2, 0), (3, 0)])
+def test_rows_beyond_the_vocabulary_are_zero(rank: int, num_real: int) -> None:
+    geometry = small()
+    rule = rule_of(geometry, "vocab", None)
+    tensors = {rule.hf_names[0]: column(*range(1, 132))}
+    shard = shard_from_hf(rule, geometry, Slices(tensors), rank, 4)
+    assert shard.shape == (128, 1)
+    assert shard[:num_real, 0].tolist() == list(range(128 * rank + 1, 128 * rank + num_real + 1))
+    assert not shard[num_real:].any()
+
+
+def test_every_rule_has_its_pipeline_stage() -> None:
+    stages = [rule.stage(4, 2) for rule in tensor_rules(small())]
+    assert stages == sorted(stages), "layer order is stage order"
+    by_layer = {rule.layer: rule.stage(4, 2) for rule in tensor_rules(small())}
+    assert [by_layer[layer] for layer in range(4)] == [0, 0, 1, 1]
+    outside = [rule for rule in tensor_rules(small()) if rule.layer is None]
+    names = [rule.hf_names[0] for rule in outside]
+    assert names == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    assert [rule.stage(4, 2) for rule in outside] == [0, 1, 1]
+
+
+def test_row_parallel_tensors_are_cut_along_their_columns() -> None:
+    assert {kind: cut_dimension(kind) for kind in ("replicated", "row", "qkv", "vocab")} == {
+        "replicated": None,
+        "row": 1,
+        "qkv": 0,
+        "vocab": 0,
+    }
