@@ -68,6 +68,7 @@ class Rollout:
     ]  # [L] version of the weights that sampled the token, -1 where the mask is False
     finish_reason: str  # "stop": the model ended; "length": cut at max_tokens
     text: str  # the response, decoded without special tokens
+    engine: str = ""  # url of the engine that sampled it; "" where it was recorded without one
 
     @property
     def num_response_tokens(self) -> int:
@@ -140,6 +141,7 @@ class Score:
     reward: float
     is_formatted: bool  # an answer could be read from the response, right or wrong
     failure: str | None  # "timeout", "crash", or None when the verifier did its work
+    group_reward: float = 0.0  # what a group verifier added to the reward
 
     @property
     def is_correct(self) -> bool:
@@ -165,22 +167,63 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledStep:
-    """A step's rollouts of one replica, on its head, and what was made of them; elsewhere the lists
-    are empty.
+class ScoredGroup:
+    """A group and what the verifiers said of each of its rollouts.
 
-    Example: one group of two of which one response was cut and is not learnt from: `SampledStep(
-    groups=[RolloutGroup(...)], scores=[(Score(...), Score(...))], penalties=[[0.0, -0.5]],
-    advantages=[[1.0, -1.0]], is_kept=[[True, False]], num_prompts=1, num_rounds=1)`.
+    Example: `ScoredGroup(group=RolloutGroup(...), scores=(Score(...), Score(...)))`.
     """
 
-    groups: Sequence[RolloutGroup]  # [P], by prompt index
-    scores: Sequence[Sequence[Score]]  # [P][G]
-    penalties: Sequence[Sequence[float]]  # [P][G] at most 0: what length took off the reward
-    advantages: Sequence[Sequence[float]]  # [P][G]
-    is_kept: Sequence[Sequence[bool]]  # [P][G] as in Sample
-    num_prompts: int  # of all replicas together, whether kept or not
-    num_rounds: int  # in which they were sampled; 0 where they were recorded
+    group: RolloutGroup
+    scores: tuple[Score, ...]  # [G]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedGroup:
+    """A scored group and what the learner makes of it.
+
+    Example: of two responses one was cut, and nothing is learnt from it: `JudgedGroup(
+    group=RolloutGroup(...), scores=(Score(...), Score(...)), overlong_penalties=(0.0, -0.5),
+    advantages=(1.0, -1.0), is_kept=(True, False))`.
+    """
+
+    group: RolloutGroup
+    scores: tuple[Score, ...]  # [G]
+    overlong_penalties: tuple[float, ...]  # [G] at most 0, added to the rewards
+    advantages: tuple[float, ...]  # [G]
+    is_kept: tuple[bool, ...]  # [G] as in Sample
+
+    def samples(self) -> tuple[Sample, ...]:
+        """[G] the rollouts on their way to the learner."""
+        return tuple(
+            Sample(
+                prompt_index=self.group.prompt.index,
+                sample_index=index,
+                rollout=rollout,
+                reward=score.reward,
+                advantage=advantage,
+                is_kept=is_kept,
+            )
+            for index, (rollout, score, advantage, is_kept) in enumerate(
+                zip(self.group.rollouts, self.scores, self.advantages, self.is_kept, strict=True)
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledStep:
+    """The rollouts of one step: on the head of each replica its own share, no groups elsewhere.
+
+    Example: one prompt, sampled at once: `SampledStep(groups=(JudgedGroup(...),), num_prompts=1,
+    num_rounds=1)`.
+    """
+
+    groups: tuple[JudgedGroup, ...]  # by prompt index
+    num_prompts: int  # sampled by all replicas together, whether kept or not
+    num_rounds: int  # of sampling; 0 where the rollouts were recorded
+
+    def samples(self) -> list[Sample]:
+        """All rollouts of this replica, group after group."""
+        return [sample for group in self.groups for sample in group.samples()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ whatever the layout. Sums travel in float64. Keys read `station/what/reduction`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -93,6 +93,11 @@ class Figures:
 
 
 Metric = Mean | Sum | Max | Min | Histogram | Figures
+
+
+def mean_of(values: Sequence[float | bool]) -> Mean:
+    """The mean of this rank's values, to be reduced with those of the other ranks."""
+    return Mean(sum=float(sum(values)), count=len(values))
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:

@@ -85,6 +85,21 @@ class Parallel:
         dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
         return box[0]
 
+    def from_first_rank(self, value: object) -> object:
+        """The value of global rank 0 on every rank; the others' argument is ignored."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        dist.barrier()
+
+    def share(self, count: int) -> tuple[int, int]:
+        """First and number of this replica's items, of `count` that all replicas share."""
+        start = count * self.dp_rank // self.dp_size
+        return start, count * (self.dp_rank + 1) // self.dp_size - start
+
     def reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
         """`(float64 tensor, "sum" | "max") -> reduced over the data-parallel ranks`, for
         metrics.
