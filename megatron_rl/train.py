@@ -41,7 +41,7 @@ def train(config: Config, progress: Progress) -> None:
         for step in run.steps():
             sampled = sample_step(run)
             with run.stations.time("learner"):
-                dealt = deal_batch(
+                batch = deal_batch(
                     make_samples(
                         sampled.groups, sampled.scores, sampled.advantages, sampled.is_kept
                     ),
@@ -52,7 +52,7 @@ def train(config: Config, progress: Progress) -> None:
                 )
                 report, recomputed = train_step(
                     run.learner,
-                    dealt.batch,
+                    batch,
                     run.dual,
                     config.objective,
                     step=step,
@@ -61,7 +61,7 @@ def train(config: Config, progress: Progress) -> None:
                 )
             run.next_prompt += sampled.num_prompts
             parity = publish_weights(run) if should_publish(config, step) else {}
-            record_rollouts(run, sampled, dealt, recomputed)
+            record_rollouts(run, sampled, recomputed)
             evaluation = {}
             if should_evaluate(config, step):
                 evaluation = evaluate_held_out(run) | reference_gap(run)

@@ -14,7 +14,7 @@ from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.learner.model.checkpoint import latest_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.records import Truncation
 from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader

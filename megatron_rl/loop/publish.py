@@ -17,11 +17,10 @@ import torch.distributed as dist
 from megatron_rl.config import RolloutConfig
 from megatron_rl.engine.client import sampling_seed
 from megatron_rl.errors import SyncError
-from megatron_rl.learner.batch.deal import DealtBatch, recomputed_by_sample
 from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.passes.forward import WHOLE
 from megatron_rl.loop.run import SYNC_LOG, Run
-from megatron_rl.loop.stations import recompute_for_all, unscored_samples
+from megatron_rl.loop.stations import unscored_samples
 from megatron_rl.records import Sample
 from megatron_rl.sync.probe import ParityReport, check_parity
 from megatron_rl.sync.wire import TensorSpec
@@ -81,10 +80,11 @@ def _publish(run: Run) -> None:
 def _probe(run: Run) -> dict[str, float]:
     """A few samples from every engine, held against the learner's log-probs of the same tokens."""
     samples = _probe_samples(run) if run.parallel.rank == 0 else []
-    dealt, recomputed = recompute_for_all(run, samples)
+    tokens_per_row = run.config.learner.tokens_per_micro_batch
+    scored = run.learner.score_samples(samples, tokens_per_row=tokens_per_row)
     figures: dict[str, float] = {}
     if run.parallel.is_last_stage:
-        reports = _compare_engines(run, dealt, recomputed)
+        reports = _compare_engines(run, scored)
         figures = {
             "sync/probe_gap/mean": max(each.mean_probability_gap for each in reports),
             "sync/probe_gap/max": max(each.max_probability_gap for each in reports),
@@ -130,12 +130,9 @@ def engine_precision(rollout: RolloutConfig) -> str:
     return "fp8"
 
 
-def _compare_engines(
-    run: Run, dealt: DealtBatch, recomputed: Sequence[torch.Tensor]
-) -> list[ParityReport]:
+def _compare_engines(run: Run, pairs: Sequence[tuple[Sample, torch.Tensor]]) -> list[ParityReport]:
     """One report an engine: pooled, a single stale engine among many would pass."""
     rollout = run.config.rollout
-    pairs = recomputed_by_sample(dealt, [recomputed])
     reports = []
     for number, address in enumerate(run.addresses):
         own = [pair for pair in pairs if pair[0].prompt_index % len(run.addresses) == number]

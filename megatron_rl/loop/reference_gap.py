@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.learner.batch.deal import recomputed_by_sample
 from megatron_rl.loop.preflight import REFERENCE_STEP
 from megatron_rl.loop.run import Run
-from megatron_rl.loop.stations import recompute_for_all, unscored_samples
+from megatron_rl.loop.stations import unscored_samples
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.records import Sample
 from megatron_rl.rollout.recording import read_step
@@ -36,11 +35,12 @@ def reference_gap(run: Run) -> dict[str, float]:
         return {}
     with run.stations.time("eval"):
         samples = _scored_by_engine(run) if run.parallel.rank == 0 else []
-        dealt, recomputed = recompute_for_all(run, samples)
+        tokens_per_row = run.config.learner.tokens_per_micro_batch
+        scored = run.learner.score_samples(samples, tokens_per_row=tokens_per_row)
         figures: dict[str, float] = {}
         if run.parallel.is_last_stage:
             gaps, logprobs = [], []
-            for sample, learned in recomputed_by_sample(dealt, [recomputed]):
+            for sample, learned in scored:
                 is_sampled = torch.tensor(sample.rollout.loss_mask)
                 served = torch.tensor(sample.rollout.rollout_logprobs)[is_sampled]
                 gaps.append(discrepancy(learned[is_sampled], served).double())

@@ -34,7 +34,8 @@ from megatron_rl.learner.layout.parallel import (
 )
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
-from megatron_rl.learner.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rl.learner.model.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.learner.update.dual import build_dual
 from megatron_rl.loop.preflight import (
     check_engine_place,
@@ -185,7 +186,7 @@ class Run:
         folder = self._checkpoint
         self.was_resumed = folder is not None
         if folder is not None:
-            state = load_checkpoint(folder, self.learner)
+            state = load_checkpoint(folder, self.learner.trained)
             check_same_data(state["data"], self.config, folder)
             self.step = state["step"]
             self.next_prompt = state["next_prompt"]
@@ -199,7 +200,7 @@ class Run:
         """Write a checkpoint of the step that has just ended."""
         save_checkpoint(
             self.run_dir / "checkpoints",
-            self.learner,
+            self.learner.trained,
             {
                 "step": self.step,
                 "next_prompt": self.next_prompt,

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from megatron_rl.config import ObjectiveConfig
 from megatron_rl.engine.client import sampling_seed
 from megatron_rl.errors import EngineError
-from megatron_rl.learner.batch.deal import DealtBatch, pack_batch, recomputed_by_sample
-from megatron_rl.learner.passes.forward import WHOLE
+from megatron_rl.learner.batch.deal import by_sample
 from megatron_rl.loop.report import Advantages, Groups, Scores, evaluation_metrics
 from megatron_rl.loop.run import Run
 from megatron_rl.objective.advantage import group_advantages
 from megatron_rl.observe.metrics import reduce
-from megatron_rl.records import Sample, SampledStep, Score
+from megatron_rl.records import RecomputedRow, Sample, SampledStep, Score
 from megatron_rl.reward.score import best_constant_answer, rewards_of
 from megatron_rl.rollout.recording import write_recomputed, write_step
 from megatron_rl.weights.huggingface import write_checkpoint
@@ -89,19 +88,6 @@ def unscored_samples(groups: Groups) -> list[Sample]:
     )
 
 
-def recompute_for_all(run: Run, samples: Sequence[Sample]) -> tuple[DealtBatch, list[torch.Tensor]]:
-    """The learner's log-probs over the whole distribution of samples that rank 0 holds; a
-    collective in which every replica computes them all.
-
-    Returns:
-        The packed samples, and on the last pipeline stage a [T] a row.
-    """
-    box = [samples]
-    dist.broadcast_object_list(box, src=0, device=run.parallel.device)
-    dealt = pack_batch(box[0], run.parallel, run.config.learner.tokens_per_micro_batch)
-    return dealt, run.learner.recompute(dealt.batch.mini_batches[0], truncation=WHOLE)
-
-
 def evaluate_held_out(run: Run, *, with_constant_answer: bool = False) -> dict[str, float]:
     """avg@k and pass@k on the held-out prompts, shared among the replicas, at the evaluation's own
     sampling settings; on the heads. Every sample goes to `rollouts/eval/`.
@@ -133,12 +119,7 @@ def evaluate_held_out(run: Run, *, with_constant_answer: bool = False) -> dict[s
     return reduced
 
 
-def record_rollouts(
-    run: Run,
-    sampled: SampledStep,
-    dealt: DealtBatch,
-    recomputed: Sequence[Sequence[torch.Tensor]],
-) -> None:
+def record_rollouts(run: Run, sampled: SampledStep, recomputed: Sequence[RecomputedRow]) -> None:
     """Every sample of the step into `rollouts/`, and the learner's log-probs of it."""
     if run.is_replay:
         return
@@ -155,7 +136,7 @@ def record_rollouts(
                 num_ranks=parallel.dp_size,
             )
         if parallel.is_last_stage and parallel.tp_rank == 0:
-            found = recomputed_by_sample(dealt, recomputed)
+            found = by_sample(recomputed)
             write_recomputed(
                 folder,
                 run.step,
