@@ -228,14 +228,15 @@ class SampledStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A packed row of a fixed token budget. Every `[T]` tensor is aligned with the *prediction*:
-    position t of the row predicts `labels[t]`, which is the sequence's next token; nothing is
-    shifted later.
+    """A packed row of a fixed token budget, and the samples that are packed in it. Every `[T]`
+    tensor is aligned with the *prediction*: position t of the row predicts `labels[t]`, which is
+    the sequence's next token; nothing is shifted later.
 
     Example: the sequence (1, 32, 26, 2) with response (26, 2), padded to 4 of T=8:
     `tokens=[1,32,26,2,0,0,0,0]`, `labels=[32,26,2,0,0,0,0,0]`, `loss_mask=[F,T,T,F,F,F,F,F]`,
-    `positions=[0,1,2,3,0,1,2,3]`, `cu_seqlens=[0,4]`, `cu_seqlens_padded=[0,4]`; the rest of the
-    row is padding that belongs to no sequence.
+    `positions=[0,1,2,3,0,1,2,3]`, `cu_seqlens=[0,4]`, `cu_seqlens_padded=[0,4]`,
+    `samples=(Sample(...),)`; the rest of the row is padding that belongs to no sequence. A filler
+    row is fully masked and holds one sequence of one token that belongs to no sample.
     """
 
     tokens: torch.Tensor  # [T] int64
@@ -247,33 +248,41 @@ class MicroBatch:
     weight_versions: torch.Tensor  # [T] int64, -1 where the mask is False
     sequence_ids: torch.Tensor  # [T] int64, 0 to S-1, -1 on padding
     cu_seqlens: torch.Tensor  # [S+1] int32, real lengths, cumulated
-    cu_seqlens_padded: (
-        torch.Tensor
-    )  # [S+1] int32, where each sequence starts in the row; lengths padded to 2 x CP
+    cu_seqlens_padded: torch.Tensor  # [S+1] int32, where each sequence starts in the row
+    samples: tuple[Sample, ...]  # [S] the sequences in their order in the row; () in a filler row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """This rank's share of a global batch, an optimizer step a mini-batch. In each mini-batch every
-    data-parallel rank holds the same number of micro-batches, filled up with fully masked ones.
+    """This rank's share of a global batch, with one optimizer step for each mini-batch. In each
+    mini-batch every data-parallel rank holds the same number of micro-batches, filled up with fully
+    masked ones.
 
-    Example: one optimizer step on two rows: `TrainBatch(mini_batches=((MicroBatch(...),
-    MicroBatch(...)),))`.
+    Example: one optimizer step on two rows, and no dropped samples: `TrainBatch(
+    mini_batches=((MicroBatch(...), MicroBatch(...)),), dropped=())`.
     """
 
     mini_batches: tuple[tuple[MicroBatch, ...], ...]
-    # samples that only the discrepancy is measured on, as many rows on every rank; seldom any
-    measured: tuple[MicroBatch, ...] = ()
+    # rows of samples whose discrepancy is measured but that are not learnt from; the same number on
+    # every rank, mostly 0
+    dropped: tuple[MicroBatch, ...]
 
-    @property
-    def parts(self) -> tuple[tuple[MicroBatch, ...], ...]:
-        """The mini-batches, and behind them the measured rows where there are any."""
-        return (*self.mini_batches, self.measured) if self.measured else self.mini_batches
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputedRow:
+    """A row with the learner's log-probs at the weights before the update.
+
+    Example: the row of `MicroBatch`'s example: `RecomputedRow(micro_batch=MicroBatch(...),
+    recomputed_logprobs=[0, -0.3, -0.1, 0, 0, 0, 0, 0])`.
+    """
+
+    micro_batch: MicroBatch
+    recomputed_logprobs: torch.Tensor  # [T] float32, 0 where the row's loss mask is False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one training step did, the same on every rank.
+    """The outcome of one training step, the same on every rank.
 
     Example: `StepReport(step=12, dual_value=0.104, metrics={"discrepancy/mean": 0.0041,
     "learner/grad_norm": 0.7})`.

@@ -18,7 +18,7 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
-from megatron_rl.learner.batch.deal import pack_batch
+from megatron_rl.learner.batch.deal import pack_rows
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import run_schedule
@@ -44,11 +44,11 @@ def compare(config: Config, progress: Progress) -> None:
     learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)
     groups, _ = read_step(Path(config.replay), 1)
     samples = unscored_samples(groups)
-    rows = pack_batch(samples, parallel, config.learner.tokens_per_micro_batch).batch
+    rows = pack_rows(samples, parallel, config.learner.tokens_per_micro_batch, min_rows=1)
     gaps: dict[str, list[torch.Tensor]] = {way: [] for way in DTYPES}
 
     def on_output(index: int, logits: torch.Tensor) -> None:
-        row = rows.mini_batches[0][index]
+        row = rows[index]
         kept = logits[0, row.loss_mask, : geometry.vocab_size].contiguous()
         labels, temperature = row.labels[row.loss_mask], config.rollout.sampling.temperature
         aligned = token_logprobs(kept, labels, temperature=temperature).double().exp()
@@ -58,7 +58,7 @@ def compare(config: Config, progress: Progress) -> None:
             gaps[way].append((found - aligned).abs())
 
     with torch.no_grad():
-        run_schedule(learner.model, rows.mini_batches[0], on_output, forward_only=True)
+        run_schedule(learner.trained.model, rows, on_output, forward_only=True)
     for way, parts in gaps.items():
         of_tokens = torch.cat(parts)
         figures = {"mean": float(of_tokens.mean()), "largest": float(of_tokens.max())}

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 import megatron_rl.train
 from megatron_rl.config import Config, ObjectiveConfig
 from megatron_rl.errors import ConfigError
@@ -30,6 +32,7 @@ from megatron_rl.learner.update import row_loss
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.loop.report import STEP_STATIONS, write_metrics
 from megatron_rl.loop.run import Run
+from megatron_rl.objective.discrepancy import DiscrepancySum
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.command import Progress, run_command
 
@@ -55,7 +58,11 @@ class AlternatingSteps:
         with ExitStack() as stack:
             if is_plain(step):
                 config = replace(config, constraint=replace(config.constraint, enabled=False))
-                nothing = mock.patch.object(row_loss, "discrepancy_metrics", return_value={})
+                zero = torch.zeros((), dtype=torch.float64)
+                no_metrics = (DiscrepancySum(total=zero, num_tokens=zero), {})
+                nothing = mock.patch.object(
+                    row_loss, "discrepancy_metrics", return_value=no_metrics
+                )
                 stack.enter_context(nothing)
             result = train_step(learner, batch, dual, config, **rest)
         self.seconds[step] = time.perf_counter() - start

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.learner.batch.deal import deal_batch, recomputed_by_sample
+from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.objective.advantage import group_advantages
@@ -149,17 +149,17 @@ def record(model: Path, folder: Path) -> None:
     steps[SPARSE_STEP] = sparse_groups(rng)
     for step, (groups, scores) in steps.items():
         samples = as_samples(groups, scores)
-        dealt = deal_batch(
+        batch = deal_batch(
             samples,
             parallel,
             samples_per_prompt=len(groups[0].rollouts),
             num_mini_batches=1,
             tokens_per_row=256,
         )
-        recomputed = [learner.recompute(rows) for rows in dealt.batch.mini_batches]
+        recomputed = learner.recompute(batch.mini_batches[0])
         known = {
             (sample.prompt_index, sample.sample_index): _with_noise(sample.rollout, values, rng)
-            for sample, values in recomputed_by_sample(dealt, recomputed)
+            for sample, values in by_sample(recomputed)
         }
         groups = [
             replace(

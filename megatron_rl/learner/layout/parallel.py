@@ -1,8 +1,7 @@
 """[door: megatron] Start the process groups and hand them out.
 
-In comes the layout of the config, out goes a `Parallel`: this rank's place and the groups that the
-rest of the learner is given explicitly. NCCL where there is a GPU, gloo otherwise, from the same
-code.
+In comes the layout of the config, out goes a `Parallel`: this rank's place and the process groups,
+which the rest of the learner is given explicitly. NCCL where there is a GPU, gloo otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_rl.config import ParallelConfig
 from megatron_rl.errors import ConfigError
+from megatron_rl.learner.layout.context import global_batch_group
 from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu
 
 
@@ -31,7 +31,7 @@ class Parallel:
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup  # data and context parallel together: who shares a global batch
+    dp_group: dist.ProcessGroup  # the ranks that share a global batch, one of every replica
     model_group: dist.ProcessGroup  # TP x PP: the ranks that hold one replica of the model
 
     @property
@@ -167,7 +167,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        dp_group=global_batch_group(),
         model_group=parallel_state.get_model_parallel_group(),
     )
 

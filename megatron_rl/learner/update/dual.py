@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from megatron_rl.config import ConstraintConfig
 from megatron_rl.objective.constraint import DualVariable
-from megatron_rl.objective.tolerance import MeasuredTolerance
+from megatron_rl.objective.tolerance import CalibratedTolerance
 
 
 def build_dual(config: ConstraintConfig) -> DualVariable:
-    """lambda as it stands before the first step."""
-    measured = None
-    # Nobody looks at it before it is measured.
-    tolerance = 0.0 if isinstance(config.tolerance, str) else config.tolerance
-    if isinstance(config.tolerance, str):
-        measured = MeasuredTolerance(config.tolerance_steps, config.tolerance_slack)
+    """lambda before the first step."""
+    calibration = None
+    tolerance = config.tolerance
+    if isinstance(tolerance, str):
+        calibration = CalibratedTolerance(config.tolerance_steps, config.tolerance_slack)
+        tolerance = 0.0  # placeholder until the tolerance is calibrated
     return DualVariable(
         config.initial,
         config.learning_rate,
@@ -21,5 +21,5 @@ def build_dual(config: ConstraintConfig) -> DualVariable:
         config.minimum,
         config.maximum,
         warmup_steps=config.warmup_steps,
-        measured=measured,
+        calibration=calibration,
     )

@@ -9,12 +9,12 @@ def test_every_setting_arrives():
     dual = build_dual(config)
     assert (dual.value, dual.learning_rate, dual.tolerance) == (0.3, 0.5, 0.01)
     assert (dual.minimum, dual.maximum, dual.warmup_steps) == (0.2, 4.0, 7)
-    assert dual.measured is None
+    assert dual.calibration is None
 
 
-def test_an_automatic_tolerance_is_measured():
+def test_an_automatic_tolerance_is_calibrated():
     dual = build_dual(
         ConstraintConfig(tolerance="auto", tolerance_steps=4, tolerance_slack=3.0, warmup_steps=2)
     )
-    assert dual.is_at_rest and dual.penalty == 0.0
-    assert (dual.measured.num_steps, dual.measured.slack, dual.warmup_steps) == (4, 3.0, 2)
+    assert dual.is_at_rest and dual.effective_value == 0.0
+    assert (dual.calibration.num_steps, dual.calibration.slack, dual.warmup_steps) == (4, 3.0, 2)

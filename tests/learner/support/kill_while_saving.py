@@ -1,6 +1,6 @@
 """Ranks that save checkpoints without end, killed at random moments; their successors load.
 
-    python -m tests.learner.kill_while_saving MODEL ROLLOUTS FOLDER
+    python -m tests.learner.support.kill_while_saving MODEL ROLLOUTS FOLDER
 
 One process imports everything and forks two ranks, time after time; prints `resumed N` for every
 start but the first, and `partial was there` when a kill had fallen into a save.
@@ -26,9 +26,9 @@ START_TIMEOUT_SECONDS = 60
 
 def rank_main(rank: int, meeting: Path, model: Path, rollouts: Path, folder: Path) -> None:
     """Load what is there, then save one step after the other until the end comes."""
-    from megatron_rl.learner.model.checkpoint import latest_checkpoint
+    from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
     from megatron_rl.objective.constraint import DualVariable
-    from tests.learner import checkpoint_ranks
+    from tests.learner.support import checkpoint_ranks
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(NUM_RANKS))
     dist.init_process_group(

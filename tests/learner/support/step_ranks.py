@@ -1,7 +1,7 @@
 """What the ranks of test_step.py do: one recorded batch through a real training step, in every
 layout, row length, packing and normalisation that this world size allows.
 
-    torchrun --nproc_per_node N -m tests.learner.step_ranks MODEL ROLLOUTS OUT
+    torchrun --nproc_per_node N -m tests.learner.support.step_ranks MODEL ROLLOUTS OUT
 
 Rank 0 writes `OUT/<case>.pt`. Adam's epsilon is so large that it is SGD: one optimizer step takes
 the gradient from the weights, so that weights after it are as telling as gradients.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -27,16 +27,16 @@ from megatron_rl.config import (
     OptimizerConfig,
     ParallelConfig,
 )
-from megatron_rl.learner.batch.deal import DealtBatch, deal_batch
+from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.batch.packing import fill, pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.export import full_tensors
 from megatron_rl.learner.update.dual import build_dual
 from megatron_rl.learner.update.step import train_step
-from megatron_rl.records import StepReport, TrainBatch
+from megatron_rl.records import RecomputedRow, StepReport, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
+from tests.learner.support.exported import exported_gradients, exported_weights
 
 DUAL_VALUE, TOLERANCE = 0.5, 0.0037
 
@@ -111,7 +111,7 @@ CASES = (
 )
 
 
-def deal(case: Case, rollouts: Path, parallel: Parallel) -> DealtBatch:
+def deal(case: Case, rollouts: Path, parallel: Parallel) -> TrainBatch:
     """The batch of the case, as this rank's rows."""
     step = recorded.SPARSE_STEP if case.is_sparse else 1
     samples = recorded.read_samples(rollouts, step, parallel)
@@ -124,44 +124,26 @@ def deal(case: Case, rollouts: Path, parallel: Parallel) -> DealtBatch:
     )
 
 
-def one_per_row(dealt: DealtBatch, tokens_per_row: int, parallel: Parallel) -> TrainBatch:
+def one_per_row(batch: TrainBatch, tokens_per_row: int, parallel: Parallel) -> TrainBatch:
     """The same sequences on the same ranks, each in a row of its own."""
     mini_batches = []
-    for rows in dealt.samples:
-        packed = [pack([each], tokens_per_row=tokens_per_row)[0] for row in rows for each in row]
+    for rows in batch.mini_batches:
+        samples = [sample for row in rows for sample in row.samples]
+        packed = [pack([each], tokens_per_row=tokens_per_row)[0] for each in samples]
         counts: list[Any] = [None] * parallel.world_size
         dist.all_gather_object(counts, len(packed))
         mini_batches.append(tuple(fill(packed, max(counts), tokens_per_row)))
-    return TrainBatch(mini_batches=tuple(mini_batches))
+    return TrainBatch(mini_batches=tuple(mini_batches), dropped=())
 
 
-class Gradients:
-    """Main gradients in the place of the weights, for the same export."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._model.named_parameters():
-            yield name, parameter.main_grad
-
-
-def exported(model: Any, learner: Learner) -> dict[str, torch.Tensor]:
-    """Full tensors by Hugging Face name, on rank 0."""
-    tensors = full_tensors(model, learner.geometry, learner.parallel)
-    return {name: tensor.clone() for name, tensor in tensors}
-
-
-def mean_shaped_advantage(
-    batch: TrainBatch, recomputed: list[list[torch.Tensor]], dual_value: float
-) -> float:
+def mean_shaped_advantage(recomputed: Sequence[RecomputedRow], dual_value: float) -> float:
     """Mean |A'| of the kept tokens that this rank holds, by the definition."""
     values = []
-    for rows, of_rows in zip(batch.mini_batches, recomputed):
-        for row, logprobs in zip(rows, of_rows):
-            delta = (logprobs.double().exp() - row.rollout_logprobs.double().exp()).abs()
-            shaped = row.advantages.double() - dual_value * delta
-            values.append(shaped[row.loss_mask].abs())
+    for each in recomputed:
+        row, logprobs = each.micro_batch, each.recomputed_logprobs
+        delta = (logprobs.double().exp() - row.rollout_logprobs.double().exp()).abs()
+        shaped = row.advantages.double() - dual_value * delta
+        values.append(shaped[row.loss_mask].abs())
     return float(torch.cat(values).mean()) if values else float("nan")
 
 
@@ -177,11 +159,12 @@ def align(batch: TrainBatch, learner: Learner) -> TrainBatch:
     return TrainBatch(
         mini_batches=tuple(
             tuple(
-                replace(row, rollout_logprobs=logprobs)
-                for row, logprobs in zip(rows, learner.recompute(rows), strict=True)
+                replace(row.micro_batch, rollout_logprobs=row.recomputed_logprobs)
+                for row in learner.recompute(rows)
             )
             for rows in batch.mini_batches
-        )
+        ),
+        dropped=(),
     )
 
 
@@ -208,10 +191,9 @@ def run_case(
         num_updates=2,
         reference_path=config.kl.reference,
     )
-    dealt = deal(case, rollouts, parallel)
-    batch = dealt.batch
+    batch = deal(case, rollouts, parallel)
     if not case.is_packed:
-        batch = one_per_row(dealt, case.tokens_per_row, parallel)
+        batch = one_per_row(batch, case.tokens_per_row, parallel)
     if case.is_swapped:
         batch = swap(batch, parallel)
     if case.is_aligned:
@@ -231,15 +213,15 @@ def run_case(
     of_ranks: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(of_ranks, (kept, [len(rows) for rows in batch.mini_batches]))
     gradients = None
-    if not case.is_distributed:  # a rank of it holds the sum of its own piece alone
-        gradients = exported(Gradients(learner.model.module), learner)
+    if not case.is_distributed:
+        gradients = exported_gradients(learner)
     return {
         "reports": reports,
         "kept": [each for each, _ in of_ranks],
         "num_rows": [each for _, each in of_ranks],
-        "shaped_advantage": mean_shaped_advantage(batch, recomputed, DUAL_VALUE),
+        "shaped_advantage": mean_shaped_advantage(recomputed, DUAL_VALUE),
         "gradients": gradients,
-        "weights": exported(learner.model.module, learner),
+        "weights": exported_weights(learner),
     }
 
 

@@ -1,7 +1,8 @@
 """What the ranks of test_objectives.py do: the training step of step_ranks.py with a representative
 set of objectives.
 
-    torchrun --nproc_per_node N -m tests.learner.objective_ranks MODEL REFERENCE ROLLOUTS OUT
+    torchrun --nproc_per_node N -m tests.learner.support.objective_ranks MODEL REFERENCE \\
+        ROLLOUTS OUT
 
 The recorded log-ratios of rollout and learner have a standard deviation of 0.3, so that bounds of
 about e^0.3 take some tokens and leave others.
@@ -22,7 +23,7 @@ from megatron_rl.config import (
     RejectionConfig,
 )
 from megatron_rl.learner.layout.parallel import Parallel
-from tests.learner.step_ranks import DUAL_VALUE, Case, run_case, run_cases
+from tests.learner.support.step_ranks import DUAL_VALUE, Case, run_case, run_cases
 
 DUAL = ConstraintConfig(initial=DUAL_VALUE)
 REFERENCE = "REFERENCE"  # stands for the path

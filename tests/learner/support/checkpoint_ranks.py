@@ -1,6 +1,6 @@
 """What the ranks of test_checkpoint.py do: train, save, load on other layouts, go on.
 
-    torchrun --nproc_per_node N -m tests.learner.checkpoint_ranks MODEL ROLLOUTS OUT
+    torchrun --nproc_per_node N -m tests.learner.support.checkpoint_ranks MODEL ROLLOUTS OUT
 
 Two ranks save after two steps, one of the layouts loads, saves the same again and does step 3; then
 one rank does so too. Rank 0 writes `OUT/<kind>.<layout>.pt`: what step 3 gave, and every tensor of
@@ -27,12 +27,14 @@ from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model import checkpoint
-from megatron_rl.learner.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_rl.learner.model.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.weights.geometry import read_geometry
 from tests.checkpoint_reader import read_tensors
 from tests.learner import recorded
+from tests.learner.support.exported import exported_weights
 
 NUM_UPDATES, WARMUP_STEPS, LEARNING_RATE = 6, 3, 1e-3
 SAVED_AFTER = 2
@@ -77,7 +79,7 @@ def train(
     """The recorded steps; metrics of each."""
     reports = []
     for step in steps:
-        dealt = deal_batch(
+        batch = deal_batch(
             recorded.read_samples(rollouts, step, learner.parallel),
             learner.parallel,
             samples_per_prompt=recorded.NUM_SAMPLES,
@@ -86,7 +88,7 @@ def train(
         )
         report, _ = train_step(
             learner,
-            dealt.batch,
+            batch,
             dual,
             ObjectiveConfig(),
             step=step,
@@ -99,20 +101,19 @@ def train(
 
 def outcome_of(learner: Learner, reports: list[dict[str, float]]) -> dict[str, Any]:
     """The last step's numbers, and the weights after it on rank 0."""
-    weights = {name: tensor.clone() for name, tensor in learner.full_tensors()}
-    return {"metrics": reports[-1], "weights": weights}
+    return {"metrics": reports[-1], "weights": exported_weights(learner)}
 
 
 def save(folder: Path, learner: Learner, dual: DualVariable, step: int, keep: int = 2) -> Path:
     """As the run does."""
     return save_checkpoint(
-        folder, learner, {"step": step, "dual": dual.state_dict()}, step=step, keep=keep
+        folder, learner.trained, {"step": step, "dual": dual.state_dict()}, step=step, keep=keep
     )
 
 
 def load(folder: Path, learner: Learner, dual: DualVariable) -> int:
     """As the run does; the step after which it was saved."""
-    state = load_checkpoint(folder, learner)
+    state = load_checkpoint(folder, learner.trained)
     dual.load_state_dict(state["dual"])
     return state["step"]
 
@@ -169,7 +170,7 @@ def change_settings(kind: Kind, model: Path, rollouts: Path, out: Path) -> None:
     dual = DualVariable(0.1)
     load(out / kind.name / f"step_{SAVED_AFTER:06d}", learner, dual)
     reports = train(learner, rollouts, dual, range(3, 4))
-    betas = [tuple(group["betas"]) for group in learner.optimizer.param_groups]
+    betas = [tuple(group["betas"]) for group in learner.trained.optimizer.param_groups]
     write(out, "changed", {"metrics": reports[0], "betas": betas})
 
 
@@ -246,7 +247,7 @@ def load_broken(kind: Kind, layout: str, model: Path, out: Path) -> None:
     for path in sorted(folder.glob("*")):
         error = ""
         try:
-            load_checkpoint(path, build(kind, model, parallel))
+            load_checkpoint(path, build(kind, model, parallel).trained)
         except DataError as caught:
             error = str(caught)
         of_ranks: list[str] = [""] * parallel.world_size

@@ -1,6 +1,6 @@
 """Tiny checkpoints with every tensor random, a recorded batch, and what transformers makes of them.
 
-    python -m tests.learner.parity_models FOLDER
+    python -m tests.learner.support.parity_models FOLDER
 
 A process of its own: where the learner runs on the CPU, torch's factories are patched, and
 transformers would load its models' buffers wrong there. FOLDER gets `<name>/` (a Hugging Face

@@ -1,6 +1,6 @@
 """What the ranks of the parity tests do: every model in every layout of this world size.
 
-    torchrun --nproc_per_node N -m tests.learner.parity_ranks FOLDER
+    torchrun --nproc_per_node N -m tests.learner.support.parity_ranks FOLDER
 
 Megatron's groups are taken down and made anew between layouts, so that one start serves them all.
 Rank 0 writes `FOLDER/<model>.<case>.pt`: the learner's log-probs by sequence, the exported weights
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,19 @@ import torch.distributed as dist
 
 from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.learner.batch.packing import deal, fill, pack, plan_rows
+from megatron_rl.learner.batch.deal import split_by_sample
+from megatron_rl.learner.batch.packing import deal, fill, pack
 from megatron_rl.learner.layout.cpu_device import run_on_cpu
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import build_model, stage_tensors
-from megatron_rl.learner.model.export import full_tensors
 from megatron_rl.learner.passes.forward import RowOutput, row_output, run_schedule
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import MicroBatch, Rollout, Sample, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
-from tests.learner.parity_models import COOL, DUAL_VALUE
+from tests.learner.support.exported import exported_gradients, exported_weights
+from tests.learner.support.parity_models import COOL, DUAL_VALUE
 
 TOKENS_PER_ROW = 384
 LEARNING_RATE = 1e-3
@@ -115,34 +115,26 @@ def recorded_samples(batch: dict[str, Any], *, is_every_token_kept: bool) -> lis
     return samples
 
 
-def rows_of_rank(
-    samples: list[Sample], case: Case, parallel: Parallel
-) -> tuple[list[MicroBatch], list[list[Sample]]]:
-    """This rank's rows, filled up to as many as any rank has, and what stands in each."""
+def rows_of_rank(samples: list[Sample], case: Case, parallel: Parallel) -> list[MicroBatch]:
+    """This rank's rows, filled up to as many as any rank has."""
     shares = deal([len(sample.rollout.token_ids) for sample in samples], parallel.dp_size)
-    planned = []
+    packed = []
     for share in shares:
-        if case.is_packed:
-            mine = [samples[index] for index in share]
-            rows = plan_rows(mine, tokens_per_row=TOKENS_PER_ROW)
-            planned.append([[mine[index] for index in row] for row in rows])
-        else:
-            planned.append([[samples[index]] for index in share])
-    held = planned[parallel.dp_rank]
-    rows = [pack(row, tokens_per_row=TOKENS_PER_ROW)[0] for row in held]
-    return fill(rows, max(len(each) for each in planned), TOKENS_PER_ROW), held
+        mine = [samples[index] for index in share]
+        in_one_row = [mine] if case.is_packed else [[sample] for sample in mine]
+        packed.append(
+            [row for each in in_one_row for row in pack(each, tokens_per_row=TOKENS_PER_ROW)]
+        )
+    return fill(packed[parallel.dp_rank], max(len(rows) for rows in packed), TOKENS_PER_ROW)
 
 
-def by_sequence(
-    rows: list[MicroBatch], held: list[list[Sample]], values: list[torch.Tensor]
-) -> dict[int, torch.Tensor]:
-    """What rows of [T] hold for each sequence, [L-1]; nothing before the last stage."""
-    found = {}
-    for row, samples, of_row in zip(rows, held, values):
-        for start, sample in zip(row.cu_seqlens_padded.tolist(), samples):
-            length = len(sample.rollout.token_ids)
-            found[sample.prompt_index] = of_row[start : start + length - 1].clone()
-    return found
+def by_sequence(rows: list[MicroBatch], values: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The values [T] of rows by sequence, [L-1]; nothing before the last stage."""
+    return {
+        sample.prompt_index: of_tokens[1:].clone()
+        for row, of_row in zip(rows, values)
+        for sample, of_tokens in split_by_sample(row, of_row)
+    }
 
 
 def forward_at(learner: Learner, rows: list[MicroBatch], temperature: float) -> list[RowOutput]:
@@ -158,12 +150,12 @@ def forward_at(learner: Learner, rows: list[MicroBatch], temperature: float) -> 
         )
 
     with torch.no_grad():
-        return run_schedule(learner.model, rows, on_output, forward_only=True)
+        return run_schedule(learner.trained.model, rows, on_output, forward_only=True)
 
 
 def shard_digests(learner: Learner, attribute: str) -> list[tuple[str, int | None, str]]:
     """(Hugging Face name, TP rank or None for a copy, digest) of each of this rank's shards."""
-    parameters = dict(learner.model.module.named_parameters())
+    parameters = dict(learner.trained.model.module.named_parameters())
     digests = []
     for rule, name in stage_tensors(learner.geometry, learner.parallel, parameters):
         tensor = getattr(parameters[name], attribute).detach().float().contiguous()
@@ -173,33 +165,17 @@ def shard_digests(learner: Learner, attribute: str) -> list[tuple[str, int | Non
     return digests
 
 
-class _Gradients:
-    """Main gradients in the place of the weights, for the same export."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._model.named_parameters():
-            yield name, parameter.main_grad
-
-
-def exported(model: Any, learner: Learner) -> dict[str, torch.Tensor]:
-    tensors = full_tensors(model, learner.geometry, learner.parallel)
-    return {name: tensor.clone() for name, tensor in tensors}
-
-
 def main_weights(learner: Learner) -> dict[str, Any]:
     """Of the optimizer: the dtypes that it steps, its state, and how far main weights have come."""
-    groups = learner.optimizer.param_groups
-    states = learner.optimizer.optimizer.state.values()
+    groups = learner.trained.optimizer.param_groups
+    states = learner.trained.optimizer.optimizer.state.values()
     found: dict[str, Any] = {
         "dtypes": {str(parameter.dtype) for group in groups for parameter in group["params"]},
         "state": {key for state in states for key in state},
         "state_dtypes": {str(value.dtype) for state in states for value in state.values()},
         "is_rounded_main": True,
     }
-    for parameter in learner.model.module.parameters():
+    for parameter in learner.trained.model.module.parameters():
         main = getattr(parameter, "main_param", None)
         if main is not None and main.shape == parameter.shape:
             found["is_rounded_main"] &= torch.equal(parameter, main.to(parameter.dtype))
@@ -213,7 +189,7 @@ def train_once(learner: Learner, rows: list[MicroBatch]) -> tuple[dict[str, floa
     recomputed = learner.recompute(rows)
     report, trained_on = train_step(
         learner,
-        TrainBatch(mini_batches=(tuple(rows),)),
+        TrainBatch(mini_batches=(tuple(rows),), dropped=()),
         DualVariable(
             value=DUAL_VALUE, learning_rate=1.0, tolerance=0.0037, minimum=0.0, maximum=10.0
         ),
@@ -222,8 +198,23 @@ def train_once(learner: Learner, rows: list[MicroBatch]) -> tuple[dict[str, floa
         weight_version=0,
         should_recompute=False,
     )
-    is_same = [torch.equal(a, b) for a, b in zip(recomputed, trained_on[0], strict=True)]
+    is_same = [
+        torch.equal(separate.recomputed_logprobs, saved.recomputed_logprobs)
+        for separate, saved in zip(recomputed, trained_on, strict=True)
+    ]
     return report.metrics, all(is_same)
+
+
+def scored_by_every_replica(
+    learner: Learner, samples: list[Sample]
+) -> list[dict[int, torch.Tensor]]:
+    """Of every rank what `score_samples` gave it of samples that rank 0 alone holds, [L-1]."""
+    held = samples if learner.parallel.rank == 0 else []
+    scored = learner.score_samples(held, tokens_per_row=TOKENS_PER_ROW)
+    own = {sample.prompt_index: values[1:].clone() for sample, values in scored}
+    of_ranks: list[Any] = [None] * learner.parallel.world_size
+    dist.all_gather_object(of_ranks, own)
+    return of_ranks
 
 
 def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> dict[str, Any]:
@@ -241,22 +232,26 @@ def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> d
     )
     outcome: dict[str, Any] = {"names": learner.tensor_shapes()}
     every_token = recorded_samples(batch, is_every_token_kept=True)
-    rows, held = rows_of_rank(every_token, case, parallel)
+    rows = rows_of_rank(every_token, case, parallel)
     cool = forward_at(learner, rows, COOL)
+    recomputed = [row.recomputed_logprobs for row in learner.recompute(rows)]
+    full = [row.full_logprobs for row in learner.full_logprobs(rows)]
     forward = {
-        "logprobs": by_sequence(rows, held, learner.recompute(rows)),
-        "cool_logprobs": by_sequence(rows, held, [row.logprobs for row in cool]),
-        "cool_entropy": by_sequence(rows, held, [row.entropy for row in cool]),
+        "logprobs": by_sequence(rows, recomputed),
+        "full_logprobs": by_sequence(rows, full),
+        "cool_logprobs": by_sequence(rows, [row.logprobs for row in cool]),
+        "cool_entropy": by_sequence(rows, [row.entropy for row in cool]),
     }
-    outcome["weights_before"] = exported(learner.model.module, learner)
+    outcome["scored"] = scored_by_every_replica(learner, every_token)
+    outcome["weights_before"] = exported_weights(learner)
     recorded = recorded_samples(batch, is_every_token_kept=False)
-    rows, _ = rows_of_rank(recorded, case, parallel)
+    rows = rows_of_rank(recorded, case, parallel)
     outcome["metrics"], is_same = train_once(learner, rows)
     digests = {"weights": shard_digests(learner, "data")}
-    if not case.is_distributed:  # else a rank holds the sum of its own piece alone
-        outcome["gradients"] = exported(_Gradients(learner.model.module), learner)
+    if not case.is_distributed:
+        outcome["gradients"] = exported_gradients(learner)
         digests["gradients"] = shard_digests(learner, "main_grad")
-    outcome["weights_after"] = exported(learner.model.module, learner)
+    outcome["weights_after"] = exported_weights(learner)
     outcome["main"] = main_weights(learner)
     of_ranks: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(of_ranks, (forward, digests, is_same))
