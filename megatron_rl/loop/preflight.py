@@ -18,7 +18,7 @@ from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
 <<<<<<< HEAD
 from megatron_rl.learner.layout.parallel import check_world_size
-from megatron_rl.learner.model.checkpoint import latest_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 =======
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 >>>>>>> d-learner

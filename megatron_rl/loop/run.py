@@ -25,7 +25,8 @@ from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, s
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
 <<<<<<< HEAD
-from megatron_rl.learner.model.checkpoint import latest_checkpoint, load_checkpoint
+from megatron_rl.learner.model.checkpoint import load_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.loop.evaluate import Evaluator
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
 from megatron_rl.loop.preflight import Preflight, check_same_data, preflight, truncation_of
