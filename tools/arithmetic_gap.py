@@ -42,8 +42,7 @@ def compare(config: Config, progress: Progress) -> None:
     geometry, _, _ = prepare_data(config)
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)
-    groups, _ = read_step(Path(config.replay), 1)
-    samples = unscored_samples(groups)
+    samples = unscored_samples([each.group for each in read_step(Path(config.replay), 1)])
     rows = pack_batch(samples, parallel, config.learner.tokens_per_micro_batch).batch
     gaps: dict[str, list[torch.Tensor]] = {way: [] for way in DTYPES}
 

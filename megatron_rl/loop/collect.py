@@ -16,14 +16,12 @@ from dataclasses import replace
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.engine.client import sampling_seed
-from megatron_rl.errors import DataError
 from megatron_rl.loop.report import NOTHING_SAMPLED, Groups, Scores
 from megatron_rl.loop.run import Run
-from megatron_rl.loop.stations import advantages_of, check_versions
+from megatron_rl.loop.stations import advantages_of
 from megatron_rl.records import SampledStep
 from megatron_rl.reward.overlong import overlong_penalty
-from megatron_rl.rollout.recording import read_step
+from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
 
 
 def sample_step(run: Run) -> SampledStep:
@@ -59,20 +57,28 @@ def _sample_round(run: Run, first_prompt: int, num_prompts: int) -> SampledStep:
     """This replica's share of so many prompts."""
     if not run.parallel.is_replica_head:
         return NOTHING_SAMPLED
-    start, count = run.share(num_prompts)
-    prompts = run.stream.prompts(first_prompt + start, count)
-    seeds = [sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts]
-    with run.stations.time("rollout"):
-        groups = run.client.generate(
-            prompts,
-            run.config.rollout.sampling,
-            num_samples=run.config.loop.samples_per_prompt,
-            seeds=seeds,
+    return _judge_taken(run, _take(run, first_prompt, num_prompts))
+
+
+def _take(run: Run, first_prompt: int, num_prompts: int) -> TakenRollouts:
+    return run.source.take(
+        RolloutRequest(
+            step=run.step,
+            first_prompt=first_prompt,
+            num_prompts=num_prompts,
+            weight_version=run.published_version,
         )
-    check_versions(groups, run.published_version)
-    with run.stations.time("reward"):
-        scores = run.scorer.score(groups)
-    return judge(run.config, groups, scores, num_prompts=num_prompts, num_rounds=1)
+    )
+
+
+def _judge_taken(run: Run, taken: TakenRollouts) -> SampledStep:
+    return judge(
+        run.config,
+        [each.group for each in taken.groups],
+        [each.scores for each in taken.groups],
+        num_prompts=taken.num_prompts,
+        num_rounds=taken.num_rounds,
+    )
 
 
 def _count_kept(run: Run, sampled: SampledStep) -> int:
@@ -89,34 +95,10 @@ def _count_kept(run: Run, sampled: SampledStep) -> int:
 def _recorded_step(run: Run) -> SampledStep:
     sampled = None
     if run.parallel.is_replica_head:
-        groups, scores = read_step(run.replay_dir, run.step)
-        _check_recorded(run, groups)
-        start, count = run.share(len(groups))
-        own = slice(start, start + count)
-        sampled = judge(run.config, groups[own], scores[own], num_prompts=len(groups), num_rounds=0)
+        taken = _take(run, run.next_prompt, run.config.loop.prompts_per_step)
+        sampled = _judge_taken(run, taken)
     num_prompts = run.parallel.from_replica_head(sampled.num_prompts if sampled else 0)
     return sampled or replace(NOTHING_SAMPLED, num_prompts=num_prompts)
-
-
-def _check_recorded(run: Run, groups: Groups) -> None:
-    loop = run.config.loop
-    indices = [group.prompt.index for group in groups]
-    is_dynamic = loop.dynamic_sampling.enabled
-    is_right = (
-        indices == list(range(run.next_prompt, run.next_prompt + len(groups)))
-        and all(len(group.rollouts) == loop.samples_per_prompt for group in groups)
-        and len(groups) >= loop.prompts_per_step
-        and (is_dynamic or len(groups) == loop.prompts_per_step)
-    )
-    if not is_right:
-        raise DataError(
-            f"replay={run.replay_dir}: expected step {run.step} to hold {loop.prompts_per_step} "
-            f"prompts {'or more ' if is_dynamic else ''}from prompt {run.next_prompt} on with "
-            f"{loop.samples_per_prompt} samples each (loop.prompts_per_step, "
-            "loop.samples_per_prompt, loop.dynamic_sampling), got "
-            f"{len(groups)} from prompt {indices[0] if indices else 'none'} on with "
-            f"{len(groups[0].rollouts) if groups else 0}"
-        )
 
 
 def judge(

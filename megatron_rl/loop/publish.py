@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config import RolloutConfig
-from megatron_rl.engine.client import sampling_seed
 from megatron_rl.errors import SyncError
 from megatron_rl.learner.batch.deal import DealtBatch, recomputed_by_sample
 from megatron_rl.learner.model.build import DTYPES
@@ -23,6 +22,8 @@ from megatron_rl.learner.passes.forward import WHOLE
 from megatron_rl.loop.run import SYNC_LOG, Run
 from megatron_rl.loop.stations import recompute_for_all, unscored_samples
 from megatron_rl.records import Sample
+from megatron_rl.rollout.live import sample_groups
+from megatron_rl.rollout.seeds import sampling_seed
 from megatron_rl.sync.probe import ParityReport, check_parity
 from megatron_rl.sync.wire import TensorSpec
 from megatron_rl.weights.quantization import quantized, quantized_shapes
@@ -104,7 +105,9 @@ def _probe_samples(run: Run) -> list[Sample]:
     num_tokens = math.ceil(run.config.sync.probe_num_tokens / (PROBE_PROMPTS * PROBE_SAMPLES))
     sampling = run.config.rollout.sampling
     prompts = run.stream.prompts(0, PROBE_PROMPTS * len(run.addresses))
-    groups = run.client.generate(
+    groups = sample_groups(
+        run.pool,
+        run.environment,
         prompts,
         replace(
             sampling,
@@ -137,8 +140,8 @@ def _compare_engines(
     rollout = run.config.rollout
     pairs = recomputed_by_sample(dealt, [recomputed])
     reports = []
-    for number, address in enumerate(run.addresses):
-        own = [pair for pair in pairs if pair[0].prompt_index % len(run.addresses) == number]
+    for address in run.addresses:
+        own = [pair for pair in pairs if pair[0].rollout.engine == address.url]
         masks = [torch.tensor(sample.rollout.loss_mask) for sample, _ in own]
         served = [torch.tensor(sample.rollout.rollout_logprobs) for sample, _ in own]
         try:

@@ -55,9 +55,9 @@ def reference_gap(run: Run) -> dict[str, float]:
 
 def _scored_by_engine(run: Run) -> list[Sample]:
     """The recorded samples, with what the engines give their tokens now."""
-    groups, _ = read_step(Path(run.config.eval.reference_rollouts), REFERENCE_STEP)
-    samples = unscored_samples(groups)[: run.config.eval.num_reference]
-    scores = run.client.score([sample.rollout.token_ids for sample in samples])
+    recorded = read_step(Path(run.config.eval.reference_rollouts), REFERENCE_STEP)
+    samples = unscored_samples([each.group for each in recorded])[: run.config.eval.num_reference]
+    scores = run.pool.score([sample.rollout.token_ids for sample in samples])
     return [
         replace(sample, rollout=replace(sample.rollout, rollout_logprobs=logprobs))
         for sample, logprobs in zip(samples, scores, strict=True)

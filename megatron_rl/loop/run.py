@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_rl.config import Config
 from megatron_rl.config.file import save_config
-from megatron_rl.engine.client import RolloutClient
+from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.server import Engine, check_given, given_addresses
 from megatron_rl.engine.start import start_engines_of
 from megatron_rl.errors import ConfigError
@@ -51,7 +51,11 @@ from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import EngineAddress
 from megatron_rl.reward.score import Scorer
 from megatron_rl.reward.verifiers import resolve_verifiers
+from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.recording import truncate_after
+from megatron_rl.rollout.replay import ReplaySource
+from megatron_rl.rollout.single_turn import SingleTurn
+from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.sync.publish import Publisher
 
 SYNC_LOG = "sync.jsonl"
@@ -163,9 +167,28 @@ class Run:
                 )
             )
         if self.parallel.is_replica_head and not self.is_replay:
-            self.client = RolloutClient(
-                self.addresses, self.config.rollout, decode=self._decode, check=self.check_engines
+            self.environment = SingleTurn(self._decode)
+            self.pool = HttpEnginePool(
+                self.addresses, self.config.rollout, check=self.check_engines
             )
+        if self.parallel.is_replica_head:
+            self.source = self._source()
+
+    def _source(self) -> RolloutSource:
+        loop = self.config.loop
+        if self.is_replay:
+            return ReplaySource(self.replay_dir, loop, share=self.share)
+        return LiveSource(
+            self.stream.prompts,
+            self.environment,
+            self.pool,
+            self.scorer.score,
+            sampling=self.config.rollout.sampling,
+            num_samples=loop.samples_per_prompt,
+            seed=loop.seed,
+            share=self.share,
+            time=self.stations.time,
+        )
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -11,37 +11,22 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config import ObjectiveConfig
-from megatron_rl.engine.client import sampling_seed
-from megatron_rl.errors import EngineError
 from megatron_rl.learner.batch.deal import DealtBatch, pack_batch, recomputed_by_sample
 from megatron_rl.learner.passes.forward import WHOLE
 from megatron_rl.loop.report import Advantages, Groups, Scores, evaluation_metrics
 from megatron_rl.loop.run import Run
 from megatron_rl.objective.advantage import group_advantages
 from megatron_rl.observe.metrics import reduce
-from megatron_rl.records import Sample, SampledStep, Score
+from megatron_rl.records import JudgedGroup, Sample, SampledStep, Score, ScoredGroup
 from megatron_rl.reward.score import best_constant_answer, rewards_of
+from megatron_rl.rollout.live import check_versions, sample_groups
 from megatron_rl.rollout.recording import write_recomputed, write_step
+from megatron_rl.rollout.seeds import sampling_seed
 from megatron_rl.weights.huggingface import write_checkpoint
 
 # Evaluation's seeds do not depend on the step: two evaluations differ by the weights alone.
 EVAL_STEP = -1
 UNSCORED = Score(reward=0.0, is_formatted=False, failure=None)
-
-
-def check_versions(groups: Groups, expected: int) -> None:
-    """EngineError where a token was sampled by other weights than those published last: an engine
-    was restarted, or somebody else publishes to it.
-    """
-    for group in groups:
-        for rollout in group.rollouts:
-            strays = {each for each in rollout.weight_versions if each not in (-1, expected)}
-            if strays:
-                raise EngineError(
-                    f"prompt {group.prompt.index}: expected samples of weight version {expected}, "
-                    f"got {sorted(strays)}; was the engine restarted, or published to by another "
-                    "run?"
-                )
 
 
 def advantages_of(objective: ObjectiveConfig, scores: Scores) -> list[list[float]]:
@@ -113,7 +98,9 @@ def evaluate_held_out(run: Run, *, with_constant_answer: bool = False) -> dict[s
     start, count = run.share(len(held_out))
     prompts = held_out[start : start + count]
     with run.stations.time("eval"):
-        groups = run.client.generate(
+        groups = sample_groups(
+            run.pool,
+            run.environment,
             prompts,
             config.sampling,
             num_samples=config.num_samples,
@@ -121,10 +108,12 @@ def evaluate_held_out(run: Run, *, with_constant_answer: bool = False) -> dict[s
         )
         check_versions(groups, run.published_version)
         scores = run.scorer.score(groups)
-        neutral = [[0.0] * config.num_samples] * len(groups)
+        judged = [
+            ScoredGroup(group=group, scores=of_group).without_judgement()
+            for group, of_group in zip(groups, scores, strict=True)
+        ]
         folder = run.run_dir / "rollouts" / "eval"
-        rank, num_ranks = parallel.dp_rank, parallel.dp_size
-        write_step(folder, run.step, rank, groups, scores, neutral, num_ranks=num_ranks)
+        write_step(folder, run.step, parallel.dp_rank, judged, num_ranks=parallel.dp_size)
         metrics = evaluation_metrics(groups, scores, config.num_samples)
         reduced = reduce(metrics, parallel.reducer())
         if with_constant_answer and parallel.rank == 0:
@@ -149,9 +138,7 @@ def record_rollouts(
                 folder,
                 run.step,
                 parallel.dp_rank,
-                sampled.groups,
-                sampled.scores,
-                sampled.advantages,
+                _judged_groups(sampled),
                 num_ranks=parallel.dp_size,
             )
         if parallel.is_last_stage and parallel.tp_rank == 0:
@@ -165,6 +152,26 @@ def record_rollouts(
                 lengths=[len(values) for _, values in found],
                 recomputed_logprobs=torch.cat([torch.zeros(0), *(values for _, values in found)]),
             )
+
+
+def _judged_groups(sampled: SampledStep) -> list[JudgedGroup]:
+    return [
+        JudgedGroup(
+            group=group,
+            scores=tuple(scores),
+            overlong_penalties=tuple(penalties),
+            advantages=tuple(advantages),
+            is_kept=tuple(is_kept),
+        )
+        for group, scores, penalties, advantages, is_kept in zip(
+            sampled.groups,
+            sampled.scores,
+            sampled.penalties,
+            sampled.advantages,
+            sampled.is_kept,
+            strict=True,
+        )
+    ]
 
 
 def save_hf_checkpoint(run: Run) -> None:
