@@ -2,7 +2,7 @@
 
 The route is `POST /inference/v1/generate` of vLLM 0.32
 (vllm/entrypoints/scale_out/token_in_token_out): token ids in; token ids, log-probs and weight
-versions out. Pure functions; `engine/http.py` sends and receives.
+versions out. Pure functions; `engine/http_sampling.py` sends and receives.
 """
 
 from __future__ import annotations

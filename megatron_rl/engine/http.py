@@ -1,96 +1,33 @@
-"""All HTTP calls to one vLLM server: samples and scores (async), weight updates and readiness
-(blocking). Every call sends the run's bearer token, except where readiness is checked without it.
+"""The blocking HTTP calls to one vLLM server (readiness, weight updates), and what they share with
+the asynchronous calls of `engine/http_sampling.py`: authorization and the texts of errors.
 
-Bodies and answers are those of vLLM 0.32: vllm/entrypoints/scale_out/token_in_token_out for
-samples, vllm/entrypoints/rl/online/api_router.py and
-vllm/entrypoints/serve/dev/cache/api_router.py for weights. Retries are in `engine/pool.py`.
+Every call sends the run's bearer token, except where readiness is checked without it. Bodies and
+answers are those of vLLM 0.32: vllm/entrypoints/rl/online/api_router.py and
+vllm/entrypoints/serve/dev/cache/api_router.py.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import httpx
 
-from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.engine.answers import generate_body, read_completions, read_scores, score_body
-from megatron_rl.engine.requests import Completion, GenerateRequest
-from megatron_rl.errors import EngineError, SyncError
+from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
 
-GENERATE_ROUTE = "/inference/v1/generate"
-POISONED = "weights_poisoned"  # error type of engine/gate.py; a retry cannot succeed
 MAX_REASON_CHARACTERS = 600  # of an engine's answer, quoted in an error
 ABANDON_SECONDS = 5.0  # an error is already being raised and must not be held up
 
 
-class TransientError(Exception):
-    """A request that failed in a way that a retry may cure; says what happened."""
+def authorization(address: EngineAddress) -> dict[str, str]:
+    """The header that carries the run's token."""
+    return {"Authorization": f"Bearer {address.token}"}
 
 
-class SamplingClient:
-    """Asynchronous client of one engine, for samples and scores; each call is one attempt.
-
-    Create it and use it inside one event loop. At most `rollout.max_in_flight` requests are open
-    at a time.
-
-    Raises:
-        TransientError: from every call, if the connection broke, the engine answered with a status
-            of 500 or above, or a sample was aborted.
-        EngineError: from every call, if the engine refused the request, is poisoned, sent an
-            invalid answer, or sent none within `rollout.request_timeout_seconds`.
-    """
-
-    def __init__(self, address: EngineAddress, config: RolloutConfig) -> None:
-        self.url = address.url
-        self._timeout_seconds = config.request_timeout_seconds
-        self._in_flight = asyncio.Semaphore(config.max_in_flight)
-        self._client = httpx.AsyncClient(
-            base_url=address.url,
-            headers=_bearer(address),
-            timeout=config.request_timeout_seconds,
-            limits=httpx.Limits(max_connections=config.max_in_flight),
-            trust_env=False,  # a proxy from the environment must not see the token
-        )
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
-
-    async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
-        """[num_samples] completions, in the order of their seeds."""
-        answer = await self._ask(generate_body(request), f"prompt {request.key}")
-        return read_completions(answer, request, self.url)
-
-    async def score(self, token_ids: Sequence[int], what: str) -> tuple[float, ...]:
-        """Log-probs of given tokens, 0.0 for the first; `what` names the sequence in errors."""
-        answer = await self._ask(score_body(token_ids), what)
-        return read_scores(answer, token_ids, f"engine {self.url}, {what}")
-
-    async def _ask(self, body: dict[str, Any], what: str) -> dict[str, Any]:
-        try:
-            async with self._in_flight:
-                response = await self._client.post(GENERATE_ROUTE, json=body)
-        except httpx.TimeoutException as error:
-            raise EngineError(
-                f"engine {self.url}, {what}: expected an answer within rollout."
-                f"request_timeout_seconds={self._timeout_seconds:g}, got {type(error).__name__}"
-            ) from error
-        except httpx.TransportError as error:
-            raise TransientError(repr(error)) from error
-        if response.status_code >= 400:
-            reason = f"status {_reason(response)}"
-            if response.status_code < 500 or POISONED in response.text:
-                raise EngineError(f"engine {self.url}, {what}: {reason}")
-            raise TransientError(reason)
-        answer = response.json()
-        reasons = {choice["finish_reason"] for choice in answer["choices"]}
-        if not reasons <= {"stop", "length"}:  # aborted samples end at an arbitrary token
-            raise TransientError(f"finish reasons {sorted(reasons)}")
-        return answer
+def reason_of(response: httpx.Response) -> str:
+    """Status and text of an answer, for an error message."""
+    return f"{response.status_code}: {response.text[:MAX_REASON_CHARACTERS]}"
 
 
 class EngineControl:
@@ -105,7 +42,7 @@ class EngineControl:
         self._timeout_seconds = timeout_seconds
         self._client = httpx.Client(
             base_url=self.url,
-            headers=_bearer(address),
+            headers=authorization(address),
             timeout=timeout_seconds,
             # uvicorn closes the connection after a failed call; the next call must not reuse it.
             limits=httpx.Limits(max_keepalive_connections=0),
@@ -186,7 +123,7 @@ class EngineControl:
             ) from error
         if response.status_code != httpx.codes.OK:
             raise SyncError(
-                f"engine {self.url}, {phase}: expected status 200, got {_reason(response)}"
+                f"engine {self.url}, {phase}: expected status 200, got {reason_of(response)}"
             )
         return response.json()
 
@@ -197,7 +134,7 @@ class ReadinessProbe:
     """
 
     def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
-        self._token = _bearer(address)
+        self._token = authorization(address)
         self._client = httpx.Client(base_url=address.url, timeout=timeout_seconds, trust_env=False)
 
     def __enter__(self) -> ReadinessProbe:
@@ -228,12 +165,3 @@ class ReadinessProbe:
             return self._client.get(path, headers=headers).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
-
-
-def _bearer(address: EngineAddress) -> dict[str, str]:
-    return {"Authorization": f"Bearer {address.token}"}
-
-
-def _reason(response: httpx.Response) -> str:
-    """Status and text of an answer, for an error message."""
-    return f"{response.status_code}: {response.text[:MAX_REASON_CHARACTERS]}"

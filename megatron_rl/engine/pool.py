@@ -16,7 +16,7 @@ from functools import partial
 from typing import TypeVar
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.engine.http import SamplingClient, TransientError
+from megatron_rl.engine.http_sampling import SamplingClient, TransientError
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
 from megatron_rl.errors import EngineError
 from megatron_rl.records import EngineAddress

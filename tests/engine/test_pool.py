@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -23,6 +20,7 @@ from megatron_rl.engine.server import Engine
 from megatron_rl.errors import EngineError
 from megatron_rl.records import EngineAddress
 from megatron_rl.rollout.seeds import sampling_seed
+from tests.fakes.http_server import Answer, FakeServer
 
 Completions = tuple[Completion, ...]
 SAMPLING = SamplingConfig(max_tokens=12)
@@ -154,59 +152,23 @@ def choice(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-class Failing:
-    """A local server that answers each request as the next entry of `answers` says."""
-
-    def __init__(self, answers: list[tuple[int, dict[str, Any]] | str]) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.num_in_flight = self.max_in_flight = 0
-        lock = threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler) -> None:
-                length = int(handler.headers["content-length"])
-                body = json.loads(handler.rfile.read(length))
-                with lock:
-                    self.requests.append(body)
-                    answer = answers[min(len(self.requests), len(answers)) - 1]
-                    self.num_in_flight += 1
-                    self.max_in_flight = max(self.max_in_flight, self.num_in_flight)
-                if answer == "hang":
-                    time.sleep(3)
-                elif answer != "reset":  # else the connection closes without an answer
-                    time.sleep(0.05)
-                    content = json.dumps(answer[1]).encode()
-                    handler.send_response(answer[0])
-                    handler.send_header("content-length", str(len(content)))
-                    handler.end_headers()
-                    handler.wfile.write(content)
-                with lock:
-                    self.num_in_flight -= 1
-
-            def log_message(handler, *ignored) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.address = EngineAddress(url=url, token="t")
-
-    def pool(self, check: Callable[[], None] = lambda: None, **config: Any) -> HttpEnginePool:
-        return HttpEnginePool([self.address], RolloutConfig(**config), check=check)
+def pool_on(
+    server: FakeServer, check: Callable[[], None] = lambda: None, **config: Any
+) -> HttpEnginePool:
+    return HttpEnginePool([server.address], RolloutConfig(**config), check=check)
 
 
 @pytest.fixture
-def failing() -> Iterator[Callable[..., Failing]]:
-    started: list[Failing] = []
+def failing() -> Iterator[Callable[..., FakeServer]]:
+    started: list[FakeServer] = []
 
-    def start(*answers) -> Failing:
-        started.append(Failing(list(answers)))
+    def start(*answers: Answer) -> FakeServer:
+        started.append(FakeServer(*answers))
         return started[-1]
 
     yield start
     for server in started:
-        server.server.shutdown()
-        server.server.server_close()
+        server.close()
 
 
 GOOD = (200, {"choices": [choice()]})
@@ -217,7 +179,7 @@ POISONED = (503, {"error": {"type": "weights_poisoned", "message": "an update wa
 
 def test_failures_that_pass_are_tried_again(failing) -> None:
     server = failing(BROKEN, "reset", ABORTED, GOOD)
-    [[completion]] = generate(server.pool(), request(0, seed=512))
+    [[completion]] = generate(pool_on(server), request(0, seed=512))
     assert completion.token_ids == (7, 2)
     assert completion.engine == server.address.url
     assert len(server.requests) == 4
@@ -228,7 +190,7 @@ def test_failures_that_pass_are_tried_again(failing) -> None:
 def test_failures_that_stay_end_in_one_error(failing) -> None:
     server = failing(BROKEN)
     with pytest.raises(EngineError, match=r"prompt 4: failed 2 times .*engine hiccup"):
-        generate(server.pool(max_retries=1), request(4))
+        generate(pool_on(server, max_retries=1), request(4))
     assert len(server.requests) == 2
 
 
@@ -236,20 +198,20 @@ def test_scores_are_tried_again_too(failing) -> None:
     scores = [None, {"9": {"logprob": -1.5}}]
     good = (200, {"choices": [choice()], "prompt_logprobs": scores})
     server = failing(BROKEN, good)
-    assert server.pool().score([(1, 9)]) == [(0.0, -1.5)]
+    assert pool_on(server).score([(1, 9)]) == [(0.0, -1.5)]
     with pytest.raises(EngineError, match=rf"engine {server.address.url}, sequence 0: expected 2"):
-        server.pool().score([(1, 9, 4)])
+        pool_on(server).score([(1, 9, 4)])
 
 
 def test_a_poisoned_engine_is_not_asked_again(failing) -> None:
     server = failing(POISONED)
     with pytest.raises(EngineError, match="weights_poisoned"):
-        generate(server.pool(), request(0))
+        generate(pool_on(server), request(0))
     assert len(server.requests) == 1
 
 
 def test_no_answer_in_time_is_an_error(failing) -> None:
-    pool = failing("hang").pool(request_timeout_seconds=0.5)
+    pool = pool_on(failing("hang"), request_timeout_seconds=0.5)
     with pytest.raises(EngineError, match=r"rollout\.request_timeout_seconds=0\.5"):
         generate(pool, request(0))
 
@@ -262,7 +224,7 @@ def test_a_death_is_told_while_requests_hang(failing) -> None:
             raise EngineError("engine 0: ended by SIGKILL")
 
     with pytest.raises(EngineError, match="ended by SIGKILL"):
-        generate(failing("hang").pool(check), request(0))
+        generate(pool_on(failing("hang"), check), request(0))
     assert time.monotonic() - died_at < 1.0
 
 
@@ -276,12 +238,12 @@ def test_a_death_is_told_instead_of_a_broken_connection(failing) -> None:
             raise EngineError("engine 0: exited with code 7")
 
     with pytest.raises(EngineError, match="exited with code 7"):
-        generate(server.pool(check, max_retries=0), request(0))
+        generate(pool_on(server, check, max_retries=0), request(0))
 
 
 def test_too_few_samples_are_an_error(failing) -> None:
     with pytest.raises(EngineError, match="expected 2 samples for prompt 0, got 1"):
-        generate(failing(GOOD).pool(), request(0, num_samples=2))
+        generate(pool_on(failing(GOOD)), request(0, num_samples=2))
 
 
 def test_a_job_that_fails_ends_the_others(failing) -> None:
@@ -301,12 +263,12 @@ def test_a_job_that_fails_ends_the_others(failing) -> None:
 
     began = time.monotonic()
     with pytest.raises(ValueError, match="a bug of an environment"):
-        server.pool().run([wait, fail])
+        pool_on(server).run([wait, fail])
     assert ended == ["cancelled"] and time.monotonic() - began < 2
 
 
 def test_nothing_to_do_is_done_at_once(failing) -> None:
-    pool = failing(GOOD).pool()
+    pool = pool_on(failing(GOOD))
     assert pool.run([]) == []
     assert pool.score([]) == []
 
