@@ -55,7 +55,8 @@ class Rollout:
 
     Example: prompt "4+3=" and the answer "7<eos>": `Rollout(token_ids=(1, 23, 14, 22, 32, 26, 2),
     loss_mask=(False,) * 5 + (True, True), rollout_logprobs=(0.0,) * 5 + (-0.21, -0.03),
-    weight_versions=(-1,) * 5 + (3, 3), finish_reason="stop", text="7")`.
+    weight_versions=(-1,) * 5 + (3, 3), finish_reason="stop", text="7",
+    engine="http://127.0.0.1:18400")`.
     """
 
     token_ids: tuple[int, ...]  # [L], prompt included
@@ -68,10 +69,11 @@ class Rollout:
     ]  # [L] version of the weights that sampled the token, -1 where the mask is False
     finish_reason: str  # "stop": the model ended; "length": cut at max_tokens
     text: str  # the response, decoded without special tokens
-    engine: str = ""  # url of the engine that sampled it; "" where it was recorded without one
+    engine: str = ""  # url of the engine that sampled it (the last one of an episode); "": unknown
 
     @property
     def num_response_tokens(self) -> int:
+        """Tokens that the policy chose."""
         return sum(self.loss_mask)
 
     @property
@@ -168,32 +170,65 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group and what the verifiers said of each of its rollouts.
+    """A group and the verifier's score of each of its rollouts.
 
-    Example: `ScoredGroup(group=RolloutGroup(...), scores=(Score(...), Score(...)))`.
+    Example: `ScoredGroup(group=RolloutGroup(...), scores=(Score(reward=1.0, ...),
+    Score(reward=0.0, ...)))`.
+
+    Raises:
+        ValueError: not one score for each rollout.
     """
 
     group: RolloutGroup
     scores: tuple[Score, ...]  # [G]
+
+    def __post_init__(self) -> None:
+        _check_group_size(self.group, scores=self.scores)
+
+    def without_judgement(self) -> JudgedGroup:
+        """The group as it is recorded when nothing is learnt from it: no penalty, advantages of 0,
+        everything kept.
+        """
+        zeros = (0.0,) * len(self.scores)
+        return JudgedGroup(
+            group=self.group,
+            scores=self.scores,
+            overlong_penalties=zeros,
+            advantages=zeros,
+            is_kept=(True,) * len(self.scores),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedGroup:
     """A scored group and what the learner makes of it.
 
-    Example: of two responses one was cut, and nothing is learnt from it: `JudgedGroup(
+    Example: two responses, of which the second was cut and is not learnt from: `JudgedGroup(
     group=RolloutGroup(...), scores=(Score(...), Score(...)), overlong_penalties=(0.0, -0.5),
     advantages=(1.0, -1.0), is_kept=(True, False))`.
+
+    Raises:
+        ValueError: a field that does not hold one value for each rollout.
     """
 
     group: RolloutGroup
-    scores: tuple[Score, ...]  # [G]
-    overlong_penalties: tuple[float, ...]  # [G] at most 0, added to the rewards
-    advantages: tuple[float, ...]  # [G]
+    scores: tuple[Score, ...]  # [G] as the verifiers gave them
+    overlong_penalties: tuple[float, ...]  # [G] at most 0, added to the reward of a long response
+    advantages: tuple[float, ...]  # [G] of the rewards with the penalties added
     is_kept: tuple[bool, ...]  # [G] as in Sample
 
+    def __post_init__(self) -> None:
+        _check_group_size(
+            self.group,
+            scores=self.scores,
+            overlong_penalties=self.overlong_penalties,
+            advantages=self.advantages,
+            is_kept=self.is_kept,
+        )
+
     def samples(self) -> tuple[Sample, ...]:
-        """[G] the rollouts on their way to the learner."""
+        """[G], one sample for each rollout, in order."""
+        columns = zip(self.group.rollouts, self.scores, self.advantages, self.is_kept, strict=True)
         return tuple(
             Sample(
                 prompt_index=self.group.prompt.index,
@@ -203,10 +238,18 @@ class JudgedGroup:
                 advantage=advantage,
                 is_kept=is_kept,
             )
-            for index, (rollout, score, advantage, is_kept) in enumerate(
-                zip(self.group.rollouts, self.scores, self.advantages, self.is_kept, strict=True)
-            )
+            for index, (rollout, score, advantage, is_kept) in enumerate(columns)
         )
+
+
+def _check_group_size(group: RolloutGroup, **columns: Sequence[Any]) -> None:
+    """Raise ValueError unless every column holds one value for each rollout of the group."""
+    for name, column in columns.items():
+        if len(column) != len(group.rollouts):
+            raise ValueError(
+                f"{name}: expected one for each of the {len(group.rollouts)} rollouts of prompt "
+                f"{group.prompt.index}, got {len(column)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

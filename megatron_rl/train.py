@@ -40,7 +40,6 @@ def train(config: Config, progress: Progress) -> None:
         elif config.eval.at_start:
             report(0, parity, evaluate(with_constant_answer=True), fixed_gap())
         else:
-<<<<<<< HEAD
             report(0, parity)
         for step in state.steps(config.loop.num_steps):
             sampled = collect_step(run.source, learner.parallel, state, config)
@@ -48,40 +47,19 @@ def train(config: Config, progress: Progress) -> None:
                 batch = deal_batch(
                     sampled.samples(),
                     learner.parallel,
-=======
-            is_wanted = config.eval.at_start
-            before = evaluate_held_out(run, with_constant_answer=True) if is_wanted else {}
-            write_metrics(run, parity, before, reference_gap(run) if is_wanted else {})
-        for step in run.steps():
-            sampled = sample_step(run)
-            with run.stations.time("learner"):
-                batch = deal_batch(
-                    make_samples(
-                        sampled.groups, sampled.scores, sampled.advantages, sampled.is_kept
-                    ),
-                    run.parallel,
->>>>>>> d-learner
                     samples_per_prompt=config.loop.samples_per_prompt,
                     num_mini_batches=config.learner.mini_batches_per_step,
                     tokens_per_row=config.learner.tokens_per_micro_batch,
                 )
-<<<<<<< HEAD
                 update, rows = train_step(
                     learner,
                     batch,
                     state.dual,
-=======
-                report, recomputed = train_step(
-                    run.learner,
-                    batch,
-                    run.dual,
->>>>>>> d-learner
                     config.objective,
                     step=step,
                     weight_version=step - 1,
                     should_recompute=config.learner.recompute == "always",
                 )
-<<<<<<< HEAD
             state.next_prompt += sampled.num_prompts
             parity = publish() if should_publish(config, step) else {}
             record_rollouts(sampled, rows, learner.parallel, step, config, phase)
@@ -89,17 +67,6 @@ def train(config: Config, progress: Progress) -> None:
             # The line comes before the checkpoint: a step that a run resumes after has its line,
             # and a step that is done again loses it.
             report(step, update.metrics, parity, figures, sampled=sampled)
-=======
-            run.next_prompt += sampled.num_prompts
-            parity = publish_weights(run) if should_publish(config, step) else {}
-            record_rollouts(run, sampled, recomputed)
-            evaluation = {}
-            if should_evaluate(config, step):
-                evaluation = evaluate_held_out(run) | reference_gap(run)
-            # Before the checkpoint: a step that is resumed after has its line, and loses it if it
-            # is done again.
-            write_metrics(run, report.metrics, parity, evaluation, sampled=sampled)
->>>>>>> d-learner
             if should_save(config, step):
                 with phase("checkpoint"):
                     save_run(learner, state, config)

@@ -11,15 +11,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.engine.server import check_given, given_addresses
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.command import Progress
-from megatron_rl.process.guard import all_pids, is_alive
 from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
 from megatron_rl.serve import serve, token_in
+from tests.processes import is_alive
 from tests.torchrun import ROOT
 
 
@@ -74,7 +75,7 @@ def test_a_run_takes_it_with_the_token_of_the_file(
 
 def test_ctrl_c_ends_it_and_its_engine(served: tuple[subprocess.Popen[str], Path, int]) -> None:
     process, _, port = served
-    below = [pid for pid in all_pids() if serves_on(pid, port)]
+    below = [pid for pid in psutil.pids() if serves_on(pid, port)]
     assert len(below) >= 2  # guard and API server
     process.send_signal(signal.SIGINT)
     assert process.wait(15) == 128 + signal.SIGINT

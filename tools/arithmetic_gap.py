@@ -23,7 +23,7 @@ from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_p
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import run_schedule
 from megatron_rl.loop.preflight import prepare_data
-from megatron_rl.loop.stations import unscored_samples
+from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.ops.logprobs import token_logprobs
 from megatron_rl.process.command import Progress, run_command
 from megatron_rl.rollout.recording import read_step
@@ -42,8 +42,7 @@ def compare(config: Config, progress: Progress) -> None:
     geometry, _, _ = prepare_data(config)
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)
-    groups, _ = read_step(Path(config.replay), 1)
-    samples = unscored_samples(groups)
+    samples = unscored_samples([each.group for each in read_step(Path(config.replay), 1)])
     rows = pack_rows(samples, parallel, config.learner.tokens_per_micro_batch, min_rows=1)
     gaps: dict[str, list[torch.Tensor]] = {way: [] for way in DTYPES}
 

@@ -164,7 +164,7 @@ def explain(config_path: str, overrides: Sequence[str], output: Path) -> list[Ga
 
 def measure(folder: Path, step: int, name: str) -> Gap:
     """The gap over every token that a recorded step sampled."""
-    groups, _ = read_step(folder, step)
+    groups = [each.group for each in read_step(folder, step)]
     recomputed = read_recomputed(folder, step)
     of_sequences, relative = [], []
     for group in groups:

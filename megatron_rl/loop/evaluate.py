@@ -11,7 +11,7 @@ from megatron_rl.engine.requests import EnginePool
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.metrics import AllReduce, Metric, mean_of, reduce
 from megatron_rl.observe.stopwatch import Phase
-from megatron_rl.records import JudgedGroup, Prompt, RolloutGroup, Score, ScoredGroup
+from megatron_rl.records import Prompt, RolloutGroup, Score, ScoredGroup
 from megatron_rl.reward.score import best_constant_answer
 from megatron_rl.rollout.environment import Environment
 from megatron_rl.rollout.live import check_versions, sample_groups
@@ -93,7 +93,7 @@ def _evaluate(
         evaluator.folder,
         state.step,
         evaluator.replica,
-        [_without_advantages(each) for each in scored],
+        [each.without_judgement() for each in scored],
         num_ranks=evaluator.num_replicas,
     )
     figures = reduce(evaluation_metrics(scored, num_samples), evaluator.all_reduce)
@@ -122,15 +122,3 @@ def evaluation_metrics(scored: Sequence[ScoredGroup], num_samples: int) -> dict[
         "eval/truncation_rate/mean": mean_of([each.is_truncated for each in rollouts]),
         "eval/failure_rate/mean": mean_of([score.failure is not None for score in every]),
     }
-
-
-def _without_advantages(scored: ScoredGroup) -> JudgedGroup:
-    """An evaluation's group in the form that is recorded."""
-    size = len(scored.scores)
-    return JudgedGroup(
-        group=scored.group,
-        scores=scored.scores,
-        overlong_penalties=(0.0,) * size,
-        advantages=(0.0,) * size,
-        is_kept=(True,) * size,
-    )

@@ -16,13 +16,13 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.engine.requests import EnginePool
+from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.learner.learner import Learner
 from megatron_rl.loop.link import EngineLink
 from megatron_rl.loop.preflight import FIXED_STEP
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import Sample
-from megatron_rl.rollout.live import unscored_samples
 from megatron_rl.rollout.recording import read_step
 
 

@@ -16,12 +16,8 @@ from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
-<<<<<<< HEAD
 from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
-=======
-from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
->>>>>>> d-learner
 from megatron_rl.records import Truncation
 from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.weights.geometry import Geometry, read_geometry

@@ -12,19 +12,13 @@ from dataclasses import replace
 
 from megatron_rl.config import Config
 from megatron_rl.errors import SyncError
-<<<<<<< HEAD
+from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.learner.learner import Learner
 from megatron_rl.loop.link import EngineLink, log_update
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.stopwatch import Phase
-=======
-from megatron_rl.learner.model.build import DTYPES
-from megatron_rl.learner.passes.forward import WHOLE
-from megatron_rl.loop.run import SYNC_LOG, Run
-from megatron_rl.loop.stations import unscored_samples
->>>>>>> d-learner
 from megatron_rl.records import Sample
-from megatron_rl.rollout.live import sample_groups, unscored_samples
+from megatron_rl.rollout.live import sample_groups
 from megatron_rl.rollout.seeds import sampling_seed
 from megatron_rl.sync.probe import check_engines, engine_precision
 from megatron_rl.sync.source import weight_stream
@@ -79,7 +73,6 @@ def _publish(learner: Learner, link: EngineLink, version: int, config: Config) -
     log_update(link.log, report)
 
 
-<<<<<<< HEAD
 def _probe_samples(link: EngineLink, version: int, config: Config) -> list[Sample]:
     """Short samples of the first prompts, as many from every engine.
 
@@ -121,16 +114,6 @@ def _probe(
             learner_dtype=config.model.dtype,
             tolerance=config.sync.probe_tolerance,
         )
-=======
-def _probe(run: Run) -> dict[str, float]:
-    """A few samples from every engine, held against the learner's log-probs of the same tokens."""
-    samples = _probe_samples(run) if run.parallel.rank == 0 else []
-    tokens_per_row = run.config.learner.tokens_per_micro_batch
-    scored = run.learner.score_samples(samples, tokens_per_row=tokens_per_row)
-    figures: dict[str, float] = {}
-    if run.parallel.is_last_stage:
-        reports = _compare_engines(run, scored)
->>>>>>> d-learner
         figures = {
             "sync/probe_gap/mean": max(each.mean_probability_gap for each in reports),
             "sync/probe_gap/max": max(each.max_probability_gap for each in reports),
@@ -138,65 +121,4 @@ def _probe(run: Run) -> dict[str, float]:
                 each.max_relative_logprob_gap for each in reports
             ),
         }
-<<<<<<< HEAD
     return learner.parallel.from_last_stage(figures)
-=======
-    return run.parallel.from_last_stage(figures)
-
-
-def _probe_samples(run: Run) -> list[Sample]:
-    """Short samples of the first prompts, which the client spreads over engines by index.
-
-    Of the whole distribution: where the run's sampling truncates, rounding now and then takes a
-    token at the edge in or out, and all log-probs of that position move by more than rounding.
-    """
-    num_tokens = math.ceil(run.config.sync.probe_num_tokens / (PROBE_PROMPTS * PROBE_SAMPLES))
-    sampling = run.config.rollout.sampling
-    prompts = run.stream.prompts(0, PROBE_PROMPTS * len(run.addresses))
-    groups = run.client.generate(
-        prompts,
-        replace(
-            sampling,
-            max_tokens=min(num_tokens, sampling.max_tokens),
-            top_k=WHOLE.top_k,
-            top_p=WHOLE.top_p,
-            min_p=WHOLE.min_p,
-        ),
-        num_samples=PROBE_SAMPLES,
-        seeds=[sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts],
-    )
-    return unscored_samples(groups)
-
-
-def engine_precision(rollout: RolloutConfig) -> str:
-    """The least precise of the engine's weights, activations and KV cache, as `sync/probe.py` names
-    it.
-    """
-    number = rollout.quantization.format.removesuffix("_w8a8")
-    is_fp8 = number == "fp8" or rollout.kv_cache_dtype.startswith("fp8")
-    if number == "int4" or not is_fp8:
-        return rollout.dtype if number == "none" else number
-    return "fp8"
-
-
-def _compare_engines(run: Run, pairs: Sequence[tuple[Sample, torch.Tensor]]) -> list[ParityReport]:
-    """One report an engine: pooled, a single stale engine among many would pass."""
-    rollout = run.config.rollout
-    reports = []
-    for number, address in enumerate(run.addresses):
-        own = [pair for pair in pairs if pair[0].prompt_index % len(run.addresses) == number]
-        masks = [torch.tensor(sample.rollout.loss_mask) for sample, _ in own]
-        served = [torch.tensor(sample.rollout.rollout_logprobs) for sample, _ in own]
-        try:
-            report = check_parity(
-                torch.cat([values[mask] for values, mask in zip(served, masks)]),
-                torch.cat([values[mask] for (_, values), mask in zip(own, masks)]),
-                engine_dtype=engine_precision(rollout),
-                learner_dtype=run.config.model.dtype,
-                tolerance=run.config.sync.probe_tolerance,
-            )
-        except SyncError as error:
-            raise SyncError(f"engine {address.url} after update {run.step}: {error}") from error
-        reports.append(report)
-    return reports
->>>>>>> d-learner

@@ -24,26 +24,12 @@ from megatron_rl.engine.start import start_engines_of
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
-<<<<<<< HEAD
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.loop.evaluate import Evaluator
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
 from megatron_rl.loop.preflight import Preflight, check_same_data, preflight, truncation_of
 from megatron_rl.loop.state import LoopState, initial_state
-=======
-from megatron_rl.learner.model.checkpoint import load_checkpoint, save_checkpoint
-from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
-from megatron_rl.learner.update.dual import build_dual
-from megatron_rl.loop.preflight import (
-    check_engine_place,
-    check_reference_rollouts,
-    check_replay,
-    checkpoint_to_resume,
-    prepare_data,
-    truncation_of,
-)
->>>>>>> d-learner
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.process.command import Progress
@@ -228,7 +214,6 @@ def _connect(
         time.sleep(DEATH_SECONDS)
         check_engines()
 
-<<<<<<< HEAD
     publisher = stack.enter_context(
         # Weights travel in the engines' dtype.
         Publisher(addresses, config.sync, wire_dtype=DTYPES[config.rollout.dtype])
@@ -242,58 +227,6 @@ def _connect(
         check_after_failure=check_after_failure,
     )
     return source, evaluator, link
-=======
-    def _resume(self) -> None:
-        """Take up where the latest checkpoint stands, if there is one and the config wants it."""
-        folder = self._checkpoint
-        self.was_resumed = folder is not None
-        if folder is not None:
-            state = load_checkpoint(folder, self.learner.trained)
-            check_same_data(state["data"], self.config, folder)
-            self.step = state["step"]
-            self.next_prompt = state["next_prompt"]
-            self.dual.load_state_dict(state["dual"])
-        if self.parallel.rank == 0 and not self.is_replay:
-            truncate_after(self.run_dir / "rollouts", self.step)
-            truncate_after(self.run_dir / "rollouts" / "eval", self.step)
-            cut_sync_log(self.run_dir / SYNC_LOG, self.step)
-
-    def save(self) -> None:
-        """Write a checkpoint of the step that has just ended."""
-        save_checkpoint(
-            self.run_dir / "checkpoints",
-            self.learner.trained,
-            {
-                "step": self.step,
-                "next_prompt": self.next_prompt,
-                "dual": self.dual.state_dict(),
-                "data": data_settings(self.config),
-            },
-            step=self.step,
-            keep=self.config.checkpoint.keep,
-        )
-
-    def steps(self) -> Iterator[int]:
-        """The steps that are still to do, 1 to `loop.num_steps`."""
-        while self.step < self.config.loop.num_steps:
-            self.step += 1
-            yield self.step
-
-    def _describe(self) -> str:
-        latest = latest_checkpoint(self.run_dir / "checkpoints")
-        go_on = (
-            f"resume=auto goes on after {latest.name}"
-            if latest
-            else "no checkpoint was written yet"
-        )
-        return f"in step {self.step}, station {self.stations.current or 'start'}; {go_on}"
-
-    def share(self, count: int) -> tuple[int, int]:
-        """First and number of this replica's items, of `count` that all replicas share."""
-        parallel: Parallel = self.parallel
-        start = count * parallel.dp_rank // parallel.dp_size
-        return start, count * (parallel.dp_rank + 1) // parallel.dp_size - start
->>>>>>> d-learner
 
 
 def _ready_addresses(config: Config, engines: Sequence[Engine]) -> list[EngineAddress]:

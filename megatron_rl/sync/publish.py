@@ -24,7 +24,7 @@ from types import TracebackType
 import torch
 
 from megatron_rl.config import SyncConfig
-from megatron_rl.engine.control import EngineControl
+from megatron_rl.engine.http import EngineControl
 from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
 from megatron_rl.sync.source import TensorSource

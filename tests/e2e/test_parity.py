@@ -22,7 +22,7 @@ BOUND = 2e-5  # of |d logprob| / max(1, |logprob|)
 
 def gaps_of_step(folder: Path, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[N] float64 relative gaps of all sampled tokens, and [N] their rollout log-probs."""
-    groups, _ = read_step(folder, step)
+    groups = [each.group for each in read_step(folder, step)]
     recomputed = read_recomputed(folder, step)
     gaps, logprobs = [], []
     for group in groups:

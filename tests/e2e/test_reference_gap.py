@@ -32,7 +32,7 @@ def test_both_sides_score_the_same_recorded_tokens(
         assert 0 < line["eval/reference_gap/max"] <= BOUND
         assert line["eval/reference_gap/mean"] <= line["eval/reference_gap/max"]
     # The set was sampled from the initial weights, of which both runs start; then they moved.
-    groups, _ = read_step(rollouts, 1)
+    groups = [each.group for each in read_step(rollouts, 1)]
     first = [rollout for group in groups for rollout in group.rollouts][:12]
     recorded = [each for r in first for each, kept in zip(r.rollout_logprobs, r.loss_mask) if kept]
     mean = sum(recorded) / len(recorded)

@@ -144,7 +144,7 @@ def check_records(config_path: Path, run_dir: Path, num_steps: int) -> None:
     tokenizer = load_tokenizer(config.model.path, 128)
     stream = PromptStream(config.data, tokenizer, 156)
     for step in range(1, num_steps + 1):
-        groups, _ = read_step(run_dir / "rollouts", step)
+        groups = [each.group for each in read_step(run_dir / "rollouts", step)]
         assert [group.prompt for group in groups] == stream.prompts((step - 1) * PROMPTS, PROMPTS)
         versions = {v for g in groups for r in g.rollouts for v in r.weight_versions}
         assert versions == {-1, step - 1}

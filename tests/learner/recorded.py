@@ -23,7 +23,7 @@ from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.objective.advantage import group_advantages
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Sample, Score
+from megatron_rl.records import Prompt, Rollout, RolloutGroup, Sample, Score, ScoredGroup
 from megatron_rl.rollout.recording import read_step, write_step
 from megatron_rl.weights.geometry import read_geometry
 
@@ -128,7 +128,8 @@ def read_samples(folder: Path, step: int, parallel: Parallel) -> list[Sample]:
     """This replica's share of a recorded step, on its head; nothing elsewhere."""
     if not parallel.is_replica_head:
         return []
-    groups, scores = read_step(folder, step)
+    recorded = read_step(folder, step)
+    groups, scores = [each.group for each in recorded], [each.scores for each in recorded]
     start = len(groups) * parallel.dp_rank // parallel.dp_size
     stop = len(groups) * (parallel.dp_rank + 1) // parallel.dp_size
     return as_samples(groups[start:stop], scores[start:stop])
@@ -171,8 +172,11 @@ def record(model: Path, folder: Path) -> None:
             )
             for group in groups
         ]
-        advantages = [[0.0] * len(group.rollouts) for group in groups]
-        write_step(folder, step, 0, groups, scores, advantages, num_ranks=1)
+        judged = [
+            ScoredGroup(group=group, scores=of_group).without_judgement()
+            for group, of_group in zip(groups, scores, strict=True)
+        ]
+        write_step(folder, step, 0, judged, num_ranks=1)
     shut_down_parallel()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tiny_checkpoints import specs_of, tensors_of
 
-from megatron_rl.engine.control import EngineControl
+from megatron_rl.engine.http import EngineControl
 from megatron_rl.records import EngineAddress
 from megatron_rl.sync.transports.segment import Segment
 from megatron_rl.sync.wire import (

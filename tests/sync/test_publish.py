@@ -22,7 +22,7 @@ from tiny_checkpoints import specs_of, tensors_of, write_checkpoint, write_token
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import RolloutConfig, SyncConfig
-from megatron_rl.engine.control import EngineControl
+from megatron_rl.engine.http import EngineControl
 from megatron_rl.engine.server import start_engines
 from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_rl.learner.batch.packing import deal, fill, pack
 from megatron_rl.learner.layout.exchange import exchange, gather_from_all
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.records import MicroBatch, RecomputedRow, Sample, TrainBatch
+from megatron_rl.records import MicroBatch, RecomputedRow, RolloutGroup, Sample, TrainBatch
 
 
 def deal_batch(
@@ -80,6 +80,21 @@ def to_device(row: MicroBatch, device: torch.device) -> MicroBatch:
         for name, value in fields.items()
     }
     return MicroBatch(**moved)
+
+
+def unscored_samples(groups: Iterable[RolloutGroup]) -> list[Sample]:
+    """One sample for each rollout of groups of which only the log-probs matter."""
+    return [
+        Sample(
+            prompt_index=group.prompt.index,
+            sample_index=index,
+            rollout=rollout,
+            reward=0.0,
+            advantage=0.0,
+        )
+        for group in groups
+        for index, rollout in enumerate(group.rollouts)
+    ]
 
 
 def by_sample(rows: Iterable[RecomputedRow]) -> list[tuple[Sample, torch.Tensor]]:

@@ -146,7 +146,8 @@ def test_row_lengths_and_packing_were_really_different(outcomes: Outcomes) -> No
 
 def test_loss_and_discrepancy_by_definition(outcomes: Outcomes, recorded_rollouts: Path) -> None:
     """One optimizer step: the ratio is 1, so the loss is minus the mean shaped advantage."""
-    groups, scores = read_step(recorded_rollouts, SPARSE_STEP)
+    recorded = read_step(recorded_rollouts, SPARSE_STEP)
+    groups, scores = [each.group for each in recorded], [each.scores for each in recorded]
     outcome = outcomes[Case(is_sparse=True).name]
     metrics = metrics_of(outcome)
     kept = [rollout.num_response_tokens for rollout in groups[1].rollouts]
