@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config import RolloutConfig
 from megatron_rl.engine.client import sampling_seed
 from megatron_rl.errors import SyncError
 from megatron_rl.learner.batch.deal import DealtBatch, recomputed_by_sample
@@ -23,9 +22,8 @@ from megatron_rl.learner.passes.forward import WHOLE
 from megatron_rl.loop.run import SYNC_LOG, Run
 from megatron_rl.loop.stations import recompute_for_all, unscored_samples
 from megatron_rl.records import Sample
-from megatron_rl.sync.probe import ParityReport, check_parity
-from megatron_rl.sync.wire import TensorSpec
-from megatron_rl.weights.quantization import quantized, quantized_shapes
+from megatron_rl.sync.probe import ParityReport, check_engines, engine_precision
+from megatron_rl.sync.source import weight_stream
 
 PROBE_PROMPTS = 4  # an engine
 PROBE_SAMPLES = 2  # a prompt
@@ -53,17 +51,14 @@ def publish_weights(run: Run) -> dict[str, float]:
 
 
 def _publish(run: Run) -> None:
-    quantization = run.config.rollout.quantization
-    shapes = run.learner.tensor_shapes()
-    specs = [
-        TensorSpec(name=name, dtype=dtype, shape=shape)
-        for name, dtype, shape in quantized_shapes(
-            quantization, shapes, DTYPES[run.config.model.dtype]
-        )
-    ]
-    tensors = quantized(quantization, run.learner.full_tensors())
+    stream = weight_stream(
+        run.learner.tensor_shapes(),
+        run.learner.full_tensors(),
+        quantization=run.config.rollout.quantization,
+        dtype=DTYPES[run.config.model.dtype],
+    )
     try:
-        report = run.publisher.publish(specs, tensors, version=run.step)
+        report = run.publisher.publish(stream, version=run.step)
     except SyncError:
         run.check_engines_after_failure()
         raise
@@ -119,37 +114,27 @@ def _probe_samples(run: Run) -> list[Sample]:
     return unscored_samples(groups)
 
 
-def engine_precision(rollout: RolloutConfig) -> str:
-    """The least precise of the engine's weights, activations and KV cache, as `sync/probe.py` names
-    it.
-    """
-    number = rollout.quantization.format.removesuffix("_w8a8")
-    is_fp8 = number == "fp8" or rollout.kv_cache_dtype.startswith("fp8")
-    if number == "int4" or not is_fp8:
-        return rollout.dtype if number == "none" else number
-    return "fp8"
-
-
 def _compare_engines(
     run: Run, dealt: DealtBatch, recomputed: Sequence[torch.Tensor]
 ) -> list[ParityReport]:
-    """One report an engine: pooled, a single stale engine among many would pass."""
-    rollout = run.config.rollout
-    pairs = recomputed_by_sample(dealt, [recomputed])
-    reports = []
-    for number, address in enumerate(run.addresses):
-        own = [pair for pair in pairs if pair[0].prompt_index % len(run.addresses) == number]
-        masks = [torch.tensor(sample.rollout.loss_mask) for sample, _ in own]
-        served = [torch.tensor(sample.rollout.rollout_logprobs) for sample, _ in own]
-        try:
-            report = check_parity(
-                torch.cat([values[mask] for values, mask in zip(served, masks)]),
-                torch.cat([values[mask] for (_, values), mask in zip(own, masks)]),
-                engine_dtype=engine_precision(rollout),
-                learner_dtype=run.config.model.dtype,
-                tolerance=run.config.sync.probe_tolerance,
-            )
-        except SyncError as error:
-            raise SyncError(f"engine {address.url} after update {run.step}: {error}") from error
-        reports.append(report)
-    return reports
+    """A report per engine; the client sends prompt i to engine i modulo their number."""
+    urls = [address.url for address in run.addresses]
+    pairs = [
+        (
+            replace(
+                sample,
+                rollout=replace(sample.rollout, engine=urls[sample.prompt_index % len(urls)]),
+            ),
+            values,
+        )
+        for sample, values in recomputed_by_sample(dealt, [recomputed])
+    ]
+    reports = check_engines(
+        pairs,
+        urls=urls,
+        version=run.step,
+        engine_dtype=engine_precision(run.config.rollout),
+        learner_dtype=run.config.model.dtype,
+        tolerance=run.config.sync.probe_tolerance,
+    )
+    return list(reports.values())
