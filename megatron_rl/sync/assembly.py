@@ -12,15 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from megatron_rl.errors import SyncError
-from megatron_rl.sync.wire import (
-    CASTABLE,
-    DTYPE_NAMES,
-    Bucket,
-    Manifest,
-    Piece,
-    TensorSpec,
-    new_checksum,
-)
+from megatron_rl.sync.transports.transport import Bucket, Piece
+from megatron_rl.sync.wire import CASTABLE, DTYPE_NAMES, Manifest, TensorSpec, new_checksum
 
 
 def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> None:

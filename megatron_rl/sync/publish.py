@@ -31,10 +31,8 @@ from megatron_rl.engine.control import EngineControl
 from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
 from megatron_rl.sync.source import TensorSource, WeightStream
-from megatron_rl.sync.transports.transport import Transfer, sender_class
+from megatron_rl.sync.transports.transport import ALIGNMENT, Bucket, Transfer, sender_class
 from megatron_rl.sync.wire import (
-    ALIGNMENT,
-    Bucket,
     Manifest,
     TensorSpec,
     bucket_to_json,

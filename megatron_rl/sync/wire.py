@@ -20,9 +20,7 @@ import torch
 import xxhash
 
 from megatron_rl.errors import SyncError
-
-ALIGNMENT = 64  # bytes; a multiple of every element size, and a cache line
-DIGEST_BYTES = 16
+from megatron_rl.sync.transports.transport import ALIGNMENT, Bucket, Piece
 
 DTYPES = {
     "float32": torch.float32,
@@ -66,37 +64,6 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A range of one tensor's bytes inside a bucket.
-
-    Example: the second half of tensor 3, at the start of the bucket:
-    `Piece(tensor=3, tensor_offset=65536, bucket_offset=0, nbytes=65536)`.
-    """
-
-    tensor: int  # index into the manifest
-    tensor_offset: int  # bytes
-    bucket_offset: int  # bytes, a multiple of ALIGNMENT
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """What one call of `/update_weights` carries: at least one piece, in ascending offsets.
-
-    Example: `Bucket(index=0, pieces=(Piece(...), Piece(...)))`.
-    """
-
-    index: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer that the bucket uses, gaps for alignment included."""
-        last = self.pieces[-1]
-        return last.bucket_offset + last.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,8 @@ import torch
 from megatron_rl.engine.control import EngineControl
 from megatron_rl.records import EngineAddress
 from megatron_rl.sync.transports.shared_memory import Sender
-from megatron_rl.sync.transports.transport import Transfer
+from megatron_rl.sync.transports.transport import Bucket, Transfer
 from megatron_rl.sync.wire import (
-    Bucket,
     Manifest,
     bucket_to_json,
     manifest_to_json,

@@ -5,14 +5,8 @@ import torch
 
 from megatron_rl.errors import SyncError
 from megatron_rl.sync.assembly import Assembly, check_manifest
-from megatron_rl.sync.wire import (
-    Bucket,
-    Manifest,
-    Piece,
-    TensorSpec,
-    new_checksum,
-    plan_buckets,
-)
+from megatron_rl.sync.transports.transport import Bucket, Piece
+from megatron_rl.sync.wire import Manifest, TensorSpec, new_checksum, plan_buckets
 
 BUCKET_BYTES = 128
 TENSORS = {

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from megatron_rl.errors import SyncError
-from megatron_rl.sync.transports.transport import Offer, Transfer
-from megatron_rl.sync.wire import DIGEST_BYTES, Bucket
+from megatron_rl.sync.transports.transport import DIGEST_BYTES, Bucket, Offer, Transfer
 
 
 class Sender:

@@ -18,12 +18,14 @@ from megatron_rl.sync import transports
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import WeightStream
 from megatron_rl.sync.transports.transport import (
+    Bucket,
+    Piece,
     Transfer,
     receiver_class,
     sender_class,
     transport_names,
 )
-from megatron_rl.sync.wire import Bucket, Piece, TensorSpec
+from megatron_rl.sync.wire import TensorSpec
 from tests.sync.fake_engine import FakeEngine
 
 TRANSPORTS = ("shared_memory", "files")
@@ -138,7 +140,7 @@ def test_a_receipt_that_differs_names_engine_worker_and_tensor(start, transport,
         acknowledge(self, wrong)
 
     monkeypatch.setattr(receiver, "acknowledge", acknowledge_wrongly)
-    with pytest.raises(SyncError, match=r"engine http://two, worker 1, b: expected checksum .*0000"):
+    with pytest.raises(SyncError, match=r"http://two, worker 1, b: expected checksum .*0000"):
         publisher.publish(stream(weights(1)), version=1)
     assert "finish" not in engines[0].calls + engines[1].calls
 

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.errors import SyncError
-from megatron_rl.sync.transports.transport import Offer, Transfer
-from megatron_rl.sync.wire import DIGEST_BYTES, Bucket
+from megatron_rl.sync.transports.transport import DIGEST_BYTES, Bucket, Offer, Transfer
 
 
 class Sender:
