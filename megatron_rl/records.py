@@ -26,8 +26,8 @@ MAX_LOGPROB_ROUNDING = 1e-3
 SAMPLE_BITS = 8  # low bits of a seed: vLLM seeds sample i of a prompt with seed + i
 MAX_SAMPLES = 2**SAMPLE_BITS
 TOKEN_VARIABLE = "MEGATRON_RL_TOKEN"  # environment variable that carries the run's bearer token
-# What the engines know the weight transfer of sync/engine_side/plugin.py by.
-WEIGHT_BACKEND = "megatron_rl_shm"
+# The name under which sync/engine_side/plugin.py registers with vLLM's weight transfer.
+WEIGHT_BACKEND = "megatron_rl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

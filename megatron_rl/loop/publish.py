@@ -14,6 +14,7 @@ from megatron_rl.config import Config
 from megatron_rl.errors import SyncError
 from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.loop.link import EngineLink, log_update
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.stopwatch import Phase
@@ -28,12 +29,18 @@ PROBE_SAMPLES = 2  # a prompt
 
 
 def publish_weights(
-    learner: Learner, link: EngineLink | None, state: LoopState, config: Config, phase: Phase
+    learner: Learner,
+    link: EngineLink | None,
+    urls: Sequence[str],
+    state: LoopState,
+    config: Config,
+    phase: Phase,
 ) -> dict[str, float]:
     """Publish the learner's weights as version `state.step`; a collective over all ranks.
 
     Args:
         link: on rank 0; None on every other rank.
+        urls: of all engines.
 
     Returns:
         The probe's figures, the same on every rank; empty with `sync.probe_num_tokens=0`, and in a
@@ -55,7 +62,7 @@ def publish_weights(
         if not config.sync.probe_num_tokens:
             return {}
         samples = [] if link is None else _probe_samples(link, state.step, config)
-        return _probe(learner, samples, state.step, config)
+        return _probe(learner, samples, urls, state.step, config)
 
 
 def _publish(learner: Learner, link: EngineLink, version: int, config: Config) -> None:
@@ -63,7 +70,7 @@ def _publish(learner: Learner, link: EngineLink, version: int, config: Config) -
         learner.tensor_shapes(),
         learner.full_tensors(),
         quantization=config.rollout.quantization,
-        dtype=learner.dtype,
+        dtype=DTYPES[config.model.dtype],
     )
     try:
         report = link.publisher.publish(stream, version=version)
@@ -101,7 +108,11 @@ def _probe_samples(link: EngineLink, version: int, config: Config) -> list[Sampl
 
 
 def _probe(
-    learner: Learner, samples: Sequence[Sample], version: int, config: Config
+    learner: Learner,
+    samples: Sequence[Sample],
+    urls: Sequence[str],
+    version: int,
+    config: Config,
 ) -> dict[str, float]:
     """Compare the engines' log-probs of their samples with the learner's of the same tokens."""
     scored = learner.score_samples(samples, tokens_per_row=config.learner.tokens_per_micro_batch)
@@ -109,11 +120,12 @@ def _probe(
     if learner.parallel.is_last_stage:
         reports = check_engines(
             scored,
+            urls=urls,
             version=version,
             engine_dtype=engine_precision(config.rollout),
             learner_dtype=config.model.dtype,
             tolerance=config.sync.probe_tolerance,
-        )
+        ).values()
         figures = {
             "sync/probe_gap/mean": max(each.mean_probability_gap for each in reports),
             "sync/probe_gap/max": max(each.max_probability_gap for each in reports),

@@ -53,7 +53,7 @@ class Run:
 
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
     state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...), sources=("chain_sum",),
-    was_resumed=False, source=None, evaluator=None, link=None)`.
+    engine_urls=("http://127.0.0.1:18400",), was_resumed=False, source=None, evaluator=None, link=None)`.
     """
 
     config: Config
@@ -62,6 +62,7 @@ class Run:
     recorder: Recorder  # writes on rank 0 alone
     stopwatch: Stopwatch
     sources: tuple[str, ...]  # names of the tasks and files that prompts come from
+    engine_urls: tuple[str, ...]  # on every rank; empty in a replay
     was_resumed: bool  # from a checkpoint
     source: RolloutSource | None  # on the heads of the replicas
     evaluator: Evaluator | None  # on the heads of the replicas, unless rollouts are replayed
@@ -104,8 +105,9 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         )
         stopwatch = Stopwatch(on_enter=recorder.phase)
         progress.describe = partial(_describe, run_dir, state, stopwatch)
+        addresses = _addresses(config, engines, parallel)
         source, evaluator, link = _connect(
-            config, checked, parallel, stopwatch, engines=engines, stack=stack
+            config, checked, parallel, stopwatch, addresses, engines=engines, stack=stack
         )
         recorder.say(f"log-probs: {learner.logprob_backend}")
         yield Run(
@@ -115,6 +117,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             recorder=recorder,
             stopwatch=stopwatch,
             sources=tuple(checked.verifiers),
+            engine_urls=tuple(address.url for address in addresses),
             was_resumed=checked.checkpoint is not None,
             source=source,
             evaluator=evaluator,
@@ -161,14 +164,12 @@ def _connect(
     checked: Preflight,
     parallel: Parallel,
     stopwatch: Stopwatch,
+    addresses: Sequence[EngineAddress],
     *,
     engines: Sequence[Engine],
     stack: ExitStack,
 ) -> tuple[RolloutSource | None, Evaluator | None, EngineLink | None]:
-    """Wait for the engines, and build what this rank asks them with; a collective."""
-    addresses = parallel.from_first_rank(
-        _ready_addresses(config, engines) if parallel.rank == 0 and not config.replay else []
-    )
+    """What this rank asks the engines with."""
     if not parallel.is_replica_head:
         return None, None, None
     if config.replay:
@@ -229,13 +230,20 @@ def _connect(
     return source, evaluator, link
 
 
-def _ready_addresses(config: Config, engines: Sequence[Engine]) -> list[EngineAddress]:
-    """Of the engines that this run started, once they answer, and of those it was given."""
-    for engine in engines:
-        engine.wait_ready()
-    given = given_addresses(config.rollout)
-    check_given(given)
-    return [*(engine.address for engine in engines), *given]
+def _addresses(
+    config: Config, engines: Sequence[Engine], parallel: Parallel
+) -> Sequence[EngineAddress]:
+    """Of the engines that this run started, once they answer, and of those it was given; a
+    collective.
+    """
+    addresses: list[EngineAddress] = []
+    if parallel.rank == 0 and not config.replay:
+        for engine in engines:
+            engine.wait_ready()
+        given = given_addresses(config.rollout)
+        check_given(given)
+        addresses = [*(engine.address for engine in engines), *given]
+    return parallel.from_first_rank(addresses)
 
 
 def _describe(run_dir: Path, state: LoopState, stopwatch: Stopwatch) -> str:

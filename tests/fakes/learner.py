@@ -56,7 +56,6 @@ class FakeLearner:
     """Holds one tensor, and gives every token the log-prob `logprob`."""
 
     parallel: FakeParallel = field(default_factory=FakeParallel)
-    dtype: torch.dtype = torch.float32
     logprob: float = -0.5
     log: list[str] = field(default_factory=list)
 
@@ -65,7 +64,7 @@ class FakeLearner:
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         self.log.append("full_tensors")
-        yield "model.norm.weight", torch.arange(4, dtype=self.dtype)
+        yield "model.norm.weight", torch.arange(4.0)
 
     def give_tensors(self) -> None:
         self.log.append("give_tensors")

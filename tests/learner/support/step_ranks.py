@@ -31,7 +31,7 @@ from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.batch.packing import fill, pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.update.dual import build_dual
+from megatron_rl.loop.state import initial_state
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.records import RecomputedRow, StepReport, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
@@ -201,7 +201,7 @@ def run_case(
     report, recomputed = train_step(
         learner,
         batch,
-        build_dual(config.constraint),
+        initial_state(config.constraint).dual,
         config,
         step=1,
         weight_version=0,

@@ -1,7 +1,7 @@
-"""The publisher's steps one by one, with a fault on the way.
+"""The publisher's steps one by one, with a fault in one of them.
 
 Called by test_publish.py; and, for a sender that dies, run as a process of its own:
-python sender.py URL FOLDER FAULT, with the token in MEGATRON_RL_TOKEN.
+python -m tests.sync.faulty_sender URL FOLDER FAULT, with the token in MEGATRON_RL_TOKEN.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_checkpoints import specs_of, tensors_of
 
 from megatron_rl.engine.http import EngineControl
 from megatron_rl.records import EngineAddress
-from megatron_rl.sync.transports.segment import Segment
+from megatron_rl.sync.transports.shared_memory import Sender
+from megatron_rl.sync.transports.transport import Bucket, Transfer
 from megatron_rl.sync.wire import (
-    Bucket,
     Manifest,
     bucket_to_json,
     manifest_to_json,
     new_checksum,
     plan_buckets,
 )
+from tests.sync.tiny_checkpoints import specs_of, tensors_of
 
 BUCKET_BYTES = 2**18
 
@@ -34,22 +34,18 @@ def send(address: EngineAddress, folder: Path, fault: str) -> None:
     tensors = tensors_of(folder)
     specs = specs_of(tensors)
     raw = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors.values()]
-    segment = Segment.create(BUCKET_BYTES + 16 * len(specs))
-    control = EngineControl(address, 20.0)
-    control.initialize(
-        {
-            "segment": segment.address.to_json(),
-            "bucket_bytes": BUCKET_BYTES,
-            "num_tensors": len(specs),
-            "first_slot": 0,
-        }
+    sender = Sender(source=0, num_sources=1, timeout_seconds=20.0)
+    (offer,) = sender.offer(
+        Transfer(bucket_bytes=BUCKET_BYTES, num_tensors=len(specs), num_workers=(1,))
     )
+    control = EngineControl(address, 20.0)
+    control.initialize({"transport": "shared_memory", "num_tensors": len(specs), "offer": offer})
     control.pause()
     control.start()
     manifest = Manifest(update="by hand", specs=tuple(specs))
     control.update("manifest", {"manifest": manifest_to_json(manifest)})
     for bucket in plan_buckets(specs, BUCKET_BYTES):
-        checksums = _fill(segment, bucket, raw)
+        checksums = _fill(sender, bucket, raw)
         if bucket.index == 2:
             if fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -58,17 +54,17 @@ def send(address: EngineAddress, folder: Path, fault: str) -> None:
             elif fault == "skipped bucket":
                 continue
             elif fault == "torn bytes":
-                segment.bytes_of(bucket.pieces[-1].bucket_offset, 1).add_(1)
+                sender.buffer(bucket.pieces[-1].bucket_offset, 1).add_(1)
             elif fault == "wrong checksum":
                 checksums = dict.fromkeys(checksums, "0" * 32)
         control.update(f"bucket {bucket.index}", {"bucket": bucket_to_json(bucket, checksums)})
 
 
-def _fill(segment: Segment, bucket: Bucket, raw: list[torch.Tensor]) -> dict[int, str]:
+def _fill(sender: Sender, bucket: Bucket, raw: list[torch.Tensor]) -> dict[int, str]:
     checksums = {}
     for piece in bucket.pieces:
         end = piece.tensor_offset + piece.nbytes
-        segment.bytes_of(piece.bucket_offset, piece.nbytes).copy_(
+        sender.buffer(piece.bucket_offset, piece.nbytes).copy_(
             raw[piece.tensor][piece.tensor_offset : end]
         )
         if end == raw[piece.tensor].numel():
