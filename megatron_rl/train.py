@@ -15,8 +15,8 @@ from megatron_rl.config import Config
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.loop.collect import sample_step
+from megatron_rl.loop.fixed_gap import fixed_gap
 from megatron_rl.loop.publish import publish_weights
-from megatron_rl.loop.reference_gap import reference_gap
 from megatron_rl.loop.report import write_metrics
 from megatron_rl.loop.run import Run
 from megatron_rl.loop.stations import (
@@ -37,7 +37,7 @@ def train(config: Config, progress: Progress) -> None:
         else:
             is_wanted = config.eval.at_start
             before = evaluate_held_out(run, with_constant_answer=True) if is_wanted else {}
-            write_metrics(run, parity, before, reference_gap(run) if is_wanted else {})
+            write_metrics(run, parity, before, fixed_gap(run) if is_wanted else {})
         for step in run.steps():
             sampled = sample_step(run)
             with run.stations.time("learner"):
@@ -64,7 +64,7 @@ def train(config: Config, progress: Progress) -> None:
             record_rollouts(run, sampled, dealt, recomputed)
             evaluation = {}
             if should_evaluate(config, step):
-                evaluation = evaluate_held_out(run) | reference_gap(run)
+                evaluation = evaluate_held_out(run) | fixed_gap(run)
             # Before the checkpoint: a step that is resumed after has its line, and loses it if it
             # is done again.
             write_metrics(run, report.metrics, parity, evaluation, sampled=sampled)

@@ -19,7 +19,7 @@ from megatron_rl.records import Truncation
 from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
-REFERENCE_STEP = 1  # the step of eval.reference_rollouts that is scored
+FIXED_STEP = 1  # the step of eval.fixed_rollouts that is scored
 
 
 def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
@@ -105,21 +105,21 @@ def check_replay(config: Config) -> None:
         )
 
 
-def check_reference_rollouts(config: Config) -> None:
-    """ConfigError where `eval.reference_rollouts` cannot be scored with these settings."""
-    folder, sampling = config.eval.reference_rollouts, config.rollout.sampling
+def check_fixed_rollouts(config: Config) -> None:
+    """ConfigError where `eval.fixed_rollouts` cannot be scored with these settings."""
+    folder, sampling = config.eval.fixed_rollouts, config.rollout.sampling
     if not folder:
         return
-    first = Path(folder) / f"step_{REFERENCE_STEP:06d}.rank0.safetensors"
+    first = Path(folder) / f"step_{FIXED_STEP:06d}.rank0.safetensors"
     if not first.is_file():
         raise ConfigError(
-            f"eval.reference_rollouts={folder}: expected a run's rollouts/ folder with its step "
-            f"{REFERENCE_STEP}, {first.name} is not there"
+            f"eval.fixed_rollouts={folder}: expected a run's rollouts/ folder with its step "
+            f"{FIXED_STEP}, {first.name} is not there"
         )
     # An engine scores given tokens over the whole vocabulary at temperature 1.
     if sampling.temperature != 1 or truncation_of(config.rollout, "cpu").is_active:
         raise ConfigError(
-            "eval.reference_rollouts: expected rollout.sampling with temperature=1 and nothing "
+            "eval.fixed_rollouts: expected rollout.sampling with temperature=1 and nothing "
             f"truncated, got temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, "
             f"top_k={sampling.top_k}, min_p={sampling.min_p:g}"
         )

@@ -38,7 +38,7 @@ from megatron_rl.learner.model.checkpoint import latest_checkpoint, load_checkpo
 from megatron_rl.learner.update.dual import build_dual
 from megatron_rl.loop.preflight import (
     check_engine_place,
-    check_reference_rollouts,
+    check_fixed_rollouts,
     check_replay,
     checkpoint_to_resume,
     prepare_data,
@@ -78,7 +78,7 @@ class Run:
         self.replay_dir = Path(config.replay)
         check_replay(config)
         check_engine_place(config)
-        check_reference_rollouts(config)
+        check_fixed_rollouts(config)
         self._checkpoint = checkpoint_to_resume(config)
 
     def __enter__(self) -> Run:

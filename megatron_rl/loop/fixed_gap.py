@@ -1,9 +1,9 @@
-"""One fixed set of trajectories in, how far learner and engine are apart on it out.
+"""The discrepancy between learner and engine on a fixed set of recorded rollouts.
 
-The gap of a run's own samples falls as the policy sharpens, whatever is done about it: likelier
-tokens have smaller gaps. On recorded trajectories (`eval.reference_rollouts`, another run's
-`rollouts/` folder) both sides give the probability of the same tokens at every evaluation, so that
-two runs, or two moments of one, can be compared.
+The discrepancy of a run's own samples falls as the policy sharpens, whatever the constraint does,
+because likely tokens have smaller gaps. On recorded rollouts (`eval.fixed_rollouts`, the
+`rollouts/` folder of another run) both sides score the same tokens at every evaluation, so two
+runs, or two steps of one run, can be compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl.learner.batch.deal import recomputed_by_sample
-from megatron_rl.loop.preflight import REFERENCE_STEP
+from megatron_rl.loop.preflight import FIXED_STEP
 from megatron_rl.loop.run import Run
 from megatron_rl.loop.stations import recompute_for_all, unscored_samples
 from megatron_rl.objective.discrepancy import discrepancy
@@ -22,17 +22,19 @@ from megatron_rl.records import Sample
 from megatron_rl.rollout.recording import read_step
 
 
-def reference_gap(run: Run) -> dict[str, float]:
-    """The gap over the set at the present weights, which the engines must serve; a collective.
+def fixed_gap(run: Run) -> dict[str, float]:
+    """The gap on the fixed rollouts at the current weights, which the engines must already serve.
+
+    A collective: every rank calls it.
 
     Returns:
-        `eval/reference_gap/mean` and `/max` of |p_train - p_inf|, and
-        `eval/reference_logprob/mean`, the learner's, which tells how the policy has moved on the
-        set; the same on every rank, empty without a set.
+        `eval/fixed_gap/mean` and `/max` of |p_train - p_inf|, and `eval/fixed_logprob/mean` of the
+        learner's log-probs, which shows how far the policy has moved on these tokens. The same on
+        every rank; empty if `eval.fixed_rollouts` is not set.
     Raises:
-        EngineError: an engine did not score what it was given.
+        EngineError: an engine did not score a sequence.
     """
-    if not run.config.eval.reference_rollouts or run.is_replay:
+    if not run.config.eval.fixed_rollouts or run.is_replay:
         return {}
     with run.stations.time("eval"):
         samples = _scored_by_engine(run) if run.parallel.rank == 0 else []
@@ -46,17 +48,17 @@ def reference_gap(run: Run) -> dict[str, float]:
                 gaps.append(discrepancy(learned[is_sampled], served).double())
                 logprobs.append(learned[is_sampled].double())
             figures = {
-                "eval/reference_gap/mean": float(torch.cat(gaps).mean()),
-                "eval/reference_gap/max": float(torch.cat(gaps).max()),
-                "eval/reference_logprob/mean": float(torch.cat(logprobs).mean()),
+                "eval/fixed_gap/mean": float(torch.cat(gaps).mean()),
+                "eval/fixed_gap/max": float(torch.cat(gaps).max()),
+                "eval/fixed_logprob/mean": float(torch.cat(logprobs).mean()),
             }
         return run.parallel.from_last_stage(figures)
 
 
 def _scored_by_engine(run: Run) -> list[Sample]:
-    """The recorded samples, with what the engines give their tokens now."""
-    groups, _ = read_step(Path(run.config.eval.reference_rollouts), REFERENCE_STEP)
-    samples = unscored_samples(groups)[: run.config.eval.num_reference]
+    """The recorded samples, with the log-probs that the engines give their tokens now."""
+    groups, _ = read_step(Path(run.config.eval.fixed_rollouts), FIXED_STEP)
+    samples = unscored_samples(groups)[: run.config.eval.num_fixed_rollouts]
     scores = run.client.score([sample.rollout.token_ids for sample in samples])
     return [
         replace(sample, rollout=replace(sample.rollout, rollout_logprobs=logprobs))
