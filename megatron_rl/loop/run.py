@@ -45,7 +45,7 @@ from megatron_rl.loop.preflight import (
     truncation_of,
 )
 from megatron_rl.observe.recorder import Recorder
-from megatron_rl.observe.stopwatch import Stations
+from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.process.command import Progress
 from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import EngineAddress
@@ -65,7 +65,7 @@ class Run:
     def __init__(self, config: Config, progress: Progress) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
-        self.stations = Stations(on_enter=lambda station: self.recorder.station(station))
+        self.stations = Stopwatch(on_enter=lambda phase: self.recorder.phase(phase))
         self.step = 0
         self.published_version = 0  # of the weights that the engines serve
         progress.describe = self._describe
