@@ -108,8 +108,8 @@ def read_curves(study: Study, output: Path) -> list[Record]:
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
-    """One line a step: COLUMNS, and of evaluations avg@k and what is said of the reference set."""
-    wanted = ("eval/avg", "eval/reference")
+    """Write one line per step: COLUMNS, and avg@k and the fixed rollouts' figures if evaluated."""
+    wanted = ("eval/avg", "eval/fixed")
     evaluations = sorted({key for each in records for key in each if key.startswith(wanted)})
     fields = ["engine", "arm", "seed", "step", *COLUMNS, *evaluations]
     with path.open("w", newline="") as file:
@@ -164,7 +164,7 @@ def table_of(records: Sequence[Record]) -> list[str]:
             run, first.get(run[0]["seed"], []), last
         ),
         "tolerance": lambda run: mean_after(run, "constraint/tolerance", last),
-        "reference gap, end": lambda run: at_end(run, "eval/reference_gap/mean"),
+        "fixed gap, end": lambda run: at_end(run, "eval/fixed_gap/mean"),
         "entropy": lambda run: mean_after(run, "loss/entropy/mean", last),
         "lambda, end": lambda run: at_end(run, "constraint/lambda"),
         "penalty / abs(A)": lambda run: mean_after(run, "constraint/penalty_share/mean", last),

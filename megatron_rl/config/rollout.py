@@ -120,12 +120,12 @@ class EvalConfig:
     num_samples: int = 8  # k of avg@k and pass@k
     at_start: bool = True
     at_end: bool = True
-    # a run's rollouts/ folder: its step 1 is scored by learner and engine at every evaluation
-    reference_rollouts: str = ""
-    num_reference: int = 256  # sequences of it, at most
+    # the rollouts/ folder of a run, whose step 1 learner and engine score at every evaluation
+    fixed_rollouts: str = ""
+    num_fixed_rollouts: int = 256  # at most so many of its sequences
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
 
     def __post_init__(self) -> None:
         at_least(0, every=self.every)
-        at_least(1, num_samples=self.num_samples, num_reference=self.num_reference)
+        at_least(1, num_samples=self.num_samples, num_fixed_rollouts=self.num_fixed_rollouts)
         at_most(MAX_SAMPLES, num_samples=self.num_samples)

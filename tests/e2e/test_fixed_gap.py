@@ -21,20 +21,20 @@ def test_both_sides_score_the_same_recorded_tokens(
     rollouts = tmp_path / "recorded" / "rollouts"
     train_to_the_end(
         config,
-        f"eval.reference_rollouts={rollouts}",
-        "eval.num_reference=12",
+        f"eval.fixed_rollouts={rollouts}",
+        "eval.num_fixed_rollouts=12",
         num_ranks=1,
         run_dir=tmp_path / "run",
     )
     before, after = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    print({key: (before[key], after[key]) for key in before if key.startswith("eval/reference")})
+    print({key: (before[key], after[key]) for key in before if key.startswith("eval/fixed")})
     for line in (before, after):
-        assert 0 < line["eval/reference_gap/max"] <= BOUND
-        assert line["eval/reference_gap/mean"] <= line["eval/reference_gap/max"]
+        assert 0 < line["eval/fixed_gap/max"] <= BOUND
+        assert line["eval/fixed_gap/mean"] <= line["eval/fixed_gap/max"]
     # The set was sampled from the initial weights, of which both runs start; then they moved.
     groups = [each.group for each in read_step(rollouts, 1)]
     first = [rollout for group in groups for rollout in group.rollouts][:12]
     recorded = [each for r in first for each, kept in zip(r.rollout_logprobs, r.loss_mask) if kept]
     mean = sum(recorded) / len(recorded)
-    assert abs(before["eval/reference_logprob/mean"] - mean) < 1e-5
-    assert abs(after["eval/reference_logprob/mean"] - mean) > 1e-3
+    assert abs(before["eval/fixed_logprob/mean"] - mean) < 1e-5
+    assert abs(after["eval/fixed_logprob/mean"] - mean) > 1e-3
