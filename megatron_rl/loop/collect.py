@@ -71,7 +71,7 @@ def _sample_round(run: Run, first_prompt: int, num_prompts: int) -> SampledStep:
         )
     check_versions(groups, run.published_version)
     with run.stations.time("reward"):
-        scores = run.scorer.score(groups)
+        scores = run.scorer.score(groups, with_group_verifier=True)
     return judge(run.config, groups, scores, num_prompts=num_prompts, num_rounds=1)
 
 

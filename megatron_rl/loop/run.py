@@ -49,8 +49,8 @@ from megatron_rl.observe.stopwatch import Stations
 from megatron_rl.process.command import Progress
 from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import EngineAddress
+from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.reward.score import Scorer
-from megatron_rl.reward.verifiers import resolve_verifiers
 from megatron_rl.rollout.recording import truncate_after
 from megatron_rl.sync.publish import Publisher
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_rl.config.choices import POLICY_LOSSES
 from megatron_rl.errors import ConfigError
 from megatron_rl.objective.sequences import mean_by_sequence, to_tokens
 
@@ -125,7 +126,7 @@ def _clipped(
     )
 
 
-KINDS = ("ppo_clip", "gspo", "cispo", "dppo_tv")
+KINDS = POLICY_LOSSES
 
 
 def surrogate(
