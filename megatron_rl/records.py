@@ -133,21 +133,21 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a verifier said of one response.
+    """How one response was judged.
 
     Example: `Score(reward=1.0, is_formatted=True, failure=None)`; a verifier that ran out of time
-    gives `Score(reward=0.0, is_formatted=False, failure="timeout")`, which is counted apart and
-    never passes for a wrong answer.
+    gives `Score(reward=0.0, is_formatted=False, failure="timeout")`, which is counted separately
+    and not as a wrong answer.
     """
 
     reward: float
     is_formatted: bool  # an answer could be read from the response, right or wrong
-    failure: str | None  # "timeout", "crash", or None when the verifier did its work
-    group_reward: float = 0.0  # what a group verifier added to the reward
+    failure: str | None  # "timeout", "crash", or None if the verifier judged the response
+    group_reward: float = 0.0  # what the group verifier adds to the reward in training
 
     @property
     def is_correct(self) -> bool:
-        """What counts as right in every evaluation: a full reward that a verifier really gave."""
+        """Whether evaluation counts the response as correct: a verifier gave it the full reward."""
         return self.failure is None and self.reward >= 1.0
 
 

@@ -51,7 +51,7 @@ class ReasoningSource:
     def candidate(self, seed: int, position: int, attempt: int = 0) -> Candidate:
         """The question at a position; another attempt is another question.
 
-        Its metadata is what `reward/reasoning_gym.py` needs to score an answer.
+        Its metadata is what `reward/verifiers/reasoning_gym.py` needs to score an answer.
 
         Raises:
             DataError: a column is missing, or not a text.

@@ -21,15 +21,15 @@ differentiable penalty raises it there.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from megatron_rl.config.choices import Gate
 from megatron_rl.errors import ConfigError, DataError, DivergenceError
 from megatron_rl.objective.tolerance import CalibratedTolerance
 
-PENALTIES = ("shaping", "differentiable")
-GATES = ("batch", "mean", "token")
+GATES = get_args(Gate)
 _WHERE = "change it under objective.constraint"
 
 

@@ -15,9 +15,11 @@ Where others say "sequence", verl and TRL mean the sum, ms-swift the mean.
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 
+from megatron_rl.config.choices import ImportanceLevel, ImportanceMode
 from megatron_rl.errors import ConfigError
 from megatron_rl.objective.log_ratio import MAX_LOG_RATIO, log_ratios
 from megatron_rl.objective.sequences import (
@@ -28,8 +30,8 @@ from megatron_rl.objective.sequences import (
 )
 from megatron_rl.observe.metrics import Figures, Mean, Metric
 
-LEVELS = ("token", "sequence_sum", "sequence_mean")
-MODES = ("truncate", "mask")
+LEVELS = get_args(ImportanceLevel)
+MODES = get_args(ImportanceMode)
 
 
 def importance_weights(

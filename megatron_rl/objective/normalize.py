@@ -19,12 +19,15 @@ on the length of its response nor on what is rejected.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
+from megatron_rl.config.choices import Normalize
 from megatron_rl.errors import ConfigError
 from megatron_rl.objective.sequences import num_sequences
 
-MODES = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+MODES = get_args(Normalize)
 
 
 def kept_tokens_per_sequence(

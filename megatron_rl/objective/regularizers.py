@@ -12,13 +12,16 @@ the policy's present log-probs, as in PPO's reward (arXiv 2203.02155): `A' = A -
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
+from megatron_rl.config.choices import KLEstimator
 from megatron_rl.errors import ConfigError
 from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
 from megatron_rl.observe.metrics import Mean, Metric
 
-ESTIMATORS = ("k1", "k2", "k3")
+ESTIMATORS = get_args(KLEstimator)
 
 
 def reference_kl(

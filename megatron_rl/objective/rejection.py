@@ -17,9 +17,11 @@ in the mean discrepancy.
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 
+from megatron_rl.config.choices import KLEstimator, RejectionLevel
 from megatron_rl.errors import ConfigError
 from megatron_rl.objective.log_ratio import MAX_LOG_RATIO, log_ratios
 from megatron_rl.objective.sequences import (
@@ -30,8 +32,8 @@ from megatron_rl.objective.sequences import (
 )
 from megatron_rl.observe.metrics import Mean, Metric
 
-DIVERGENCES = ("k1", "k2", "k3")
-LEVELS = ("token", "sequence_sum", "sequence_mean", "sequence_max")
+DIVERGENCES = get_args(KLEstimator)
+LEVELS = get_args(RejectionLevel)
 
 
 def rejection_mask(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Times a block under the name of a phase: `Stopwatch.time`, or a stand-in for it."""
 
 
 class Stopwatch:

@@ -6,9 +6,9 @@ import reasoning_gym
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import Score
-from megatron_rl.reward import exact, math_verify, numeric
-from megatron_rl.reward import reasoning_gym as gym_verifier
-from megatron_rl.reward.verifiers import check_verifier, load_verifier, resolve_verifiers
+from megatron_rl.reward.registry import check_verifier, load_verifier, resolve_verifiers
+from megatron_rl.reward.verifiers import exact, math_verify, numeric
+from megatron_rl.reward.verifiers import reasoning_gym as gym_verifier
 
 
 def judged(score: Score):

@@ -1,4 +1,4 @@
-"""The last number of the answer must be the expected number, as exact rationals: 0.5 is 1/2."""
+"""The last number of the answer must equal the expected number, as exact fractions: 0.5 is 1/2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_rl.reward.answers import final_answer, last_number
 
 
 def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
-    """1 for the expected number, else 0; formatted when the response has a number.
+    """1 for the expected number, else 0; formatted if the response has a number.
 
     Raises:
         ValueError: the expected answer has no number.

@@ -1,7 +1,7 @@
-"""Mathematical equality by the `math-verify` library: 1/2, 0.5 and \\frac12 are one answer.
+"""Mathematical equality by the `math-verify` library: 1/2, 0.5 and \\frac12 are the same answer.
 
-Its own time limits are switched off: they use `signal.alarm`, which fails off the main thread and
-then scores every answer 0. The limit is the worker pool's.
+The library's own time limits are switched off: they use `signal.alarm`, which fails outside the
+main thread, and then every answer scores 0. The worker pool limits the time instead.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import math_verify
 
 from megatron_rl.records import Score
 
-# It warns that the caller has to limit the time, which the pool does.
+# It warns that the caller must limit the time; the pool does.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
-    """1 for an equal answer, else 0; formatted when the library could read an answer.
+    """1 for an equal answer, else 0; formatted if the library could read an answer.
 
     Raises:
         ValueError: the expected answer cannot be read.

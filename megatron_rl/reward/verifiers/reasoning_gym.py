@@ -1,7 +1,7 @@
-"""The scorer that a reasoning-gym task brings along; it may give part of a point.
+"""The scorer that comes with a reasoning-gym task; it may give a fraction of the full reward.
 
-The prompt's metadata holds what it needs: `{"task": name, "options": {...}, "entry": {...}}`, put
-there by `data/reasoning_tasks.py`.
+It reads the prompt's metadata, `{"task": name, "options": {...}, "entry": {...}}`, which
+`data/reasoning_tasks.py` writes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import reasoning_gym
 from megatron_rl.records import Score
 from megatron_rl.reward.answers import final_answer, is_number
 
-_GRID_TASKS = ("arc_agi", "rearc")  # compare grids with `==`, and JSON knows no tuples
+_GRID_TASKS = ("arc_agi", "rearc")  # they compare tuples of tuples, which JSON turned into lists
 
 
 def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
-    """What the task's `score_answer` says of the response's answer.
+    """The score that the task's `score_answer` gives to the response's answer.
 
-    Formatted: there is an answer, and it is a number where the expected one is.
+    The response is formatted if it has an answer, and a number if the expected answer is one.
 
     Raises:
         ValueError: the metadata is not of a reasoning-gym prompt.
