@@ -1,24 +1,32 @@
-"""What tests of several rooms share."""
+"""What tests of several folders share: tiny models, recorded rollouts, one engine."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).parents[1] / "tools"
+from tests.support.models import write_sharp_model, write_tiny_model
+from tests.support.ranks import run_module
+from tests.support.served_engine import ServedEngine
+from tests.support.short_run import write_short_run
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 of 2 layers and hidden size 64 with a character tokenizer (vocabulary of 128)."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    options = "--hidden 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 32 --initializer-range 0.1"
-    command = [sys.executable, str(TOOLS / "make_tiny_model.py"), str(folder), *options.split()]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharp_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of 2 layers whose probabilities tell its weights apart; see support/models.py."""
+    folder = tmp_path_factory.mktemp("sharp") / "model"
+    write_sharp_model(folder)
     return folder
 
 
@@ -28,12 +36,25 @@ def recorded_rollouts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     learner/recorded.py.
     """
     folder = tmp_path_factory.mktemp("recorded") / "rollouts"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.learner.recorded"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, str(tiny_checkpoint), str(folder)],
-        check=True,
-        cwd=TOOLS.parent,
-        env=environment,
-    )
+    run_module("tests.learner.recorded", tiny_checkpoint, folder, ranks=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_config(sharp_checkpoint: Path) -> Callable[..., Path]:
+    """`write_config(folder, **sections)`: the YAML of a short run of `sharp_checkpoint`."""
+
+    def write(folder: Path, **sections: dict[str, Any]) -> Path:
+        return write_short_run(folder, sharp_checkpoint, sections)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def served_engine(
+    sharp_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedEngine]:
+    """One float32 engine for all runs of the session that are given theirs."""
+    engine = ServedEngine(sharp_checkpoint, tmp_path_factory.mktemp("served"))
+    yield engine
+    engine.stop()

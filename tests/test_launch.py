@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torchrun import ROOT
+from tests.support.ranks import ROOT
 
 
 @pytest.mark.skipif(not (ROOT / ".venv").is_dir(), reason="the environment is not in .venv here")

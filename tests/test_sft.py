@@ -19,23 +19,25 @@ from megatron_rl.data.pairs import PairStream
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.sft import as_samples
-from tests.torchrun import run_module, torchrun_environment
+from tests.support.ranks import rank_environment, run_module
 
 NUM_STEPS, SEQUENCES_PER_STEP = 30, 32
 NUM_HELD_OUT = 20
 
-# Mean negative log-prob of the answers to the questions, by transformers, in a process of its own:
-# the learner's changes to torch would reach it otherwise.
+# Mean negative log-prob of the answers to the questions under each of some models, by transformers,
+# in a process of its own: the learner's changes to torch would reach it otherwise.
 SCORE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-total = count = 0.0
-for prompt, response in json.load(open(sys.argv[2])):
-    logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-    for position, token in enumerate(response, start=len(prompt) - 1):
-        total, count = total - logits[position, token].item(), count + 1
-print(total / count)
+pairs = json.load(open(sys.argv[1]))
+for path in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    total = count = 0.0
+    for prompt, response in pairs:
+        logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        for position, token in enumerate(response, start=len(prompt) - 1):
+            total, count = total - logits[position, token].item(), count + 1
+    print(total / count)
 """
 
 
@@ -93,21 +95,17 @@ def test_transformers_loads_what_was_learnt(
     stream = PairStream(config, load_tokenizer(str(tiny_checkpoint), 128))
     pairs = stream.pairs((NUM_STEPS - 1) * SEQUENCES_PER_STEP, SEQUENCES_PER_STEP)
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    losses = {}
-    for name, path in (
-        ("before", tiny_checkpoint),
-        ("after", run_dir / "warm_start/checkpoint"),
-    ):
-        command = [sys.executable, "-W", "ignore", "-c", SCORE, str(path)]
-        finished = subprocess.run(
-            [*command, str(tmp_path / "pairs.json")],
-            env=torchrun_environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        losses[name] = float(finished.stdout.splitlines()[-1])
+    after = run_dir / "warm_start/checkpoint"
+    command = [sys.executable, "-W", "ignore", "-c", SCORE]
+    finished = subprocess.run(
+        [*command, str(tmp_path / "pairs.json"), str(tiny_checkpoint), str(after)],
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    losses = dict(zip(("before", "after"), map(float, finished.stdout.splitlines()[-2:])))
     lines = (run_dir / "warm_start/metrics.jsonl").read_text().splitlines()
     assert losses["after"] < 0.6 * losses["before"]
     # The last step's pairs, before that step's update.

@@ -1,6 +1,6 @@
-"""A short run of every named preset, one after the other in one process, on one given server.
+"""A replay of recorded rollouts under every named preset, one after the other in one process.
 
-    MEGATRON_RL_TOKEN=... python -m tests.e2e.preset_runs CONFIG FOLDER URL PRESET[:KEY=VALUE...]...
+    python -m tests.e2e.preset_runs CONFIG FOLDER ROLLOUTS PRESET[:KEY=VALUE...]...
 
 Each run goes to FOLDER/<preset>.
 """
@@ -14,12 +14,12 @@ from megatron_rl.process.command import Progress
 from megatron_rl.train import train
 
 
-def main(path: str, folder: str, url: str, *presets: str) -> None:
+def main(path: str, folder: str, rollouts: str, *presets: str) -> None:
+    """Train with each preset in turn."""
     for each in presets:
         preset, *overrides = each.split(":")
-        given = ["rollout.num_engines=0", f"rollout.urls=['{url}']"]
-        name = [f"objective.preset={preset}", f"run_dir={folder}/{preset}"]
-        train(load_config(path, [*given, *name, *overrides]), Progress())
+        name = [f"objective.preset={preset}", f"run_dir={folder}/{preset}", f"replay={rollouts}"]
+        train(load_config(path, [*name, *overrides]), Progress())
 
 
 if __name__ == "__main__":

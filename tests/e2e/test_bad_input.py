@@ -1,6 +1,7 @@
 """What a user can get wrong: one clear line, a non-zero exit code, nothing left running or damaged.
 
-Most cases run as one process without torchrun, where the line must be all there is to read.
+Most cases run as one process without ranks, where the line must be all there is to read; two are
+started for real, alone and below torchrun.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.launch import training
+from tests.e2e.runs import training
+from tests.support.ranks import run_module
 
 SECONDS = 60.0  # an error that takes longer is a hang
 
@@ -22,14 +24,38 @@ SECONDS = 60.0  # an error that takes longer is a hang
 def fail(config: Path, *overrides: str, num_ranks: int = 0) -> tuple[str, Path]:
     """Trains, expects failure and nothing left of it; returns the output and the run folder."""
     run_dir = config.parent / "run"
-    kept = run_dir / "checkpoints" / "step_000007" / "run_state.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("of an earlier run")
+    kept = keep_something(run_dir)
+    finished = run_module(  # which asserts that nothing is left
+        "megatron_rl.train",
+        config,
+        f"run_dir={run_dir}",
+        *overrides,
+        ranks=num_ranks,
+        must_succeed=False,
+        timeout=SECONDS,
+    )
+    assert finished.returncode != 0, finished.stdout
+    assert kept.read_text() == "of an earlier run"
+    return finished.stdout, run_dir
+
+
+def fail_for_real(config: Path, *overrides: str, num_ranks: int) -> str:
+    """The same of a run that is started as a user starts it, below torchrun or alone."""
+    run_dir = config.parent / "run"
+    kept = keep_something(run_dir)
     with training(config, *overrides, num_ranks=num_ranks, run_dir=run_dir) as run:
         assert run.wait(SECONDS) != 0, run.output
         assert run.left_after(10.0) == []
         assert kept.read_text() == "of an earlier run"
-        return run.output, run_dir
+        return run.output
+
+
+def keep_something(run_dir: Path) -> Path:
+    """A file that an earlier run left, and that no failure may touch."""
+    kept = run_dir / "checkpoints" / "step_000007" / "run_state.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of an earlier run")
+    return kept
 
 
 def assert_one_line(output: str, kind: str, *fragments: str) -> None:
@@ -148,15 +174,27 @@ def test_a_server_that_does_not_start(tmp_path: Path, write_config: Callable[...
     assert len(lines) < 25
 
 
-@pytest.mark.parametrize(
-    ("override", "kind"), [("loop.num_stepz=3", "ConfigError"), ("data.tasks=[]", "ConfigError")]
-)
-def test_under_torchrun_the_line_comes_once_and_is_the_last_thing_to_read(
-    override: str, kind: str, tmp_path: Path, write_config: Callable[..., Path]
+def test_started_alone_the_line_is_all_there_is_to_read(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    output = fail_for_real(write_config(tmp_path), "model.path=no/such/folder", num_ranks=0)
+    assert_one_line(output, "DataError", "model.path", "no/such/folder")
+
+
+@pytest.mark.parametrize("override", ["loop.num_stepz=3", "parallel.tensor=4"])
+def test_of_several_ranks_one_tells_it(
+    override: str, tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     output, _ = fail(write_config(tmp_path), override, num_ranks=2)
+    assert_one_line(output, "ConfigError", override.split("=")[0])
+
+
+def test_under_torchrun_the_line_comes_once_and_is_the_last_thing_to_read(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    output = fail_for_real(write_config(tmp_path), "data.tasks=[]", num_ranks=2)
     lines = output.splitlines()
-    assert lines[0].startswith(f"{kind}: "), output
+    assert lines[0].startswith("ConfigError: "), output
     message = lines[0]
     assert lines[1:].count(message) == 0  # no other rank told it
     assert lines[-2].strip() == f"traceback : {message}", output  # torchrun's own report

@@ -12,29 +12,18 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.rollout.recording import read_recomputed, read_step
-from tests.e2e.launch import read_jsonl, train_to_the_end
+from tests.e2e.runs import read_jsonl, train_to_the_end
+from tests.support.short_run import chain_sums
 
 PROMPTS, SAMPLES, STEPS = 4, 4, 3
 
 
 def test_dropped_groups_are_refilled(tmp_path: Path, write_config: Callable[..., Path]) -> None:
-    task = {
-        "name": "chain_sum",
-        "prompt_column": "metadata.expression",
-        "template": "{prompt}=",
-        "verifier": "tests.e2e.reward:even_answers_only",
-        "options": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
-    }
+    task = chain_sums("tests.e2e.reward:even_answers_only")
     config = write_config(
         tmp_path,
         data={"tasks": [task], "num_held_out": 0},
-        rollout={
-            "dtype": "bfloat16",
-            "num_threads": 1,
-            "kv_cache_gib": 0.1,
-            "max_num_seqs": 64,
-            "sampling": {"max_tokens": 20},
-        },
+        rollout={"dtype": "bfloat16", "sampling": {"max_tokens": 20}},
         learner={"tokens_per_micro_batch": 256, "optimizer": {"learning_rate": 1e-3}},
         loop={
             "num_steps": STEPS,

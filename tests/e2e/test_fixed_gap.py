@@ -6,18 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rl.rollout.recording import read_step
-from tests.e2e.launch import read_jsonl, train_to_the_end
-from tests.e2e.test_parity import BOUND
+from tests.e2e.gaps import BOUND
+from tests.e2e.runs import read_jsonl, train_to_the_end
+from tests.support.served_engine import ServedEngine
 
 
 def test_both_sides_score_the_same_recorded_tokens(
-    tmp_path: Path, write_config: Callable[..., Path]
+    tmp_path: Path, write_config: Callable[..., Path], served_engine: ServedEngine
 ) -> None:
     loop = {"num_steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4}
     config = write_config(
         tmp_path, loop=loop, eval={"at_start": True, "at_end": True, "sampling": {"max_tokens": 8}}
     )
-    train_to_the_end(config, num_ranks=1, run_dir=tmp_path / "recorded")
+    train_to_the_end(
+        config,
+        "eval.at_start=false",
+        "eval.at_end=false",
+        num_ranks=1,
+        run_dir=tmp_path / "recorded",
+        engine=served_engine,
+    )
     rollouts = tmp_path / "recorded" / "rollouts"
     train_to_the_end(
         config,
@@ -25,6 +33,7 @@ def test_both_sides_score_the_same_recorded_tokens(
         "eval.num_fixed_rollouts=12",
         num_ranks=1,
         run_dir=tmp_path / "run",
+        engine=served_engine,
     )
     before, after = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     print({key: (before[key], after[key]) for key in before if key.startswith("eval/fixed")})

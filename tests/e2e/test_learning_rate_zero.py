@@ -1,5 +1,6 @@
 """At learning rate 0 nothing may change: neither what is published nor what is received, and the
-float32 engine stays as close to the learner as it was.
+float32 engine stays as close to the learner as it was. The run is started for real, so that its
+whole output is held against what is promised.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.launch import read_jsonl, train_to_the_end
+from tests.e2e.runs import read_jsonl, training
+from tests.support.served_engine import ServedEngine
 
-NUM_STEPS = 20
+NUM_STEPS = 6
 PROBE_BOUND = 2e-5  # of |d logprob| / max(1, |logprob|), float32 on both sides
 # Of the discrepancy, a difference of probabilities in [0, 1].
 FLAT_MEAN, FLAT_MAX = 1e-6, 1e-5
@@ -22,7 +24,12 @@ FLAT_MEAN, FLAT_MAX = 1e-6, 1e-5
     [0, pytest.param(2, marks=pytest.mark.slow)],
     ids=["one process without torchrun", "TP2"],
 )
-def test_nothing_changes(num_ranks: int, tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_nothing_changes(
+    num_ranks: int,
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    served_engine: ServedEngine,
+) -> None:
     config = write_config(
         tmp_path,
         parallel={"tensor": max(1, num_ranks)},
@@ -30,7 +37,15 @@ def test_nothing_changes(num_ranks: int, tmp_path: Path, write_config: Callable[
         loop={"num_steps": NUM_STEPS, "prompts_per_step": 4, "samples_per_prompt": 4},
     )
     run_dir = tmp_path / "run"
-    lines = train_to_the_end(config, num_ranks=num_ranks, run_dir=run_dir).splitlines()
+    with training(
+        config,
+        *served_engine.overrides(),
+        num_ranks=num_ranks,
+        run_dir=run_dir,
+        variables=served_engine.variables(),
+    ) as run:
+        assert run.wait() == 0, run.output
+        lines = run.output.splitlines()
     # What computes log-probs, a line a step, the table, where the curves are; nothing that a
     # library has to say.
     backend, *lines = lines

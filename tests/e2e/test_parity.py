@@ -9,31 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from megatron_rl.rollout.recording import read_recomputed, read_step
-from tests.e2e.launch import read_jsonl, train_to_the_end
+from tests.e2e.gaps import BOUND, gaps_of_step
+from tests.e2e.runs import read_jsonl, train_to_the_end
+from tests.support.served_engine import ServedEngine
 
-NUM_STEPS = 4  # step k samples from sync k - 1: the first from the initial weights
+NUM_STEPS = 3  # step k samples from sync k - 1: the first from the initial weights
 MIN_TOKENS = 5000
-BOUND = 2e-5  # of |d logprob| / max(1, |logprob|)
-
-
-def gaps_of_step(folder: Path, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] float64 relative gaps of all sampled tokens, and [N] their rollout log-probs."""
-    groups = [each.group for each in read_step(folder, step)]
-    recomputed = read_recomputed(folder, step)
-    gaps, logprobs = [], []
-    for group in groups:
-        for index, rollout in enumerate(group.rollouts):
-            kept = torch.tensor(rollout.loss_mask)
-            assert set(rollout.weight_versions) <= {-1, step - 1}
-            of_engine = torch.tensor(rollout.rollout_logprobs, dtype=torch.float64)[kept]
-            of_learner = recomputed[group.prompt.index, index].double()[kept]
-            gaps.append((of_engine - of_learner).abs() / of_engine.abs().clamp_min(1))
-            logprobs.append(of_engine)
-    return torch.cat(gaps), torch.cat(logprobs)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +28,7 @@ def test_engine_and_learner_agree_after_every_sync(
     tmp_path: Path,
     write_config: Callable[..., Path],
     sharp_checkpoint: Path,
+    served_engine: ServedEngine,
 ) -> None:
     config = write_config(
         tmp_path,
@@ -53,7 +37,13 @@ def test_engine_and_learner_agree_after_every_sync(
         loop={"num_steps": NUM_STEPS, "prompts_per_step": 8, "samples_per_prompt": 8},
     )
     run_dir = tmp_path / "run"
-    train_to_the_end(config, f"learner.recompute={recompute}", num_ranks=2, run_dir=run_dir)
+    train_to_the_end(
+        config,
+        f"learner.recompute={recompute}",
+        num_ranks=2,
+        run_dir=run_dir,
+        engine=served_engine,
+    )
 
     for step in range(1, NUM_STEPS + 1):
         gaps, logprobs = gaps_of_step(run_dir / "rollouts", step)

@@ -1,22 +1,21 @@
-"""Three steps of every preset end to end, with one real vLLM server for all of them."""
+"""Every preset trains three steps on one recorded batch a step: what differs is the loss.
+
+Sampling is the same under all presets but `dapo`, whose dynamic sampling test_dynamic_sampling.py
+has on an engine.
+"""
 
 from __future__ import annotations
 
 import math
-import os
-import secrets
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_rl.config import RolloutConfig
 from megatron_rl.config.presets import PRESETS
-from megatron_rl.engine.server import start_engines
-from megatron_rl.records import TOKEN_VARIABLE
-from tests.e2e.launch import REPOSITORY, read_jsonl
+from tests.e2e.runs import read_jsonl
+from tests.learner.recorded import NUM_PROMPTS, NUM_SAMPLES
+from tests.support.ranks import run_module
 
 NUM_STEPS = 3
 # Figures that only this preset's own code gives.
@@ -32,105 +31,98 @@ FIGURES = {
     "dc_grpo_penalty": "constraint/penalty/mean",
     "dc_grpo_tis": "correction/weight/mean",
 }
+# Bounds for thousands of tokens and a gap of rounding, not for thirty and a gap of noise.
+WIDER = {
+    "geometric_rejection": ["objective.rejection.upper=1.2", "objective.rejection.lower=0.8"],
+    "k3_rejection": ["objective.rejection.upper=0.05"],
+}
+# What no preset has: a reference policy, entropy, a measured tolerance, mini-batches.
+COMBINED = [
+    "objective.constraint.tolerance=auto",
+    "objective.constraint.tolerance_steps=2",
+    "objective.importance.batch_normalize=true",
+    "objective.rejection.opsm_threshold=0.0001",
+    "objective.entropy_coefficient=0.01",
+    "objective.kl.coefficient=0.05",
+    "learner.mini_batches_per_step=2",
+]
+
+Lines = list[dict[str, float]]
 
 
 def run_presets(
-    folder: Path, config: Path, checkpoint: Path, presets: tuple[str, ...]
-) -> dict[str, list[dict[str, float]]]:
-    """The lines of metrics of each preset's run."""
-    token = secrets.token_urlsafe()
-    [engine] = start_engines(
-        RolloutConfig(
-            dtype="bfloat16",
-            num_threads=1,
-            kv_cache_gib=0.1,
-            max_num_seqs=64,
-        ),
-        model_path=str(checkpoint),
-        log_dir=folder / "logs",
-        token=token,
-        seed=0,
-        update_timeout_seconds=60.0,
-    )
-    with engine:
-        engine.wait_ready()
-        command = [sys.executable, "-m", "tests.e2e.preset_runs", str(config), str(folder)]
-        finished = subprocess.run(
-            [*command, engine.address.url, *presets],
-            cwd=REPOSITORY,
-            env=os.environ | {TOKEN_VARIABLE: token, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-    assert finished.returncode == 0, finished.stdout[-6000:]
-    return {name: read_jsonl(folder / name.split(":")[0] / "metrics.jsonl") for name in presets}
-
-
-def test_every_preset_runs_three_steps(
-    tmp_path: Path, write_config: Callable[..., Path], sharp_checkpoint: Path
-) -> None:
+    folder: Path,
+    write_config: Callable[..., Path],
+    model: Path,
+    rollouts: Path,
+    presets: dict[str, list[str]],
+) -> dict[str, Lines]:
+    """Run each preset with its overrides; the metrics of its steps."""
     config = write_config(
-        tmp_path,
-        rollout={"dtype": "bfloat16", "num_threads": 1, "sampling": {"max_tokens": 12}},
+        folder,
+        model={"path": str(model)},
+        rollout={"sampling": {"max_tokens": 32}},
         learner={"tokens_per_micro_batch": 256, "optimizer": {"learning_rate": 1e-3}},
-        loop={"num_steps": NUM_STEPS, "prompts_per_step": 4, "samples_per_prompt": 4},
-    )
-    # The bound of 0.1% around a geometric mean of 1 is for thousands of tokens, not for twelve.
-    wide = {"geometric_rejection": "geometric_rejection:objective.rejection.upper=1.05"}
-    presets = tuple(wide.get(name, name) for name in PRESETS)
-    lines = run_presets(tmp_path, config, sharp_checkpoint, presets)
-    for preset, of_steps in lines.items():
-        name = preset.split(":")[0]
-        steps = [line for line in of_steps if line["step"] > 0]
-        assert [line["step"] for line in steps] == [1, 2, 3], preset
-        for line in steps:
-            assert all(math.isfinite(value) for value in line.values()), preset
-            assert line["discrepancy/mean"] > 0, preset  # another precision
-            has_constraint = name.startswith("dc_")
-            assert (line["constraint/lambda"] > 0) == has_constraint, preset
-            assert (FIGURES.get(name, "loss/mean")) in line, (preset, sorted(line))
-            assert any(key.startswith("correction/") for key in line) == (
-                "correction" in FIGURES.get(name, "")
-            )
-        assert all(line["learner/grad_norm"] > 0 for line in steps), preset
-        published = {line["published"] for line in read_jsonl(tmp_path / name / "sync.jsonl")}
-        assert len(published) == NUM_STEPS + 1, preset
-    # The same prompts, seeds and weights: what differs in the first step is the loss.
-    first = {preset: of_steps[1]["learner/grad_norm"] for preset, of_steps in lines.items()}
-    assert len(set(first.values())) >= 8, first
-
-
-@pytest.mark.slow
-def test_combinations_with_the_constraint_and_a_reference(
-    tmp_path: Path, write_config: Callable[..., Path], sharp_checkpoint: Path
-) -> None:
-    """What no preset has: a reference policy, entropy, a measured tolerance, mini-batches."""
-    config = write_config(
-        tmp_path,
-        rollout={"dtype": "bfloat16", "num_threads": 1, "sampling": {"max_tokens": 12}},
-        learner={
-            "tokens_per_micro_batch": 256,
-            "mini_batches_per_step": 2,
-            "optimizer": {"learning_rate": 1e-3},
+        loop={
+            "num_steps": NUM_STEPS,
+            "prompts_per_step": NUM_PROMPTS,
+            "samples_per_prompt": NUM_SAMPLES,
         },
-        loop={"num_steps": NUM_STEPS, "prompts_per_step": 4, "samples_per_prompt": 4},
     )
-    mixed = ":".join(
-        [
-            "dc_grpo_tis",
-            "objective.constraint.tolerance=auto",
-            "objective.constraint.tolerance_steps=2",
-            "objective.importance.batch_normalize=true",
-            "objective.rejection.opsm_threshold=0.0001",
-            "objective.entropy_coefficient=0.01",
-            "objective.kl.coefficient=0.05",
-            f"objective.kl.reference={sharp_checkpoint}",
-        ]
-    )
-    [of_steps] = run_presets(tmp_path, config, sharp_checkpoint, (mixed,)).values()
-    first, second, third = (line for line in of_steps if line["step"] > 0)
+    named = [":".join([name, *overrides]) for name, overrides in presets.items()]
+    run_module("tests.e2e.preset_runs", config, folder, rollouts, *named, ranks=0)
+    return {name: read_jsonl(folder / name / "metrics.jsonl")[1:] for name in presets}
+
+
+@pytest.fixture(scope="module")
+def steps_of(
+    write_config: Callable[..., Path],
+    tiny_checkpoint: Path,
+    recorded_rollouts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Lines]:
+    """The steps of every preset."""
+    folder = tmp_path_factory.mktemp("presets")
+    presets = {name: WIDER.get(name, []) for name in PRESETS}
+    return run_presets(folder, write_config, tiny_checkpoint, recorded_rollouts, presets)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_trains_three_steps(preset: str, steps_of: dict[str, Lines]) -> None:
+    steps = steps_of[preset]
+    figure = FIGURES.get(preset, "loss/mean")
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["discrepancy/mean"] > 0
+        assert (line["constraint/lambda"] > 0) == preset.startswith("dc_")
+        assert figure in line, sorted(line)
+        has_correction = any(key.startswith("correction/") for key in line)
+        assert has_correction == figure.startswith("correction/")
+        assert line["learner/grad_norm"] > 0
+
+
+def test_presets_differ_in_their_gradients_and_so_in_their_weights(
+    steps_of: dict[str, Lines],
+) -> None:
+    # The same rollouts and weights in the first step: what differs is the loss.
+    first = {preset: steps[0]["learner/grad_norm"] for preset, steps in steps_of.items()}
+    assert len(set(first.values())) >= 8, first
+    # The same rollouts in the second step: what differs is the weights.
+    second = {preset: steps[1]["discrepancy/mean"] for preset, steps in steps_of.items()}
+    assert len(set(second.values())) >= 8, second
+
+
+def test_combinations_with_the_constraint_and_a_reference(
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    tiny_checkpoint: Path,
+    recorded_rollouts: Path,
+) -> None:
+    combined = [*COMBINED, f"objective.kl.reference={tiny_checkpoint}"]
+    [(first, second, third)] = run_presets(
+        tmp_path, write_config, tiny_checkpoint, recorded_rollouts, {"dc_grpo_tis": combined}
+    ).values()
     assert first["constraint/is_at_rest"] == 1 and "constraint/tolerance" not in first
     assert second["constraint/is_at_rest"] == 0 and second["constraint/tolerance"] > 0
     assert [line["constraint/lambda"] for line in (first, second, third)] == [0.0, 0.0, 0.1]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rl.config import QuantizationConfig
 from megatron_rl.weights.quantization import is_quantized, rounded
-from tests.e2e.launch import read_jsonl, train_to_the_end
-from tests.e2e.test_parity import BOUND, gaps_of_step
+from tests.e2e.gaps import BOUND, gaps_of_step
+from tests.e2e.runs import read_jsonl, train_to_the_end
 
 LOOP = {"num_steps": 2, "prompts_per_step": 8, "samples_per_prompt": 8}
 

@@ -22,7 +22,7 @@ from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.learner.model.checkpoint import latest_checkpoint
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.rollout.recording import read_recomputed, read_step
-from tests.e2e.launch import TrainingProcess, read_jsonl, training
+from tests.e2e.runs import TrainingProcess, read_jsonl, training
 from tests.e2e.reward import COUNT_VARIABLE
 
 PROMPTS, SAMPLES = 8, 8  # of a step

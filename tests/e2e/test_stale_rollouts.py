@@ -8,30 +8,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rl.rollout.recording import read_step
-from tests.e2e.launch import read_jsonl, train_to_the_end
+from tests.e2e.runs import read_jsonl, train_to_the_end
+from tests.support.served_engine import ServedEngine
 
 EVERY = 3
 FRESH_MAX = 1e-5  # of the discrepancy, with a float32 engine that serves the learner's weights
 STALE_MEAN = 1e-4
 
 
-def test_rollouts_are_as_old_as_the_weights(tmp_path: Path, write_config: Callable[..., Path]):
+def test_rollouts_are_as_old_as_the_weights(
+    tmp_path: Path, write_config: Callable[..., Path], served_engine: ServedEngine
+) -> None:
     config = write_config(
         tmp_path,
         sync={"every": EVERY},
         checkpoint={"every": EVERY, "save_hf": False},
-        rollout={
-            "dtype": "float32",
-            "num_threads": 1,
-            "kv_cache_gib": 0.1,
-            "max_num_seqs": 64,
-            "sampling": {"max_tokens": 20},
-        },
-        loop={"num_steps": 2 * EVERY, "prompts_per_step": 4, "samples_per_prompt": 4},
+        rollout={"sampling": {"max_tokens": 20}},
+        loop={"prompts_per_step": 4, "samples_per_prompt": 4},
     )
     run_dir = tmp_path / "run"
-    train_to_the_end(config, f"loop.num_steps={EVERY}", num_ranks=0, run_dir=run_dir)
-    train_to_the_end(config, num_ranks=0, run_dir=run_dir)  # from the checkpoint of step 3
+    for num_steps in (EVERY, 2 * EVERY):  # the second run from the checkpoint of the first
+        train_to_the_end(
+            config,
+            f"loop.num_steps={num_steps}",
+            num_ranks=0,
+            run_dir=run_dir,
+            engine=served_engine,
+        )
 
     assert [line["version"] for line in read_jsonl(run_dir / "sync.jsonl")] == [0, 3, 6]
     metrics = read_jsonl(run_dir / "metrics.jsonl")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.e2e.launch import read_jsonl, train_to_the_end
+from tests.e2e.runs import read_jsonl, train_to_the_end
+from tests.support.served_engine import ServedEngine
 
 SAMPLING = {"max_tokens": 100, "top_p": 0.9, "top_k": 20}
 NUM_STEPS = 2  # the second one from weights that a step has changed
@@ -28,19 +29,18 @@ def mean_ratio(line: dict[str, float]) -> float:
 
 
 def test_learner_and_truncating_engine_agree(
-    tmp_path: Path, write_config: Callable[..., Path]
+    tmp_path: Path, write_config: Callable[..., Path], served_engine: ServedEngine
 ) -> None:
     loop = {"num_steps": NUM_STEPS, "prompts_per_step": 8, "samples_per_prompt": 8}
-    engine = {"dtype": "float32", "num_threads": 1, "kv_cache_gib": 0.1, "max_num_seqs": 64}
     config = write_config(
         tmp_path,
         parallel={"tensor": 2},
         learner=LEARNER,
         loop=loop,
-        rollout=engine | {"sampling": SAMPLING},
+        rollout={"sampling": SAMPLING},
     )
     sampled, replayed = tmp_path / "sampled", tmp_path / "replayed"
-    train_to_the_end(config, num_ranks=2, run_dir=sampled)
+    train_to_the_end(config, num_ranks=2, run_dir=sampled, engine=served_engine)
     train_to_the_end(
         config,
         f"replay={sampled / 'rollouts'}",

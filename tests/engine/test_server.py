@@ -26,7 +26,7 @@ from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.guard import find_engine_core
 from megatron_rl.process.listener import listens
 from megatron_rl.records import EngineAddress
-from tests.processes import children_of, descendants_of, is_alive
+from tests.support.processes import children_of, descendants_of, is_alive
 
 SMALL = {"dtype": "float32", "kv_cache_gib": 0.1, "max_num_seqs": 8}
 GENERATE = {"token_ids": [1, 20], "sampling_params": {"max_tokens": 2, "logprobs": 0}}

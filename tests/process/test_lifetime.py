@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import is_alive
+from tests.support.processes import is_alive
 
 
 def start(program: str, **options: object) -> subprocess.Popen[str]:

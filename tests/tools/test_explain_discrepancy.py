@@ -12,7 +12,6 @@ from megatron_rl.config import Config, LoopConfig, ModelConfig, QuantizationConf
 from megatron_rl.config.rollout import SamplingConfig
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score, ScoredGroup
 from megatron_rl.rollout.recording import write_recomputed, write_step
-from tests.e2e.conftest import sharp_checkpoint, write_config  # noqa: F401
 from tools.explain_discrepancy import causes_of, main, measure
 
 
@@ -78,7 +77,7 @@ def test_the_gap_of_a_recorded_step(tmp_path):
 @pytest.mark.slow
 def test_real_engines_down_to_float32(
     tmp_path: Path,
-    write_config: Callable[..., Path],  # noqa: F811
+    write_config: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = write_config(tmp_path, loop={"prompts_per_step": 8, "samples_per_prompt": 8})

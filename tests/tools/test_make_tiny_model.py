@@ -8,20 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tools import make_tiny_model
+
 EOS_INDEX = torch.tensor([2])
-TOOL = Path(__file__).parents[2] / "tools" / "make_tiny_model.py"
-
-
-def make(out: Path, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(TOOL), str(out), *options], capture_output=True, text=True, timeout=120
-    )
+TOOL = Path(make_tiny_model.__file__)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny") / "model"
-    result = make(out)
+    command = [sys.executable, str(TOOL), str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
     return out, result.stdout
 
@@ -68,14 +65,14 @@ def test_it_generates_and_stops_at_eos(checkpoint):
     assert tokens[0].tolist() == [*prompt.input_ids[0].tolist(), 2]  # not four tokens: it stopped
 
 
-def test_a_second_run_changes_nothing_and_another_model_is_refused(checkpoint):
+def test_a_second_run_changes_nothing_and_another_model_is_refused(checkpoint, capsys):
     out = checkpoint[0]
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
-    assert make(out).returncode == 0
-    other = make(out, "--layers", "2")
-    assert other.returncode == 1
-    assert "remove it or name another OUT" in other.stderr
-    assert "Traceback" not in other.stderr
+    assert make_tiny_model.main([str(out)]) == 0
+    assert capsys.readouterr().err == ""
+    assert make_tiny_model.main([str(out), "--layers", "2"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "remove it or name another OUT" in line
     after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
     assert after == before
     assert [path.name for path in out.parent.iterdir()] == [out.name]
@@ -83,8 +80,8 @@ def test_a_second_run_changes_nothing_and_another_model_is_refused(checkpoint):
 
 def test_options_reach_the_model(tmp_path):
     options = ["--hidden", "64", "--layers", "1", "--heads", "2", "--kv-heads", "1"]
-    result = make(tmp_path / "other", *options, "--tie-embeddings", "--context", "64")
-    assert result.returncode == 0, result.stderr
+    options += ["--tie-embeddings", "--context", "64"]
+    assert make_tiny_model.main([str(tmp_path / "other"), *options]) == 0
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "other").config
     shape = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
     assert shape == (64, 192, 1)

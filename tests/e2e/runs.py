@@ -1,7 +1,9 @@
-"""Starts real training runs for the tests of this room, and finds every process of one of them.
+"""Training runs for the tests of this folder: to their end, or started for real, as a user starts
+them, to be stopped on the way and to find every process of theirs.
 
-A run is known by the variable RUN_VARIABLE in its environment, which all its processes inherit. A
-process that overwrote its environment (vLLM renames itself) is found as a descendant instead.
+A started run is known by the variable RUN_VARIABLE in its environment, which all its processes
+inherit. A process that overwrote its environment (vLLM renames itself) is found as a descendant
+instead.
 """
 
 from __future__ import annotations
@@ -14,19 +16,19 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.processes import descendants_of, is_alive, parent_of
+from tests.support.processes import descendants_of, is_alive, parent_of
+from tests.support.ranks import ROOT, RUN_SECONDS, run_module, torchrun_command
+from tests.support.served_engine import ServedEngine
 
 RUN_VARIABLE = "MEGATRON_RL_TEST_RUN"
-RUN_SECONDS = 240.0  # a run that takes longer hangs
 POLL_SECONDS = 0.005
-REPOSITORY = Path(__file__).parents[2]
 
 
 class TrainingProcess:
@@ -46,17 +48,14 @@ class TrainingProcess:
         run_dir.mkdir(parents=True, exist_ok=True)
         number = len(list(run_dir.glob("console_*.log")))
         self._log = run_dir / f"console_{number}.log"
-        command = [sys.executable]
+        command = [sys.executable, "-m", "megatron_rl.train", *arguments]
         if num_ranks:
-            # The rendezvous picks a free port, so that runs of other tests do not meet.
-            command += ["-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc_per_node", str(num_ranks)]
-        command += ["-m", "megatron_rl.train", *arguments]
+            command = torchrun_command("megatron_rl.train", *arguments, ranks=num_ranks)
         environment = os.environ | {RUN_VARIABLE: self._identity, "OMP_NUM_THREADS": "1"}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
-                cwd=REPOSITORY,
+                cwd=ROOT,
                 env=environment | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -129,14 +128,14 @@ def training(
     *overrides: str,
     num_ranks: int,
     run_dir: Path,
-    variables: dict[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[TrainingProcess]:
     """A started run; nothing of it is left behind, however the test ends."""
     run = TrainingProcess(
         [str(config), f"run_dir={run_dir}", *overrides],
         num_ranks=num_ranks,
         run_dir=run_dir,
-        variables=variables or {},
+        variables=dict(variables or {}),
     )
     try:
         yield run
@@ -144,12 +143,29 @@ def training(
         run.kill_all()
 
 
-def train_to_the_end(config: Path, *overrides: str, num_ranks: int, run_dir: Path) -> str:
-    """Trains, expects success, returns the output."""
-    with training(config, *overrides, num_ranks=num_ranks, run_dir=run_dir) as run:
-        code = run.wait()
-        assert code == 0, run.output
-        return run.output
+def train_to_the_end(
+    config: Path,
+    *overrides: str,
+    num_ranks: int,
+    run_dir: Path,
+    engine: ServedEngine | None = None,
+) -> str:
+    """Train until all steps are done and every process has ended; the output.
+
+    Args:
+        num_ranks: 0: one process that knows of no ranks.
+        engine: that the run is given; None: it starts its own, or replays.
+    """
+    given = engine.overrides() if engine else []
+    return run_module(
+        "megatron_rl.train",
+        config,
+        f"run_dir={run_dir}",
+        *given,
+        *overrides,
+        ranks=num_ranks,
+        variables=engine.variables() if engine else None,
+    ).stdout
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
