@@ -36,6 +36,7 @@ class Source:
         self._repository, self._work = repository, work
         self._folder = work / "worktrees" / commit
         self._is_ready = False
+        self._server: subprocess.Popen[str] | None = None
 
     def run(self, arguments: Sequence[object], log: Path, seconds: float) -> None:
         """`python ARGUMENTS` with this commit's package; CompareError with its last words."""
@@ -54,16 +55,56 @@ class Source:
             except subprocess.TimeoutExpired:
                 code = f"nothing within {seconds:g} s"
         if code != 0:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
-            raise CompareError(f"{log}: expected {self.commit[:10]} to exit 0, got {code}:\n{tail}")
+            raise CompareError(self._last_words(log, code))
+
+    def _last_words(self, log: Path, code: object) -> str:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+        return f"{log}: expected {self.commit[:10]} to exit 0, got {code}:\n{tail}"
 
     def torchrun(self, module: str, config: Path, log: Path, seconds: float) -> None:
         """`module` with the settings of `config` on two ranks."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         self.run([*launcher, "-m", f"megatron_rl.{module}", config], log, seconds)
 
-    def remove(self) -> None:
-        """Take the worktree away, also one that a killed comparison left."""
+    def run_ranks(self, module: str, config: Path, log: Path, seconds: float) -> None:
+        """As `torchrun`, but on ranks that are forked with the libraries' imports behind them."""
+        self._prepare()
+        if self._server is None:
+            with (self._work / "warm_ranks.log").open("w") as errors:
+                self._server = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("warm_ranks.py"))],
+                    cwd=self._folder,
+                    env=self._environment(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+        job = {
+            "module": f"megatron_rl.{module}",
+            "arguments": [str(config)],
+            "log": str(log),
+            "num_ranks": 2,
+            "seconds": seconds,
+        }
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        answer = self._server.stdout.readline()
+        if not answer:
+            raise CompareError(self._last_words(self._work / "warm_ranks.log", "no answer"))
+        codes = json.loads(answer)
+        if any(codes):
+            raise CompareError(self._last_words(log, codes))
+
+    def close(self) -> None:
+        """End the ranks' server, and take the worktree away."""
+        if self._server is not None:
+            self._server.stdin.close()
+            self._server.wait()
+        self._remove()
+
+    def _remove(self) -> None:
+        """Also what a killed comparison left."""
         if self._folder.exists():
             git(self._repository, "worktree", "remove", "--force", "--force", str(self._folder))
         git(self._repository, "worktree", "prune")
@@ -80,7 +121,7 @@ class Source:
         if self._is_ready:
             return
         self._is_ready = True
-        self.remove()
+        self._remove()
         git(self._repository, "worktree", "add", "--detach", str(self._folder), self.commit)
         built = self._work / "native" / self._native_key()
         if not built.is_dir():

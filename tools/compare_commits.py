@@ -10,11 +10,10 @@ settings, the metrics, weights, moments and state of the checkpoint, and the Hug
 The exit status is 1 where anything differs.
 
 It stands on what users of the package stand on, and imports none of it: `python -m
-megatron_rl.train CONFIG` under torchrun, the settings' keys, and the run folder. The record is made
+megatron_rl.train CONFIG` on every rank, the settings' keys, and the run folder. The record is made
 once, by the first commit, with a real engine (--rollouts and --model give another one). In the work
 folder stay the record, the native code by its sources, and every finished run by its commit and
-settings: none of these is made twice. Worktrees are removed at the end.
-"""
+settings: none of these is X"""
 
 from __future__ import annotations
 
@@ -94,7 +93,7 @@ REPLAY: dict[str, Any] = {
     "learner": {
         "mini_batches_per_step": 2,
         "optimizer": {
-            "learning_rate": 2e-3,
+            "learning_rate": 5e-4,
             "warmup_steps": 2,
             "decay": "linear",
             "weight_decay": 0.01,
@@ -159,6 +158,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--again", action="store_true", help="run the second commit anew, whatever is kept of it"
     )
+    parser.add_argument(
+        "--torchrun", action="store_true", help="start every run by torchrun itself: slower"
+    )
     parser.add_argument("--repository", type=Path, default=ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if (options.rollouts is None) != (options.model is None):
@@ -182,10 +184,9 @@ def locked(work: Path) -> Iterator[None]:
 def compare(options: argparse.Namespace) -> int:
     """Make what is missing and compare it; how many combinations differ."""
     work, repository = options.work, options.repository
-    sources = [
-        Source(repository, resolve(repository, name), work)
-        for name in (options.before, options.after)
-    ]
+    commits = [resolve(repository, name) for name in (options.before, options.after)]
+    of_commit = {commit: Source(repository, commit, work) for commit in commits}
+    sources = [of_commit[commit] for commit in commits]
     combinations = [
         Combination(layout=layout, dtype=dtype, objective=objective)
         for layout, dtype, objective in itertools.product(
@@ -213,8 +214,8 @@ def compare(options: argparse.Namespace) -> int:
             print(f"{line}, {time.perf_counter() - start:.0f} s", flush=True)
             print("".join(f"    {each}\n" for each in report_lines(comparison)), end="", flush=True)
     finally:
-        for source in sources:
-            source.remove()
+        for source in of_commit.values():
+            source.close()
     print(f"\n{sources[0].commit[:10]} and {sources[1].commit[:10]}, {options.steps} steps:")
     print("\n".join(lines))
     print(f"not compared, as times: {', '.join(comparison.times)}")
@@ -311,7 +312,8 @@ def replay(
     }
     settings["model"] = settings["model"] | {"path": str(record.model)}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    source.torchrun("train", folder / "config.yaml", folder / "console.log", RUN_SECONDS)
+    start = source.torchrun if options.torchrun else source.run_ranks
+    start("train", folder / "config.yaml", folder / "console.log", RUN_SECONDS)
     (folder / "done").touch()
     return folder / "run"
 
