@@ -87,9 +87,12 @@ class Source:
             "num_ranks": 2,
             "seconds": seconds,
         }
-        self._server.stdin.write(json.dumps(job) + "\n")
-        self._server.stdin.flush()
-        answer = self._server.stdout.readline()
+        try:
+            self._server.stdin.write(json.dumps(job) + "\n")
+            self._server.stdin.flush()
+            answer = self._server.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         if not answer:
             raise CompareError(self._last_words(self._work / "warm_ranks.log", "no answer"))
         codes = json.loads(answer)

@@ -235,17 +235,26 @@ def find_record(options: argparse.Namespace, source: Source) -> Record:
     else:
         record = Record(rollouts=options.rollouts.resolve(), model=options.model.resolve())
     for step in range(1, options.steps + 1):
-        paths = sorted(record.rollouts.glob(f"step_{step:06d}.rank*.jsonl"))
-        if not paths:
-            raise CompareError(f"{record.rollouts}: expected {options.steps} steps, got {step - 1}")
-        advantages = [
-            json.loads(line)["advantage"]
-            for path in paths
-            for line in path.read_text().splitlines()
-        ]
-        if not any(advantages):
-            raise CompareError(f"{record.rollouts}: expected advantages in step {step}, all are 0")
+        check_signal(record.rollouts, step)
     return record
+
+
+def check_signal(rollouts: Path, step: int) -> None:
+    """CompareError where the step is not recorded, or all rewards of each group are equal: then all
+    advantages are 0.
+    """
+    paths = sorted(rollouts.glob(f"step_{step:06d}.rank*.jsonl"))
+    if not paths:
+        raise CompareError(f"{rollouts}: expected a step {step}, it is not recorded")
+    rewards: dict[int, set[float]] = {}
+    for path in paths:
+        for sample in map(json.loads, path.read_text().splitlines()):
+            rewards.setdefault(sample["prompt_index"], set()).add(sample["reward"])
+    if all(len(of_group) == 1 for of_group in rewards.values()):
+        raise CompareError(
+            f"{rollouts}: expected rewards that differ within a group in step {step}, got the same "
+            "everywhere"
+        )
 
 
 def make_record(folder: Path, record: Record, source: Source, num_steps: int) -> None:
