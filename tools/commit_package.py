@@ -154,7 +154,9 @@ class Source:
     def _check_package(self) -> None:
         """The editable install of another checkout has a finder of its own, which must lose."""
         log = self._work / "package.log"
-        self.run(["-c", "import megatron_rl; print(megatron_rl.__file__)"], log, CHECK_SECONDS)
+        # -P: without the current folder, which is the worktree and would hide what else is found
+        code = "import megatron_rl; print(megatron_rl.__file__)"
+        self.run(["-P", "-c", code], log, CHECK_SECONDS)
         found = Path(log.read_text().strip())
         if not found.is_relative_to(self._folder):
             raise CompareError(

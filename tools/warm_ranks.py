@@ -1,17 +1,19 @@
 """Runs of a module on a few ranks each, from one process that has imported the libraries already.
 
-    PYTHONPATH=CHECKOUT python tools/warm_ranks.py < JOBS
+    PYTHONPATH=$PWD python tools/warm_ranks.py < JOBS
 
 A job is a line of JSON; its answer is a line of JSON with the ranks' exit codes, once all have
 ended. Of a small run most is the import of torch; here every rank is forked from a process that has
-it, and then does what `torchrun -m MODULE ARGUMENTS` has it do, its own package's import included.
-Megatron-Core is not imported before: without CUDA, a package has to prepare its import.
+it, and then does what `torchrun -m MODULE ARGUMENTS` has it do, its own package's import included;
+that package has to be the one in the current folder. Megatron-Core is not imported before: without
+CUDA, a package has to prepare its import.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -21,6 +23,7 @@ import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 
 PRELOADED = (
     "torch._inductor.compile_fx",  # Megatron-Core's decorators import it
@@ -85,6 +88,9 @@ def be_rank(job: Job, rank: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    package = importlib.util.find_spec(job.module.split(".")[0])
+    if package is None or not Path(package.origin).is_relative_to(Path.cwd()):
+        raise SystemExit(f"{job.module}: expected it below {Path.cwd()}, got {package}")
     sys.argv = [job.module, *job.arguments]
     runpy.run_module(job.module, run_name="__main__", alter_sys=True)
 

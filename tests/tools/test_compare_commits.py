@@ -174,8 +174,9 @@ def test_a_run_that_is_not_finished_is_named(runs, capsys):
     assert f"{runs[1]}: expected the folder huggingface" in capsys.readouterr().err
 
 
-def test_ranks_start_as_torchrun_starts_them_and_fail_together(tmp_path, monkeypatch):
+def test_ranks_start_as_torchrun_starts_them_and_fail_together(tmp_path, monkeypatch, capfd):
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a_rank.py").write_text(
         "import os, sys, time\n"
         "line = [__name__, *sys.argv[1:], os.environ['RANK'], os.environ['WORLD_SIZE']]\n"
@@ -199,6 +200,9 @@ def test_ranks_start_as_torchrun_starts_them_and_fail_together(tmp_path, monkeyp
     assert codes("work", 60.0) == [0, 0]
     assert sorted(log.read_text().splitlines()) == ["__main__ work 0 2", "__main__ work 1 2"]
     assert codes("fail", 60.0) == [-9, 3]
+    monkeypatch.chdir("/etc")
+    assert 1 in codes("work", 60.0)
+    assert "a_rank: expected it below /etc" in capfd.readouterr().err
 
 
 @pytest.fixture
