@@ -102,6 +102,9 @@ REPLAY: dict[str, Any] = {
     "checkpoint": {"every": 0},
     "eval": {"at_start": False, "at_end": False},
 }
+# Nearer than the presets' own, so that both sides clip; gspo's are near.
+CLIPS = {"gspo": {}, "dppo_tv": {"clip_low": 0.02, "clip_high": 0.02}}
+CLIP = {"clip_low": 0.05, "clip_high": 0.06}
 CONSTRAINT = {"initial": 0.5, "learning_rate": 10.0, "tolerance": 0.002}
 
 
@@ -329,6 +332,7 @@ def replay(
 
 def replay_settings(combination: Combination, record: Record, num_steps: int) -> dict[str, Any]:
     """The run's settings, but for paths; of the recorded run what its rollouts must meet again."""
+    objective = combination.objective
     config = record.rollouts.parent / "config.yaml"
     if not config.is_file():
         raise CompareError(f"{record.rollouts}: expected the run's config.yaml beside it, got none")
@@ -339,7 +343,7 @@ def replay_settings(combination: Combination, record: Record, num_steps: int) ->
         "model": {"dtype": combination.dtype},
         "parallel": {"tensor": LAYOUTS[combination.layout]},
         "rollout": {"sampling": recorded["rollout"]["sampling"]},
-        "objective": {"preset": combination.objective, "constraint": CONSTRAINT},
+        "objective": {"preset": objective, "constraint": CONSTRAINT} | CLIPS.get(objective, CLIP),
         "learner": REPLAY["learner"] | row,
         "loop": sizes | {"num_steps": num_steps},
     }
