@@ -162,6 +162,7 @@ class Source:
             raise CompareError(
                 f"{self.commit[:10]}: expected the package of {self._folder}, got {found}"
             )
+        print(f"{self.commit[:10]} runs {found}", flush=True)
 
 
 def git(repository: Path, *arguments: str) -> str:
