@@ -102,9 +102,14 @@ REPLAY: dict[str, Any] = {
     "checkpoint": {"every": 0},
     "eval": {"at_start": False, "at_end": False},
 }
-# Nearer than the presets' own, so that both sides clip; gspo's are near.
-CLIPS = {"gspo": {}, "dppo_tv": {"clip_low": 0.02, "clip_high": 0.02}}
+# Nearer bounds than the presets' own, so that both clips and the mask have something to do; those of
+# gspo and icepop are near enough.
 CLIP = {"clip_low": 0.05, "clip_high": 0.06}
+BOUNDS = {
+    "gspo": {},
+    "dppo_tv": {"clip_low": 0.02, "clip_high": 0.02},
+    "sequence_mask": CLIP | {"importance": {"upper": 1.5}},
+}
 CONSTRAINT = {"initial": 0.5, "learning_rate": 10.0, "tolerance": 0.002}
 
 
@@ -343,7 +348,7 @@ def replay_settings(combination: Combination, record: Record, num_steps: int) ->
         "model": {"dtype": combination.dtype},
         "parallel": {"tensor": LAYOUTS[combination.layout]},
         "rollout": {"sampling": recorded["rollout"]["sampling"]},
-        "objective": {"preset": objective, "constraint": CONSTRAINT} | CLIPS.get(objective, CLIP),
+        "objective": {"preset": objective, "constraint": CONSTRAINT} | BOUNDS.get(objective, CLIP),
         "learner": REPLAY["learner"] | row,
         "loop": sizes | {"num_steps": num_steps},
     }
