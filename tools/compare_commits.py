@@ -102,8 +102,8 @@ REPLAY: dict[str, Any] = {
     "checkpoint": {"every": 0},
     "eval": {"at_start": False, "at_end": False},
 }
-# Nearer bounds than the presets' own, so that both clips and the mask have something to do; those of
-# gspo and icepop are near enough.
+# Nearer bounds than the presets' own, so that both clips and the mask have something to do; those
+# of gspo and icepop are near enough.
 CLIP = {"clip_low": 0.05, "clip_high": 0.06}
 BOUNDS = {
     "gspo": {},

@@ -7,8 +7,8 @@ bits, metrics by the digits that metrics.jsonl has of them (which tell every flo
 other), files of the export by their bytes too. What is only in one run is a difference.
 
 A metric is a time where its key begins with `speed/`, or one of its words is `time`, `second`,
-`seconds`, `ms` or `duration`. Not compared either: the keys of config.yaml that name places, and
-the sizes of files in the checkpoint's run_state.json.
+`seconds`, `ms` or `duration`. Not compared either: the settings that name places, in config.yaml
+and in the checkpoint's run_state.json, and the sizes of files in the latter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-PLACES = re.compile(r"settings/(run_dir|replay|model\.path|data\.tasks\.\d+\.path)")
+PLACES = re.compile(
+    r"settings/(run_dir|replay|model\.path|data\.tasks\.\d+\.path)"
+    r"|checkpoints/.*/run\.data\.tasks\.\d+\.path"
+)
 TIME_WORDS = {"time", "second", "seconds", "ms", "duration"}
 ABSENT = "absent"
 MAX_NAMES = 8  # of a part's differences in the report
@@ -196,19 +199,13 @@ def kind_of(value: Value) -> str:
 
 def read_run(run_dir: Path) -> Contents:
     """Name to value of all that is compared: settings, metrics, checkpoints, export."""
-    contents = {
-        name: value
-        for name, value in flat(
-            "settings", yaml.safe_load((run_dir / "config.yaml").read_text())
-        ).items()
-        if not PLACES.fullmatch(name)
-    }
+    contents = flat("settings", yaml.safe_load((run_dir / "config.yaml").read_text()))
     contents |= read_metrics(run_dir / "metrics.jsonl")
     for name in ("checkpoints", "huggingface"):
         if not (run_dir / name).is_dir():
             raise FileNotFoundError(f"{run_dir}: expected the folder {name} of a finished run")
         contents |= read_folder(run_dir / name, name)
-    return contents
+    return {name: value for name, value in contents.items() if not PLACES.fullmatch(name)}
 
 
 def read_metrics(path: Path) -> Contents:

@@ -52,12 +52,14 @@ def write_run(run_dir: Path) -> Path:
     """All that a finished run leaves, small."""
     (run_dir / STEP).mkdir(parents=True)
     (run_dir / "huggingface").mkdir()
-    settings = {"run_dir": str(run_dir), "model": {"path": "m", "dtype": "float32"}}
+    settings = {"run_dir": str(run_dir), "model": {"path": str(run_dir), "dtype": "float32"}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
     write_metrics(run_dir, METRICS)
     write_shards(run_dir, WEIGHT)
     torch.save({"groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}, run_dir / STEP / "common.pt")
-    state = {"run": {"step": 5, "dual": {"lambda": 0.1}}, "bytes": {"common.pt": 3}}
+    tasks = [{"path": str(run_dir / "prompts.jsonl")}]
+    run_state = {"step": 5, "dual": {"lambda": 0.1}, "data": {"tasks": tasks, "seed": 0}}
+    state = {"run": run_state, "bytes": {"common.pt": 3}}
     (run_dir / STEP / "run_state.json").write_text(json.dumps(state))
     (run_dir / "checkpoints" / "latest").write_text("step_000005\n")
     save_file({"lm_head.weight": WEIGHT}, run_dir / "huggingface" / "model.safetensors")
