@@ -113,20 +113,23 @@ def report_lines(comparison: Comparison) -> list[str]:
     for each in comparison.differences:
         parts.setdefault(each.name.split("/")[0], []).append(each)
     lines = []
-    for found in parts.values():
+    for part, found in parts.items():
         lines.append(str(found[0]))
         names = [each.name for each in found[1 : MAX_NAMES + 1]]
         # What is missing on one side is always named: it may have another name there.
         one_sided = [each for each in found[MAX_NAMES + 1 :] if ABSENT in (each.before, each.after)]
         names += [each.name for each in one_sided]
         more = len(found) - 1 - len(names)
+        names = [name.removeprefix(f"{part}/") for name in names]
         if names:
             lines.append(f"  and {', '.join(names)}" + (f" and {more} more" if more else ""))
     return lines
 
 
 def differences(before: Mapping[str, Value], after: Mapping[str, Value]) -> list[Difference]:
-    """In the order of the contents, but metrics by the line where they first differ."""
+    """In the order of the contents, but metrics by the line where they first differ, and behind
+    them those of one side.
+    """
     found = []
     for name in dict(before) | dict(after):
         if name in before and name in after:
@@ -146,7 +149,7 @@ def _line_of(difference: Difference) -> tuple[int, int]:
     part = difference.name.split("/")[0]
     rank = {"settings": 0, "metrics": 1}.get(part, 2)
     line = re.fullmatch(r"line (\d+)", difference.place)
-    return rank, int(line[1]) if line and rank == 1 else 0
+    return rank, int(line[1]) if line else sys.maxsize
 
 
 def first_difference(name: str, before: Value, after: Value) -> Difference | None:
