@@ -30,9 +30,7 @@ def train(config: Config, progress: Progress) -> None:
     """Run all steps that are still to do; see the head of this file."""
     with start_run(config, progress) as run:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
-        publish = partial(
-            publish_weights, learner, run.link, run.engine_urls, state, config, phase
-        )
+        publish = partial(publish_weights, learner, run.link, run.engine_urls, state, config, phase)
         evaluate = partial(evaluate_held_out, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
         report = partial(write_metrics, run.recorder, run.stopwatch, learner.parallel, run.sources)

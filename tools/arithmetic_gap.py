@@ -18,12 +18,11 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
-from megatron_rl.learner.batch.deal import pack_rows
+from megatron_rl.learner.batch.deal import pack_rows, unscored_samples
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import run_schedule
 from megatron_rl.loop.preflight import prepare_data
-from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.ops.logprobs import token_logprobs
 from megatron_rl.process.command import Progress, run_command
 from megatron_rl.rollout.recording import read_step

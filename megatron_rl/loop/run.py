@@ -53,7 +53,8 @@ class Run:
 
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
     state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...), sources=("chain_sum",),
-    engine_urls=("http://127.0.0.1:18400",), was_resumed=False, source=None, evaluator=None, link=None)`.
+    engine_urls=("http://127.0.0.1:18400",), was_resumed=False, source=None, evaluator=None,
+    link=None)`.
     """
 
     config: Config

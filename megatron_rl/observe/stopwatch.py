@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-
 Phase = Callable[[str], AbstractContextManager[None]]
 """Times a block under the name of a phase: `Stopwatch.time`, or a stand-in for it."""
 

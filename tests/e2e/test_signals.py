@@ -19,11 +19,11 @@ import pytest
 from megatron_rl.config.file import load_config
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
-from megatron_rl.learner.model.checkpoint import latest_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.rollout.recording import read_recomputed, read_step
-from tests.e2e.runs import TrainingProcess, read_jsonl, training
 from tests.e2e.reward import COUNT_VARIABLE
+from tests.e2e.runs import TrainingProcess, read_jsonl, training
 
 PROMPTS, SAMPLES = 8, 8  # of a step
 LEFT_SECONDS = 10.0  # in which every process must be gone

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.torchrun import ROOT, run_module, torchrun_environment
+from tests.support.ranks import ROOT, rank_environment, run_module
 
 Outcome = Callable[[str, str], Any]
 
@@ -28,7 +28,7 @@ def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         [sys.executable, "-m", "tests.learner.support.parity_models", str(folder)],
         check=True,
         cwd=ROOT,
-        env=torchrun_environment(),
+        env=rank_environment(),
     )
     write_broken(folder / "broken", folder / "qwen2_tied", folder / "qwen3_tied")
     for world_size in (1, 2, 4):

@@ -76,9 +76,7 @@ def test_groups_without_signal_are_dropped(rewards: list[float | None], is_kept:
 
 def test_length_makes_signal() -> None:
     """Two right answers, one of them 2 of 4 tokens into the buffer; the third failed."""
-    judged = judge_with(
-        [1.0, 1.0, None], [3, 8, 8], is_dynamic=True, buffer_tokens=4, penalty=1.0
-    )
+    judged = judge_with([1.0, 1.0, None], [3, 8, 8], is_dynamic=True, buffer_tokens=4, penalty=1.0)
     assert judged.overlong_penalties == (0.0, -0.5, -0.5)
     # Rewards 1, 0.5 and their mean.
     assert judged.advantages == pytest.approx([1.2247, -1.2247, 0.0], abs=1e-4)

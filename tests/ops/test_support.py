@@ -16,7 +16,7 @@ from megatron_rl.ops.support import find_support, keep_support
 from megatron_rl.ops.support_logprobs import support_logprobs
 from megatron_rl.ops.vocab_parallel import VocabShard
 from megatron_rl.records import Truncation
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 kernels.load()
 OPS = torch.ops.megatron_rl

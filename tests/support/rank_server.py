@@ -39,8 +39,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.support.processes import children_of
 from megatron_rl.process.lifetime import become_subreaper, die_with_parent
+from tests.support.processes import children_of
 
 LEFT_SECONDS = 10.0  # in which everything that a run started must be gone
 TERM_SECONDS = 10.0  # of a rank that is told to end because another one failed
@@ -53,11 +53,11 @@ Request = dict[str, Any]
 
 def import_what_ranks_need() -> None:
     """Import it once, in the order of a real run: Megatron only after the CPU answers for CUDA."""
+    import megatron_rl._C
+
     import megatron_rl.sft
     import megatron_rl.train  # noqa: F401
     from megatron_rl.learner.layout.cpu_device import run_on_cpu
-
-    import megatron_rl._C
 
     run_on_cpu()
     import megatron.core.dist_checkpointing.strategies.torch
@@ -150,8 +150,8 @@ def become(request: Request, of_rank: dict[str, str]) -> None:
 
 
 def run(request: Request) -> NoReturn:
-    """Run the module of the request as `__main__`, and end as the interpreter would, but for freeing
-    what was imported, which takes longer than many a run.
+    """Run the module of the request as `__main__`, and end as the interpreter would, without the
+    freeing of what was imported, which takes longer than many a run.
     """
     sys.argv = ["", *request["arguments"]]
     sys.modules.pop(request["module"], None)

@@ -13,7 +13,7 @@ from torch import distributed
 from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.records import MicroBatch, RecomputedRow, Rollout, Sample
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 NUM_PROMPTS, NUM_SAMPLES, TOKENS_PER_ROW = 6, 3, 40
 FIRST_PROMPT = 12

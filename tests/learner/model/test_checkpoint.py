@@ -24,7 +24,7 @@ from tests.learner.support.checkpoint_ranks import (
     WARMUP_STEPS,
 )
 from tests.learner.support.single_rank import WEIGHTS
-from tests.torchrun import ROOT, run_module, torchrun_environment
+from tests.support.ranks import ROOT, rank_environment, run_module
 
 FLOAT32_NOISE = 1e-5  # relative norm of a weight after the next step, between layouts
 # Of a bfloat16 weight: one rounding of it, 2^-8, where a sum fell to the other side.
@@ -200,7 +200,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(
     finished = subprocess.run(
         [*command, str(tiny_checkpoint), str(recorded_rollouts), str(tmp_path)],
         cwd=ROOT,
-        env=torchrun_environment(),
+        env=rank_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -32,9 +32,9 @@ from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.weights.geometry import read_geometry
-from tests.checkpoint_reader import read_tensors
 from tests.learner import recorded
 from tests.learner.support.exported import exported_weights
+from tests.support.checkpoint_reader import read_tensors
 
 NUM_UPDATES, WARMUP_STEPS, LEARNING_RATE = 6, 3, 1e-3
 SAVED_AFTER = 2

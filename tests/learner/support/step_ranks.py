@@ -31,8 +31,8 @@ from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.batch.packing import fill, pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.loop.state import initial_state
 from megatron_rl.learner.update.step import train_step
+from megatron_rl.loop.state import initial_state
 from megatron_rl.records import RecomputedRow, StepReport, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded

@@ -23,7 +23,7 @@ from tests.learner.support.comparison import (
 )
 from tests.learner.support.objective_ranks import CASES, CORRECTED, OBJECTIVES, PLAIN
 from tests.learner.support.step_ranks import DUAL_VALUE, Case
-from tests.torchrun import run_module
+from tests.support.ranks import run_module
 
 FIGURE_TOLERANCE = 2e-6  # of max(1, the figure)
 

@@ -25,7 +25,7 @@ from tests.learner.support.comparison import (
     relative_difference,
 )
 from tests.learner.support.step_ranks import CASES, DUAL_VALUE, TOLERANCE, Case
-from tests.torchrun import run_module
+from tests.support.ranks import run_module
 
 FIGURE_TOLERANCE = 1e-6  # of max(1, the figure)
 
