@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 TAIL_LINES = 25
-CHECK_SECONDS, BUILD_SECONDS = 60.0, 1200.0  # after which something hangs
+CHECK_SECONDS, BUILD_SECONDS = 120.0, 1800.0  # after which something hangs
 NATIVE_SOURCES = ("setup.py", "pyproject.toml", "*.cpp", "*.cc", "*.h", "*.cu", "*.cuh")
 
 

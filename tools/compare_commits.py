@@ -52,7 +52,7 @@ OBJECTIVES = (  # presets
 )
 LAYOUTS = {"tp2": 2, "dp2": 1}  # parallel.tensor, on two ranks
 DTYPES = ("float32", "bfloat16")
-RUN_SECONDS, RECORD_SECONDS = 300.0, 1200.0  # after which something hangs
+RUN_SECONDS, RECORD_SECONDS = 600.0, 1800.0  # after which something hangs
 TINY_MODEL = {
     "--hidden": 64,
     "--layers": 2,
