@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 TAIL_LINES = 25
-CHECK_SECONDS, BUILD_SECONDS = 60.0, 1200.0  # after which something hangs
+CHECK_SECONDS, BUILD_SECONDS = 120.0, 1800.0  # after which something hangs
 NATIVE_SOURCES = ("setup.py", "pyproject.toml", "*.cpp", "*.cc", "*.h", "*.cu", "*.cuh")
 
 
@@ -31,9 +31,9 @@ class CompareError(Exception):
 class Source:
     """A commit's own package, ready to run: its worktree, made on first use, with native code."""
 
-    def __init__(self, repository: Path, commit: str, work: Path) -> None:
+    def __init__(self, repository: Path, commit: str, work: Path, native: Path) -> None:
         self.commit = commit
-        self._repository, self._work = repository, work
+        self._repository, self._work, self._native = repository, work, native
         self._folder = work / "worktrees" / commit
         self._is_ready = False
         self._server: subprocess.Popen[str] | None = None
@@ -126,18 +126,20 @@ class Source:
         self._is_ready = True
         self._remove()
         git(self._repository, "worktree", "add", "--detach", str(self._folder), self.commit)
-        built = self._work / "native" / self._native_key()
+        built = self._native / self._native_key()
         if not built.is_dir():
             # egg_info: the engine finds this commit's plug-in by the entry points beside it
             steps = ["egg_info", "build_ext", "--inplace"]
             self.run(["setup.py", "-q", *steps], self._work / "build.log", BUILD_SECONDS)
-            partial = built.with_name(built.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = built.with_name(f"{built.name}.partial.{os.getpid()}")
             for path in [*self._folder.rglob("*.so"), *self._folder.glob("*.egg-info/*")]:
                 target = partial / path.relative_to(self._folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, target)
-            partial.rename(built)
+            if built.is_dir():  # another comparison's, with the same folder of native code
+                shutil.rmtree(partial)
+            else:
+                partial.rename(built)
         shutil.copytree(built, self._folder, dirs_exist_ok=True)
         self._check_package()
 

@@ -52,7 +52,7 @@ OBJECTIVES = (  # presets
 )
 LAYOUTS = {"tp2": 2, "dp2": 1}  # parallel.tensor, on two ranks
 DTYPES = ("float32", "bfloat16")
-RUN_SECONDS, RECORD_SECONDS = 300.0, 1200.0  # after which something hangs
+RUN_SECONDS, RECORD_SECONDS = 600.0, 1800.0  # after which something hangs
 TINY_MODEL = {
     "--hidden": 64,
     "--layers": 2,
@@ -164,6 +164,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, help="the checkpoint that run started from")
     parser.add_argument(
+        "--native", type=Path, help="folder of native code to share; default: WORK/native"
+    )
+    parser.add_argument(
         "--again", action="store_true", help="run the second commit anew, whatever is kept of it"
     )
     parser.add_argument(
@@ -174,6 +177,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if (options.rollouts is None) != (options.model is None):
         parser.error("--rollouts and --model go together")
     options.work = options.work.resolve()
+    options.native = (options.native or options.work / "native").resolve()
     return options
 
 
@@ -193,7 +197,7 @@ def compare(options: argparse.Namespace) -> int:
     """Make what is missing and compare it; how many combinations differ."""
     work, repository = options.work, options.repository
     commits = [resolve(repository, name) for name in (options.before, options.after)]
-    of_commit = {commit: Source(repository, commit, work) for commit in commits}
+    of_commit = {commit: Source(repository, commit, work, options.native) for commit in commits}
     sources = [of_commit[commit] for commit in commits]
     combinations = [
         Combination(layout=layout, dtype=dtype, objective=objective)
