@@ -30,8 +30,7 @@ from megatron_rl.config import Config, ObjectiveConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.learner.update import row_loss
 from megatron_rl.learner.update.step import train_step
-from megatron_rl.loop.report import STEP_STATIONS, write_metrics
-from megatron_rl.loop.run import Run
+from megatron_rl.loop.report import STEP_PHASES, write_metrics
 from megatron_rl.objective.discrepancy import DiscrepancySum
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.command import Progress, run_command
@@ -53,7 +52,7 @@ class AlternatingSteps:
     def train(
         self, learner: object, batch: object, dual: object, config: ObjectiveConfig, **rest: Any
     ) -> Any:
-        """`learner.step.train_step`."""
+        """`learner.update.step.train_step`."""
         start, step = time.perf_counter(), rest["step"]
         with ExitStack() as stack:
             if is_plain(step):
@@ -68,11 +67,11 @@ class AlternatingSteps:
         self.seconds[step] = time.perf_counter() - start
         return result
 
-    def write(self, run: Run, *known: Any, **sampled: Any) -> None:
-        """`step_metrics.write_metrics`."""
-        start = time.perf_counter()
-        write_metrics(run, *known, **sampled)
-        self.seconds[run.step] = self.seconds.get(run.step, 0.0) + time.perf_counter() - start
+    def write(self, *parts: Any, **sampled: Any) -> None:
+        """`loop.report.write_metrics`, whose fifth argument is the step."""
+        start, step = time.perf_counter(), parts[4]
+        write_metrics(*parts, **sampled)
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
 
 
 def bench(config: Config, progress: Progress) -> None:
@@ -97,7 +96,7 @@ def cost_of(records: Sequence[Mapping[str, Any]], seconds: Mapping[int, float]) 
     """The medians of both kinds of steps in words.
 
     Args:
-        records: the run's lines of metrics, whose stations make the whole of a step.
+        records: the run's lines of metrics, whose phases make up a whole step.
         seconds: of training and of writing metrics, by step.
     """
     known = {each["step"]: each for each in records if each["step"] > NUM_WARM_UP}
@@ -107,7 +106,7 @@ def cost_of(records: Sequence[Mapping[str, Any]], seconds: Mapping[int, float]) 
         statistics.median(seconds[step] for step in kind) for kind in (plain, with_all)
     )
     whole = statistics.median(
-        sum(known[step].get(f"speed/seconds/{station}", 0.0) for station in STEP_STATIONS)
+        sum(known[step].get(f"speed/seconds/{phase}", 0.0) for phase in STEP_PHASES)
         for step in plain
     )
     return (

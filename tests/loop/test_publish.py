@@ -25,6 +25,7 @@ from tests.fakes.groups import make_prompt, make_rollout
 from tests.fakes.learner import FakeLearner, FakeParallel
 
 CONFIG = Config()
+URLS = ("http://one", "http://two")
 
 
 def report_of(version: int) -> PublishReport:
@@ -74,7 +75,7 @@ def make_link(
     error: SyncError | None = None,
     is_dead: bool = False,
 ) -> EngineLink:
-    logprobs = logprobs or {"http://one": -0.5, "http://two": -0.5}
+    logprobs = logprobs or dict.fromkeys(URLS, -0.5)
     urls = tuple(logprobs)
 
     def check_after_failure() -> None:
@@ -106,7 +107,7 @@ class Phases:
 
 def test_rank_0_sends_and_probes_every_engine(tmp_path: Path) -> None:
     learner, link, state, phases = FakeLearner(), make_link(tmp_path), make_state(), Phases()
-    figures = publish_weights(learner, link, state, CONFIG, phases)
+    figures = publish_weights(learner, link, URLS, state, CONFIG, phases)
     assert link.publisher.sent == [(5, ["model.norm.weight"])]
     assert state.published_version == 5
     assert phases.names == ["sync"]
@@ -128,7 +129,7 @@ def test_the_probe_samples_the_whole_distribution(tmp_path: Path) -> None:
     sampling = replace(CONFIG.rollout.sampling, top_p=0.9, top_k=20, min_p=0.1)
     config = replace(CONFIG, rollout=replace(CONFIG.rollout, sampling=sampling))
     link = make_link(tmp_path)
-    publish_weights(FakeLearner(), link, make_state(), config, Phases())
+    publish_weights(FakeLearner(), link, URLS, make_state(), config, Phases())
     for request in link.environment.asked:
         found = request.sampling
         assert (found.top_k, found.top_p, found.min_p) == (0, 1.0, 0.0)
@@ -137,13 +138,13 @@ def test_the_probe_samples_the_whole_distribution(tmp_path: Path) -> None:
 def test_the_engine_that_serves_other_weights_is_named(tmp_path: Path) -> None:
     link = make_link(tmp_path, logprobs={"http://one": -0.5, "http://two": -1.0})
     with pytest.raises(SyncError, match="http://two"):
-        publish_weights(FakeLearner(), link, make_state(), CONFIG, Phases())
+        publish_weights(FakeLearner(), link, URLS, make_state(), CONFIG, Phases())
 
 
 def test_other_ranks_give_their_shards_and_wait() -> None:
     parallel = FakeParallel(rank=1, is_last_stage=False)
     learner, state = FakeLearner(parallel=parallel), make_state()
-    publish_weights(learner, None, state, CONFIG, Phases())
+    publish_weights(learner, None, URLS, state, CONFIG, Phases())
     assert learner.log == ["give_tensors", "score_samples 0"]
     assert parallel.log == ["barrier", "from_last_stage"]
     assert state.published_version == 5
@@ -152,14 +153,14 @@ def test_other_ranks_give_their_shards_and_wait() -> None:
 def test_without_a_probe_nothing_is_sampled(tmp_path: Path) -> None:
     config = replace(CONFIG, sync=SyncConfig(probe_num_tokens=0))
     link = make_link(tmp_path)
-    assert publish_weights(FakeLearner(), link, make_state(), config, Phases()) == {}
+    assert publish_weights(FakeLearner(), link, URLS, make_state(), config, Phases()) == {}
     assert link.environment.asked == []
 
 
 def test_a_replay_publishes_nothing() -> None:
     learner, phases, state = FakeLearner(), Phases(), make_state()
     config = replace(CONFIG, replay="runs/a/rollouts")
-    assert publish_weights(learner, None, state, config, phases) == {}
+    assert publish_weights(learner, None, URLS, state, config, phases) == {}
     assert (learner.log, phases.names, state.published_version) == ([], [], 4)
 
 
@@ -167,10 +168,10 @@ def test_a_failed_update_is_told_by_the_death_of_its_engine(tmp_path: Path) -> N
     error = SyncError("engine http://one, send: no answer")
     dead = make_link(tmp_path, error=error, is_dead=True)
     with pytest.raises(EngineError, match="engine 0 died"):
-        publish_weights(FakeLearner(), dead, make_state(), CONFIG, Phases())
+        publish_weights(FakeLearner(), dead, URLS, make_state(), CONFIG, Phases())
     alive, state = make_link(tmp_path, error=error), make_state()
     with pytest.raises(SyncError, match="no answer"):
-        publish_weights(FakeLearner(), alive, state, CONFIG, Phases())
+        publish_weights(FakeLearner(), alive, URLS, state, CONFIG, Phases())
     assert state.published_version == 4
 
 

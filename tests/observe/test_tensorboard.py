@@ -32,7 +32,7 @@ def test_scalars_survive_a_resume_without_doubled_steps(tmp_path):
 def keys_of_a_step() -> set[str]:
     """What objective and learner report of two tokens, and the others' keys by name."""
     logprobs, mask = torch.tensor([-0.1, -1.0]), torch.ones(2, dtype=torch.bool)
-    of_gap = discrepancy_metrics(
+    _, of_gap = discrepancy_metrics(
         logprobs,
         logprobs - 0.1,
         mask,
