@@ -36,34 +36,42 @@ class Parallel:
 
     @property
     def tp_rank(self) -> int:
+        """This rank's index among the shards of its stage."""
         return self.tp_group.rank()
 
     @property
     def tp_size(self) -> int:
+        """The number of shards of a stage."""
         return self.tp_group.size()
 
     @property
     def pp_rank(self) -> int:
+        """The index of this rank's pipeline stage."""
         return self.pp_group.rank()
 
     @property
     def pp_size(self) -> int:
+        """The number of pipeline stages."""
         return self.pp_group.size()
 
     @property
     def dp_rank(self) -> int:
+        """The index of this rank's replica."""
         return self.dp_group.rank()
 
     @property
     def dp_size(self) -> int:
+        """The number of replicas."""
         return self.dp_group.size()
 
     @property
     def is_first_stage(self) -> bool:
+        """This stage embeds the tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """This stage computes the logits, and so has log-probs and a loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
