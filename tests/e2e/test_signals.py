@@ -1,7 +1,8 @@
 """Runs that are stopped and killed at every station, and go on: exit code and reason, nothing left
 of them within ten seconds, and a record without gap or double once they have been resumed.
 
-All cases of a test share one run folder: each resumes what the one before left.
+All cases of a test share one run folder: each resumes what the one before left. Where the engine
+matters, the run has its own; the others, and the run that is finished, are given the served one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.rollout.recording import read_recomputed, read_step
 from tests.e2e.reward import COUNT_VARIABLE
-from tests.e2e.runs import TrainingProcess, read_jsonl, training
+from tests.e2e.runs import TrainingProcess, read_jsonl, train_to_the_end, training
+from tests.support.served_engine import ServedEngine
 
 PROMPTS, SAMPLES = 8, 8  # of a step
 LEFT_SECONDS = 10.0  # in which every process must be gone
@@ -72,14 +74,25 @@ def wait_for(station: str, run: TrainingProcess, run_dir: Path) -> None:
         run.wait_until(partial.exists)
 
 
-def stop_at(config: Path, run_dir: Path, station: str, signal_name: str, role: str) -> None:
-    """Start or resume, stop at the station, and hold what comes of it against the promises."""
+def stop_at(
+    config: Path,
+    run_dir: Path,
+    station: str,
+    signal_name: str,
+    role: str,
+    engine: ServedEngine | None = None,
+) -> None:
+    """Start or resume, stop at the station, and hold what comes of it against the promises.
+
+    Args:
+        engine: that the run is given; None: it starts its own.
+    """
     case = f"{signal_name} to {role} at {station}"
     scored = run_dir / "scored"
     scored.unlink(missing_ok=True)
-    with training(
-        config, num_ranks=2, run_dir=run_dir, variables={COUNT_VARIABLE: str(scored)}
-    ) as run:
+    variables = {COUNT_VARIABLE: str(scored)} | (engine.variables() if engine else {})
+    given = engine.overrides() if engine else []
+    with training(config, *given, num_ranks=2, run_dir=run_dir, variables=variables) as run:
         wait_for(station, run, run_dir)
         run.pids()  # from now on known, whatever becomes of their parents
         os.kill(run.pid_of(role), signal.Signals[signal_name])
@@ -110,12 +123,12 @@ def expected_reason(signal_name: str, role: str) -> str:
     return r"Signal 9 \(SIGKILL\) received by PID"
 
 
-def finish(config: Path, run_dir: Path) -> int:
+def finish(config: Path, run_dir: Path, engine: ServedEngine) -> int:
     """Resume, do two more steps, end well; returns the number of steps of the whole run."""
     num_steps = latest_step(run_dir) + 2
-    with training(config, f"loop.num_steps={num_steps}", num_ranks=2, run_dir=run_dir) as run:
-        assert run.wait() == 0, run.output
-        assert run.left_after(LEFT_SECONDS) == []
+    train_to_the_end(
+        config, f"loop.num_steps={num_steps}", num_ranks=2, run_dir=run_dir, engine=engine
+    )
     return num_steps
 
 
@@ -157,11 +170,11 @@ def check_records(config_path: Path, run_dir: Path, num_steps: int) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
-    """Many steps, a checkpoint after each; a BF16 engine, which moves lambda."""
+    """Many steps, a checkpoint after each; a BF16 learner, whose gap to the engine moves lambda."""
     return write_config(
         tmp_path,
         parallel={"tensor": 2},
-        rollout={"dtype": "bfloat16"},
+        model={"dtype": "bfloat16"},
         learner={
             "tokens_per_micro_batch": 1024,
             "mini_batches_per_step": 2,
@@ -173,19 +186,21 @@ def config(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
     )
 
 
-def test_a_run_that_is_stopped_again_and_again_ends_as_one(config: Path) -> None:
+def test_a_run_that_is_stopped_again_and_again_ends_as_one(
+    config: Path, served_engine: ServedEngine
+) -> None:
     run_dir = config.parent / "run"
-    stop_at(config, run_dir, "rollout", "SIGTERM", "torchrun")
-    stop_at(config, run_dir, "checkpoint", "SIGKILL", "rank 0")
+    stop_at(config, run_dir, "rollout", "SIGTERM", "torchrun", served_engine)
+    stop_at(config, run_dir, "checkpoint", "SIGKILL", "rank 0", served_engine)
     stop_at(config, run_dir, "learner", "SIGKILL", "server")
     stop_at(config, run_dir, "sync", "SIGKILL", "torchrun")
-    check_records(config, run_dir, finish(config, run_dir))
+    check_records(config, run_dir, finish(config, run_dir, served_engine))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("station", STATIONS)
-def test_every_signal_at(station: str, config: Path) -> None:
+def test_every_signal_at(station: str, config: Path, served_engine: ServedEngine) -> None:
     run_dir = config.parent / "run"
     for signal_name, role in CASES:
         stop_at(config, run_dir, station, signal_name, role)
-    check_records(config, run_dir, finish(config, run_dir))
+    check_records(config, run_dir, finish(config, run_dir, served_engine))

@@ -2,7 +2,6 @@
 their own: the bits of the installed build.
 """
 
-import itertools
 import os
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 from megatron_rl.ops import kernels
-from tests.ops.rows import DTYPES, TEMPERATURES, Native, assert_same_bits, make_problem, run_shards
+from tests.ops.kernel_results import results
+from tests.ops.rows import assert_same_bits
 from tests.ops.sources import CSRC, HERE
 
 # Those of setup.py that change code.
@@ -24,29 +24,10 @@ SOURCES = [CSRC / "token_logprobs.cpp", *sorted(CSRC.glob("cpu_*.cpp"))]
 PROGRAM = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-from tests.ops.test_optimisation_levels import results
+from tests.ops.kernel_results import results
 torch.save(list(results()), sys.argv[2])
 assert "megatron_rl._C" not in sys.modules
 """
-
-
-def results():
-    """Log-probs, entropy, root (of which log-sum-exp is made), maximum and gradient, of every
-    instruction set, through whole rows and through shards cut anywhere.
-    """
-    torch.manual_seed(0)
-    cut = [0, 1, 129, 2050, 4096, 6201]
-    for dtype, temperature, name in itertools.product(
-        DTYPES, TEMPERATURES, torch.ops.megatron_rl.instruction_sets()
-    ):
-        problem = make_problem(6, 6201, dtype)
-        for edges in ([0, 6201], cut):
-            layout = {"temperature": temperature, "edges": edges, "vocab_size": 6200}
-            yield run_shards(Native(name), *problem, **layout)
-            yield run_shards(Native(name), *problem, **layout, has_entropy=False)
-        if name != "portable" and temperature == 1.0:
-            layout = {"temperature": 1.0, "edges": [0, 151936], "vocab_size": 151936}
-            yield run_shards(Native(name), *make_problem(6, 151936, dtype), **layout)
 
 
 def compiled(level: str, folder: Path) -> Path:

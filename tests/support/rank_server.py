@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import itertools
 import json
 import os
@@ -39,6 +40,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
+
+from megatron_rl.learner.layout.cpu_device import run_on_cpu
 from megatron_rl.process.lifetime import become_subreaper, die_with_parent
 from tests.support.processes import children_of
 
@@ -48,26 +52,30 @@ POLL_SECONDS = 0.02
 # Below Linux's range of ephemeral ports, which other processes' connections use.
 FIRST_PORT, NUM_PORTS = 15000, 15000
 
+# What ranks import, in the order of a real run: Megatron only after the CPU answers for CUDA.
+BEFORE_MEGATRON = ("megatron_rl.train", "megatron_rl.sft")
+MEGATRON = (
+    "dist_checkpointing.strategies.torch",
+    "distributed",
+    "models.gpt.gpt_layer_specs",
+    "optimizer",
+    "optimizer_param_scheduler",
+    "pipeline_parallel",
+    "tensor_parallel",
+)
+
 Request = dict[str, Any]
 
 
 def import_what_ranks_need() -> None:
-    """Import it once, in the order of a real run: Megatron only after the CPU answers for CUDA."""
-    import megatron_rl._C
-
-    import megatron_rl.sft
-    import megatron_rl.train  # noqa: F401
-    from megatron_rl.learner.layout.cpu_device import run_on_cpu
-
+    """Import it once, for every rank."""
+    for name in BEFORE_MEGATRON:
+        importlib.import_module(name)
+    # The lazy modules of transformers import with the names that are taken from them.
+    _ = transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast
     run_on_cpu()
-    import megatron.core.dist_checkpointing.strategies.torch
-    import megatron.core.distributed
-    import megatron.core.models.gpt.gpt_layer_specs
-    import megatron.core.optimizer
-    import megatron.core.optimizer_param_scheduler
-    import megatron.core.pipeline_parallel
-    import megatron.core.tensor_parallel  # noqa: F401
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+    for name in MEGATRON:
+        importlib.import_module(f"megatron.core.{name}")
 
 
 def main() -> Request | None:
@@ -150,8 +158,8 @@ def become(request: Request, of_rank: dict[str, str]) -> None:
 
 
 def run(request: Request) -> NoReturn:
-    """Run the module of the request as `__main__`, and end as the interpreter would, without the
-    freeing of what was imported, which takes longer than many a run.
+    """Run the module of the request as `__main__`, and end as the interpreter would, but without
+    freeing what was imported, which takes longer than many a run.
     """
     sys.argv = ["", *request["arguments"]]
     sys.modules.pop(request["module"], None)
