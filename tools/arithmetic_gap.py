@@ -1,17 +1,19 @@
-"""How far the arithmetic of a log-prob alone moves it: the same logits, three ways.
+"""Measures how much the arithmetic of a log-prob alone changes it, from the same logits.
 
-    python tools/arithmetic_gap.py configs/quickstart.yaml replay=runs/quickstart/rollouts
+    python tools/arithmetic_gap.py configs/quickstart.yaml parallel.tensor=1 \\
+        run_dir=runs/arithmetic replay=runs/quickstart/rollouts
 
-The learner's logits for the recorded tokens of step 1, on one process: the aligned log-prob against
-torch's log_softmax in float32, and in the logits' BF16. Prints one JSON line a way:
-`{"way": "log_softmax in float32", "mean": 2e-8, "largest": 1e-7, "num_tokens": 3072}`, of
-|p - p_aligned|.
+Computes the learner's logits for the recorded tokens of step 1 in one process, and compares the
+aligned log-prob with torch's log_softmax in float32 and in BF16. Prints one JSON line for each of
+the two, with the mean and the largest |p - p_aligned|:
+`{"way": "log_softmax in float32", "mean": 2e-8, "largest": 1e-7, "num_tokens": 3072}`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,16 +25,20 @@ from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_p
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import run_schedule
 from megatron_rl.loop.preflight import prepare_data
-from megatron_rl.loop.stations import unscored_samples
 from megatron_rl.ops.logprobs import token_logprobs
 from megatron_rl.process.command import Progress, run_command
+from megatron_rl.records import RolloutGroup, Sample
 from megatron_rl.rollout.recording import read_step
 
 DTYPES = {"log_softmax in float32": torch.float32, "log_softmax in bfloat16": torch.bfloat16}
 
 
 def compare(config: Config, progress: Progress) -> None:
-    """One forward pass over the recorded step, and its gaps to standard output."""
+    """Run one forward pass over the recorded step and print the gaps.
+
+    Raises:
+        ConfigError: no recorded rollouts, or more than one rank.
+    """
     if not config.replay or config.parallel.tensor * config.parallel.pipeline > 1:
         raise ConfigError(
             "arithmetic_gap: expected replay=<a run's rollouts/> and one rank (parallel.tensor=1 "
@@ -43,8 +49,7 @@ def compare(config: Config, progress: Progress) -> None:
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)
     groups, _ = read_step(Path(config.replay), 1)
-    samples = unscored_samples(groups)
-    rows = pack_batch(samples, parallel, config.learner.tokens_per_micro_batch).batch
+    rows = pack_batch(samples_of(groups), parallel, config.learner.tokens_per_micro_batch).batch
     gaps: dict[str, list[torch.Tensor]] = {way: [] for way in DTYPES}
 
     def on_output(index: int, logits: torch.Tensor) -> None:
@@ -66,5 +71,21 @@ def compare(config: Config, progress: Progress) -> None:
     shut_down_parallel()
 
 
+def samples_of(groups: Sequence[RolloutGroup]) -> list[Sample]:
+    """One sample per rollout, without reward and advantage, which a forward pass does not read."""
+    return [
+        Sample(
+            prompt_index=group.prompt.index,
+            sample_index=index,
+            rollout=rollout,
+            reward=0.0,
+            advantage=0.0,
+            is_kept=True,
+        )
+        for group in groups
+        for index, rollout in enumerate(group.rollouts)
+    ]
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("What the arithmetic of log-probs alone changes.", compare))
+    sys.exit(run_command("Measures what the arithmetic of log-probs alone changes.", compare))
