@@ -1,11 +1,12 @@
-"""How far the arithmetic of a log-prob alone moves it: the same logits, three ways.
+"""Measures how much the arithmetic of a log-prob alone changes it, from the same logits.
 
-    python tools/arithmetic_gap.py configs/quickstart.yaml replay=runs/quickstart/rollouts
+    python tools/arithmetic_gap.py configs/quickstart.yaml parallel.tensor=1 \\
+        run_dir=runs/arithmetic replay=runs/quickstart/rollouts
 
-The learner's logits for the recorded tokens of step 1, on one process: the aligned log-prob against
-torch's log_softmax in float32, and in the logits' BF16. Prints one JSON line a way:
-`{"way": "log_softmax in float32", "mean": 2e-8, "largest": 1e-7, "num_tokens": 3072}`, of
-|p - p_aligned|.
+Computes the learner's logits for the recorded tokens of step 1 in one process, and compares the
+aligned log-prob with torch's log_softmax in float32 and in BF16. Prints one JSON line for each of
+the two, with the mean and the largest |p - p_aligned|:
+`{"way": "log_softmax in float32", "mean": 2e-8, "largest": 1e-7, "num_tokens": 3072}`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ DTYPES = {"log_softmax in float32": torch.float32, "log_softmax in bfloat16": to
 
 
 def compare(config: Config, progress: Progress) -> None:
-    """One forward pass over the recorded step, and its gaps to standard output."""
+    """Run one forward pass over the recorded step and print the gaps.
+
+    Raises:
+        ConfigError: no recorded rollouts, or more than one rank.
+    """
     if not config.replay or config.parallel.tensor * config.parallel.pipeline > 1:
         raise ConfigError(
             "arithmetic_gap: expected replay=<a run's rollouts/> and one rank (parallel.tensor=1 "
@@ -65,4 +70,4 @@ def compare(config: Config, progress: Progress) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("What the arithmetic of log-probs alone changes.", compare))
+    sys.exit(run_command("Measures what the arithmetic of log-probs alone changes.", compare))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 
@@ -52,14 +51,9 @@ class Recorder:
             self._console.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._is_writer:
-            self._console.__exit__(kind, error, traceback)
+            self._console.__exit__(*exception)
             self._tensorboard.close()
             self._log.close()
 

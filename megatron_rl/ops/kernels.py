@@ -143,6 +143,7 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx, logits, labels, is_counted, temperature, shard, group, has_entropy, overwrite_logits
     ):
+        """Arguments as in `token_logprobs`, after `arguments.without_ignored` and `shard_of`."""
         words = nodes(
             logits, labels, temperature, shard.edges, shard.rank, shard.vocab_size, has_entropy
         )
@@ -158,6 +159,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, _grad_entropy, _grad_maximum):
+        """The gradient of the logits, from that of the log-probs [N] float32."""
         if ctx.is_overwritten:
             raise RuntimeError(
                 "token_logprobs: expected one backward pass with overwrite_logits=True, got a "

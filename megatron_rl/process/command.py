@@ -128,9 +128,9 @@ def _is_first() -> bool:
     if AGENT_VARIABLE not in os.environ:
         return True
     # <folder of the launch>/attempt_<n>/<local rank>/error.json
-    told = Path(os.environ[AGENT_VARIABLE]).parents[1] / "told"
+    marker = Path(os.environ[AGENT_VARIABLE]).parents[1] / "reported"
     try:
-        os.close(os.open(told, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     except OSError:
