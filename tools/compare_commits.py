@@ -231,6 +231,7 @@ def compare(options: argparse.Namespace) -> int:
     print(f"\n{sources[0].commit[:10]} and {sources[1].commit[:10]}, {options.steps} steps:")
     print("\n".join(lines))
     print(f"not compared, as times: {', '.join(comparison.times)}")
+    print(f"settings of one commit only: {', '.join(comparison.new_settings) or 'none'}")
     print(f"{num_different} of {len(lines)} combinations differ")
     return num_different
 

@@ -4,7 +4,8 @@
 
 Settings, metrics, the checkpoints' tensors and state, and the Hugging Face export: floats by their
 bits, metrics by the digits that metrics.jsonl has of them (which tell every float64 from every
-other), files of the export by their bytes too. What is only in one run is a difference.
+other), files of the export by their bytes too. What only one run has is a difference, except a
+setting, which only one of two commits may know; such settings are listed.
 
 A metric is a time where its key begins with `speed/`, or one of its words is `time`, `second`,
 `seconds`, `ms` or `duration`. Not compared either: the settings that name places, in config.yaml
@@ -60,7 +61,7 @@ class Difference:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Example: `Comparison(differences=(), num_tensors=61, num_metrics=80, num_others=300,
-    times=("speed/seconds/learner",))`.
+    times=("speed/seconds/learner",), new_settings=("sync.transport",))`.
     """
 
     differences: tuple[Difference, ...]
@@ -68,6 +69,7 @@ class Comparison:
     num_metrics: int
     num_others: int
     times: tuple[str, ...]  # the metrics that were not compared
+    new_settings: tuple[str, ...]  # the settings that only one of the runs has
 
     @property
     def summary(self) -> str:
@@ -82,8 +84,9 @@ def compare_runs(before: Path, after: Path) -> Comparison:
     """Everything in two run folders that is not a time."""
     first, second = read_run(before), read_run(after)
     times = sorted({name for each in (first, second) for name in each if is_time(name)})
+    new = [name for name in first.keys() ^ second.keys() if name.startswith("settings/")]
     for each in (first, second):
-        for name in times:
+        for name in (*times, *new):
             each.pop(name, None)
     names = list(first | second)
     is_metric = {name: name.startswith("metrics/") for name in names}
@@ -97,6 +100,7 @@ def compare_runs(before: Path, after: Path) -> Comparison:
         num_metrics=sum(is_metric.values()),
         num_others=len(names) - sum(is_tensor.values()) - sum(is_metric.values()),
         times=tuple(name.removeprefix("metrics/") for name in times),
+        new_settings=tuple(sorted(name.removeprefix("settings/") for name in new)),
     )
 
 
@@ -299,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join([comparison.summary, *report_lines(comparison)]))
     print(f"not compared, as times: {', '.join(comparison.times)}")
+    print(f"settings of one run only: {', '.join(comparison.new_settings) or 'none'}")
     return 1 if comparison.differences else 0
 
 

@@ -176,6 +176,15 @@ def test_settings_and_further_state(runs):
     ]
 
 
+def test_a_setting_that_one_commit_does_not_know_is_listed(runs):
+    settings = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    settings["sync"] = {"transport": "shared_memory"}
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(settings))
+    comparison = compare_runs(*runs)
+    assert comparison.differences == ()
+    assert comparison.new_settings == ("sync.transport",)
+
+
 def test_a_run_that_is_not_finished_is_named(runs, capsys):
     shutil.rmtree(runs[1] / "huggingface")
     assert compare_runs_main([str(each) for each in runs]) == 2
