@@ -25,7 +25,9 @@ from tests.learner.support.objective_ranks import CASES, CORRECTED, OBJECTIVES, 
 from tests.learner.support.step_ranks import DUAL_VALUE, Case
 from tests.support.ranks import run_module
 
-FIGURE_TOLERANCE = 2e-6  # of max(1, the figure)
+# Of max(1, the figure): squared ratios of whole sequences amplify the float32 rounding of
+# log-probs, on one kind of CPU more than on another.
+FIGURE_TOLERANCE = 4e-6
 
 
 @pytest.fixture(scope="module")
