@@ -1,4 +1,4 @@
-"""What travels between the stations of a step.
+"""The records that one phase of a step hands to the next.
 
 Legend of shapes, used in every docstring of the package:
 `P` prompts, `G` samples a prompt (the group), `L` tokens of one sequence, `T` tokens of one packed

@@ -8,7 +8,8 @@ the routes of vLLM 0.32 by name (vllm/entrypoints/rl/online/api_router.py).
 vLLM loads weights in place. So between the start of an update and its successful finish no request
 may be answered from them (409 weights_updating). After an update that failed, or was left
 unfinished for MEGATRON_RL_UPDATE_TIMEOUT seconds, the engine is *poisoned* (503 weights_poisoned)
-until a later update has succeeded from start to finish. vLLM alone does neither: its /pause keeps
+until a later update has succeeded from start to finish. Poisoned is the server's state; the model
+in its worker is then *incomplete* (sync/receive.py). vLLM alone does neither: its /pause keeps
 requests waiting without an answer, and it accepts a finish after half an update.
 """
 

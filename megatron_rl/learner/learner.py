@@ -1,4 +1,4 @@
-"""[door: megatron] One rank of the learner: a model stage, its optimizer, and the passes over a
+"""[imports megatron] One rank of the learner: a model stage, its optimizer, and the passes over a
 batch.
 
 `Learner` is what the loops in train.py and sft.py hold; the work is done by the modules beside it.

@@ -86,7 +86,7 @@ class Publisher:
             raise SyncError("publisher: expected at least one engine, got none")
         self._bucket_bytes = max(1, int(config.bucket_mib * 2**20) // ALIGNMENT) * ALIGNMENT
         self._wire_dtype = wire_dtype
-        self._transport_name = getattr(config, "transport", "shared_memory")
+        self._transport_name = config.transport
         self._sender = sender_class(self._transport_name)(
             source=0, num_sources=1, timeout_seconds=config.timeout_seconds
         )

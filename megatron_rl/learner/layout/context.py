@@ -1,4 +1,4 @@
-"""[door: megatron] Context parallelism, of which no other module knows.
+"""[imports megatron] Context parallelism, of which no other module knows.
 
 Not used yet: every rank holds its sequences whole. What depends on it already is which ranks share
 a global batch.

@@ -1,4 +1,4 @@
-"""[door: megatron] Start the process groups and hand them out.
+"""[imports megatron] Start the process groups and hand them out.
 
 In comes the layout of the config, out goes a `Parallel`: this rank's place and the process groups,
 which the rest of the learner is given explicitly. NCCL where there is a GPU, gloo otherwise.

@@ -1,5 +1,5 @@
-"""[door: megatron] A Megatron-Core GPT model from a Hugging Face config, with this rank's shard of
-the weights.
+"""[imports megatron] A Megatron-Core GPT model from a Hugging Face config, with this rank's shard
+of the weights.
 
 A checkpoint folder and this rank's place in the layout come in, the model of this pipeline stage
 goes out, in Megatron's own DDP. With a GPU and Transformer Engine the layers are Transformer

@@ -1,4 +1,4 @@
-"""[door: megatron] Save and load everything that a run needs to continue as if it had never
+"""[imports megatron] Save and load everything that a run needs to continue as if it had never
 stopped.
 
 A checkpoint is a folder `checkpoints/step_000012`: Megatron's distributed checkpoint of model and

@@ -1,4 +1,4 @@
-"""[door: megatron] Megatron's optimizer and learning-rate schedule for a model."""
+"""[imports megatron] Megatron's optimizer and learning-rate schedule for a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[door: megatron] A model stage with what trains it: the state that a checkpoint holds."""
+"""[imports megatron] A model stage with what trains it: the state that a checkpoint holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[door: megatron] A packed row through the model: the part that forward-only passes and the
+"""[imports megatron] A packed row through the model: the part that forward-only passes and the
 training step have in common.
 
 A `MicroBatch` comes in, the log-probs of its kept labels go out on the last pipeline stage.

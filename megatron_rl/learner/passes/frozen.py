@@ -1,4 +1,4 @@
-"""[door: megatron] A frozen policy beside the learner, the reference of a KL term: a checkpoint's
+"""[imports megatron] A frozen policy beside the learner, the reference of a KL term: a checkpoint's
 weights in the learner's layout.
 
 It has no gradients and no optimizer, and is not part of the run's checkpoints; its memory is one
