@@ -1,5 +1,6 @@
-"""Runs that are stopped and killed in every phase of a step, and continue: exit code and
-reason, nothing left of them within ten seconds, and a record without gap or double once they have been resumed.
+"""Runs that are stopped and killed in every phase of a step, and continue: exit code and reason,
+nothing left of them within ten seconds, and a record without gap or double once they have been
+resumed.
 
 All cases of a test share one run folder: each resumes what the one before left. Where the engine
 matters, the run has its own; the others, and the run that is finished, are given the served one.
