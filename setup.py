@@ -1,9 +1,8 @@
-"""Build of megatron_rl. Metadata, extras and entry points are in pyproject.toml; the native
-extension is built here.
+"""Builds the native extension of megatron_rl; metadata and entry points are in pyproject.toml.
 
-MEGATRON_RL_CUDA=1 asks for the CUDA kernels and fails where they cannot be built, 0 leaves them
-out. Unset, they are built where there are a CUDA toolkit (CUDA_HOME, or nvcc on the PATH) and a
-torch built with CUDA; whether a GPU is visible plays no part.
+With MEGATRON_RL_CUDA=1 the CUDA kernels are built, and it is an error if that is impossible; with 0
+they are left out. If it is unset, they are built if there is a CUDA toolkit (CUDA_HOME, or nvcc on
+the PATH) and torch was built with CUDA. It does not matter whether a GPU is visible.
 """
 
 import os
@@ -21,24 +20,25 @@ except ImportError as error:
     ) from error
 
 CSRC = Path("megatron_rl/csrc")
-# A contracted a*b+c would change the last bits; GCC contracts even its own intrinsics.
+# Contracting a*b+c to one instruction would change the last bits; GCC does so even to intrinsics.
 FLAGS = ["-O3", "-ffp-contract=off"]
-# Only to compile: the OpenMP runtime is the one that torch has loaded.
+# -fopenmp only for compiling: the OpenMP runtime is the one that torch has loaded.
 FLAGS += ["-fopenmp", "-fvisibility=hidden", "-Wall"]
-# GCC 12 sees its own AVX-512 intrinsics use what is undefined on purpose.
+# GCC 12 warns about its own AVX-512 intrinsics, which use undefined values on purpose.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# As above: no contraction, and neither fast division nor flushed denormals, which are the defaults.
+# As above: no contraction; and exact division, no flushed denormals (these two are defaults).
 NVCC_FLAGS = ["-O3", "--fmad=false", "--prec-div=true", "--ftz=false"]
-# A100 and H100 in machine code; PTX for what comes after them.
+# Machine code for A100 and H100; PTX for later GPUs.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}
 
 
 def has_cuda() -> bool:
+    """Whether to build the CUDA kernels; ends the build if they are required but impossible."""
     asked = os.environ.get("MEGATRON_RL_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"MEGATRON_RL_CUDA: expected 0, 1 or nothing, got {asked}")
     missing = ""
-    if torch.version.cuda is None:  # torch looks for no CUDA_HOME then
+    if torch.version.cuda is None:  # CUDA_HOME is None then
         missing = f"a torch built with CUDA, which torch {torch.__version__} is not"
     elif CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
         missing = f"CUDA_HOME/bin/nvcc (CUDA_HOME is {CUDA_HOME})"
@@ -53,9 +53,7 @@ def has_cuda() -> bool:
 
 
 def native_extensions() -> list:
-    """The C++ kernels, one binary for every x86-64, which looks at the CPU when it is called; with
-    them the CUDA kernels.
-    """
+    """The extension: C++ kernels that choose an instruction set at run time, and CUDA kernels."""
     sources = sorted(CSRC.glob("*.cpp"))
     depends = [str(path) for path in sorted(CSRC.rglob("*.h"))]
     cpu = "C++ kernels for avx512, avx2 and portable"

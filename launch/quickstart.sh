@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From a fresh clone to a model that learned arithmetic by RL, on two cores: environment, a small
-# random model, a supervised warm start, RL through Megatron-Core and vLLM, and its curves.
-#   launch/quickstart.sh                            a few minutes, besides downloads
-#   launch/quickstart.sh loop.num_steps=10          settings of the RL part
-#   RUN_DIR=runs/second launch/quickstart.sh        another run; the same one goes on where it was
+# From a fresh clone to a model that has learned arithmetic by RL, on two cores: environment, a small
+# random model, a supervised warm start, RL with Megatron-Core and vLLM, and a plot of its curves.
+#   launch/quickstart.sh                            takes a few minutes, besides downloads
+#   launch/quickstart.sh loop.num_steps=10          with settings of the RL part
+#   RUN_DIR=runs/second launch/quickstart.sh        another run; the same RUN_DIR resumes a run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -2,11 +2,11 @@
 # Starts the learner ranks of one node:
 #   launch/torchrun.sh megatron_rl.train configs/quickstart.yaml loop.num_steps=50
 #   NPROC=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh megatron_rl.train CONFIG
-# torchrun is the one on the PATH, else that of this repository's .venv (tools/bootstrap.sh).
-# NPROC         ranks on this node; default: one per GPU, or 2 where there is none
-# NNODES        nodes; default 1, and then nothing listens beyond this host
-# NODE_RANK     of this node; MASTER_ADDR and MASTER_PORT name the first one; RDZV_ID the run
-# OMP_NUM_THREADS   default: this node's cores shared by the ranks, at most 8
+# Uses the torchrun on the PATH, or that of this repository's .venv (tools/bootstrap.sh).
+# NPROC         ranks on this node; default: one per GPU, or 2 without a GPU
+# NNODES        number of nodes; default 1, with which nothing listens beyond this host
+# NODE_RANK     rank of this node; MASTER_ADDR and MASTER_PORT: of the first node; RDZV_ID: of the run
+# OMP_NUM_THREADS   threads per rank; default: the cores of this node divided by its ranks, at most 8
 set -euo pipefail
 
 venv="$(dirname "${BASH_SOURCE[0]}")/../.venv"

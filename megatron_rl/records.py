@@ -1,4 +1,4 @@
-"""What travels between the stations of a step.
+"""The records that one phase of a step hands to the next.
 
 Legend of shapes, used in every docstring of the package:
 `P` prompts, `G` samples a prompt (the group), `L` tokens of one sequence, `T` tokens of one packed
@@ -26,8 +26,8 @@ MAX_LOGPROB_ROUNDING = 1e-3
 SAMPLE_BITS = 8  # low bits of a seed: vLLM seeds sample i of a prompt with seed + i
 MAX_SAMPLES = 2**SAMPLE_BITS
 TOKEN_VARIABLE = "MEGATRON_RL_TOKEN"  # environment variable that carries the run's bearer token
-# What the engines know the weight transfer of sync/engine_side/plugin.py by.
-WEIGHT_BACKEND = "megatron_rl_shm"
+# The name under which sync/engine_side/plugin.py registers with vLLM's weight transfer.
+WEIGHT_BACKEND = "megatron_rl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,8 @@ class Rollout:
 
     Example: prompt "4+3=" and the answer "7<eos>": `Rollout(token_ids=(1, 23, 14, 22, 32, 26, 2),
     loss_mask=(False,) * 5 + (True, True), rollout_logprobs=(0.0,) * 5 + (-0.21, -0.03),
-    weight_versions=(-1,) * 5 + (3, 3), finish_reason="stop", text="7")`.
+    weight_versions=(-1,) * 5 + (3, 3), finish_reason="stop", text="7",
+    engine="http://127.0.0.1:18400")`.
     """
 
     token_ids: tuple[int, ...]  # [L], prompt included
@@ -68,9 +69,11 @@ class Rollout:
     ]  # [L] version of the weights that sampled the token, -1 where the mask is False
     finish_reason: str  # "stop": the model ended; "length": cut at max_tokens
     text: str  # the response, decoded without special tokens
+    engine: str = ""  # url of the engine that sampled it (the last one of an episode); "": unknown
 
     @property
     def num_response_tokens(self) -> int:
+        """Tokens that the policy chose."""
         return sum(self.loss_mask)
 
     @property
@@ -130,20 +133,21 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a verifier said of one response.
+    """How one response was judged.
 
     Example: `Score(reward=1.0, is_formatted=True, failure=None)`; a verifier that ran out of time
-    gives `Score(reward=0.0, is_formatted=False, failure="timeout")`, which is counted apart and
-    never passes for a wrong answer.
+    gives `Score(reward=0.0, is_formatted=False, failure="timeout")`, which is counted separately
+    and not as a wrong answer.
     """
 
     reward: float
     is_formatted: bool  # an answer could be read from the response, right or wrong
-    failure: str | None  # "timeout", "crash", or None when the verifier did its work
+    failure: str | None  # "timeout", "crash", or None if the verifier judged the response
+    group_reward: float = 0.0  # what the group verifier adds to the reward in training
 
     @property
     def is_correct(self) -> bool:
-        """What counts as right in every evaluation: a full reward that a verifier really gave."""
+        """Whether evaluation counts the response as correct: a verifier gave it the full reward."""
         return self.failure is None and self.reward >= 1.0
 
 
@@ -165,34 +169,117 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledStep:
-    """A step's rollouts of one replica, on its head, and what was made of them; elsewhere the lists
-    are empty.
+class ScoredGroup:
+    """A group and the verifier's score of each of its rollouts.
 
-    Example: one group of two of which one response was cut and is not learnt from: `SampledStep(
-    groups=[RolloutGroup(...)], scores=[(Score(...), Score(...))], penalties=[[0.0, -0.5]],
-    advantages=[[1.0, -1.0]], is_kept=[[True, False]], num_prompts=1, num_rounds=1)`.
+    Example: `ScoredGroup(group=RolloutGroup(...), scores=(Score(reward=1.0, ...),
+    Score(reward=0.0, ...)))`.
+
+    Raises:
+        ValueError: not one score for each rollout.
     """
 
-    groups: Sequence[RolloutGroup]  # [P], by prompt index
-    scores: Sequence[Sequence[Score]]  # [P][G]
-    penalties: Sequence[Sequence[float]]  # [P][G] at most 0: what length took off the reward
-    advantages: Sequence[Sequence[float]]  # [P][G]
-    is_kept: Sequence[Sequence[bool]]  # [P][G] as in Sample
-    num_prompts: int  # of all replicas together, whether kept or not
-    num_rounds: int  # in which they were sampled; 0 where they were recorded
+    group: RolloutGroup
+    scores: tuple[Score, ...]  # [G]
+
+    def __post_init__(self) -> None:
+        _check_group_size(self.group, scores=self.scores)
+
+    def without_judgement(self) -> JudgedGroup:
+        """The group as it is recorded when nothing is learnt from it: no penalty, advantages of 0,
+        everything kept.
+        """
+        zeros = (0.0,) * len(self.scores)
+        return JudgedGroup(
+            group=self.group,
+            scores=self.scores,
+            overlong_penalties=zeros,
+            advantages=zeros,
+            is_kept=(True,) * len(self.scores),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedGroup:
+    """A scored group and what the learner makes of it.
+
+    Example: two responses, of which the second was cut and is not learnt from: `JudgedGroup(
+    group=RolloutGroup(...), scores=(Score(...), Score(...)), overlong_penalties=(0.0, -0.5),
+    advantages=(1.0, -1.0), is_kept=(True, False))`.
+
+    Raises:
+        ValueError: a field that does not hold one value for each rollout.
+    """
+
+    group: RolloutGroup
+    scores: tuple[Score, ...]  # [G] as the verifiers gave them
+    overlong_penalties: tuple[float, ...]  # [G] at most 0, added to the reward of a long response
+    advantages: tuple[float, ...]  # [G] of the rewards with the penalties added
+    is_kept: tuple[bool, ...]  # [G] as in Sample
+
+    def __post_init__(self) -> None:
+        _check_group_size(
+            self.group,
+            scores=self.scores,
+            overlong_penalties=self.overlong_penalties,
+            advantages=self.advantages,
+            is_kept=self.is_kept,
+        )
+
+    def samples(self) -> tuple[Sample, ...]:
+        """[G], one sample for each rollout, in order."""
+        columns = zip(self.group.rollouts, self.scores, self.advantages, self.is_kept, strict=True)
+        return tuple(
+            Sample(
+                prompt_index=self.group.prompt.index,
+                sample_index=index,
+                rollout=rollout,
+                reward=score.reward,
+                advantage=advantage,
+                is_kept=is_kept,
+            )
+            for index, (rollout, score, advantage, is_kept) in enumerate(columns)
+        )
+
+
+def _check_group_size(group: RolloutGroup, **columns: Sequence[Any]) -> None:
+    """Raise ValueError unless every column holds one value for each rollout of the group."""
+    for name, column in columns.items():
+        if len(column) != len(group.rollouts):
+            raise ValueError(
+                f"{name}: expected one for each of the {len(group.rollouts)} rollouts of prompt "
+                f"{group.prompt.index}, got {len(column)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledStep:
+    """The rollouts of one step: on the head of each replica its own share, no groups elsewhere.
+
+    Example: one prompt, sampled at once: `SampledStep(groups=(JudgedGroup(...),), num_prompts=1,
+    num_rounds=1)`.
+    """
+
+    groups: tuple[JudgedGroup, ...]  # by prompt index
+    num_prompts: int  # sampled by all replicas together, whether kept or not
+    num_rounds: int  # of sampling; 0 where the rollouts were recorded
+
+    def samples(self) -> list[Sample]:
+        """All rollouts of this replica, group after group."""
+        return [sample for group in self.groups for sample in group.samples()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A packed row of a fixed token budget. Every `[T]` tensor is aligned with the *prediction*:
-    position t of the row predicts `labels[t]`, which is the sequence's next token; nothing is
-    shifted later.
+    """A packed row of a fixed token budget, and the samples that are packed in it. Every `[T]`
+    tensor is aligned with the *prediction*: position t of the row predicts `labels[t]`, which is
+    the sequence's next token; nothing is shifted later.
 
     Example: the sequence (1, 32, 26, 2) with response (26, 2), padded to 4 of T=8:
     `tokens=[1,32,26,2,0,0,0,0]`, `labels=[32,26,2,0,0,0,0,0]`, `loss_mask=[F,T,T,F,F,F,F,F]`,
-    `positions=[0,1,2,3,0,1,2,3]`, `cu_seqlens=[0,4]`, `cu_seqlens_padded=[0,4]`; the rest of the
-    row is padding that belongs to no sequence.
+    `positions=[0,1,2,3,0,1,2,3]`, `cu_seqlens=[0,4]`, `cu_seqlens_padded=[0,4]`,
+    `samples=(Sample(...),)`; the rest of the row is padding that belongs to no sequence. A filler
+    row is fully masked and holds one sequence of one token that belongs to no sample.
     """
 
     tokens: torch.Tensor  # [T] int64
@@ -204,33 +291,41 @@ class MicroBatch:
     weight_versions: torch.Tensor  # [T] int64, -1 where the mask is False
     sequence_ids: torch.Tensor  # [T] int64, 0 to S-1, -1 on padding
     cu_seqlens: torch.Tensor  # [S+1] int32, real lengths, cumulated
-    cu_seqlens_padded: (
-        torch.Tensor
-    )  # [S+1] int32, where each sequence starts in the row; lengths padded to 2 x CP
+    cu_seqlens_padded: torch.Tensor  # [S+1] int32, where each sequence starts in the row
+    samples: tuple[Sample, ...]  # [S] the sequences in their order in the row; () in a filler row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """This rank's share of a global batch, an optimizer step a mini-batch. In each mini-batch every
-    data-parallel rank holds the same number of micro-batches, filled up with fully masked ones.
+    """This rank's share of a global batch, with one optimizer step for each mini-batch. In each
+    mini-batch every data-parallel rank holds the same number of micro-batches, filled up with fully
+    masked ones.
 
-    Example: one optimizer step on two rows: `TrainBatch(mini_batches=((MicroBatch(...),
-    MicroBatch(...)),))`.
+    Example: one optimizer step on two rows, and no dropped samples: `TrainBatch(
+    mini_batches=((MicroBatch(...), MicroBatch(...)),), dropped=())`.
     """
 
     mini_batches: tuple[tuple[MicroBatch, ...], ...]
-    # samples that only the discrepancy is measured on, as many rows on every rank; seldom any
-    measured: tuple[MicroBatch, ...] = ()
+    # rows of samples whose discrepancy is measured but that are not learnt from; the same number on
+    # every rank, mostly 0
+    dropped: tuple[MicroBatch, ...]
 
-    @property
-    def parts(self) -> tuple[tuple[MicroBatch, ...], ...]:
-        """The mini-batches, and behind them the measured rows where there are any."""
-        return (*self.mini_batches, self.measured) if self.measured else self.mini_batches
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputedRow:
+    """A row with the learner's log-probs at the weights before the update.
+
+    Example: the row of `MicroBatch`'s example: `RecomputedRow(micro_batch=MicroBatch(...),
+    recomputed_logprobs=[0, -0.3, -0.1, 0, 0, 0, 0, 0])`.
+    """
+
+    micro_batch: MicroBatch
+    recomputed_logprobs: torch.Tensor  # [T] float32, 0 where the row's loss mask is False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one training step did, the same on every rank.
+    """The outcome of one training step, the same on every rank.
 
     Example: `StepReport(step=12, dual_value=0.104, metrics={"discrepancy/mean": 0.0041,
     "learner/grad_norm": 0.7})`.

@@ -4,92 +4,76 @@
            -> optimizer step -> weight sync
 
 Every rank runs this loop. The heads of the replicas (first rank of TP x PP) ask the engines and
-score; global rank 0 publishes weights and writes the records.
+score; global rank 0 publishes the weights and writes the metrics.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from megatron_rl.config import Config
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.update.step import train_step
-from megatron_rl.loop.collect import sample_step
+from megatron_rl.loop.collect import collect_step
+from megatron_rl.loop.evaluate import evaluate_held_out
+from megatron_rl.loop.fixed_gap import measure_fixed_gap
 from megatron_rl.loop.publish import publish_weights
-from megatron_rl.loop.reference_gap import reference_gap
+from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_run
 from megatron_rl.loop.report import write_metrics
-from megatron_rl.loop.run import Run
-from megatron_rl.loop.stations import (
-    evaluate_held_out,
-    make_samples,
-    record_rollouts,
-    save_hf_checkpoint,
-)
+from megatron_rl.loop.run import start_run
+from megatron_rl.loop.schedule import should_evaluate, should_publish, should_save
 from megatron_rl.process.command import Progress, run_command
 
 
 def train(config: Config, progress: Progress) -> None:
     """Run all steps that are still to do; see the head of this file."""
-    with Run(config, progress) as run:
-        parity = publish_weights(run)
+    with start_run(config, progress) as run:
+        state, learner, phase = run.state, run.learner, run.stopwatch.time
+        publish = partial(publish_weights, learner, run.link, run.engine_urls, state, config, phase)
+        evaluate = partial(evaluate_held_out, run.evaluator, state, config, phase)
+        fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
+        report = partial(write_metrics, run.recorder, run.stopwatch, learner.parallel, run.sources)
+        parity = publish()
         if run.was_resumed:
-            run.stations.take()  # the start belongs to no step
+            run.stopwatch.take()  # the seconds of the start belong to no step
+        elif config.eval.at_start:
+            report(0, parity, evaluate(with_constant_answer=True), fixed_gap())
         else:
-            is_wanted = config.eval.at_start
-            before = evaluate_held_out(run, with_constant_answer=True) if is_wanted else {}
-            write_metrics(run, parity, before, reference_gap(run) if is_wanted else {})
-        for step in run.steps():
-            sampled = sample_step(run)
-            with run.stations.time("learner"):
-                dealt = deal_batch(
-                    make_samples(
-                        sampled.groups, sampled.scores, sampled.advantages, sampled.is_kept
-                    ),
-                    run.parallel,
+            report(0, parity)
+        for step in state.steps(config.loop.num_steps):
+            sampled = collect_step(run.source, learner.parallel, state, config)
+            with phase("learner"):
+                batch = deal_batch(
+                    sampled.samples(),
+                    learner.parallel,
                     samples_per_prompt=config.loop.samples_per_prompt,
                     num_mini_batches=config.learner.mini_batches_per_step,
                     tokens_per_row=config.learner.tokens_per_micro_batch,
                 )
-                report, recomputed = train_step(
-                    run.learner,
-                    dealt.batch,
-                    run.dual,
+                update, rows = train_step(
+                    learner,
+                    batch,
+                    state.dual,
                     config.objective,
                     step=step,
                     weight_version=step - 1,
                     should_recompute=config.learner.recompute == "always",
                 )
-            run.next_prompt += sampled.num_prompts
-            parity = publish_weights(run) if should_publish(config, step) else {}
-            record_rollouts(run, sampled, dealt, recomputed)
-            evaluation = {}
-            if should_evaluate(config, step):
-                evaluation = evaluate_held_out(run) | reference_gap(run)
-            # Before the checkpoint: a step that is resumed after has its line, and loses it if it
-            # is done again.
-            write_metrics(run, report.metrics, parity, evaluation, sampled=sampled)
+            state.next_prompt += sampled.num_prompts
+            parity = publish() if should_publish(config, step) else {}
+            record_rollouts(sampled, rows, learner.parallel, step, config, phase)
+            figures = evaluate() | fixed_gap() if should_evaluate(config, step) else {}
+            # The line comes before the checkpoint: a step that a run resumes after has its line,
+            # and a step that is done again loses it.
+            report(step, update.metrics, parity, figures, sampled=sampled)
             if should_save(config, step):
-                with run.stations.time("checkpoint"):
-                    run.save()
-        save_hf_checkpoint(run)
+                with phase("checkpoint"):
+                    save_run(learner, state, config)
+        if config.checkpoint.save_hf:
+            with phase("save"):
+                save_hf_checkpoint(learner, config)
         run.recorder.summarize()
-
-
-def should_publish(config: Config, step: int) -> bool:
-    """Every `sync.every` steps; the last step is one of them (config/rules.py)."""
-    return step % config.sync.every == 0
-
-
-def should_evaluate(config: Config, step: int) -> bool:
-    """Every `eval.every` steps, and after the last one where `eval.at_end` says so."""
-    is_due = config.eval.every > 0 and step % config.eval.every == 0
-    return is_due or (config.eval.at_end and step == config.loop.num_steps)
-
-
-def should_save(config: Config, step: int) -> bool:
-    """Every `checkpoint.every` steps, and always after the last one."""
-    is_due = config.checkpoint.every > 0 and step % config.checkpoint.every == 0
-    return is_due or step == config.loop.num_steps
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Everything that must hold before a change lands: formatting, lint, tests. Arguments go to pytest:
 #   tests/run.sh                      all but the slow ones
 #   tests/run.sh -m slow              the slow ones
-#   tests/run.sh tests/objective -x   one room
+#   tests/run.sh tests/objective -x   one package
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

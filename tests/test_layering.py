@@ -7,6 +7,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +52,9 @@ DOORS = {
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 MAX_ROOT_FILES, MAX_IMPORT_CHAIN = 7, 10
+MIN_DOCUMENTED = 0.9  # share of the public classes, functions and methods
+# Modules that may catch everything: commands, cleanups after a signal, and scoring processes.
+PROCESS_BOUNDARIES = {"process.command", "process.lifetime", "reward.worker"}
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|common|misc)(_|$)")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -208,6 +212,50 @@ def test_no_file_no_function_is_too_long_and_no_name_is_vague():
     assert functions == {}
     names = {part for path in SOURCES for part in path.relative_to(ROOT).with_suffix("").parts}
     assert {name for name in names if VAGUE.search(name)} == set()
+
+
+def public_definitions(source: str) -> Iterator[ast.ClassDef | ast.FunctionDef]:
+    """Of a module and of its public classes."""
+    bodies = [ast.parse(source).body]
+    while bodies:
+        for node in bodies.pop():
+            is_definition = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if is_definition and not node.name.startswith("_"):
+                yield node
+                if isinstance(node, ast.ClassDef):
+                    bodies.append(node.body)
+
+
+def test_public_definitions_have_docstrings():
+    definitions = {
+        f"{name}.{node.name}": ast.get_docstring(node)
+        for name, path in NAMES.items()
+        for node in public_definitions(path.read_text(encoding="utf-8"))
+    }
+    assert len(definitions) > 400
+    missing = [name for name, docstring in definitions.items() if not docstring]
+    assert len(missing) <= (1 - MIN_DOCUMENTED) * len(definitions), missing
+
+
+def broad_excepts(source: str) -> list[int]:
+    """Lines of handlers that catch everything and do not raise again."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
+        and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+    ]
+
+
+def test_only_the_boundaries_of_processes_catch_everything():
+    """Where a process reports an error and goes on to its end, or to its next request."""
+    found = {
+        name for name, path in NAMES.items() if broad_excepts(path.read_text(encoding="utf-8"))
+    }
+    assert found == PROCESS_BOUNDARIES
+    assert broad_excepts("try:\n    f()\nexcept Exception:\n    pass") == [3]
+    assert broad_excepts("try:\n    f()\nexcept:\n    g()\n    raise") == []
 
 
 BLOCKED = """

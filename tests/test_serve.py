@@ -6,15 +6,16 @@ import signal
 import stat
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.engine.server import check_given, given_addresses
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.command import Progress
-from megatron_rl.process.guard import all_pids, is_alive
 from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
 from megatron_rl.serve import serve, token_in
+from tests.support.processes import is_alive
 from tests.support.served_engine import ServedEngine
 
 
@@ -35,7 +36,7 @@ def test_a_run_takes_it_with_the_token_of_the_file(
 
 def test_ctrl_c_ends_it_and_its_engine(served_engine: ServedEngine) -> None:
     url, port = served_engine.url, served_engine.port
-    below = [pid for pid in all_pids() if serves_on(pid, port)]
+    below = [pid for pid in psutil.pids() if serves_on(pid, port)]
     assert len(below) >= 2  # guard and API server
     ended = served_engine.interrupt()  # whoever needs it after this test starts it anew
     assert ended.code == 128 + signal.SIGINT

@@ -1,11 +1,12 @@
-"""How far the arithmetic of a log-prob alone moves it: the same logits, three ways.
+"""Measures how much the arithmetic of a log-prob alone changes it, from the same logits.
 
-    python tools/arithmetic_gap.py configs/quickstart.yaml replay=runs/quickstart/rollouts
+    python tools/arithmetic_gap.py configs/quickstart.yaml parallel.tensor=1 \\
+        run_dir=runs/arithmetic replay=runs/quickstart/rollouts
 
-The learner's logits for the recorded tokens of step 1, on one process: the aligned log-prob against
-torch's log_softmax in float32, and in the logits' BF16. Prints one JSON line a way:
-`{"way": "log_softmax in float32", "mean": 2e-8, "largest": 1e-7, "num_tokens": 3072}`, of
-|p - p_aligned|.
+Computes the learner's logits for the recorded tokens of step 1 in one process, and compares the
+aligned log-prob with torch's log_softmax in float32 and in BF16. Prints one JSON line for each of
+the two, with the mean and the largest |p - p_aligned|:
+`{"way": "log_softmax in float32", "mean": 2e-8, "largest": 1e-7, "num_tokens": 3072}`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
-from megatron_rl.learner.batch.deal import pack_batch
+from megatron_rl.learner.batch.deal import pack_rows, unscored_samples
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import run_schedule
 from megatron_rl.loop.preflight import prepare_data
-from megatron_rl.loop.stations import unscored_samples
 from megatron_rl.ops.logprobs import token_logprobs
 from megatron_rl.process.command import Progress, run_command
 from megatron_rl.rollout.recording import read_step
@@ -32,7 +32,11 @@ DTYPES = {"log_softmax in float32": torch.float32, "log_softmax in bfloat16": to
 
 
 def compare(config: Config, progress: Progress) -> None:
-    """One forward pass over the recorded step, and its gaps to standard output."""
+    """Run one forward pass over the recorded step and print the gaps.
+
+    Raises:
+        ConfigError: no recorded rollouts, or more than one rank.
+    """
     if not config.replay or config.parallel.tensor * config.parallel.pipeline > 1:
         raise ConfigError(
             "arithmetic_gap: expected replay=<a run's rollouts/> and one rank (parallel.tensor=1 "
@@ -42,13 +46,12 @@ def compare(config: Config, progress: Progress) -> None:
     geometry, _, _ = prepare_data(config)
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)
-    groups, _ = read_step(Path(config.replay), 1)
-    samples = unscored_samples(groups)
-    rows = pack_batch(samples, parallel, config.learner.tokens_per_micro_batch).batch
+    samples = unscored_samples([each.group for each in read_step(Path(config.replay), 1)])
+    rows = pack_rows(samples, parallel, config.learner.tokens_per_micro_batch, min_rows=1)
     gaps: dict[str, list[torch.Tensor]] = {way: [] for way in DTYPES}
 
     def on_output(index: int, logits: torch.Tensor) -> None:
-        row = rows.mini_batches[0][index]
+        row = rows[index]
         kept = logits[0, row.loss_mask, : geometry.vocab_size].contiguous()
         labels, temperature = row.labels[row.loss_mask], config.rollout.sampling.temperature
         aligned = token_logprobs(kept, labels, temperature=temperature).double().exp()
@@ -58,7 +61,7 @@ def compare(config: Config, progress: Progress) -> None:
             gaps[way].append((found - aligned).abs())
 
     with torch.no_grad():
-        run_schedule(learner.model, rows.mini_batches[0], on_output, forward_only=True)
+        run_schedule(learner.trained.model, rows, on_output, forward_only=True)
     for way, parts in gaps.items():
         of_tokens = torch.cat(parts)
         figures = {"mean": float(of_tokens.mean()), "largest": float(of_tokens.max())}
@@ -67,4 +70,4 @@ def compare(config: Config, progress: Progress) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("What the arithmetic of log-probs alone changes.", compare))
+    sys.exit(run_command("Measures what the arithmetic of log-probs alone changes.", compare))

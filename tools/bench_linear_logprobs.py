@@ -1,10 +1,11 @@
-"""Times log-probs from hidden states against the matrix product alone, in one table.
+"""Compares the time of log-probs from hidden states with that of the matrix product alone.
 
     OMP_NUM_THREADS=2 python tools/bench_linear_logprobs.py --rows 256 --hidden 512 --vocab 32000
-    python tools/bench_linear_logprobs.py --device cuda      the shape of docs/gpu-results.md
+    python tools/bench_linear_logprobs.py --device cuda      # the shape of docs/gpu-results.md
 
-"product" is `hidden @ weight.T` in one piece, by cuBLAS on a GPU; "product in chunks" does it by
-the op's row count, with nothing else. Medians of warm runs that take turns.
+Prints one table. "product" is `hidden @ weight.T` in one call, by cuBLAS on a GPU; "product in
+chunks" does it in the chunks of rows that the operator uses, and nothing else. Times are medians of
+warm runs, alternating between the functions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_rl.ops.logprobs import linear_token_logprobs
 
 
 def main() -> None:
+    """Parse the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,7 +44,7 @@ def main() -> None:
     functions = contenders(hidden, weight, labels, options.chunks)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     extra = dict.fromkeys(functions, 0.0)
-    for run in range(options.runs + 1):  # the first one warms up
+    for run in range(options.runs + 1):  # the first run is the warm-up
         for name, function in functions.items():
             before = reset_peak(device)
             elapsed = timed(function, device)
@@ -62,6 +64,7 @@ def main() -> None:
 def contenders(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunks: list[int]
 ) -> dict[str, Callable[[], object]]:
+    """Name -> function to time, for hidden [N, H], weight [V, H] and labels [N] int64."""
     leaves = hidden.requires_grad_(), weight.requires_grad_()
 
     def product(chunk_size: int) -> None:

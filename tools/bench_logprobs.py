@@ -1,17 +1,17 @@
-"""Times the aligned log-prob of given logits against what others do: a table in Markdown for every
-shape.
+"""Compares the time of the aligned log-prob of given logits with other implementations.
 
     OMP_NUM_THREADS=2 python tools/bench_logprobs.py --rows 1024 --vocab 151936
     OMP_NUM_THREADS=2 python tools/bench_logprobs.py --rows 1 8 64 1024 4096 \\
         --vocab 32000 151936 262144 --memory-gib 10 -o docs/logprobs-benchmark.md
     python tools/bench_logprobs.py --device cuda --rows 64 4096
 
-Forward, and forward with backward to the logits: medians of warm runs that take turns, so that a
-busy machine is busy for all. "times" is how many times as fast as the first one; "read" is a plain
-sum over the logits' memory, and the share of it that a forward pass reaches is the read's time over
-its own; "memory" is the largest of forward and backward, without the logits and what stays from run
-to run (on the CPU, one gradient of megatron_rl of at most 512 MiB). On a GPU nothing of the logits
-is left in its cache when a run begins.
+Prints a Markdown table for every shape, of the forward pass, and of the forward and backward pass
+to the logits. Times are medians of warm runs, alternating between the functions, so that a load on
+the machine affects all of them. "times" is the speed relative to the first row. "read" is a plain
+sum over the memory of the logits, and "share" is the time of that read divided by the time of the
+forward pass. "memory" is the peak of forward and backward pass, without the logits and without what
+is kept between runs (on the CPU, one gradient of megatron_rl of at most 512 MiB). On a GPU the
+cache is flushed before every run.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ from megatron_rl.ops import kernels
 from megatron_rl.ops.logprobs import token_logprobs, token_logprobs_and_entropy
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-MOST_COPIES = 16  # of the logits in memory: nobody takes more
-FIRST = "torch: log_softmax, gather"  # what the others are compared with
+MOST_COPIES = 16  # upper bound on the memory of any function, in copies of the logits
+FIRST = "torch: log_softmax, gather"  # the baseline
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
+    """Example: `Timing(forward=0.019, both=0.046, extra_mebibytes=0.0, error=3.3e-8)`."""
+
     forward: float  # seconds
-    both: float  # forward and backward
-    extra_mebibytes: float  # largest memory of forward and backward beyond the logits
-    error: float  # against float64, of the first rows: max |difference| / max(1, |logprob|)
+    both: float  # seconds of forward and backward pass
+    extra_mebibytes: float  # peak memory of forward and backward pass beyond the logits
+    error: float  # max |difference to float64| / max(1, |logprob|) over the first rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure every shape, and print or write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,9 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--no-compile", action="store_true", help="leave out what compiles")
-    parser.add_argument("--memory-gib", type=float, help="leave out what would need more in all")
-    parser.add_argument("-o", "--output", type=Path, help="a Markdown file for the tables")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out implementations that compile"
+    )
+    parser.add_argument(
+        "--memory-gib", type=float, help="leave out implementations that need more in total"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     command = " ".join(
@@ -65,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     heading = (
         f"# Log-probs of logits\n\n`{command}`: {machine(device)}; medians of {options.runs} runs "
-        "that take turns. times: as fast as the first row; share: of the time that a plain read of "
-        "the logits takes; memory: the largest beyond the logits, without the one gradient of at "
-        "most 512 MiB that megatron_rl keeps on a CPU."
+        "that alternate. times: speed relative to the first row; share: time of a plain read of "
+        "the logits divided by that of the forward pass; memory: peak beyond the logits, without "
+        "the one gradient of at most 512 MiB that megatron_rl keeps on a CPU."
     )
     sections = [heading]
     with tempfile.TemporaryDirectory() as folder:
@@ -85,28 +92,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     bench(functions, shape, dtype, device, options.runs, options.memory_gib)
                 )
                 print(f"\n{sections[-1]}", flush=True)
-                if options.output is not None:  # at once: what is measured outlives an interruption
+                if options.output is not None:  # after each shape, in case of an interruption
                     options.output.write_text("\n\n".join(sections) + "\n")
         distributed.destroy_process_group()
 
 
 def log_softmax_and_gather(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[N] float32 log-probs of labels [N] from logits [N, V]; the baseline."""
     log_softmax = torch.log_softmax(logits, dim=1, dtype=torch.float32)
     return log_softmax.gather(1, labels[:, None])[:, 0]
 
 
 def gather_minus_logsumexp(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[N] float32 log-probs, without the log-softmax of the other columns."""
     return logits.gather(1, labels[:, None])[:, 0].float() - logits.float().logsumexp(1)
 
 
 def contenders(*, compiled: bool, device: torch.device) -> dict[str, Function]:
-    """Name -> log-probs of logits and labels."""
+    """Name -> function from logits [N, V] and labels [N] to log-probs [N]."""
     functions: dict[str, Function] = {
         FIRST: log_softmax_and_gather,
         "torch: gather - logsumexp": gather_minus_logsumexp,
     }
     if compiled:
-        torch.compiler.reset()  # after 8 shapes of one function it would run eagerly
+        torch.compiler.reset()  # after 8 shapes of a function torch.compile falls back to eager
         functions["torch.compile of the first"] = torch.compile(
             log_softmax_and_gather, dynamic=False
         )
@@ -124,6 +133,7 @@ def contenders(*, compiled: bool, device: torch.device) -> dict[str, Function]:
 
 
 def megatron() -> dict[str, Function]:
+    """Megatron's fused cross entropy, if Megatron is installed."""
     try:
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
     except ImportError as error:
@@ -138,6 +148,7 @@ def megatron() -> dict[str, Function]:
 
 
 def liger() -> dict[str, Function]:
+    """Liger's cross entropy, if Liger is installed."""
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy
     except ImportError as error:
@@ -158,7 +169,7 @@ def bench(
     num_runs: int,
     memory_gib: float | None,
 ) -> str:
-    """The table of one shape."""
+    """Measure all functions on one shape [N, V] and return the table."""
     torch.manual_seed(0)
     original = torch.randn(shape, dtype=dtype, device=device)
     labels = torch.randint(shape[1], shape[:1], device=device)
@@ -175,9 +186,9 @@ def bench(
     seconds: dict[str, list[list[float]]] = {name: [[], []] for name in functions}
     extra = dict.fromkeys(functions, 0.0)
     reads = []
-    for run in range(num_runs + 1):  # the first one warms up
+    for run in range(num_runs + 1):  # the first run is the warm-up
         for name, function in functions.items():
-            logits.copy_(original)  # Megatron's backward and ours may write over them
+            logits.copy_(original)  # the backward pass of some functions overwrites them
             reads.append(timed(lambda: words.sum(), device))
             with torch.no_grad():
                 forward = timed(lambda function=function: function(logits, labels), device)
@@ -204,9 +215,9 @@ def bench(
 
 
 def needed_gib(function: Function, logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """GiB of the whole process, from what a sixteenth of the rows takes."""
+    """Estimate the process's memory in GiB from a run on a sixteenth of the rows."""
     num_rows = max(1, len(logits) // 16)
-    for _ in range(2):  # the first one compiles
+    for _ in range(2):  # the first run compiles
         leaf = logits[:num_rows].clone().requires_grad_()
         before = reset_peak(logits.device)
         function(leaf, labels[:num_rows]).sum().backward()
@@ -215,7 +226,7 @@ def needed_gib(function: Function, logits: torch.Tensor, labels: torch.Tensor) -
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, with a GPU's work done."""
+    """Seconds of one call, including the work on a GPU."""
     if device.type == "cpu":
         start = time.perf_counter()
         function()
@@ -231,12 +242,12 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
 
 @cache
 def cache_filler(device: torch.device) -> torch.Tensor:
-    """256 MiB, more than any GPU caches; kept, so that it is in no peak."""
+    """256 MiB, more than the cache of any GPU; kept, so that it is part of no peak."""
     return torch.empty(2**28, dtype=torch.uint8, device=device)
 
 
 def reset_peak(device: torch.device) -> float:
-    """Forget the largest memory so far; returns what is in use, MiB."""
+    """Reset the peak memory, and return the memory in use in MiB."""
     if device.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
     else:
@@ -246,7 +257,7 @@ def reset_peak(device: torch.device) -> float:
 
 
 def peak(device: torch.device) -> float:
-    """MiB: resident on the CPU, of tensors on a GPU."""
+    """Peak memory in MiB since the last reset: resident on the CPU, of tensors on a GPU."""
     if device.type == "cpu":
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 1024
@@ -254,6 +265,7 @@ def peak(device: torch.device) -> float:
 
 
 def error_of(function: Function, logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Largest error compared with float64, relative to max(1, |logprob|)."""
     with torch.no_grad():
         got = function(logits.clone(), labels).double()
     expected = torch.log_softmax(logits.double(), dim=1).gather(1, labels[:, None])[:, 0]
@@ -261,6 +273,7 @@ def error_of(function: Function, logits: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def machine(device: torch.device) -> str:
+    """What was measured on, in words: threads or GPU, torch, and the backend of megatron_rl."""
     what = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)
@@ -270,6 +283,12 @@ def machine(device: torch.device) -> str:
 def table(
     timings: dict[str, Timing], left_out: dict[str, float], logits: torch.Tensor, read: float
 ) -> str:
+    """The Markdown table of one shape.
+
+    Args:
+        timings: by name. left_out: the GiB that each function needs which was not measured.
+        logits: [N, V], for shape and dtype. read: seconds of a plain read of the logits.
+    """
     num_bytes = logits.numel() * logits.element_size()
     first = next(iter(timings.values())) if FIRST in timings else None
     lines = [

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Makes .venv: Python 3.11, the pinned packages of the CPU profile, and this package with its native
-# code. Changes nothing when nothing changed; may be interrupted, and may run twice at once.
+# Creates .venv: Python 3.11, the pinned packages of the CPU profile, and this package with its native
+# extension. Does nothing if everything is up to date. It may be interrupted, and two may run at once.
 #   tools/bootstrap.sh            PYTHON=/path/to/python3.11 tools/bootstrap.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly torch_version=2.13.0+cpu
-# PyTorch's own index of CPU wheels, asked only where the configured index has no CPU build.
+# PyTorch's own index of CPU wheels, used only if the configured index has no CPU build.
 readonly torch_index=https://download.pytorch.org/whl/cpu
 readonly python=.venv/bin/python
-# Packages and the build have a stamp each, so that a change of C++ does not touch the packages. The
-# mark stands while packages are being installed: found at the start, it says that they are half there.
+# Packages and build have a stamp each, so that a change of the C++ code does not reinstall packages.
+# The mark exists while packages are being installed; found at the start, the installation is incomplete.
 readonly packages_stamp=.venv/.packages-stamp build_stamp=.venv/.build-stamp mark=.venv/.unfinished
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
 
-# The base interpreter of $1 if it can carry the environment; empty otherwise.
+# Prints the base interpreter of $1 if the environment can be made with it; nothing otherwise.
 usable() {
     "$1" - 2>/dev/null <<'PY' || true
 import ensurepip, pathlib, sys, sysconfig, venv
@@ -81,7 +81,7 @@ install_packages() {
     install_torch
     say "installing requirements/cpu.txt (a few minutes)"
     pip_install --no-deps -r requirements/cpu.txt
-    # An environment made by hand may hold them; with the CPU torch their import fails.
+    # An environment made by hand may contain these; importing them fails with the CPU build of torch.
     "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
     verify_packages
     rm "$mark"
@@ -107,7 +107,7 @@ if torch.version.cuda is not None:
 PY
 }
 
-# Without the second that importing torch takes.
+# Checked without importing the extension, because importing torch takes a second.
 is_built() {
     "$python" -c 'import importlib.util as u; raise SystemExit(u.find_spec("megatron_rl._C") is None)' 2>/dev/null
 }
@@ -119,7 +119,7 @@ build() {
 }
 
 main() {
-    # The script itself is the lock: it is there before .venv is, and nothing is written to it.
+    # The script itself is the lock file, because it exists before .venv; nothing is written to it.
     exec 9<>"tools/bootstrap.sh"
     if ! flock --nonblock 9; then
         say "waiting for another bootstrap"

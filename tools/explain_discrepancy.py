@@ -1,16 +1,17 @@
-"""Where does the gap between learner and engine come from? One cause after another is switched off.
+"""Finds the causes of the discrepancy between learner and engine, by disabling one after another.
 
     python tools/explain_discrepancy.py configs/quickstart.yaml -o runs/explain \\
         rollout.quantization.format=int4 rollout.kv_cache_dtype=fp8
 
-Real runs of the same checkpoint, prompts and sampling seeds, each with one cause less, from the
-given settings down to float32 against float32. The first run reads the engine's raw log-probs,
-where they are not what it samples from; a training run never does. The gap of a run is the mean of
-|p_train - p_inf| over its sampled tokens; what a cause takes away is the difference of two
-neighbours, so the parts add up to the whole. Writes explain.json and explain.png beside the runs;
-runs that are finished already are not run again. Every run trains `sync.every` steps and is
-measured in the last one. What log-prob arithmetic alone does, from the same logits, is told below
-(tools/arithmetic_gap.py).
+Starts real runs with the same checkpoint, prompts and sampling seeds, each with one cause less,
+from the given settings down to float32 on both sides. The gap of a run is the mean of
+|p_train - p_inf| over its sampled tokens. The share of a cause is the difference between two
+consecutive runs, so the shares add up to the total. The first run reads the engine's raw log-probs
+if these differ from what the engine samples from; a training run never reads them.
+
+Every run trains `sync.every` steps, and its gap is measured in the last one. Writes explain.json
+and explain.png beside the runs; finished runs are not repeated. Finally prints what the arithmetic
+of log-probs changes on its own, from the same logits (tools/arithmetic_gap.py).
 """
 
 from __future__ import annotations
@@ -47,21 +48,24 @@ NO_PREFIX_CACHE = ("--no-enable-prefix-caching",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """One reason for a gap: settings that switch it off, and arguments of the engine with it and
-    without.
+    """One possible cause of a gap, and how to disable it.
+
+    Example: `Cause(name="prefix cache", is_there=True, engine_without=NO_PREFIX_CACHE)`.
     """
 
     name: str
-    is_there: bool  # in the settings that were given
-    off: tuple[str, ...] = ()
-    engine_with: tuple[str, ...] = ()
-    engine_without: tuple[str, ...] = ()
+    is_there: bool  # with the given settings
+    off: tuple[str, ...] = ()  # settings that disable it
+    engine_with: tuple[str, ...] = ()  # arguments of the engine while the cause is present
+    engine_without: tuple[str, ...] = ()  # arguments of the engine that disable it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """Of the tokens that one run sampled. Example: `Gap(name="as given", num_tokens=3072,
-    mean=0.0021, standard_error=0.0001, largest=0.08, largest_logprob=0.3)`.
+    """The gap over the tokens that one run sampled.
+
+    Example: `Gap(name="all causes", num_tokens=3072, mean=0.0021, standard_error=0.0001,
+    largest=0.08, largest_logprob=0.3)`.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Gap:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run, report; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/explain"))
     options = parser.parse_intermixed_args(arguments)
-    watch_signals(lambda: "runs that are finished are kept")
+    watch_signals(lambda: "finished runs are kept")
     try:
         gaps = explain(options.config, options.overrides, options.output)
         report(gaps, options.output)
@@ -94,9 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def causes_of(config: Config) -> list[Cause]:
-    """In the order in which they are switched off: what is asked of the engine first, then how it
-    computes, precision last.
-    """
+    """All causes, in the order in which they are disabled: requests first, precision last."""
     rollout, sampling = config.rollout, config.rollout.sampling
     samples = max(config.loop.samples_per_prompt, config.eval.num_samples)  # one prompt at a time
     is_truncated = truncation_of(rollout, "cpu").is_active
@@ -137,7 +140,12 @@ def causes_of(config: Config) -> list[Cause]:
 
 
 def explain(config_path: str, overrides: Sequence[str], output: Path) -> list[Gap]:
-    """The gap with everything that was given, then with one cause less each time."""
+    """The gap with the given settings, then with one cause less each time.
+
+    Raises:
+        ConfigError: settings that do not load, or finished runs of other settings in `output`.
+        EngineError: a run failed.
+    """
     config = load_config(config_path, overrides)
     causes = [cause for cause in causes_of(config) if cause.is_there]
     steps = max(config.sync.every, 1)
@@ -150,7 +158,7 @@ def explain(config_path: str, overrides: Sequence[str], output: Path) -> list[Ga
     gaps = []
     for number in range(len(causes) + 1):
         gone, left = causes[:number], causes[number:]
-        name = f"without {gone[-1].name}" if gone else "all together"
+        name = f"without {gone[-1].name}" if gone else "all causes"
         engine = [*config.rollout.extra_args]
         engine += [word for cause in left for word in cause.engine_with]
         engine += [word for cause in gone for word in cause.engine_without]
@@ -164,7 +172,7 @@ def explain(config_path: str, overrides: Sequence[str], output: Path) -> list[Ga
 
 def measure(folder: Path, step: int, name: str) -> Gap:
     """The gap over every token that a recorded step sampled."""
-    groups, _ = read_step(folder, step)
+    groups = [each.group for each in read_step(folder, step)]
     recomputed = read_recomputed(folder, step)
     of_sequences, relative = [], []
     for group in groups:
@@ -175,7 +183,8 @@ def measure(folder: Path, step: int, name: str) -> Gap:
             of_sequences.append(discrepancy(learned, served).double())
             relative.append((learned - served).abs() / learned.abs().clamp(min=1.0))
     gaps = torch.cat(of_sequences)
-    # Tokens of one sequence are not independent: the error is that of a ratio of sequences' sums.
+    # The tokens of one sequence are not independent, so this is the standard error of a ratio of
+    # sums over sequences.
     residuals = torch.stack([(each - gaps.mean()).sum() for each in of_sequences])
     return Gap(
         name=name,
@@ -188,7 +197,7 @@ def measure(folder: Path, step: int, name: str) -> Gap:
 
 
 def compare_arithmetic(config_path: str, overrides: Sequence[str], run_dir: Path) -> None:
-    """A line for every way to compute log-probs from the logits of a run's first step."""
+    """Print how other ways to compute log-probs differ, from the logits of a run's first step."""
     tool = Path(__file__).with_name("arithmetic_gap.py")
     command = [sys.executable, str(tool), config_path, *overrides, "parallel.tensor=1"]
     command += ["parallel.pipeline=1", f"replay={run_dir / 'rollouts'}"]
@@ -207,10 +216,10 @@ def compare_arithmetic(config_path: str, overrides: Sequence[str], run_dir: Path
 
 
 def report(gaps: Sequence[Gap], output: Path) -> None:
-    """A table to the terminal, explain.json and explain.png to `output`."""
+    """Print a table, and write explain.json and explain.png to `output`."""
     table = Table(title="mean |p_train - p_inf|", title_justify="left")
     table.add_column("")
-    for heading in ("gap", "+-", "taken away", "largest", "largest d logprob", "tokens"):
+    for heading in ("gap", "+-", "share", "largest", "largest d logprob", "tokens"):
         table.add_column(heading, justify="right")
     for before, gap in zip([None, *gaps], gaps):
         table.add_row(
@@ -229,7 +238,7 @@ def report(gaps: Sequence[Gap], output: Path) -> None:
 
 
 def draw(gaps: Sequence[Gap], path: Path) -> None:
-    """One bar a run, on a logarithmic axis, with two standard errors."""
+    """Draw a bar per run on a logarithmic axis, with two standard errors."""
     figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(gaps) + 1.2))
     positions = range(len(gaps))
     means = [max(gap.mean, 1e-9) for gap in gaps]

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything about the log-prob kernels that needs a GPU, in one call: builds them, holds their bits
-# against the CPU's, and measures. Needs Python with a CUDA build of torch, nvcc (CUDA_HOME), pytest.
+# All checks of the log-prob kernels that need a GPU: builds the kernels, compares their bits with the
+# CPU's, and measures their speed. Needs Python with a CUDA build of torch, nvcc (CUDA_HOME), pytest.
 #   tools/gpu_check.sh                    PYTHON=python3.12 tools/gpu_check.sh
-#   tools/gpu_check.sh --no-build         what is built is used
+#   tools/gpu_check.sh --no-build         uses the kernels that are already built
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly python="${PYTHON:-python}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-# Asks for the CUDA kernels: without them the build fails, and so does whatever loads the extension.
+# Requires the CUDA kernels: without them the build fails, and so does loading the extension.
 export MEGATRON_RL_CUDA=1
 
 step() { printf '\n== %s\n' "$*"; }
@@ -37,7 +37,7 @@ if [ "${1:-}" != --no-build ]; then
     rm "$build_log"
 fi
 
-# Every part runs, whatever another one found; the call fails if one of them did.
+# Every part runs, also after another one failed; the exit code is 1 if any part failed.
 failed=0
 part() {
     step "$1"
@@ -45,8 +45,8 @@ part() {
     "$@" || { failed=1; printf 'FAILED: %s\n' "$*"; }
 }
 
-part "bits: the tests of the GPU" "$python" -m pytest -m gpu -rs tests/ops
-part "bits: what the CPU made, N = 1, 8, 64" "$python" -m tests.ops.vectors --device cuda
+part "bits: tests on the GPU" "$python" -m pytest -m gpu -rs tests/ops
+part "bits: against those stored from a CPU, N = 1, 8, 64" "$python" -m tests.ops.vectors --device cuda
 part "bits: the CPU of this machine" "$python" -m tests.ops.vectors
 part "log-probs of logits" "$python" -W ignore tools/bench_logprobs.py --device cuda \
     --rows 64 4096 --vocab 151936

@@ -1,7 +1,7 @@
-"""Shows a run's samples in the terminal, each token coloured by its discrepancy |p_train - p_inf|.
+"""Shows samples of a run in the terminal, each token coloured by its discrepancy |p_train - p_inf|.
 
-Colours are relative to the run's tolerance. Without colours (`--no-color`, or a pipe) every token
-comes as a line of numbers.
+The colours are relative to the tolerance of the run. Without colours (`--no-color`, or into a pipe)
+every token is a line of numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.recording import read_recomputed
 
-# Up to which multiple of the tolerance a colour reaches.
+# (largest multiple of the tolerance, style of the tokens up to it)
 SHADES = (
     (1.0, "black on #b7e4c7"),
     (3.0, "black on #fff3b0"),
@@ -40,33 +40,36 @@ class Token:
     text: str
     id: int
     p_rollout: float
-    p_recomputed: float | None  # None where the run recorded no recomputed log-probs
+    p_recomputed: float | None  # None if the run recorded no recomputed log-probs
 
     @property
     def discrepancy(self) -> float:
+        """|p_train - p_inf|; 0 if it is not known."""
         return 0.0 if self.p_recomputed is None else abs(self.p_recomputed - self.p_rollout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """A line of a rollout file, and its response tokens."""
+    """A line of a rollout file as a dict, and its response tokens."""
 
     line: dict[str, Any]
     tokens: tuple[Token, ...]
 
     @property
     def worst(self) -> float:
+        """The largest discrepancy of its tokens."""
         return max((token.discrepancy for token in self.tokens), default=0.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and show the samples; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder that holds rollouts/ and config.yaml")
+    parser.add_argument("run_dir", type=Path, help="folder with rollouts/ and config.yaml")
     parser.add_argument("--step", type=int, help="default: the last recorded one")
-    parser.add_argument("--num", type=int, default=8, help="samples shown, default 8")
-    parser.add_argument("--source", help="only prompts of this task or file")
+    parser.add_argument("--num", type=int, default=8, help="number of samples, default 8")
+    parser.add_argument("--source", help="only prompts from this task or file")
     parser.add_argument("--worst", action="store_true", help="largest token discrepancy first")
-    parser.add_argument("--no-color", action="store_true", help="numbers in place of colours")
+    parser.add_argument("--no-color", action="store_true", help="numbers instead of colours")
     options = parser.parse_args(arguments)
     console = Console(no_color=options.no_color, highlight=False)
     try:
@@ -103,7 +106,11 @@ def _show(options: argparse.Namespace, console: Console) -> None:
 
 
 def tolerance_of(setting: float | str, run_dir: Path) -> float:
-    """The run's tolerance; where it is measured, what its metrics say last."""
+    """The tolerance of the run; if it was measured, the last value in its metrics.
+
+    Raises:
+        DataError: the tolerance is measured, and no line of metrics has it.
+    """
     if not isinstance(setting, str):
         return setting
     path, key = run_dir / "metrics.jsonl", "constraint/tolerance"
@@ -118,7 +125,11 @@ def tolerance_of(setting: float | str, run_dir: Path) -> float:
 
 
 def last_step(folder: Path) -> int:
-    """The highest step number among the files of a rollouts/ folder."""
+    """The highest step number among the files of a rollouts/ folder.
+
+    Raises:
+        DataError: the folder holds no recorded step.
+    """
     steps = [int(path.name[5:].partition(".")[0]) for path in folder.glob("step_*.rank*.jsonl")]
     if not steps:
         raise DataError(f"{folder}: expected step_000000.rank0.jsonl or others, got none")
@@ -126,8 +137,12 @@ def last_step(folder: Path) -> int:
 
 
 def decoder(model_path: str) -> Callable[[int], str]:
-    """Token id to text, by the tokenizer of the run's model."""
-    # Imported here: it takes seconds, and a wrong folder should be told at once.
+    """A function from token id to text, by the tokenizer of the run's model.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    # Imported here because it takes seconds, and a wrong folder should be reported before.
     from transformers import AutoTokenizer
 
     if not Path(model_path).is_dir():
@@ -137,11 +152,15 @@ def decoder(model_path: str) -> Callable[[int], str]:
 
 
 def read_samples(folder: Path, step: int, decode: Callable[[int], str]) -> list[Shown]:
-    """All ranks' samples of a step, by prompt and sample index."""
+    """The samples of all ranks of a step, sorted by prompt and sample index.
+
+    Raises:
+        DataError: the step was not recorded.
+    """
     paths = sorted(folder.glob(f"step_{step:06d}.rank*.jsonl"))
     if not paths:
         raise DataError(f"{folder}: expected files of step {step}, got none; see --step")
-    # Not splitlines: a response may hold other line ends than \n.
+    # Not splitlines: a response may contain line separators other than \n.
     lines = [
         json.loads(line) for path in paths for line in path.read_text().split("\n") if line.strip()
     ]
@@ -165,6 +184,7 @@ def read_samples(folder: Path, step: int, decode: Callable[[int], str]) -> list[
 
 
 def heading(sample: Shown) -> Text:
+    """One line about a sample: prompt, reward, advantage, answer, discrepancy."""
     line = sample.line
     reward_style = "bold green" if line["reward"] > 0 else "bold red"
     text = Text.assemble(
@@ -185,6 +205,7 @@ def heading(sample: Shown) -> Text:
 
 
 def legend(tolerance: float) -> Text:
+    """The colours and the discrepancies that they stand for."""
     text = Text("discrepancy ")
     for multiple, style in SHADES:
         bound = f"<= {multiple * tolerance:.4f}" if math.isfinite(multiple) else "above"
@@ -193,10 +214,10 @@ def legend(tolerance: float) -> Text:
 
 
 def colored(sample: Shown, tolerance: float) -> Text:
-    """The response as text, a background for every token."""
+    """The response as text, each token with a background colour."""
     text = Text()
     for token in sample.tokens:
-        # A bound of infinity is no product: infinity times a tolerance of 0 is NaN.
+        # Infinity is compared without multiplying: times a tolerance of 0 it would be NaN.
         shade = next(
             style
             for multiple, style in SHADES
@@ -208,7 +229,7 @@ def colored(sample: Shown, tolerance: float) -> Text:
 
 
 def numbers(sample: Shown) -> Table:
-    """The response as one line a token."""
+    """The response as a table with one row per token."""
     table = Table(box=None, pad_edge=False)
     table.add_column("token")
     for title in ("id", "p rollout", "p recomputed", "discrepancy"):

@@ -1,11 +1,12 @@
-"""Write a small Qwen3 checkpoint with a character tokenizer; transformers and vLLM both load it.
+"""Writes a small Qwen3 checkpoint with a character tokenizer, which transformers and vLLM can load.
 
     python tools/make_tiny_model.py OUT [--hidden 128] [--layers 4] ...
 
-The weights are random. The defaults are the quickstart's model, 0.8M parameters. Every printable
-ASCII character and the newline is one token, so the digits of a number stay apart; `<bos>` stands
-before every prompt. The same options give the same bytes. OUT appears only when it is complete;
-where it already holds this model nothing is written; where it holds anything else the tool stops.
+The weights are random. The defaults give the quickstart's model with 0.8M parameters. Every
+printable ASCII character and the newline is one token, so every digit of a number is a token of its
+own; a prompt starts with `<bos>`. The same options give the same bytes. OUT is created only when it
+is complete. If OUT already holds this model, nothing is written; if it holds anything else, that is
+an error.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ VOCAB_SIZE = 128
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a character: ids 0, 1, 2 are pad, bos, eos; 3 to 97 printable ASCII in order."""
+    """One token per character: ids 0, 1, 2 are pad, bos, eos; 3 to 97 are printable ASCII."""
     tokens = [PAD, BOS, EOS, *map(chr, range(32, 127)), "\n", UNK]
     tokens += [f"<extra{index}>" for index in range(len(tokens), VOCAB_SIZE)]
     ids = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # without it, decoding joins the characters by blanks
+    tokenizer.decoder = decoders.Fuse()  # without it, decoding puts a space between the characters
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, ids[BOS])]
     )
@@ -47,6 +48,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(options: argparse.Namespace) -> Qwen3Config:
+    """The model's config from the options of the command line."""
     return Qwen3Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=options.hidden,
@@ -69,7 +71,7 @@ def write_model(out: Path, options: argparse.Namespace) -> int:
     """Write the checkpoint to `out` and return the number of parameters.
 
     Raises:
-        FileExistsError: `out` holds something else than this model.
+        FileExistsError: `out` holds something other than this model.
     """
     torch.manual_seed(options.seed)
     model = Qwen3ForCausalLM(build_config(options)).to(torch.float32)
@@ -91,15 +93,16 @@ def write_model(out: Path, options: argparse.Namespace) -> int:
 
 
 def _fingerprint(folder: Path) -> dict[str, bytes]:
-    """File name -> content; a checkpoint of this tool is a few MB in one folder."""
+    """File name -> content; a checkpoint of this tool is a few MB in a single folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and write the checkpoint; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=0, help="0: three times hidden")
     parser.add_argument("--layers", type=int, default=4)
@@ -111,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--initializer-range",
         type=float,
         default=0.06,
-        help="standard deviation of the weights; the usual 0.02 learns sums at half the pace",
+        help="standard deviation of the weights; with the usual 0.02 it learns sums half as fast",
     )
     parser.add_argument("--tie-embeddings", action="store_true")
     parser.add_argument("--seed", type=int, default=0)

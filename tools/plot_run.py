@@ -1,4 +1,4 @@
-"""Draws a run's reward, discrepancy with its tolerance, and lambda into one PNG."""
+"""Draws the reward, the discrepancy with its tolerance, and lambda of a run into one PNG."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ BLUE, ORANGE, RED, GREEN, GREY = "#2563a8", "#d9822b", "#c23b3b", "#2f8f5b", "#5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and draw the run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder that holds metrics.jsonl")
+    parser.add_argument("run_dir", type=Path, help="folder with metrics.jsonl")
     parser.add_argument("-o", "--output", type=Path, help="PNG; default RUN_DIR/curves.png")
     options = parser.parse_args(arguments)
     output = options.output or options.run_dir / "curves.png"
@@ -38,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
-    """Writes one PNG of three panels above each other, on a common axis of steps.
+    """Write a PNG with three panels that share the axis of steps.
 
     Args:
-        records: lines of a metrics.jsonl; steps without a key are left out of its curve.
-        output: the PNG's path.
-        title: stands above the panels.
+        records: lines of a metrics.jsonl; a step without a key is left out of the curve.
+        output: path of the PNG.
+        title: of the figure.
     """
     style = {
         "font.size": 10,
@@ -71,20 +72,20 @@ def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
 
 
 def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it is there and finite."""
+    """Steps and values of one metric, for the steps that have a finite value."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over a centred window, cut off at both ends."""
+    """Moving mean over a centred window, which is truncated at both ends."""
     half = window // 2
     parts = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
 def _draw_curve(axes: Axes, records: Sequence[Record], key: str, *, color: str, label: str) -> None:
-    """The values faintly, and their moving mean over a tenth of the run."""
+    """Draw the values faintly, and their moving mean over a tenth of the run."""
     steps, values = series(records, key)
     window = max(1, len(values) // 10)
     if window > 2:

@@ -1,12 +1,12 @@
-"""Which correction helps, on which engine? Runs every arm of a study and writes what came out.
+"""Compares objectives on different engines: runs every arm of a study and reports the results.
 
     python tools/study_discrepancy.py run configs/studies/discrepancy.yaml --jobs 2 model.path=MODEL
     python tools/study_discrepancy.py report configs/studies/discrepancy.yaml
 
-`run` goes through engines x seeds x arms, `--jobs` real training runs at a time, each with a
-rollout engine of its own that stays for the next one. It may be stopped and called again: finished
-runs stay. `report` writes discrepancy-study.md, a PNG an engine and the raw figures of every step
-as CSV, from the runs that are finished.
+`run` goes through engines x seeds x arms, `--jobs` real training runs at a time. Each job has a
+rollout engine of its own, which serves its runs one after another. It can be stopped and called
+again: finished runs are not repeated. `report` writes discrepancy-study.md, one PNG per engine, and
+the raw figures of every step as CSV, from the runs that are finished.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from megatron_rl.study.runs import DONE_FILE
 from megatron_rl.study.study import Study, choose, load_study, run_dir_of, run_study
 
 Record = dict[str, Any]
-LAST_STEPS = 10  # what a table says of the end is a mean over these
-PANELS = (  # of the curves, by metric: label, steps of a running mean, axis
+LAST_STEPS = 10  # figures at the end of a run are means over so many steps
+PANELS = (  # of the curves: metric, label, steps of the moving mean, scale of the axis
     ("reward/mean", "reward", 1, "linear"),
     (
         "discrepancy/mean",
@@ -48,7 +48,7 @@ PANELS = (  # of the curves, by metric: label, steps of a running mean, axis
     ("discrepancy/kl_k3/mean", f"KL (k3), nats, last {LAST_STEPS} steps", LAST_STEPS, "log"),
 )
 
-# Of every step, into the CSV; evaluations are of the steps that have one.
+# Metrics that the CSV has for every step; it has evaluations for the steps that made one.
 COLUMNS = (
     "reward/mean",
     "discrepancy/mean",
@@ -60,25 +60,28 @@ COLUMNS = (
     "learner/grad_norm",
     "speed/seconds/learner",
 )
-ENTROPY_WINDOW = 0.05  # steps of nearly the same entropy differ by at most this share of it
-MIN_MATCHED = 3  # steps that a comparison at one entropy stands on, at least
-FIRST_STEPS = 10  # which it leaves out: the gap of old rollouts takes a few steps to build up
+ENTROPY_WINDOW = 0.05  # largest relative difference between two "equal" entropies
+MIN_MATCHED = 3  # least number of steps for a comparison at equal entropy
+FIRST_STEPS = 10  # left out of it: with old rollouts the gap needs a few steps to build up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run or report; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=("run", "report"))
     parser.add_argument("study", type=Path, help="YAML file, see configs/studies/discrepancy.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1)")
-    parser.add_argument("--engines", help="these alone, a,b,... (default all)")
-    parser.add_argument("--arms", help="these alone, a,b,... (default all)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="further settings of every run"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--engines", help="only these, a,b,... (default all)")
+    parser.add_argument("--arms", help="only these, a,b,... (default all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/study"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report goes")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the report")
     options = parser.parse_intermixed_args(arguments)
-    watch_signals(lambda: "runs that are finished are kept")
+    watch_signals(lambda: "finished runs are kept")
     try:
         study = choose(load_study(options.study), options.engines, options.arms)
         if options.action == "run":
@@ -95,7 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_curves(study: Study, output: Path) -> list[Record]:
-    """A record for every step of every finished run: engine, arm, seed, step and its metrics."""
+    """One record per step of every finished run: engine, arm, seed, step and metrics.
+
+    Raises:
+        DataError: no run is finished.
+    """
     records: list[Record] = []
     for engine, arm, seed in study.runs():
         folder = run_dir_of(output, engine, arm, seed)
@@ -108,8 +115,8 @@ def read_curves(study: Study, output: Path) -> list[Record]:
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
-    """One line a step: COLUMNS, and of evaluations avg@k and what is said of the reference set."""
-    wanted = ("eval/avg", "eval/reference")
+    """Write one line per step: COLUMNS, and avg@k and the fixed rollouts' figures if evaluated."""
+    wanted = ("eval/avg", "eval/fixed")
     evaluations = sorted({key for each in records for key in each if key.startswith(wanted)})
     fields = ["engine", "arm", "seed", "step", *COLUMNS, *evaluations]
     with path.open("w", newline="") as file:
@@ -121,16 +128,16 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
 
 
 def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
-    """discrepancy-study.md, and beside it a PNG an engine."""
+    """Write discrepancy-study.md, and beside it one PNG per engine."""
     engines = list(dict.fromkeys(each["engine"] for each in records))
     lines = [
         "# Which correction helps when engine and learner disagree?",
         "",
         f"Made by `tools/study_discrepancy.py`: `run {study}`, then `report {study}`. Every figure",
-        f"is a mean over seeds with its standard error; what is not said to be of the end is over "
-        f"the last {LAST_STEPS} steps,",
-        "seconds over all of them (of runs side by side: only how they compare tells). Raw figures "
-        "of every step:",
+        f"is a mean over seeds with its standard error, taken over the last {LAST_STEPS} steps "
+        'except where the column says "end";',
+        "seconds are over all steps, and only comparable with each other, because runs shared the "
+        "machine. Raw figures of every step:",
         "[discrepancy-study.csv](discrepancy-study.csv).",
     ]
     for engine in engines:
@@ -144,7 +151,7 @@ def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
 
 
 def kept_findings(path: Path) -> str:
-    """What a person wrote at the end of the last report, from the heading "Findings" on."""
+    """The section "Findings" of the last report, which is written by hand; "" if there is none."""
     if not path.is_file():
         return ""
     _, heading, findings = path.read_text().partition("\n## Findings\n")
@@ -152,7 +159,7 @@ def kept_findings(path: Path) -> str:
 
 
 def table_of(records: Sequence[Record]) -> list[str]:
-    """A line an arm, in Markdown."""
+    """A Markdown table with one row per arm."""
     last = max(each["step"] for each in records) - LAST_STEPS
     arms = list(dict.fromkeys(each["arm"] for each in records))
     first = {run[0]["seed"]: run for run in runs_of(records, arms[0])}
@@ -164,7 +171,7 @@ def table_of(records: Sequence[Record]) -> list[str]:
             run, first.get(run[0]["seed"], []), last
         ),
         "tolerance": lambda run: mean_after(run, "constraint/tolerance", last),
-        "reference gap, end": lambda run: at_end(run, "eval/reference_gap/mean"),
+        "fixed gap, end": lambda run: at_end(run, "eval/fixed_gap/mean"),
         "entropy": lambda run: mean_after(run, "loss/entropy/mean", last),
         "lambda, end": lambda run: at_end(run, "constraint/lambda"),
         "penalty / abs(A)": lambda run: mean_after(run, "constraint/penalty_share/mean", last),
@@ -180,9 +187,16 @@ def table_of(records: Sequence[Record]) -> list[str]:
 
 
 def at_same_entropy(run: Sequence[Record], other: Sequence[Record], last: int) -> float:
-    """The mean discrepancy of those steps of another run, of the same seed, whose entropy is that
-    of this run's end; NaN where there are too few. A policy that has sharpened has a smaller gap
-    whatever held it down. The other run's first steps are left out.
+    """The mean discrepancy of another run at the entropy that this run has at its end.
+
+    A sharper policy has a smaller gap for any objective, so gaps are compared at equal entropy.
+
+    Args:
+        run: its entropy is the mean over the steps after `last`.
+        other: a run with the same seed, of which the steps with this entropy are used, except for
+            the first ones.
+    Returns:
+        NaN if the other run has too few such steps.
     """
     entropy = mean_after(run, "loss/entropy/mean", last)
     near = [
@@ -195,27 +209,30 @@ def at_same_entropy(run: Sequence[Record], other: Sequence[Record], last: int) -
 
 
 def runs_of(records: Sequence[Record], arm: str) -> list[list[Record]]:
-    """The records of an arm, a list a seed."""
+    """The records of an arm: one list per seed."""
     of_arm = [each for each in records if each["arm"] == arm]
     seeds = dict.fromkeys(each["seed"] for each in of_arm)
     return [[each for each in of_arm if each["seed"] == seed] for seed in seeds]
 
 
 def at_start(run: Sequence[Record], key: str) -> float:
+    """The first value of a metric in a run; NaN if there is none."""
     return next((each[key] for each in run if each.get(key) is not None), math.nan)
 
 
 def at_end(run: Sequence[Record], key: str) -> float:
+    """The last value of a metric in a run; NaN if there is none."""
     return at_start(run[::-1], key)
 
 
 def mean_after(run: Sequence[Record], key: str, step: int) -> float:
+    """The mean of a metric over the steps after `step`; NaN if there is none."""
     found = [each[key] for each in run if each["step"] > step and each.get(key) is not None]
     return statistics.mean(found) if found else math.nan
 
 
 def with_error(values: Sequence[float]) -> str:
-    """`0.801 ± 0.004`: the mean and its standard error over seeds."""
+    """The mean over seeds and its standard error, e.g. `0.801 ± 0.004`; NaN values are left out."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return ""
@@ -226,14 +243,14 @@ def with_error(values: Sequence[float]) -> str:
 
 
 def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
-    """PANELS of all arms: the mean over seeds, and a band from the lowest to the highest."""
+    """Draw PANELS for all arms: the mean over seeds, and a band from the lowest to the highest."""
     figure, grid = pyplot.subplots(3, 2, figsize=(11, 10), sharex=True)
     arms = list(dict.fromkeys(each["arm"] for each in records))
     for (key, label, window, scale), axes in zip(PANELS, grid.flat, strict=True):
         for number, arm in enumerate(arms):
             draw_arm(axes, runs_of(records, arm), key, window, f"C{number}", arm)
         axes.set_ylabel(label)
-        # A logarithmic axis wants a value above 0.
+        # A logarithmic axis needs a value above 0.
         axes.set_yscale(scale if math.isfinite(axes.dataLim.minposy) else "linear")
         axes.grid(color="#e3e7ec")
         axes.spines[["top", "right"]].set_visible(False)
@@ -252,7 +269,7 @@ def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
 def draw_arm(
     axes: Axes, runs: Sequence[Sequence[Record]], key: str, window: int, color: str, label: str
 ) -> None:
-    """A metric of an arm's seeds as running means over `window` steps."""
+    """Draw a metric of one arm, as moving means over `window` steps."""
     by_step: dict[int, list[float]] = {}
     for run in runs:
         known = [each for each in run if each.get(key) is not None]

@@ -2,11 +2,12 @@
 
 A run is a YAML file with `key=value` overrides, read by `megatron_rl.config.file.load_config`:
 `load_config("configs/quickstart.yaml", ["loop.num_steps=50"])`. Loading is strict: an unknown key,
-a wrong type or a rule between keys that does not hold is a ConfigError of one line that names the
-key and the nearest valid one, before any process is started. `objective.preset=NAME` lays a
-published method under both.
+a wrong type or a broken rule between keys is a ConfigError of one line that names the key and the
+nearest valid one, before any process is started. `objective.preset=NAME` applies the settings of a
+published method.
 
-A rule of one section names its keys without the section; the loader puts the section before them.
+A rule within a section names its keys without the section; the loader adds the section in front of
+them. Rules between sections are in this file, beside `Config`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_rl.config.objective import (
     RejectionConfig,
 )
 from megatron_rl.config.rollout import EvalConfig, QuantizationConfig, RolloutConfig, SamplingConfig
-from megatron_rl.config.rules import check_between_sections, require
+from megatron_rl.config.rules import require
 
 __all__ = [
     "CheckpointConfig",
@@ -56,10 +57,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """All settings of a run."""
+
     run_dir: str = "runs/default"
-    # auto: go on from run_dir/checkpoints/latest if there is one; never; or a checkpoint folder
+    # auto: continue from run_dir/checkpoints/latest if there is one; never; or a checkpoint folder
     resume: str = "auto"
-    # a run's rollouts/ folder: train from its recorded rollouts, without an engine
+    # a run's rollouts/ folder: train on its recorded rollouts, without an engine; "": sample
     replay: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -77,4 +80,103 @@ class Config:
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir: expected a folder, got an empty text")
         require(bool(self.resume), "resume: expected auto, never or a folder, got an empty text")
-        check_between_sections(self)
+        _check_publications(self.sync, self.checkpoint, self.eval, self.loop)
+        _check_lengths(self.rollout, self.eval, self.data, self.reward, self.learner)
+        _check_batches(self.loop, self.rollout, self.eval, self.learner)
+        _check_timeouts(self.rollout, self.parallel)
+        _check_updates(self.objective, self.learner, self.loop)
+
+
+def _check_publications(
+    sync: SyncConfig, checkpoint: CheckpointConfig, evaluation: EvalConfig, loop: LoopConfig
+) -> None:
+    """Checkpoints, evaluations and the last step must coincide with a publication."""
+    for key, steps in (
+        ("checkpoint.every", checkpoint.every),
+        ("eval.every", evaluation.every),
+        ("loop.num_steps", loop.num_steps),
+    ):
+        require(
+            steps % sync.every == 0,
+            f"{key}: expected a multiple of sync.every={sync.every}, since only then do the "
+            f"engines serve the step's weights, got {steps}",
+        )
+
+
+def _check_lengths(
+    rollout: RolloutConfig,
+    evaluation: EvalConfig,
+    data: DataConfig,
+    reward: RewardConfig,
+    learner: LearnerConfig,
+) -> None:
+    """Prompts and responses must fit into the learner's rows and the engines' context."""
+    buffer_tokens, max_tokens = reward.overlong.buffer_tokens, rollout.sampling.max_tokens
+    require(
+        buffer_tokens <= max_tokens,
+        f"reward.overlong.buffer_tokens: expected at most rollout.sampling.max_tokens={max_tokens},"
+        f" got {buffer_tokens}",
+    )
+    longest = max_tokens + max(data.max_prompt_tokens, 1)
+    require(
+        longest <= learner.tokens_per_micro_batch,
+        "learner.tokens_per_micro_batch: expected room for the longest prompt and response, "
+        f"{longest} tokens (data.max_prompt_tokens, rollout.sampling.max_tokens), "
+        f"got {learner.tokens_per_micro_batch}",
+    )
+    require(
+        rollout.max_model_len == 0 or evaluation.sampling.max_tokens < rollout.max_model_len,
+        f"eval.sampling.max_tokens: expected below rollout.max_model_len={rollout.max_model_len}, "
+        f"got {evaluation.sampling.max_tokens}",
+    )
+
+
+def _check_batches(
+    loop: LoopConfig, rollout: RolloutConfig, evaluation: EvalConfig, learner: LearnerConfig
+) -> None:
+    """A step must have enough sequences for its mini-batches, and an engine room for a group."""
+    sequences = loop.prompts_per_step * loop.samples_per_prompt
+    require(
+        learner.mini_batches_per_step <= sequences,
+        f"learner.mini_batches_per_step: expected at most the {sequences} sequences of a step "
+        f"(loop), got {learner.mini_batches_per_step}",
+    )
+    for key, num_samples in (
+        ("loop.samples_per_prompt", loop.samples_per_prompt),
+        ("eval.num_samples", evaluation.num_samples),
+    ):
+        require(
+            num_samples <= rollout.max_num_seqs,
+            f"rollout.max_num_seqs: expected at least {key}={num_samples}, which an engine samples "
+            f"together, got {rollout.max_num_seqs}",
+        )
+
+
+def _check_timeouts(rollout: RolloutConfig, parallel: ParallelConfig) -> None:
+    """A collective must outlast whatever other ranks do meanwhile."""
+    for key in ("startup_timeout_seconds", "request_timeout_seconds"):
+        seconds = getattr(rollout, key)
+        require(
+            seconds < parallel.timeout_seconds,
+            f"parallel.timeout_seconds: expected above rollout.{key}={seconds:g}, which other "
+            f"ranks wait for in a collective, got {parallel.timeout_seconds:g}",
+        )
+
+
+def _check_updates(objective: ObjectiveConfig, learner: LearnerConfig, loop: LoopConfig) -> None:
+    """Rules that depend on the number of optimizer updates, of a step and of the run."""
+    require(
+        objective.rejection.opsm_threshold is None
+        or objective.old_policy == "rollout"
+        or learner.mini_batches_per_step > 1,
+        "objective.rejection.opsm_threshold: expected several learner.mini_batches_per_step, or "
+        "objective.old_policy=rollout: with one update on recomputed log-probs the policy is the "
+        f"old one and nothing is ever masked, got {objective.rejection.opsm_threshold}",
+    )
+    optimizer, num_updates = learner.optimizer, loop.num_steps * learner.mini_batches_per_step
+    require(
+        optimizer.decay == "constant" or optimizer.warmup_steps < max(num_updates, 1),
+        f"learner.optimizer.warmup_steps: expected below the {num_updates} optimizer updates "
+        "(loop.num_steps x learner.mini_batches_per_step) with "
+        f"decay={optimizer.decay}, got {optimizer.warmup_steps}",
+    )

@@ -1,11 +1,19 @@
-"""Prompts and their verifiers."""
+"""Settings of the prompts, and of the rewards of their responses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_rl.config.rules import above_zero, at_least, one_of, require
+from megatron_rl.config.choices import GROUP_VERIFIERS, VERIFIERS, ChatTemplate
+from megatron_rl.config.rules import (
+    above_zero,
+    at_least,
+    is_import_path,
+    join_choices,
+    literal_choices,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,20 +22,18 @@ class TaskConfig:
 
     name: str = ""  # a reasoning-gym task; or any label when `path` is given
     path: str = ""  # JSONL or Parquet file
-    weight: float = 1.0  # share in the mixture
+    weight: float = 1.0  # share in the mixture, relative to the other tasks
     options: dict = field(default_factory=dict)  # the reasoning-gym task's own settings
     prompt_column: str = "question"  # a dotted path into the record, e.g. "metadata.expression"
     answer_column: str = "answer"  # e.g. "reward_model.ground_truth" (DAPO-Math-17k)
     template: str = "{prompt}"  # text around the prompt, before any chat template
-    # auto (the task's own scorer for reasoning-gym, math_verify for files), reasoning_gym, exact,
-    # numeric, math_verify, or an import path "package.module:function"
+    # auto: the task's own scorer for a reasoning-gym task, math_verify for a file; or a module of
+    # reward/verifiers/, or an import path "package.module:function"
     verifier: str = "auto"
 
     @property
     def source(self) -> str:
-        """What its prompts, their verifier and their metrics are called: the name, or the file's
-        stem.
-        """
+        """Identifies the task in prompts, metrics and messages: its name, or the file's stem."""
         return self.name or Path(self.path).stem
 
     def __post_init__(self) -> None:
@@ -40,26 +46,24 @@ class TaskConfig:
             "{prompt}" in self.template,
             f"template: expected a text with {{prompt}} in it, got {self.template!r}",
         )
-        require(
-            self.verifier in ("auto", "reasoning_gym", "exact", "numeric", "math_verify")
-            or ":" in self.verifier,
-            "verifier: expected auto, reasoning_gym, exact, numeric, math_verify or "
-            f'"package.module:function", got {self.verifier!r}',
-        )
+        _check_verifier("verifier", self.verifier, ("auto", *VERIFIERS))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The prompts of a run, and those that are held out for evaluation."""
+
     tasks: list[TaskConfig] = field(default_factory=list)
     seed: int = 0
-    # held-out prompts are drawn with it, and their texts never appear in training
+    # seed of the held-out prompts, whose texts never appear in training
     held_out_seed: int = 1_000_003
     num_held_out: int = 200
     max_prompt_tokens: int = 0  # 0: the model's context less rollout.sampling.max_tokens
-    chat_template: str = "auto"  # auto: where the tokenizer has one; never; always
+    # auto: use the tokenizer's chat template if it has one; never; always
+    chat_template: ChatTemplate = "auto"
 
     def __post_init__(self) -> None:
-        one_of("chat_template", self.chat_template, ("auto", "never", "always"))
+        literal_choices(self)
         at_least(
             0,
             seed=self.seed,
@@ -75,14 +79,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OverlongConfig:
-    """What becomes of responses near rollout.sampling.max_tokens in training (DAPO, arXiv
-    2503.14476); evaluation counts them as they are.
+    """How training treats responses near rollout.sampling.max_tokens (DAPO, arXiv 2503.14476).
+    Evaluation scores them as they are.
     """
 
     # the last tokens before max_tokens, over which a penalty grows from 0 to `penalty`; 0: none
     buffer_tokens: int = 0
-    penalty: float = 1.0  # taken off the reward at max_tokens
-    # nothing is learnt from a response cut at max_tokens; the discrepancy is measured on it
+    penalty: float = 1.0  # subtracted from the reward at max_tokens
+    # leave responses that were cut at max_tokens out of the loss; their discrepancy is measured
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
@@ -91,12 +95,25 @@ class OverlongConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    num_workers: int = 2
-    timeout_seconds: float = 10.0  # for one response; longer counts as "timeout", not as wrong
-    # reward of a response cut at max_tokens; null: whatever the verifier says
+    """How responses are scored."""
+
+    num_workers: int = 2  # scoring processes
+    # for one response, or for one group; a longer one counts as "timeout", not as wrong
+    timeout_seconds: float = 10.0
+    # reward of a response that was cut at max_tokens; null: whatever the verifier gives
     truncated_reward: float | None = None
+    # what adds to the rewards of a whole group in training: a module of reward/group_verifiers/,
+    # or an import path "package.module:function"; "": nothing
+    group_verifier: str = ""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
     def __post_init__(self) -> None:
         at_least(1, num_workers=self.num_workers)
         above_zero(timeout_seconds=self.timeout_seconds)
+        if self.group_verifier:
+            _check_verifier("group_verifier", self.group_verifier, GROUP_VERIFIERS)
+
+
+def _check_verifier(key: str, name: str, choices: tuple[str, ...]) -> None:
+    expected = join_choices((*choices, '"package.module:function"'))
+    require(name in choices or is_import_path(name), f"{key}: expected {expected}, got {name!r}")

@@ -1,25 +1,28 @@
-"""The update: optimizer, and the supervised start before RL."""
+"""Settings of the learner: its batches, its optimizer, and the supervised warm start before RL."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.rules import above_zero, at_least, one_of, require
+from megatron_rl.config.choices import Decay, Recompute
+from megatron_rl.config.rules import above_zero, at_least, literal_choices, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
     learning_rate: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0  # largest norm of the global gradient; 0: no clipping
     warmup_steps: int = 0  # optimizer updates
-    decay: str = "constant"  # constant, linear, cosine (over all updates of the run)
+    decay: Decay = "constant"  # over all updates of the run
     distributed: bool = False  # Megatron's distributed optimizer: states sharded over DP
 
     def __post_init__(self) -> None:
-        one_of("decay", self.decay, ("constant", "linear", "cosine"))
+        literal_choices(self)
         at_least(
             0,
             learning_rate=self.learning_rate,
@@ -36,14 +39,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
-    tokens_per_micro_batch: int = 4096  # T, the budget of a packed row
-    mini_batches_per_step: int = 1  # optimizer steps on one batch of rollouts
-    # auto: no separate forward pass when there is one optimizer step a batch; always
-    recompute: str = "auto"
+    """How a batch of rollouts is turned into optimizer updates."""
+
+    tokens_per_micro_batch: int = 4096  # T, the number of tokens of a packed row
+    mini_batches_per_step: int = 1  # optimizer updates on one batch of rollouts
+    # the separate forward pass that recomputes log-probs before the update. auto: skipped when a
+    # batch has one update, whose own forward pass gives the same numbers; always: never skipped
+    recompute: Recompute = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        one_of("recompute", self.recompute, ("auto", "always"))
+        literal_choices(self)
         at_least(
             1,
             tokens_per_micro_batch=self.tokens_per_micro_batch,
@@ -61,15 +67,15 @@ class WarmStartConfig:
     warmup_steps: int = 50
     # JSONL or Parquet file of prompt and response pairs; "": prompts and answers of data.tasks
     path: str = ""
-    prompt_column: str = "prompt"  # dotted paths into the records of `path`
-    response_column: str = "response"
-    output: str = ""  # of the Hugging Face checkpoint; "": <run_dir>/warm_start/checkpoint
-    decay: str = "cosine"  # constant, linear, cosine (over warm_start.num_steps)
-    log_every: int = 10  # steps between lines of metrics
-    stop_loss: float = 0.0  # end once the mean loss of 20 steps is at most this; 0: never
+    prompt_column: str = "prompt"  # dotted path into the records of `path`
+    response_column: str = "response"  # dotted path into the records of `path`
+    output: str = ""  # folder of the Hugging Face checkpoint; "": <run_dir>/warm_start/checkpoint
+    decay: Decay = "cosine"  # over warm_start.num_steps
+    log_every: int = 10  # steps between two lines of metrics
+    stop_loss: float = 0.0  # stop when the mean loss of 20 steps is at most this; 0: never
 
     def __post_init__(self) -> None:
+        literal_choices(self)
         at_least(0, num_steps=self.num_steps, warmup_steps=self.warmup_steps)
         at_least(0, learning_rate=self.learning_rate, stop_loss=self.stop_loss)
         at_least(1, sequences_per_step=self.sequences_per_step, log_every=self.log_every)
-        one_of("decay", self.decay, ("constant", "linear", "cosine"))

@@ -1,19 +1,23 @@
-"""The loop around the update: steps, weight sync, checkpoints."""
+"""Settings of the training loop: steps, weight sync and checkpoints."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.rules import above_zero, at_least, at_most
+from megatron_rl.config.choices import TRANSPORTS
+from megatron_rl.config.rules import above_zero, at_least, at_most, one_of
 from megatron_rl.records import MAX_SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicSamplingConfig:
-    """DAPO (arXiv 2503.14476): groups without signal are dropped, and others sampled for them."""
+    """Groups whose advantages are all 0 are dropped, and others are sampled in their place (DAPO,
+    arXiv 2503.14476).
+    """
 
     enabled: bool = False
-    max_rounds: int = 10  # of sampling in a step; what is kept by then is learnt from
+    # rounds of sampling in a step, at most; the step trains on what was kept by then
+    max_rounds: int = 10
 
     def __post_init__(self) -> None:
         at_least(1, max_rounds=self.max_rounds)
@@ -21,6 +25,8 @@ class DynamicSamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
+    """How many steps a run takes, and how large the batch of a step is."""
+
     num_steps: int = 100
     prompts_per_step: int = 64
     samples_per_prompt: int = 8
@@ -36,18 +42,23 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:
-    # steps between two publications: rollouts are sampled by weights 0 to every - 1 steps old.
-    # checkpoint.every, eval.every and loop.num_steps are multiples of it, so that a run goes on
-    # with the weights that the engines served
+    """How the learner's weights reach the engines."""
+
+    # steps between two publications: rollouts are sampled with weights that are 0 to every - 1
+    # steps old. checkpoint.every, eval.every and loop.num_steps must be multiples of it, so that
+    # checkpoints, evaluations and the last step coincide with a publication
     every: int = 1
+    transport: str = "shared_memory"  # a module of sync/transports/
     bucket_mib: float = 64.0  # memory of one bucket; the peak extra memory of an update
-    # of each call of an update; an engine left half-updated this long is poisoned
+    # of each call of an update; an engine that stays half-updated for longer is poisoned
     timeout_seconds: float = 120.0
     probe_num_tokens: int = 48  # tokens of the parity probe after each sync; 0: no probe
-    # largest mean |p_learner - p_engine| of the probe; 0: by precision (sync/probe.py)
+    # largest mean |p_learner - p_engine| of the probe; 0: a bound that depends on the precision
+    # (sync/probe.py)
     probe_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
+        one_of("transport", self.transport, TRANSPORTS)
         at_least(1, every=self.every)
         above_zero(bucket_mib=self.bucket_mib, timeout_seconds=self.timeout_seconds)
         at_least(0, probe_num_tokens=self.probe_num_tokens, probe_tolerance=self.probe_tolerance)
@@ -55,9 +66,11 @@ class SyncConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """When checkpoints are written, and how many of them are kept."""
+
     every: int = 10  # steps; 0: only at the end
     keep: int = 2
-    save_hf: bool = True  # the final weights also as a Hugging Face checkpoint
+    save_hf: bool = True  # write the final weights as a Hugging Face checkpoint as well
 
     def __post_init__(self) -> None:
         at_least(0, every=self.every)

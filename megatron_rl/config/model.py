@@ -1,27 +1,32 @@
-"""The model, and how it is spread over ranks."""
+"""Settings of the model, and of how its tensors are split over ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.config.rules import above_zero, at_least, one_of
+from megatron_rl.config.choices import DType
+from megatron_rl.config.rules import above_zero, at_least, literal_choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The checkpoint that training starts from, and the learner's precision."""
+
     path: str = ""  # Hugging Face checkpoint folder: config.json, tokenizer, *.safetensors
-    dtype: str = "float32"  # of the learner: float32, bfloat16 (main weights stay float32)
+    dtype: DType = "float32"  # of the learner; with bfloat16 the main weights stay float32
 
     def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        literal_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
+    """Sizes of the learner's parallel groups; data parallelism takes the rest of the world size."""
+
     tensor: int = 1
-    pipeline: int = 1  # data parallel is what the world size leaves
-    # of every collective; ranks that talk to no engine wait in one while others start engines,
-    # sample, score and evaluate
+    pipeline: int = 1
+    # of every collective. Ranks that talk to no engine wait in a collective while other ranks
+    # start engines, sample, score and evaluate
     timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:

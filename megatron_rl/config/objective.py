@@ -1,42 +1,64 @@
-"""Advantages, the constraint, the corrections and the loss."""
+"""Settings of the objective: advantages, the constraint, corrections of the gap, and the loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+from megatron_rl.config.choices import (
+    POLICY_LOSSES,
+    Baseline,
+    Gate,
+    ImportanceLevel,
+    ImportanceMode,
+    KLEstimator,
+    Normalize,
+    OldPolicy,
+    Penalty,
+    RejectionLevel,
+)
 from megatron_rl.config.presets import PRESETS
-from megatron_rl.config.rules import above_zero, at_least, at_most, one_of, require
+from megatron_rl.config.rules import (
+    above_zero,
+    at_least,
+    at_most,
+    literal_choices,
+    one_of,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConstraintConfig:
-    """DCMDP (arXiv 2606.08779): E[|p_train - p_inf|] <= tolerance, through a dual variable."""
+    """The constraint E[|p_train - p_inf|] <= tolerance, enforced by a dual variable lambda (DCMDP,
+    arXiv 2606.08779).
+    """
 
-    enabled: bool = True  # false: plain GRPO, the discrepancy is only measured
+    enabled: bool = True  # false: plain GRPO; the discrepancy is measured, not constrained
     # shaping: A - lambda * delta; differentiable: lambda * |p_theta - p_inf| in the loss
-    penalty: str = "shaping"
-    # batch: by lambda alone; mean: and only in steps whose mean gap exceeds the tolerance (a
-    # forward pass more); token: only what exceeds it in a token's gap, max(delta - tolerance, 0)
-    gate: str = "batch"
-    # what a token's penalised gap is counted from. none: 0, as published; batch: its mean over the
-    # kept tokens of the global batch (a forward pass more)
-    baseline: str = "none"
+    penalty: Penalty = "shaping"
+    # batch: the penalty applies in every step; mean: only in steps whose mean gap exceeds the
+    # tolerance (one more forward pass); token: only to the part of a token's gap that exceeds it,
+    # max(delta - tolerance, 0)
+    gate: Gate = "batch"
+    # subtracted from a token's gap before it is penalised. none: 0, as published; batch: the mean
+    # gap of the kept tokens of the global batch (one more forward pass)
+    baseline: Baseline = "none"
     initial: float = 0.1  # lambda before the first step
     # eta of lambda <- clip(lambda + eta * (mean discrepancy - tolerance), minimum, maximum)
     learning_rate: float = 1.0
     warmup_steps: int = 0  # dual steps over which eta rises to learning_rate
-    # a number; or auto: measured over the first tolerance_steps steps, without any penalty
+    # a number; or auto: measured over the first tolerance_steps steps, in which nothing is
+    # penalised
     tolerance: float | str = 0.0037
     tolerance_steps: int = 10
     tolerance_slack: float = 2.0  # standard errors above the measured mean
     minimum: float = 0.0
     maximum: float = 10.0
-    max_discrepancy: float = 1.0  # a token's gap is penalised as at most this; 1: as it is
+    max_discrepancy: float = 1.0  # a token's gap is clipped to this when penalised; 1: not clipped
 
     def __post_init__(self) -> None:
-        one_of("penalty", self.penalty, ("shaping", "differentiable"))
-        one_of("gate", self.gate, ("batch", "mean", "token"))
-        one_of("baseline", self.baseline, ("none", "batch"))
+        literal_choices(self)
         require(
             self.baseline == "none" or self.penalty == "shaping",
             "baseline: expected none with penalty=differentiable, whose gradient a constant does "
@@ -67,19 +89,18 @@ class ConstraintConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceConfig:
-    """Weights rho = p_train / p_inf on the surrogate (objective/importance.py)."""
+    """Importance weights rho = p_train / p_inf on the surrogate (objective/importance.py)."""
 
-    # none, token, sequence_sum (product of the sequence's rho), sequence_mean (geometric mean)
-    level: str = "none"
-    mode: str = "truncate"  # truncate: clip to the bounds; mask: 0 outside them
+    # sequence_sum: the product of the sequence's rho; sequence_mean: their geometric mean
+    level: Literal["none", ImportanceLevel] = "none"
+    mode: ImportanceMode = "truncate"  # truncate: clip to the bounds; mask: 0 outside them
     lower: float = 0.0
     upper: float = 2.0
-    # divided by their mean over the global batch, which takes a forward pass more
+    # divide the weights by their mean over the global batch (one more forward pass)
     batch_normalize: bool = False
 
     def __post_init__(self) -> None:
-        one_of("level", self.level, ("none", "token", "sequence_sum", "sequence_mean"))
-        one_of("mode", self.mode, ("truncate", "mask"))
+        literal_choices(self)
         check_ratio_bounds(self.lower, self.upper)
         require(
             not self.batch_normalize or self.level != "none",
@@ -90,22 +111,21 @@ class ImportanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RejectionConfig:
-    """Tokens and sequences that leave the loss (objective/rejection.py)."""
+    """Which tokens and sequences are left out of the loss (objective/rejection.py)."""
 
-    # none; k1 = -log rho, k2 = (log rho)^2 / 2, k3 = rho - 1 - log rho, rho = p_train / p_inf
-    divergence: str = "none"
-    level: str = "token"  # token, sequence_sum, sequence_mean, sequence_max
+    # k1 = -log rho, k2 = (log rho)^2 / 2, k3 = rho - 1 - log rho, with rho = p_train / p_inf
+    divergence: Literal["none", KLEstimator] = "none"
+    level: RejectionLevel = "token"
     lower: float = 0.0  # k1 only, where both bounds are ratios: lower <= exp(-k1) <= upper
     upper: float = 2.0  # for k2 and k3 in nats
-    veto_ratio: float = 0.0  # a token with rho below it takes its sequence with it; 0: off
-    veto_probability: float = 0.0  # a token with p_train below it does; 0: off
-    # OPSM: a sequence with a negative advantage gets weight 0 where
-    # mean(log p_old - log p_theta) exceeds it; null: off
+    veto_ratio: float = 0.0  # a sequence with a token whose rho is below this is rejected; 0: off
+    veto_probability: float = 0.0  # the same for a token whose p_train is below this; 0: off
+    # OPSM: a sequence with a negative advantage gets weight 0 if its
+    # mean(log p_old - log p_theta) exceeds this; null: off
     opsm_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("divergence", self.divergence, ("none", "k1", "k2", "k3"))
-        one_of("level", self.level, ("token", "sequence_sum", "sequence_mean", "sequence_max"))
+        literal_choices(self)
         if self.divergence in ("none", "k1"):
             check_ratio_bounds(self.lower, self.upper)
         else:
@@ -129,14 +149,14 @@ class RejectionConfig:
 class KLConfig:
     """The KL to a frozen reference policy (objective/regularizers.py)."""
 
-    coefficient: float = 0.0  # 0: only measured, where there is a reference
-    # k2, k3: in the loss; k1: in the advantages (its gradient in the loss has mean 0)
-    estimator: str = "k3"
+    coefficient: float = 0.0  # 0: the KL is measured if there is a reference, and not penalised
+    # k2, k3: a term of the loss; k1: a term of the advantages (its gradient in the loss has mean 0)
+    estimator: KLEstimator = "k3"
     reference: str = ""  # Hugging Face checkpoint folder of the reference; "": none
 
     def __post_init__(self) -> None:
+        literal_choices(self)
         at_least(0, coefficient=self.coefficient)
-        one_of("estimator", self.estimator, ("k1", "k2", "k3"))
         require(
             self.coefficient == 0 or bool(self.reference),
             f"reference: expected a checkpoint folder with coefficient={self.coefficient:g}, "
@@ -146,21 +166,25 @@ class KLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    # a named set of the settings below and of others (config/presets.py), laid under those that
-    # the file or the command line gives; "": none, the defaults here are DC-GRPO's
+    """What an update maximises. The defaults are DC-GRPO's."""
+
+    # a published method (config/presets.py): a named set of the settings below and of others.
+    # Settings that the file or the command line gives win over it; "": none
     preset: str = ""
-    policy_loss: str = "ppo_clip"  # ppo_clip, gspo, cispo, dppo_tv (objective/surrogate.py)
-    # recomputed: the learner before the update; rollout: the engine (bypass, no pass of its own)
-    old_policy: str = "recomputed"
+    policy_loss: str = "ppo_clip"  # a module of objective/policy/
+    # the policy that the ratio is taken to. recomputed: the learner before the update; rollout: the
+    # engine (bypass), which needs no forward pass before the update
+    old_policy: OldPolicy = "recomputed"
     clip_low: float = 0.2  # for dppo_tv both are differences of probabilities
     clip_high: float = 0.24
-    # token_mean: over the global batch's kept tokens; sequence_mean: mean of sequences' means;
-    # sequence_sum: mean of sequences' sums; constant: sum / (sequences x normalize_length)
-    normalize: str = "token_mean"
-    normalize_length: int = 0  # of normalize=constant, e.g. ${rollout.sampling.max_tokens}
+    # token_mean: mean over the global batch's kept tokens; sequence_mean: mean of the sequences'
+    # means; sequence_sum: mean of the sequences' sums; constant: sum / (sequences x
+    # normalize_length)
+    normalize: Normalize = "token_mean"
+    normalize_length: int = 0  # for normalize=constant, e.g. ${rollout.sampling.max_tokens}
     advantage_epsilon: float = 1e-6
-    advantage_std: bool = True  # false: group advantages without division by the deviation
-    entropy_coefficient: float = 0.0  # of the entropy, which is added to what is maximised
+    advantage_std: bool = True  # divide a group's advantages by their standard deviation
+    entropy_coefficient: float = 0.0  # of the entropy bonus
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
@@ -169,10 +193,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.preset:
             one_of("preset", self.preset, tuple(PRESETS))
-        one_of("policy_loss", self.policy_loss, ("ppo_clip", "gspo", "cispo", "dppo_tv"))
-        one_of("old_policy", self.old_policy, ("recomputed", "rollout"))
-        modes = ("token_mean", "sequence_mean", "sequence_sum", "constant")
-        one_of("normalize", self.normalize, modes)
+        literal_choices(self)
+        one_of("policy_loss", self.policy_loss, POLICY_LOSSES)
         require(
             (self.normalize_length > 0) == (self.normalize == "constant"),
             "normalize_length: expected at least 1 with normalize=constant and 0 otherwise, got "
@@ -219,6 +241,8 @@ class ObjectiveConfig:
 
 
 def check_ratio_bounds(lower: float, upper: float) -> None:
-    """Bounds of a ratio that keep 1, so that equal policies are never corrected."""
+    """Raises ConfigError unless the bounds of a ratio contain 1, so that equal policies are never
+    corrected.
+    """
     require(0 <= lower <= 1, f"lower: expected a ratio in [0, 1], got {lower:g}")
     require(upper >= 1, f"upper: expected a ratio of at least 1, got {upper:g}")

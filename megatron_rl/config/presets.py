@@ -1,9 +1,9 @@
-"""`objective.preset`: the published methods as sets of settings.
+"""`objective.preset`: published methods as sets of settings.
 
-`load_config` lays a preset over the defaults and under what the YAML file and the command line
-give, so that a key given by hand wins. A preset says only what makes the method; batch sizes,
-learning rates and lengths stay the run's. Presets without "dc" switch the constraint off; the gap
-is then measured only.
+`load_config` applies a preset over the defaults; settings from the YAML file or the command line
+win over it. A preset holds only the settings that define the method; batch sizes, learning rates
+and lengths are the run's own. Presets without "dc" in their name switch the constraint off, so that
+the gap is measured and not constrained.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ _NO_CONSTRAINT: dict[str, Any] = {"enabled": False}
 _TIS: dict[str, Any] = {"level": "token", "mode": "truncate", "upper": 2.0}
 
 _OBJECTIVES: dict[str, dict[str, Any]] = {
-    # arXiv 2402.03300; its KL term wants a reference: objective.kl.{coefficient,reference}
+    # arXiv 2402.03300; its KL term needs a reference: objective.kl.{coefficient,reference}
     "grpo": {
         "constraint": _NO_CONSTRAINT,
         "clip_low": 0.2,
         "clip_high": 0.2,
         "normalize": "sequence_mean",
     },
-    # arXiv 2503.14476: clip-higher, the token mean, and dynamic sampling (below); its over-long
-    # shaping wants a length: reward.overlong.buffer_tokens
+    # arXiv 2503.14476: clip-higher, the token mean, and dynamic sampling (below); its penalty on
+    # over-long responses needs a length: reward.overlong.buffer_tokens
     "dapo": {"constraint": _NO_CONSTRAINT, "clip_low": 0.2, "clip_high": 0.28},
-    # arXiv 2503.20783: neither length nor deviation weighs
+    # arXiv 2503.20783: a token's weight depends neither on the length nor on the deviation
     "dr_grpo": {
         "constraint": _NO_CONSTRAINT,
         "clip_low": 0.2,
@@ -41,14 +41,14 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
         "clip_high": 4e-4,
         "normalize": "sequence_mean",
     },
-    # arXiv 2506.13585: no lower bound; the upper one is ScaleRL's (arXiv 2510.13786)
+    # arXiv 2506.13585: no lower bound; the upper bound is ScaleRL's (arXiv 2510.13786)
     "cispo": {
         "constraint": _NO_CONSTRAINT,
         "policy_loss": "cispo",
         "clip_low": 1.0,
         "clip_high": 4.0,
     },
-    # arXiv 2602.04879, with prime-rl's bounds, against the policy that sampled
+    # arXiv 2602.04879 with prime-rl's bounds; the old policy is the one that sampled
     "dppo_tv": {
         "constraint": _NO_CONSTRAINT,
         "policy_loss": "dppo_tv",
@@ -56,9 +56,9 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
         "clip_low": 0.2,
         "clip_high": 0.2,
     },
-    # the engine as the old policy, as in PPO without a recomputation
+    # the engine as the old policy: PPO without recomputed log-probs
     "bypass": {"constraint": _NO_CONSTRAINT, "old_policy": "rollout"},
-    # truncated importance sampling (Yao et al. 2025), the bound verl's
+    # truncated importance sampling (Yao et al. 2025) with verl's bound
     "tis": {"constraint": _NO_CONSTRAINT, "importance": _TIS},
     "sequence_tis": {
         "constraint": _NO_CONSTRAINT,
@@ -74,7 +74,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
         "constraint": _NO_CONSTRAINT,
         "importance": {"level": "sequence_sum", "mode": "mask", "upper": 3.0},
     },
-    # verl's geometric rejection, with its veto
+    # verl's geometric rejection with its veto
     "geometric_rejection": {
         "constraint": _NO_CONSTRAINT,
         "rejection": {
@@ -89,7 +89,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
         "constraint": _NO_CONSTRAINT,
         "rejection": {"divergence": "k3", "level": "sequence_mean", "upper": 0.01},
     },
-    # arXiv 2606.08779: what the defaults are, said by name
+    # arXiv 2606.08779: the defaults, under a name
     "dc_grpo": {"constraint": {"enabled": True}},
     "dc_grpo_centered": {"constraint": {"enabled": True, "baseline": "batch"}},
     "dc_grpo_penalty": {"constraint": {"enabled": True, "penalty": "differentiable"}},

@@ -1,15 +1,18 @@
-"""Sampling, the engines that sample, and evaluation."""
+"""Settings of sampling, of the engines that sample, and of evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.rules import above_zero, at_least, at_most, one_of, require
+from megatron_rl.config.choices import DType, QuantizationFormat, QuantizationStrategy, TopKTies
+from megatron_rl.config.rules import above_zero, at_least, at_most, literal_choices, require
 from megatron_rl.records import MAX_SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
+    """How a response is sampled."""
+
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
@@ -26,17 +29,16 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """What the engine's weights are rounded to on their way from the learner, at every sync."""
+    """The format that the learner's weights are rounded to at every sync, before they are sent."""
 
-    # none; int8, fp8, int4: weights alone, sent in rollout.dtype; int8_w8a8: activations too
-    format: str = "none"
-    # a scale for every: channel (output), group (of group_size inputs), block (128 x 128)
-    strategy: str = "channel"
+    # none; int8, fp8, int4: only the weights, sent in rollout.dtype; int8_w8a8: activations too
+    format: QuantizationFormat = "none"
+    # one scale per output channel, per group of group_size inputs, or per block of 128 x 128
+    strategy: QuantizationStrategy = "channel"
     group_size: int = 128
 
     def __post_init__(self) -> None:
-        one_of("format", self.format, ("none", "int8", "fp8", "int4", "int8_w8a8"))
-        one_of("strategy", self.strategy, ("channel", "group", "block"))
+        literal_choices(self)
         at_least(1, group_size=self.group_size)
         require(
             self.format != "int8_w8a8" or self.strategy == "channel",
@@ -46,10 +48,12 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    num_engines: int = 1  # servers started by the run; 0 with `urls`
-    # servers already running; their token comes from MEGATRON_RL_TOKEN
+    """The engines: those that the run starts, or those that are running already."""
+
+    num_engines: int = 1  # servers that the run starts; 0 with `urls`
+    # servers that are running already; their token comes from MEGATRON_RL_TOKEN
     urls: list[str] = field(default_factory=list)
-    dtype: str = "bfloat16"  # of the engine: float32, bfloat16
+    dtype: DType = "bfloat16"  # of the engine
     kv_cache_dtype: str = "auto"  # auto (the engine's dtype), fp8
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     max_model_len: int = 0  # 0: the model's own context
@@ -57,14 +61,14 @@ class RolloutConfig:
     kv_cache_gib: float = 1.0  # CPU engines: memory for the KV cache
     gpu_memory_utilization: float = 0.8  # CUDA engines
     num_threads: int = 0  # CPU engines: OpenMP threads; 0: vLLM decides
-    port: int = 0  # first port of the started servers; 0: free ones
+    port: int = 0  # first port of the servers that the run starts; 0: free ones
     startup_timeout_seconds: float = 300.0
     request_timeout_seconds: float = 300.0
     max_retries: int = 3
     max_in_flight: int = 64  # requests, per engine
-    # which of several equal logits at rank top_k the engine keeps: all (vLLM's torch path) or as
-    # many as make exactly k, exact (its Triton path); auto: all on a CPU, exact on CUDA
-    top_k_ties: str = "auto"
+    # how many of the equal logits at rank top_k the engine keeps. all: all of them (vLLM's torch
+    # path); exact: as many as make exactly k (its Triton path); auto: all on a CPU, exact on CUDA
+    top_k_ties: TopKTies = "auto"
     extra_args: list[str] = field(default_factory=list)  # appended to the server's command line
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -74,8 +78,7 @@ class RolloutConfig:
             "num_engines: expected 1 or more and no urls, or 0 with urls of running servers, "
             f"got num_engines={self.num_engines} and {len(self.urls)} urls",
         )
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        one_of("top_k_ties", self.top_k_ties, ("auto", "all", "exact"))
+        literal_choices(self)
         require(
             self.quantization.format != "int8_w8a8" or self.dtype == "bfloat16",
             f"dtype: expected bfloat16 with quantization.format=int8_w8a8, got {self.dtype}",
@@ -116,16 +119,19 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every: int = 0  # steps between evaluations; 0: only before and after
+    """When the held-out prompts are answered, and how."""
+
+    every: int = 0  # steps between evaluations; 0: only before the first and after the last step
     num_samples: int = 8  # k of avg@k and pass@k
     at_start: bool = True
     at_end: bool = True
-    # a run's rollouts/ folder: its step 1 is scored by learner and engine at every evaluation
-    reference_rollouts: str = ""
-    num_reference: int = 256  # sequences of it, at most
+    # a run's rollouts/ folder: learner and engine score the sequences of its step 1 at every
+    # evaluation; "": none
+    fixed_rollouts: str = ""
+    num_fixed_rollouts: int = 256  # sequences of that step, at most
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
 
     def __post_init__(self) -> None:
         at_least(0, every=self.every)
-        at_least(1, num_samples=self.num_samples, num_reference=self.num_reference)
+        at_least(1, num_samples=self.num_samples, num_fixed_rollouts=self.num_fixed_rollouts)
         at_most(MAX_SAMPLES, num_samples=self.num_samples)

@@ -1,1 +1,1 @@
-"""Prompts in, packed micro-batches out; no process group, no model, no engine."""
+"""Settings in, tokenized prompts out; no process group, no model, no engine."""

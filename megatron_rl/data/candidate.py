@@ -1,4 +1,4 @@
-"""A record of a file or a task in, a question and its answer out; no tokenizer yet."""
+"""A record of a file or a task in, a question and its answer out, before tokenization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_rl.errors import DataError
 
 Messages = tuple[tuple[str, str], ...]  # (role, content), in order
 
-_FINAL_ANSWER = re.compile(r"####\s*(\S.*?)\s*$")  # the layout of GSM8K
+_FINAL_ANSWER = re.compile(r"####\s*(\S.*?)\s*$")  # as GSM8K writes it
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
@@ -30,7 +30,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where prompt and answer stand in a record, and which settings say so.
+    """Which columns of a record hold the prompt and the answer, and the settings that name them.
 
     Example: DAPO-Math-17k: `Layout(prompt_column="prompt",
     answer_column="reward_model.ground_truth")`.
@@ -41,16 +41,19 @@ class Layout:
     template: str = "{prompt}"
     prompt_key: str = "data.tasks[].prompt_column"
     answer_key: str = "data.tasks[].answer_column"
-    is_final_answer: bool = True  # of "why ... #### 42" only 42 is the answer
+    is_final_answer: bool = True  # read "why ... #### 42" as the answer 42
 
 
 def read_candidate(
     record: dict[str, Any], layout: Layout, where: str, metadata: dict[str, Any]
 ) -> Candidate:
-    """Reads prompt and answer; the template goes around the prompt, or the last user message.
+    """Reads prompt and answer, and puts the template around the prompt, or around the last message
+    of the user.
 
     Args:
         where: names the record in an error, for instance "train.jsonl, line 3".
+        metadata: becomes the candidate's.
+
     Raises:
         DataError: a column is missing or not a text; names the nearest column.
     """
@@ -62,7 +65,7 @@ def read_candidate(
 
 
 def read_messages(record: dict[str, Any], layout: Layout, where: str) -> Messages:
-    """The prompt of a record as chat messages; a plain text is one message of the user.
+    """The prompt of a record as chat messages; a plain text becomes one message of the user.
 
     Raises:
         DataError: as `read_candidate`.
@@ -84,7 +87,7 @@ def read_messages(record: dict[str, Any], layout: Layout, where: str) -> Message
     users = [number for number, (role, _) in enumerate(turns) if role == "user"]
     framed = users[-1] if users else len(turns) - 1
     role, content = turns[framed]
-    # Not str.format: a template may hold LaTeX braces of its own.
+    # Not str.format: a template may contain other braces, for instance of LaTeX.
     turns[framed] = (role, layout.template.replace("{prompt}", content))
     return tuple(turns)
 
@@ -117,7 +120,7 @@ def _lookup(record: dict[str, Any], path: str, key: str, where: str) -> Any:
 
 
 def _find(value: Any, path: str) -> Any:
-    """What a dotted path leads to: names in dicts, numbers in lists; a name may hold dots."""
+    """The value at a dotted path, of names in dicts and numbers in lists; a name may hold dots."""
     if isinstance(value, dict) and path in value:
         return value[path]
     head, dot, rest = path.partition(".")

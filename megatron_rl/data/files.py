@@ -1,7 +1,7 @@
-"""A JSONL or Parquet file in, candidates out: every row once an epoch, in an order of its own.
+"""A JSONL or Parquet file in, candidates out: every row once per epoch, in a new order each epoch.
 
-The order of an epoch is a function of (seed, epoch); position p of the stream is place p mod N of
-epoch p div N.
+The order of an epoch is a function of (seed, epoch). With N rows, position p of the stream is place
+p mod N of epoch p div N.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from megatron_rl.errors import DataError
 
 
 class FileSource:
-    """The rows of a file, all read once when it is opened, so that a bad one is known at the start.
+    """The rows of a file. All are read once when it is opened, so that a bad row is found at the
+    start of a run.
 
     Raises:
         DataError: the file is missing, empty, of another kind or malformed, or a row lacks a column
-            or holds no text in it (file and line).
+            or has no text in it (the message names file and line).
     """
 
     def __init__(self, path: str, layout: Layout) -> None:
@@ -44,14 +45,15 @@ class FileSource:
             read_candidate(record, layout, self._where(row), {})
 
     def __len__(self) -> int:
-        """Rows of one epoch."""
+        """The number of rows of one epoch."""
         return len(self._rows)
 
     def keep(self, is_kept: Callable[[Messages, str], bool]) -> None:
-        """Takes rows out of every epoch.
+        """Removes rows from every epoch.
 
         Args:
-            is_kept: given a row's prompt, and the file and line for its errors.
+            is_kept: called with a row's prompt, and with its file and line for errors.
+
         Raises:
             DataError: no row is left.
         """
@@ -68,7 +70,7 @@ class FileSource:
             )
 
     def candidate(self, seed: int, position: int, attempt: int = 0) -> Candidate:
-        """The row at a position of the shuffled stream; another attempt shuffles otherwise."""
+        """The row at a position of the shuffled stream; each attempt shuffles in its own order."""
         epoch, place = divmod(position, len(self._rows))
         order = _permutation(len(self._rows), derive_seed(seed, epoch, attempt))
         row = self._rows[int(order[place])]
@@ -144,5 +146,5 @@ def _permutation(num_rows: int, seed: int) -> np.ndarray:
 
 
 def _as_json(record: dict[str, Any]) -> dict[str, Any]:
-    # Parquet has dates, decimals and bytes; a verifier's process is spoken to in JSON.
+    # Parquet has dates, decimals and bytes; verifiers get their metadata as JSON.
     return json.loads(json.dumps(record, default=str))

@@ -1,7 +1,7 @@
-"""Which task the prompt of an index comes from, and how many of that task came before it.
+"""Which task the prompt of an index comes from, and how many prompts of that task precede it.
 
 Both are functions of (seed, index) alone, through the mixer of splitmix64 (Steele, Lea and Flood
-2014): no generator state, so the cursor of a run is just its next index.
+2014). There is no generator state, so the next index is all that a run needs to continue.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MASK = 2**64 - 1
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed of 31 bits from whole numbers; other numbers, or another order, give another one."""
+    """A seed of 31 bits from integers; other integers, or another order, give another seed."""
     state = 0
     for part in parts:
         state = int(_splitmix64(np.array([(state ^ part) & _MASK], dtype=np.uint64))[0])
@@ -24,17 +24,17 @@ def derive_seed(*parts: int) -> int:
 
 
 class Mixture:
-    """Draws a task number for each index, by weight.
+    """Draws a task number for each index, with probabilities proportional to the weights.
 
-    Example: `Mixture([3.0, 1.0], seed=0)` gives task 0 to three indices in four; `rank(i)` counts
-    how many indices below i have the task of i, which is the position in that task's own stream.
+    Example: `Mixture([3.0, 1.0], seed=0)` draws task 0 for three indices in four; `rank(i)` is the
+    number of indices below i with the same task as i, which is the position in that task's stream.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self._borders = np.cumsum(weights) / sum(weights)
         self._borders[-1] = 1.0
         self._seed = derive_seed(seed)
-        self._blocks: list[np.ndarray] = []  # [_BLOCK] int16 task numbers, as far as asked for
+        self._blocks: list[np.ndarray] = []  # [_BLOCK] int16 task numbers, drawn so far
         self._counts = [np.zeros(len(weights), dtype=np.int64)]  # of each task before a block
 
     def task(self, index: int) -> int:
@@ -61,7 +61,7 @@ class Mixture:
 
 
 def _splitmix64(values: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64 on [n] uint64, one step from each value."""
+    """The output function of splitmix64 on [n] uint64, one step after each value."""
     with np.errstate(over="ignore"):
         mixed = values + np.uint64(_GOLDEN)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""Settings in, supervised pairs of prompt and response out, for the warm start."""
+"""Settings in, pairs of prompt and response out, for the supervised warm start."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_rl.errors import DataError
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # ids of the prompt, ids of the response
 
-_WARM_START = 1  # sets its draws apart from those of the RL run with the same seed
+_WARM_START = 1  # makes its draws differ from those of the RL run with the same seed
 
 
 class PairStream:
     """The pairs of a warm start: of `warm_start.path`, or prompts and answers of `data.tasks`.
 
-    Pair number i is a function of (data.seed, i). The held-out prompts of `data.tasks` are never
-    among them. Without `data.max_prompt_tokens` the limit of a pair is the learner's row.
+    Pair number i is a function of (data.seed, i). No pair has a held-out prompt of `data.tasks`. If
+    `data.max_prompt_tokens` is 0, a prompt may be as long as the learner's row.
 
     Raises:
         ConfigError, DataError: as `PromptStream`.

@@ -1,7 +1,7 @@
 """Settings in, prompts out: the stream that a run trains on, and the prompts held out of it.
 
-Prompt number i is a function of (data.seed, i): the cursor of a run is its next index, and neither
-the number of ranks nor what was asked for before changes a prompt.
+Prompt number i is a function of (data.seed, i): the next index is all that a run needs to continue,
+and neither the number of ranks nor earlier calls change a prompt.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron_rl.data.tokenizer import PromptFormat
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.records import Prompt
 
-_MAX_ATTEMPTS = 1000  # at a training prompt that is not held out
-_DRAWS_PER_HELD_OUT = 100  # before a task counts as too small
+_MAX_ATTEMPTS = 1000  # draws of a training prompt until one is not held out
+_DRAWS_PER_HELD_OUT = 100  # draws for each held-out prompt, after which a task counts as too small
 
 
 class PromptStream:
@@ -25,7 +25,8 @@ class PromptStream:
 
     Args:
         tokenizer: a transformers tokenizer.
-        max_prompt_tokens: longest prompt; the caller resolves `data.max_prompt_tokens` = 0.
+        max_prompt_tokens: the longest prompt; the caller resolves `data.max_prompt_tokens` = 0.
+
     Raises:
         ConfigError: no task, an unknown one, or options that it does not accept.
         DataError: a file with a row that cannot be read or is too long, or too few distinct prompts
@@ -54,7 +55,7 @@ class PromptStream:
 
     @property
     def held_out_texts(self) -> frozenset[str]:
-        """The texts that training must not see."""
+        """The texts of the held-out prompts, which training must not see."""
         return self._held_out_texts
 
     def held_out(self) -> list[Prompt]:
@@ -87,7 +88,7 @@ class PromptStream:
 
     def _is_for_training(self, messages: Messages, where: str) -> bool:
         text = self._format.text(messages)
-        # A token is a byte or more (of nearly all tokenizers): most rows need no tokenizing here.
+        # A token of nearly all tokenizers is a byte or more, so most rows need no tokenization.
         if len(text.encode()) > self._max_prompt_tokens:
             self._check_length(self._format.token_ids(text), text, where)
         return text not in self._held_out_texts
@@ -101,7 +102,7 @@ class PromptStream:
         for index in range(self._config.num_held_out):
             number = mixture.task(index)
             source = self._sources[number]
-            # Of a file every row is looked at once, of a task as many as should be enough.
+            # Every row of a file is tried once; of a task, as many questions as should be enough.
             limit = (
                 len(source)
                 if isinstance(source, FileSource)
@@ -160,7 +161,7 @@ def _open_source(task: TaskConfig) -> Any:
             template=task.template,
         )
         return FileSource(task.path, layout)
-    # Imported on demand: reasoning-gym takes a second, and a run from files does without it.
+    # Imported on demand: importing reasoning-gym takes a second, and runs on files do not need it.
     from megatron_rl.data.reasoning_tasks import ReasoningSource
 
     return ReasoningSource(task)

@@ -1,7 +1,7 @@
 """A reasoning-gym task in, candidates out: an endless stream, a function of (seed, position).
 
-A data set of reasoning-gym is made for one seed and a size; positions are cut into chunks, each a
-data set with a seed of its own.
+A data set of reasoning-gym has one seed and a fixed size. So positions are divided into chunks, and
+each chunk is a data set with a seed of its own.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from megatron_rl.data.candidate import Candidate, Layout, read_candidate
 from megatron_rl.data.mixture import derive_seed
 from megatron_rl.errors import ConfigError
 
-_CHUNK = 256  # prompts of one data set; some tasks build all of them when they are made
-_NUM_KEPT = 4  # data sets
+_CHUNK = 256  # prompts of one data set; some tasks make all of them in the constructor
+_NUM_KEPT = 4  # data sets that are kept in memory
 
 
 class ReasoningSource:
     """A reasoning-gym task with its options.
 
     Raises:
-        ConfigError: an unknown task or option (with the nearest), or an option it does not accept.
+        ConfigError: an unknown task or option (the message names the nearest valid one), or options
+            that the task does not accept.
     """
 
     def __init__(self, task: TaskConfig) -> None:
@@ -49,19 +50,20 @@ class ReasoningSource:
             ) from error
 
     def candidate(self, seed: int, position: int, attempt: int = 0) -> Candidate:
-        """The question at a position; another attempt is another question.
+        """The question at a position; each attempt gives another question.
 
-        Its metadata is what `reward/reasoning_gym.py` needs to score an answer.
+        Its metadata is what `reward/verifiers/reasoning_gym.py` needs to score an answer.
 
         Raises:
             DataError: a column is missing, or not a text.
         """
         chunk, place = divmod(position, _CHUNK)
         dataset = self._dataset(derive_seed(seed, chunk, attempt))
-        # What is recorded and replayed is JSON: tuples become lists here, for every use alike.
+        # Recorded rollouts are JSON, which turns tuples into lists. Do so here too, so that live
+        # and replayed prompts are equal.
         entry = json.loads(json.dumps(dataset[place]))
         metadata = {"task": self._name, "options": self._options, "entry": entry}
-        # A task with many right answers names none.
+        # A task with many correct answers names none.
         record = {**entry, "answer": "" if entry["answer"] is None else entry["answer"]}
         return read_candidate(record, self._layout, f"task {self._name}", metadata)
 

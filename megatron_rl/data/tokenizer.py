@@ -1,4 +1,4 @@
-"""The model's tokenizer, and how a question becomes the text and the tokens of a prompt."""
+"""Loads the model's tokenizer, and turns questions into the texts and tokens of prompts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
     """The transformers tokenizer of a checkpoint folder; nothing is downloaded.
 
     Args:
-        vocab_size: rows of the model's embedding (`vocab_size` of its config.json).
+        vocab_size: number of rows of the model's embedding (`vocab_size` of its config.json).
+
     Raises:
-        DataError: no folder, no tokenizer in it, or an id that the model has no row for.
+        DataError: no folder, no tokenizer in it, or a token id beyond the model's embedding.
     """
     from transformers import AutoTokenizer
 
     folder = Path(path)
     if not path or not folder.is_dir():
         raise DataError(f"model.path: expected a checkpoint folder, got {path!r}")
-    # Without a file of its own, transformers makes an empty tokenizer up from config.json.
+    # If there is no tokenizer file, transformers makes an empty tokenizer from config.json.
     if not any((folder / name).is_file() for name in _FILES):
         raise DataError(f"{path}: expected a tokenizer ({', '.join(_FILES)}), found none")
     try:
@@ -42,10 +43,12 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
 
 
 class PromptFormat:
-    """Messages to text to tokens, by the tokenizer's chat template or without one.
+    """Turns chat messages into text and text into tokens, with the tokenizer's chat template or
+    without one.
 
     Args:
         chat_template: "auto", "always" or "never" (`data.chat_template`).
+
     Raises:
         ConfigError: "always", and the tokenizer has no chat template.
     """
@@ -61,7 +64,7 @@ class PromptFormat:
         self._is_chat = has_template and chat_template != "never"
 
     def text(self, messages: Messages) -> str:
-        """The prompt as the model reads it; without a chat template, the contents alone."""
+        """The text of a prompt; without a chat template, the contents of the messages alone."""
         if not self._is_chat:
             return "\n\n".join(content for _, content in messages)
         return self._tokenizer.apply_chat_template(
@@ -71,10 +74,10 @@ class PromptFormat:
         )
 
     def token_ids(self, text: str) -> tuple[int, ...]:
-        """[L] ids; a leading bos as the tokenizer adds it, or as the chat template wrote it."""
+        """[L] ids of a prompt; the tokenizer or the chat template adds a leading bos, if any."""
         ids = self._tokenizer(text, add_special_tokens=not self._is_chat).input_ids
         eos = self._tokenizer.eos_token_id
-        # Some tokenizers close every text; a prompt is to be gone on with.
+        # Some tokenizers end every text with eos, but a prompt is continued by the response.
         if not self._is_chat and len(ids) > 1 and ids[-1] == eos and not self._ends_with_eos(text):
             ids = ids[:-1]
         return tuple(ids)

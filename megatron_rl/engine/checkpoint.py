@@ -1,8 +1,9 @@
-"""The learner's checkpoint in, the checkpoint that an engine starts from out.
+"""The checkpoint that an engine starts from, given the learner's checkpoint.
 
-They are the same one, unless the engine holds its weights in another form than the learner
-(`rollout.quantization.format=int8_w8a8`): then it is written once, before the engine starts. What
-the engine serves comes by the weight sync in either case.
+It is the same one, unless the engine stores its weights in another format than the learner
+(`rollout.quantization.format=int8_w8a8`): then a checkpoint in that format is written once, before
+the engine starts. In either case the weights that the engine serves arrive later, by the weight
+sync.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.config import RolloutConfig
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.weights.huggingface import CheckpointReader, write_checkpoint
 from megatron_rl.weights.quantization import engine_settings, quantized
 
 
 def engine_model(config: RolloutConfig, model_path: str | Path, folder: Path) -> str:
-    """Path of the checkpoint for the engine; written to `folder` where it is not `model_path`.
+    """Path of the checkpoint for the engine: `model_path`, or `folder` if one had to be written.
 
     Raises:
-        DataError: a checkpoint that cannot be read.
+        DataError: the checkpoint cannot be read.
     """
     settings = engine_settings(config.quantization)
     if not settings:

@@ -1,15 +1,16 @@
-"""ASGI middleware in front of a vLLM server: the run's token, and no answer from a mixture of
-weights.
+"""ASGI middleware in front of a vLLM server: requires the run's token, and refuses to answer from
+weights that are being updated or may be incomplete.
 
-In: every request of the server, `--middleware megatron_rl.engine.gate.Gate`. Out: the same, or a
-refusal in JSON, `{"error": {"type": ..., "message": ...}}`. No vllm import: it knows the routes
-of vLLM 0.32 by name (vllm/entrypoints/rl/online/api_router.py).
+In: every request to the server, by `--middleware megatron_rl.engine.gate.Gate`. Out: the server's
+answer, or a refusal in JSON, `{"error": {"type": ..., "message": ...}}`. Imports no vLLM: it knows
+the routes of vLLM 0.32 by name (vllm/entrypoints/rl/online/api_router.py).
 
-vLLM loads weights in place. So from the start of an update to its successful finish nothing may
-answer from them (409 weights_updating); and after an update that failed, or was left unfinished
-for MEGATRON_RL_UPDATE_TIMEOUT seconds, the engine is *poisoned* (503 weights_poisoned) until a
-later update went through from start to finish. vLLM's own /pause lets requests hang instead, with
-no answer; and a finish after half an update succeeds.
+vLLM loads weights in place. So between the start of an update and its successful finish no request
+may be answered from them (409 weights_updating). After an update that failed, or was left
+unfinished for MEGATRON_RL_UPDATE_TIMEOUT seconds, the engine is *poisoned* (503 weights_poisoned)
+until a later update has succeeded from start to finish. Poisoned is the server's state; the model
+in its worker is then *incomplete* (sync/receive.py). vLLM alone does neither: its /pause keeps
+requests waiting without an answer, and it accepts a finish after half an update.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 START_ROUTES = ("/start_weight_update", "/start_draft_weight_update")
 FINISH_ROUTE = "/finish_weight_update"
 UPDATE_ROUTES = (*START_ROUTES, "/update_weights", FINISH_ROUTE)
-# What may answer while the weights are no good. Everything else is refused, so that a generation
-# route that a later vLLM adds is closed, not open.
+# Routes that may answer while the weights are unusable. All others are refused, so that a
+# generation route that a later vLLM adds is refused too.
 CONTROL_ROUTES = frozenset(
     {
         "/health",
@@ -63,15 +64,16 @@ CONTROL_ROUTES = frozenset(
 
 
 class Gate:
-    """One per server process. Reads MEGATRON_RL_TOKEN and MEGATRON_RL_UPDATE_TIMEOUT (seconds)
-    when it is built.
+    """The middleware, one per server process. Reads MEGATRON_RL_TOKEN and
+    MEGATRON_RL_UPDATE_TIMEOUT (seconds) when it is created.
 
-    Raises RuntimeError without a token: a server that anybody on the host may command is not
-    started.
+    Raises:
+        RuntimeError: there is no token; a server that anybody on the host can control must not
+            start.
     """
 
     def __init__(self, app: App) -> None:
-        # Taken out of the environment, so that nothing that reports the environment shows it.
+        # Removed from the environment, so that no report of the environment shows it.
         token = os.environ.pop(TOKEN_VARIABLE, "")
         if not token:
             raise RuntimeError(f"gate: expected the run's token in {TOKEN_VARIABLE}, it is not set")
@@ -81,7 +83,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)  # the server's own start and end
+            await self._app(scope, receive, send)  # startup and shutdown of the server
             return
         path = scope["path"]
         if path != "/health" and not self._is_authorized(scope):
@@ -99,7 +101,7 @@ class Gate:
         if len(values) != 1:
             return False
         scheme, _, token = values[0].partition(b" ")
-        # Digests have one length, so the comparison tells nothing about the token's.
+        # Digests have equal lengths, so the comparison does not reveal the token's length.
         return scheme.lower() == b"bearer" and hmac.compare_digest(
             _digest(token.strip()), self._token_digest
         )
@@ -115,14 +117,14 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # Before the caller can know of it: its next request meets the new state.
+                # Before the caller gets the answer, so that its next request meets the new state.
                 self._weights.end(path, status)
             await send(message)
 
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            if status == 0:  # raised or cancelled: nobody knows what it did
+            if status == 0:  # raised or cancelled: the weights may be in any state
                 self._weights.end(path, 500)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,7 +135,7 @@ class Gate:
         is_refused = False
 
         async def send_if_whole(message: Message) -> None:
-            # Asked again: an update may have started while the answer was made.
+            # Checked again: an update may have started while the answer was computed.
             nonlocal is_refused
             refusal = self._weights.refusal()
             if message["type"] == "http.response.start" and refusal is not None:
@@ -146,8 +148,8 @@ class Gate:
 
 
 class WeightState:
-    """Serving, updating or poisoned; the routes of an update tell which. Times are monotonic
-    seconds.
+    """Whether the weights are served, updated or poisoned, derived from the calls of the update
+    routes. Times are monotonic seconds.
     """
 
     def __init__(self, timeout_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -157,7 +159,7 @@ class WeightState:
         self._poison: str | None = None
 
     def refusal(self) -> tuple[int, str, str] | None:
-        """Status, type and message with which to refuse generation now; None while serving."""
+        """Status, type and message to refuse a request for samples with; None while serving."""
         self._expire()
         if self._last_call is not None:
             return 409, "weights_updating", "weights are being updated; ask again after its finish"
@@ -167,25 +169,25 @@ class WeightState:
         return None
 
     def begin(self, path: str) -> str | None:
-        """An update route was called: None to let it through, else why not."""
+        """Called when an update route is requested. None lets it through, a text says why not."""
         self._expire()
         if path not in START_ROUTES and self._last_call is None:
             if self._poison is None:
                 return f"{path}: expected /start_weight_update before it; the weights are unchanged"
             if path == FINISH_ROUTE:
                 return f"{path}: {self._poison}; start again"
-            return None  # an engine that is poisoned anyway may be told that its update is given up
+            return None  # how a sender abandons its update; the engine is poisoned already
         self._last_call = self._clock()
         return None
 
     def end(self, path: str, status: int) -> None:
-        """The same call was answered with `status`."""
+        """Called when that request is answered with `status`."""
         self._expire()
         if status >= 400:
             self._last_call = None
             self._poison = f"{path} failed with status {status}"
         elif self._last_call is None:
-            return  # too late: poisoned meanwhile
+            return  # too late: it timed out and poisoned the engine
         elif path == FINISH_ROUTE:
             self._last_call = self._poison = None
         else:

@@ -1,5 +1,5 @@
-"""The rollout engines of a config, started: for a run of its own, for `serve`, for runs that share
-them.
+"""Start the rollout engines of a config: for a training run, for `serve`, and for several runs that
+share engines.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from megatron_rl.engine.checkpoint import engine_model
 from megatron_rl.engine.server import Engine, start_engines
 from megatron_rl.records import TOKEN_VARIABLE
 
-ENGINE_MODEL = "engine_model"  # the checkpoint that quantised engines start from
+ENGINE_MODEL = "engine_model"  # folder of the checkpoint that quantised engines start from
 
 
 def start_engines_of(
     config: Config, folder: Path, *, log_dir: Path | None = None, token: str = ""
 ) -> list[Engine]:
-    """`config.rollout.num_engines` engines, without waiting for them.
+    """Start `config.rollout.num_engines` engines, without waiting for them.
 
     Args:
-        folder: of the run; what the engines need beside their model goes there.
+        folder: of the run; a checkpoint that has to be written for the engines goes there.
         log_dir: None: `folder`/logs.
-        token: "": that of MEGATRON_RL_TOKEN, or a random one.
+        token: "": the one in MEGATRON_RL_TOKEN, or a random one.
+
+    Raises:
+        DataError: the checkpoint cannot be read.
+        EngineError: a port is taken.
     """
     rollout = config.rollout
     return start_engines(

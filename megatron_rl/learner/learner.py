@@ -1,7 +1,7 @@
-"""[door: megatron] One rank of the learner: a model stage, its optimizer, and the passes over a
+"""[imports megatron] One rank of the learner: a model stage, its optimizer, and the passes over a
 batch.
 
-`Learner` is what the loops in train.py and sft.py hold; what it does stands in the files beside it.
+`Learner` is what the loops in train.py and sft.py hold; the work is done by the modules beside it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.errors import DivergenceError
+from megatron_rl.learner.batch.deal import pack_rows, split_by_sample
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.learner.model.build import build_model
 from megatron_rl.learner.model.export import full_tensors, tensor_shapes
-from megatron_rl.learner.model.optimizer import build_optimizer
-from megatron_rl.learner.passes.forward import WHOLE, RowOutput, row_output, run_schedule
-from megatron_rl.learner.passes.frozen import Reference
-from megatron_rl.learner.passes.recompute import recompute_logprobs
+from megatron_rl.learner.model.training_model import build_training_model
+from megatron_rl.learner.passes.forward import (
+    WHOLE,
+    FullRow,
+    RowOutput,
+    evaluate_rows,
+    row_output,
+    run_schedule,
+)
+from megatron_rl.learner.passes.frozen import FrozenPolicy
 from megatron_rl.ops import kernels
 from megatron_rl.ops.broken_rows import check_broken_rows
-from megatron_rl.records import MicroBatch, Truncation
+from megatron_rl.records import MicroBatch, RecomputedRow, Sample, Truncation
 from megatron_rl.weights.geometry import Geometry
 
 # Given a row's number and its output: Megatron's contract (sum, count), and anything to hand back.
@@ -48,50 +55,88 @@ class Learner:
             num_updates: optimizer steps of the whole run, for a decaying learning rate.
             temperature: of the policy, at which every log-prob of the learner is taken.
             reference_path: checkpoint of a frozen reference policy; "": none.
-            truncation: of the policy, over whose support they are taken.
+            truncation: of the policy: recomputed and policy log-probs are taken over its support.
         """
         self.geometry = geometry
         self.parallel = parallel
         self.temperature = temperature
         self.truncation = truncation
-        self.model = build_model(
-            model, geometry, parallel, use_distributed_optimizer=optimizer.distributed
-        )
-        self.optimizer, self.scheduler = build_optimizer(
-            optimizer, self.model, num_updates=num_updates
+        self.trained = build_training_model(
+            model, optimizer, geometry, parallel, num_updates=num_updates
         )
         self._reference = None
         if reference_path:
-            self._reference = Reference(reference_path, model, parallel, temperature=temperature)
+            self._reference = FrozenPolicy(reference_path, model, parallel, temperature=temperature)
 
     @property
     def learning_rate(self) -> float:
         """Of the last optimizer step."""
-        return self.optimizer.param_groups[0]["lr"]
+        return self.trained.optimizer.param_groups[0]["lr"]
 
     @property
     def logprob_backend(self) -> str:
-        """What computes log-probs here, in words: `C++ (avx512)`."""
+        """The implementation that computes log-probs here, in words: `C++ (avx512)`."""
         return kernels.backend(self.parallel.device)
 
-    def recompute(
-        self, rows: Sequence[MicroBatch], *, truncation: Truncation | None = None
-    ) -> list[torch.Tensor]:
-        """`recomputed_logprobs` at the present weights: on the last stage a [T] float32 a row,
-        elsewhere nothing. With `truncation` they are of another policy than the learner's own.
+    def recompute(self, rows: Sequence[MicroBatch]) -> list[RecomputedRow]:
+        """`recomputed_logprobs` at the present weights: on the last pipeline stage a record for
+        each row, elsewhere nothing. A collective over the ranks of a replica.
+
+        Raises:
+            DivergenceError: logits from which no log-prob can be computed. DataError: a label
+                outside the vocabulary.
         """
-        return recompute_logprobs(
-            self.model,
+        return evaluate_rows(
+            self.trained.model,
             rows,
+            RowOutput.recomputed_row,
             temperature=self.temperature,
-            truncation=self.truncation if truncation is None else truncation,
+            truncation=self.truncation,
             vocab_size=self.geometry.vocab_size,
             parallel=self.parallel,
+            name="recomputation",
         )
 
-    def reference_logprobs(self, rows: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """The frozen reference policy's, as `recompute`; nothing where there is none."""
-        return [] if self._reference is None else self._reference.logprobs(rows)
+    def full_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
+        """Log-probs over the whole distribution, whatever the policy's truncation; otherwise as
+        `recompute`.
+        """
+        return evaluate_rows(
+            self.trained.model,
+            rows,
+            RowOutput.full_row,
+            temperature=self.temperature,
+            truncation=WHOLE,
+            vocab_size=self.geometry.vocab_size,
+            parallel=self.parallel,
+            name="full log-probs",
+        )
+
+    def reference_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
+        """The full log-probs of the frozen reference policy; nothing where there is none."""
+        return [] if self._reference is None else self._reference.full_logprobs(rows)
+
+    def score_samples(
+        self, samples: Sequence[Sample], *, tokens_per_row: int
+    ) -> list[tuple[Sample, torch.Tensor]]:
+        """Full log-probs of samples that global rank 0 holds; a collective over all ranks, in which
+        every replica computes all of them.
+
+        Args:
+            samples: on rank 0; ignored elsewhere.
+        Returns:
+            On the last pipeline stage of every replica each sample with its log-probs [L] float32
+            on the CPU, aligned with its tokens, 0.0 where its loss mask is False; elsewhere
+            nothing.
+        """
+        box = [samples]
+        dist.broadcast_object_list(box, src=0, device=self.parallel.device)
+        rows = pack_rows(box[0], self.parallel, tokens_per_row, min_rows=1)
+        return [
+            pair
+            for row in self.full_logprobs(rows)
+            for pair in split_by_sample(row.micro_batch, row.full_logprobs)
+        ]
 
     def update(
         self, rows: Sequence[MicroBatch], row_loss: RowLoss, *, has_entropy_gradient: bool = False
@@ -107,8 +152,8 @@ class Learner:
             What `row_loss` handed back for each row (on the last stage; empty elsewhere), and the
             gradient's norm before clipping.
         Raises:
-            DivergenceError: the gradient's norm is not finite (on every rank), or logits that no
-                log-prob comes from. DataError: a label outside the vocabulary.
+            DivergenceError: the gradient's norm is not finite (on every rank), or logits from which
+                no log-prob can be computed. DataError: a label outside the vocabulary.
         """
 
         def on_output(
@@ -123,16 +168,17 @@ class Learner:
                 parallel=self.parallel,
                 has_entropy_gradient=has_entropy_gradient,
             )
-            # The row's loss waits for its numbers, and so nothing more waits here.
+            # The row's loss synchronises with the device anyway, so this costs no further wait.
             check_broken_rows(logits.device, f"micro-batch {index}")
             return row_loss(index, output)
 
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        results = run_schedule(self.model, rows, on_output, forward_only=False)
-        # Before the step, so that a warm-up's first step does not have a rate of 0.
-        self.scheduler.step(1)
-        _, grad_norm, _ = self.optimizer.step()
+        trained = self.trained
+        trained.model.zero_grad_buffer()
+        trained.optimizer.zero_grad()
+        results = run_schedule(trained.model, rows, on_output, forward_only=False)
+        # Before the optimizer's step, so that the first step of a warm-up has a rate above 0.
+        trained.scheduler.step(1)
+        _, grad_norm, _ = trained.optimizer.step()
         grad_norm = float(grad_norm)
         if grad_norm != grad_norm or grad_norm == float("inf"):
             raise DivergenceError(
@@ -146,10 +192,10 @@ class Learner:
         return tensor_shapes(self.geometry)
 
     def give_tensors(self) -> None:
-        """Take part in rank 0's `full_tensors`; for every other rank."""
+        """Take part in rank 0's `full_tensors`; to be called on every other rank."""
         for _ in self.full_tensors():
             pass
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights as Hugging Face tensors, on global rank 0; a collective (export.py)."""
-        return full_tensors(self.model.module, self.geometry, self.parallel)
+        return full_tensors(self.trained.model.module, self.geometry, self.parallel)

@@ -1,11 +1,12 @@
-"""The first stations of train.py: prompts in, a step's scored rollouts with their advantages out,
-on the heads of the replicas, each its own prompts; or the recorded ones of a replay.
+"""The first phases of a step: prompts, rollouts, rewards and advantages, on the heads of the
+replicas, each for its own share of the prompts.
 
-With dynamic sampling (DAPO, arXiv 2503.14476) a group without signal, whose kept responses all have
-an advantage of 0, is dropped, and as many further prompts are sampled, round after round, until
-`loop.prompts_per_step` groups are kept or `loop.dynamic_sampling.max_rounds` is reached; then the
-step learns from fewer. Which prompts a round takes depends on how many groups of all replicas were
-kept, never on which replica had them. What was dropped still counts for the mean discrepancy.
+With dynamic sampling (DAPO, arXiv 2503.14476) a group without signal, in which all kept responses
+have an advantage of 0, is dropped, and as many further prompts are sampled, round after round,
+until `loop.prompts_per_step` groups are kept or `loop.dynamic_sampling.max_rounds` is reached; the
+step then learns from fewer. Which prompts a round takes depends on how many groups all replicas
+kept together, never on which replica kept them. What was dropped still counts for the mean
+discrepancy.
 """
 
 from __future__ import annotations
@@ -15,155 +16,108 @@ from dataclasses import replace
 
 import torch
 
-from megatron_rl.config import Config
-from megatron_rl.engine.client import sampling_seed
-from megatron_rl.errors import DataError
-from megatron_rl.loop.report import NOTHING_SAMPLED, Groups, Scores
-from megatron_rl.loop.run import Run
-from megatron_rl.loop.stations import advantages_of, check_versions
-from megatron_rl.records import SampledStep
+from megatron_rl.config import Config, ObjectiveConfig
+from megatron_rl.loop.replicas import Replicas
+from megatron_rl.loop.state import LoopState
+from megatron_rl.objective.advantage import group_advantages
+from megatron_rl.records import JudgedGroup, SampledStep, Score, ScoredGroup
 from megatron_rl.reward.overlong import overlong_penalty
-from megatron_rl.rollout.recording import read_step
+from megatron_rl.reward.score import rewards_of
+from megatron_rl.rollout.source import RolloutRequest, RolloutSource
 
 
-def sample_step(run: Run) -> SampledStep:
-    """The rollouts of a step, scored; a collective. The prompts it took are for the caller to count
-    (`Run.next_prompt`).
-    """
-    return _recorded_step(run) if run.is_replay else _sample_rounds(run)
-
-
-def _sample_rounds(run: Run) -> SampledStep:
-    loop, dynamic = run.config.loop, run.config.loop.dynamic_sampling
-    rounds: list[SampledStep] = []
-    num_kept = num_prompts = 0
-    while num_kept < loop.prompts_per_step and len(rounds) < dynamic.max_rounds:
-        missing = loop.prompts_per_step - num_kept
-        rounds.append(_sample_round(run, run.next_prompt + num_prompts, missing))
-        num_prompts += missing
-        if not dynamic.enabled:
-            break
-        num_kept += _count_kept(run, rounds[-1])
-    return SampledStep(
-        groups=[group for each in rounds for group in each.groups],
-        scores=[scores for each in rounds for scores in each.scores],
-        penalties=[values for each in rounds for values in each.penalties],
-        advantages=[values for each in rounds for values in each.advantages],
-        is_kept=[values for each in rounds for values in each.is_kept],
-        num_prompts=num_prompts,
-        num_rounds=len(rounds),
-    )
-
-
-def _sample_round(run: Run, first_prompt: int, num_prompts: int) -> SampledStep:
-    """This replica's share of so many prompts."""
-    if not run.parallel.is_replica_head:
-        return NOTHING_SAMPLED
-    start, count = run.share(num_prompts)
-    prompts = run.stream.prompts(first_prompt + start, count)
-    seeds = [sampling_seed(run.config.loop.seed, run.step, prompt.index) for prompt in prompts]
-    with run.stations.time("rollout"):
-        groups = run.client.generate(
-            prompts,
-            run.config.rollout.sampling,
-            num_samples=run.config.loop.samples_per_prompt,
-            seeds=seeds,
-        )
-    check_versions(groups, run.published_version)
-    with run.stations.time("reward"):
-        scores = run.scorer.score(groups)
-    return judge(run.config, groups, scores, num_prompts=num_prompts, num_rounds=1)
-
-
-def _count_kept(run: Run, sampled: SampledStep) -> int:
-    """Groups of all replicas with anything to learn from; on every rank, each round, so that no
-    rank waits in a collective for longer than a round takes.
-    """
-    count = 0
-    if run.parallel.is_replica_head:
-        own = torch.tensor([sum(map(any, sampled.is_kept))], dtype=torch.float64)
-        count = int(run.parallel.reducer()(own, "sum"))
-    return run.parallel.from_replica_head(count)
-
-
-def _recorded_step(run: Run) -> SampledStep:
-    sampled = None
-    if run.parallel.is_replica_head:
-        groups, scores = read_step(run.replay_dir, run.step)
-        _check_recorded(run, groups)
-        start, count = run.share(len(groups))
-        own = slice(start, start + count)
-        sampled = judge(run.config, groups[own], scores[own], num_prompts=len(groups), num_rounds=0)
-    num_prompts = run.parallel.from_replica_head(sampled.num_prompts if sampled else 0)
-    return sampled or replace(NOTHING_SAMPLED, num_prompts=num_prompts)
-
-
-def _check_recorded(run: Run, groups: Groups) -> None:
-    loop = run.config.loop
-    indices = [group.prompt.index for group in groups]
-    is_dynamic = loop.dynamic_sampling.enabled
-    is_right = (
-        indices == list(range(run.next_prompt, run.next_prompt + len(groups)))
-        and all(len(group.rollouts) == loop.samples_per_prompt for group in groups)
-        and len(groups) >= loop.prompts_per_step
-        and (is_dynamic or len(groups) == loop.prompts_per_step)
-    )
-    if not is_right:
-        raise DataError(
-            f"replay={run.replay_dir}: expected step {run.step} to hold {loop.prompts_per_step} "
-            f"prompts {'or more ' if is_dynamic else ''}from prompt {run.next_prompt} on with "
-            f"{loop.samples_per_prompt} samples each (loop.prompts_per_step, "
-            "loop.samples_per_prompt, loop.dynamic_sampling), got "
-            f"{len(groups)} from prompt {indices[0] if indices else 'none'} on with "
-            f"{len(groups[0].rollouts) if groups else 0}"
-        )
-
-
-def judge(
-    config: Config, groups: Groups, scores: Scores, *, num_prompts: int, num_rounds: int
+def collect_step(
+    source: RolloutSource | None, replicas: Replicas, state: LoopState, config: Config
 ) -> SampledStep:
-    """Penalties, advantages, and what is kept: everything, but for cut responses where
-    `reward.overlong.mask_truncated` says so, and groups without signal under dynamic sampling.
+    """The rollouts of `state.step` with their rewards and advantages; a collective.
+
+    The caller advances `state.next_prompt` by the `num_prompts` of the result.
+
+    Args:
+        source: where the rollouts come from; None on every rank but the heads of the replicas.
+    """
+    loop, dynamic = config.loop, config.loop.dynamic_sampling
+    groups: list[JudgedGroup] = []
+    num_kept = num_prompts = num_rounds = 0
+    while num_kept < loop.prompts_per_step and num_rounds < dynamic.max_rounds:
+        request = RolloutRequest(
+            step=state.step,
+            first_prompt=state.next_prompt + num_prompts,
+            num_prompts=loop.prompts_per_step - num_kept,
+            weight_version=state.published_version,
+        )
+        of_round, counts = _take(source, replicas, request, config)
+        groups += of_round
+        num_prompts += counts[0]
+        num_rounds += counts[1]
+        num_kept += counts[2]
+        is_recorded = counts[1] == 0  # a recorded step holds all of its rounds
+        if is_recorded or not dynamic.enabled:
+            break
+    return SampledStep(groups=tuple(groups), num_prompts=num_prompts, num_rounds=num_rounds)
+
+
+def _take(
+    source: RolloutSource | None, replicas: Replicas, request: RolloutRequest, config: Config
+) -> tuple[list[JudgedGroup], tuple[int, int, int]]:
+    """This replica's groups of one round; and on every rank the prompts, rounds and kept groups of
+    all replicas together.
+
+    Every round ends in a collective, so that no rank waits in one for longer than a round takes.
+    """
+    groups: list[JudgedGroup] = []
+    counts = (0, 0, 0)
+    if source is not None:
+        taken = source.take(request)
+        groups = [judge(scored, config) for scored in taken.groups]
+        num_kept = torch.tensor([sum(any(each.is_kept) for each in groups)], dtype=torch.float64)
+        total = int(replicas.reducer()(num_kept, "sum"))
+        counts = (taken.num_prompts, taken.num_rounds, total)
+    return groups, replicas.from_replica_head(counts)
+
+
+def judge(scored: ScoredGroup, config: Config) -> JudgedGroup:
+    """Over-long penalties, advantages, and which responses are kept.
+
+    Everything is kept except responses that were cut, where `reward.overlong.mask_truncated` says
+    so, and whole groups without signal under dynamic sampling.
     """
     overlong, max_tokens = config.reward.overlong, config.rollout.sampling.max_tokens
-    penalties = [
-        [
-            overlong_penalty(
-                rollout.num_response_tokens,
-                max_tokens=max_tokens,
-                buffer_tokens=overlong.buffer_tokens,
-                penalty=overlong.penalty,
-            )
-            for rollout in group.rollouts
-        ]
-        for group in groups
-    ]
+    rollouts, scores = scored.group.rollouts, scored.scores
+    penalties = tuple(
+        overlong_penalty(
+            rollout.num_response_tokens,
+            max_tokens=max_tokens,
+            buffer_tokens=overlong.buffer_tokens,
+            penalty=overlong.penalty,
+        )
+        for rollout in rollouts
+    )
     shaped = [
-        [
-            replace(score, reward=score.reward + penalty)
-            for score, penalty in zip(of_group, of_penalties, strict=True)
-        ]
-        for of_group, of_penalties in zip(scores, penalties, strict=True)
+        replace(score, reward=score.reward + penalty)
+        for score, penalty in zip(scores, penalties, strict=True)
     ]
     advantages = advantages_of(config.objective, shaped)
-    is_kept = [
-        [not (overlong.mask_truncated and each.is_truncated) for each in group.rollouts]
-        for group in groups
-    ]
-    if config.loop.dynamic_sampling.enabled:
-        is_kept = [
-            [is_own and has_signal(of_group, kept) for is_own in kept]
-            for of_group, kept in zip(advantages, is_kept, strict=True)
-        ]
-    return SampledStep(
-        groups=groups,
+    is_kept = tuple(not (overlong.mask_truncated and each.is_truncated) for each in rollouts)
+    if config.loop.dynamic_sampling.enabled and not has_signal(advantages, is_kept):
+        is_kept = (False,) * len(rollouts)
+    return JudgedGroup(
+        group=scored.group,
         scores=scores,
-        penalties=penalties,
+        overlong_penalties=penalties,
         advantages=advantages,
         is_kept=is_kept,
-        num_prompts=num_prompts,
-        num_rounds=num_rounds,
     )
+
+
+def advantages_of(objective: ObjectiveConfig, scores: Sequence[Score]) -> tuple[float, ...]:
+    """[G] the advantages of one group, relative to each other."""
+    advantages = group_advantages(
+        torch.tensor(rewards_of(scores), dtype=torch.float64),
+        epsilon=objective.advantage_epsilon,
+        should_scale=objective.advantage_std,
+    )
+    return tuple(advantages.tolist())
 
 
 def has_signal(advantages: Sequence[float], is_kept: Sequence[bool]) -> bool:

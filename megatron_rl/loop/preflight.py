@@ -1,12 +1,14 @@
-"""What can be wrong with a run, found before a process is started: the settings against the model,
-the data, the checkpoints and the hosts that are there.
+"""What can be wrong with a run, found before any process is started: the settings are compared with
+the model, the data, the checkpoints and the hosts that are there.
 
 Rules between settings alone stand in `config/`.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,50 @@ from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.learner.model.checkpoint import latest_checkpoint
+from megatron_rl.learner.layout.parallel import check_world_size
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.records import Truncation
+from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
-REFERENCE_STEP = 1  # the step of eval.reference_rollouts that is scored
+FIXED_STEP = 1  # the step of eval.fixed_rollouts that is scored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What a run starts from, once it was checked.
+
+    Example: `Preflight(geometry=Geometry(...), tokenizer=..., stream=PromptStream(...),
+    verifiers={"chain_sum": "exact"}, checkpoint=Path("runs/a/checkpoints/step_000012"))`.
+    """
+
+    geometry: Geometry
+    tokenizer: Any  # of transformers
+    stream: PromptStream
+    verifiers: dict[str, str]  # by source
+    checkpoint: Path | None  # to resume from
+
+
+def preflight(config: Config) -> Preflight:
+    """Check everything that can be checked before a process is started.
+
+    Raises:
+        ConfigError, DataError: what is wrong, and where to change it.
+    """
+    geometry, tokenizer, stream = prepare_data(config)
+    check_world_size(config.parallel)
+    verifiers = resolve_verifiers(config.data.tasks)
+    check_replay(config)
+    check_engine_place(config)
+    check_fixed_rollouts(config)
+    return Preflight(
+        geometry=geometry,
+        tokenizer=tokenizer,
+        stream=stream,
+        verifiers=verifiers,
+        checkpoint=checkpoint_to_resume(config),
+    )
 
 
 def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
@@ -105,24 +145,45 @@ def check_replay(config: Config) -> None:
         )
 
 
-def check_reference_rollouts(config: Config) -> None:
-    """ConfigError where `eval.reference_rollouts` cannot be scored with these settings."""
-    folder, sampling = config.eval.reference_rollouts, config.rollout.sampling
+def check_fixed_rollouts(config: Config) -> None:
+    """ConfigError where `eval.fixed_rollouts` cannot be scored with these settings."""
+    folder, sampling = config.eval.fixed_rollouts, config.rollout.sampling
     if not folder:
         return
-    first = Path(folder) / f"step_{REFERENCE_STEP:06d}.rank0.safetensors"
+    first = Path(folder) / f"step_{FIXED_STEP:06d}.rank0.safetensors"
     if not first.is_file():
         raise ConfigError(
-            f"eval.reference_rollouts={folder}: expected a run's rollouts/ folder with its step "
-            f"{REFERENCE_STEP}, {first.name} is not there"
+            f"eval.fixed_rollouts={folder}: expected a run's rollouts/ folder with its step "
+            f"{FIXED_STEP}, {first.name} is not there"
         )
     # An engine scores given tokens over the whole vocabulary at temperature 1.
     if sampling.temperature != 1 or truncation_of(config.rollout, "cpu").is_active:
         raise ConfigError(
-            "eval.reference_rollouts: expected rollout.sampling with temperature=1 and nothing "
+            "eval.fixed_rollouts: expected rollout.sampling with temperature=1 and nothing "
             f"truncated, got temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, "
             f"top_k={sampling.top_k}, min_p={sampling.min_p:g}"
         )
+
+
+def check_same_data(saved: dict[str, Any], config: Config, folder: Path) -> None:
+    """ConfigError where a checkpoint's cursor would point into another stream of prompts."""
+    present = data_settings(config)
+    changed = [key for key in present if saved.get(key) != present[key]]
+    if changed:
+        raise ConfigError(
+            f"resume: expected the data settings of {folder}, got others in data.{changed[0]}: "
+            f"{saved.get(changed[0])!r} became {present[changed[0]]!r}; choose another run_dir"
+        )
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide which prompt an index stands for, and its seed; plain JSON values.
+
+    A checkpoint keeps them, because its cursor is an index into that stream of prompts.
+    """
+    settings = asdict(config.data) | {"sampling_seed": config.loop.seed}
+    del settings["max_prompt_tokens"]
+    return json.loads(json.dumps(settings))
 
 
 def check_engine_place(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""The metrics of a step: what rollouts and scores amount to, over all replicas, and one line of it.
+"""One line of metrics a step: what is known already, and what the rollouts and scores amount to.
 
 What a verifier could not score (a timeout, a crash) is counted as a failure and left out of every
 other rate: it is neither wrong nor badly formatted.
@@ -6,101 +6,83 @@ other rate: it is neither wrong nor badly formatted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
-from megatron_rl.loop.run import Run
-from megatron_rl.observe.metrics import Max, Mean, Metric, Sum, reduce
-from megatron_rl.records import RolloutGroup, SampledStep, Score
+from megatron_rl.loop.replicas import Replicas
+from megatron_rl.observe.metrics import Max, Metric, Sum, mean_of, reduce
+from megatron_rl.observe.recorder import Recorder
+from megatron_rl.observe.stopwatch import Stopwatch
+from megatron_rl.records import SampledStep
 
-Groups = Sequence[RolloutGroup]
-Scores = Sequence[Sequence[Score]]
-Advantages = Sequence[Sequence[float]]
-
-NOTHING_SAMPLED = SampledStep(
-    groups=(), scores=(), penalties=(), advantages=(), is_kept=(), num_prompts=0, num_rounds=0
-)
-# What makes a step; evaluation and checkpoints do not slow the tokens down.
-STEP_STATIONS = ("rollout", "reward", "learner", "sync")
+NOTHING_SAMPLED = SampledStep(groups=(), num_prompts=0, num_rounds=0)
+# The phases that a step consists of; evaluations and checkpoints do not count against its speed.
+STEP_PHASES = ("rollout", "reward", "learner", "sync")
 
 
 def write_metrics(
-    run: Run, *known: Mapping[str, float], sampled: SampledStep = NOTHING_SAMPLED
+    recorder: Recorder,
+    stopwatch: Stopwatch,
+    replicas: Replicas,
+    sources: Collection[str],
+    step: int,
+    *known: Mapping[str, float],
+    sampled: SampledStep = NOTHING_SAMPLED,
 ) -> None:
-    """One line of metrics for the step: what is known already, and the rollouts' own figures.
+    """Record the metrics of a step; a collective over the heads of the replicas, from which rank 0
+    writes.
 
-    A checkpoint is written after its step's line, so its seconds stand in the next one.
+    Args:
+        stopwatch: gives the seconds by phase since the last line. A checkpoint is written after its
+            step's line, so its seconds stand in the next one.
+        sources: names of all tasks and files; with several, the reward of each is told.
+        known: figures that are final already, the same on every head.
+        sampled: this replica's rollouts; nothing for an evaluation before the first step.
     """
-    if not run.parallel.is_replica_head:
+    if not replicas.is_replica_head:
         return
-    own = rollout_metrics(sampled, sources=run.verifiers)
-    metrics = reduce(own, run.parallel.reducer())
+    metrics = reduce(rollout_metrics(sampled, sources=sources), replicas.reducer())
     for each in known:
         metrics |= each
-    seconds = run.stations.take()
-    metrics |= {f"speed/seconds/{station}": value for station, value in seconds.items()}
-    if metrics["rollout/num_tokens"] == 0:  # a line of its own for the evaluation at the start
+    seconds = stopwatch.take()
+    metrics |= {f"speed/seconds/{phase}": value for phase, value in seconds.items()}
+    if metrics["rollout/num_tokens"] == 0:  # an evaluation has a line of its own
         del metrics["rollout/num_tokens"], metrics["rollout/num_prompts"]
     else:
-        spent = sum(seconds.get(station, 0.0) for station in STEP_STATIONS)
+        spent = sum(seconds.get(phase, 0.0) for phase in STEP_PHASES)
         metrics["speed/tokens_per_second"] = metrics["rollout/num_tokens"] / spent
-    run.recorder.write(run.step, metrics)
+    recorder.write(step, metrics)
 
 
 def rollout_metrics(sampled: SampledStep, *, sources: Collection[str]) -> dict[str, Metric]:
-    """Reward, advantage, lengths and rates of one replica's groups, to be reduced over the
-    replicas; with several sources, the reward of each. Over everything that was sampled;
-    `rollout/kept_rate/mean` is the share that is learnt from.
+    """Rewards, advantages, lengths and rates of one replica's groups, to be reduced over the
+    replicas. They are over everything that was sampled; `rollout/kept_rate/mean` is the share that
+    is learnt from.
     """
-    groups, scores, advantages = sampled.groups, sampled.scores, sampled.advantages
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    flat = [score for of_group in scores for score in of_group]
-    scored = [score for score in flat if score.failure is None]
+    groups = sampled.groups
+    rollouts = [rollout for each in groups for rollout in each.group.rollouts]
+    every = [score for each in groups for score in each.scores]
+    scored = [score for score in every if score.failure is None]
     lengths = [rollout.num_response_tokens for rollout in rollouts]
+    advantages = [value for each in groups for value in each.advantages]
+    penalties = [value for each in groups for value in each.overlong_penalties]
     metrics: dict[str, Metric] = {
         "reward/mean": mean_of([score.reward for score in scored]),
         "reward/format_rate/mean": mean_of([score.is_formatted for score in scored]),
-        "reward/failure_rate/mean": mean_of([score.failure is not None for score in flat]),
-        "reward/groups_with_signal/mean": mean_of([any(each) for each in advantages]),
-        "advantage/abs/mean": mean_of([abs(value) for each in advantages for value in each]),
+        "reward/failure_rate/mean": mean_of([score.failure is not None for score in every]),
+        "reward/groups_with_signal/mean": mean_of([any(each.advantages) for each in groups]),
+        "advantage/abs/mean": mean_of([abs(value) for value in advantages]),
         "rollout/response_tokens/mean": mean_of(lengths),
         "rollout/response_tokens/max": Max(max(lengths, default=float("-inf"))),
         "rollout/truncation_rate/mean": mean_of([each.is_truncated for each in rollouts]),
         "rollout/num_tokens": Sum(float(sum(lengths))),
         "rollout/num_prompts": Sum(float(len(groups))),
         "rollout/num_rounds": Max(sampled.num_rounds or float("-inf")),
-        "rollout/kept_rate/mean": mean_of([kept for each in sampled.is_kept for kept in each]),
-        "reward/overlong_penalty/mean": mean_of([p for each in sampled.penalties for p in each]),
+        "rollout/kept_rate/mean": mean_of([kept for each in groups for kept in each.is_kept]),
+        "reward/overlong_penalty/mean": mean_of(penalties),
     }
     if len(sources) > 1:
         for source in sources:
-            own = [
-                score.reward
-                for group, of_group in zip(groups, scores, strict=True)
-                for score in of_group
-                if group.prompt.source == source and score.failure is None
-            ]
-            metrics[f"reward/{source}/mean"] = mean_of(own)
+            own = [each for each in groups if each.group.prompt.source == source]
+            rewards = [s.reward for each in own for s in each.scores if s.failure is None]
+            metrics[f"reward/{source}/mean"] = mean_of(rewards)
     return metrics
-
-
-def evaluation_metrics(groups: Groups, scores: Scores, num_samples: int) -> dict[str, Metric]:
-    """avg@k and pass@k of one replica's share of the held-out prompts, and their rates."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    flat = [score for of_group in scores for score in of_group]
-    scored = [[score for score in each if score.failure is None] for each in scores]
-    known = [score for each in scored for score in each]
-    return {
-        f"eval/avg_at_{num_samples}": mean_of([score.is_correct for score in known]),
-        f"eval/pass_at_{num_samples}": mean_of(
-            [any(score.is_correct for score in each) for each in scored if each]
-        ),
-        "eval/reward/mean": mean_of([score.reward for score in known]),
-        "eval/format_rate/mean": mean_of([score.is_formatted for score in known]),
-        "eval/truncation_rate/mean": mean_of([each.is_truncated for each in rollouts]),
-        "eval/failure_rate/mean": mean_of([score.failure is not None for score in flat]),
-    }
-
-
-def mean_of(values: Sequence[float | bool]) -> Mean:
-    """The mean of this rank's values, to be reduced with the other ranks'."""
-    return Mean(sum=float(sum(values)), count=len(values))

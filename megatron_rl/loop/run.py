@@ -1,259 +1,257 @@
-"""A run put together: engines, learner, prompts, scorer, publisher and recorder, each on the ranks
-that need it.
+"""Start a run: engines, learner, prompts, scorer, publisher and recorder, each on the ranks that
+need it.
 
-What can be wrong with the settings, the data and the checkpoint is found before a process is
-started (preflight.py). Engines start first and load while the learner does.
+What can be wrong with the settings, the data and the checkpoint is found before any process is
+started (preflight.py). The engines start first and load their model while the learner loads its
+own.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any
-
-import torch.distributed as dist
 
 from megatron_rl.config import Config
 from megatron_rl.config.file import save_config
-from megatron_rl.engine.client import RolloutClient
+from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.server import Engine, check_given, given_addresses
 from megatron_rl.engine.start import start_engines_of
-from megatron_rl.errors import ConfigError
-from megatron_rl.learner.layout.parallel import (
-    Parallel,
-    check_world_size,
-    initialize_parallel,
-    shut_down_parallel,
-)
+from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
-from megatron_rl.learner.model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from megatron_rl.learner.update.dual import build_dual
-from megatron_rl.loop.preflight import (
-    check_engine_place,
-    check_reference_rollouts,
-    check_replay,
-    checkpoint_to_resume,
-    prepare_data,
-    truncation_of,
-)
+from megatron_rl.learner.model.checkpoint import load_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
+from megatron_rl.loop.evaluate import Evaluator
+from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
+from megatron_rl.loop.preflight import Preflight, check_same_data, preflight, truncation_of
+from megatron_rl.loop.state import LoopState, initial_state
 from megatron_rl.observe.recorder import Recorder
-from megatron_rl.observe.stopwatch import Stations
+from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.process.command import Progress
 from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import EngineAddress
 from megatron_rl.reward.score import Scorer
-from megatron_rl.reward.verifiers import resolve_verifiers
+from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.recording import truncate_after
+from megatron_rl.rollout.replay import ReplaySource
+from megatron_rl.rollout.single_turn import SingleTurn
+from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.sync.publish import Publisher
 
-SYNC_LOG = "sync.jsonl"
-# Until a guard has noticed its server's death; the connection breaks before.
+# Until a guard has noticed the death of its server; the connection breaks earlier.
 DEATH_SECONDS = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """All that one rank of a training run holds; a context manager that ends what it started."""
+    """The parts of a run on one rank; what a rank has no use for is None.
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        self.config = config
-        self.run_dir = Path(config.run_dir)
-        self.stations = Stations(on_enter=lambda station: self.recorder.station(station))
-        self.step = 0
-        self.published_version = 0  # of the weights that the engines serve
-        progress.describe = self._describe
-        self._stack = ExitStack()
-        self._engines: list[Engine] = []
-        self.geometry, self.tokenizer, self.stream = prepare_data(config)
-        check_world_size(config.parallel)
-        self.verifiers = resolve_verifiers(config.data.tasks)
-        self.is_replay = bool(config.replay)
-        self.replay_dir = Path(config.replay)
-        check_replay(config)
-        check_engine_place(config)
-        check_reference_rollouts(config)
-        self._checkpoint = checkpoint_to_resume(config)
+    Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
+    state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...), sources=("chain_sum",),
+    engine_urls=("http://127.0.0.1:18400",), was_resumed=False, source=None, evaluator=None,
+    link=None)`.
+    """
 
-    def __enter__(self) -> Run:
-        try:
-            self._start()
-        except BaseException:
-            self._stack.__exit__(*sys.exc_info())
-            raise
-        return self
+    config: Config
+    learner: Learner
+    state: LoopState
+    recorder: Recorder  # writes on rank 0 alone
+    stopwatch: Stopwatch
+    sources: tuple[str, ...]  # names of the tasks and files that prompts come from
+    engine_urls: tuple[str, ...]  # on every rank; empty in a replay
+    was_resumed: bool  # from a checkpoint
+    source: RolloutSource | None  # on the heads of the replicas
+    evaluator: Evaluator | None  # on the heads of the replicas, unless rollouts are replayed
+    link: EngineLink | None  # on rank 0, unless rollouts are replayed
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
 
-    def _start(self) -> None:
-        config = self.config
-        is_first = int(os.environ.get("RANK", "0")) == 0
+@contextmanager
+def start_run(config: Config, progress: Progress) -> Iterator[Run]:
+    """Start what this rank needs and end it afterwards.
+
+    Raises:
+        ConfigError, DataError: settings, data or a checkpoint that cannot work.
+        EngineError: an engine does not start.
+    """
+    checked = preflight(config)
+    run_dir, is_first = Path(config.run_dir), int(os.environ.get("RANK", "0")) == 0
+    state = initial_state(config.objective.constraint)
+    with ExitStack() as stack:
+        engines: list[Engine] = []
         if is_first:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.run_dir / "config.yaml")
-            if not self.is_replay:
-                self._start_engines()
-        self.parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
-        # Not after an error: the other ranks would see a closed connection, and tell of that first.
-        self._stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
-        self.learner = Learner(
-            config.model,
-            config.learner.optimizer,
-            self.geometry,
-            self.parallel,
-            num_updates=config.loop.num_steps * config.learner.mini_batches_per_step,
-            temperature=config.rollout.sampling.temperature,
-            reference_path=config.objective.kl.reference,
-            truncation=truncation_of(config.rollout, self.parallel.device.type),
-        )
-        self.dual = build_dual(config.objective.constraint)
-        self.next_prompt = 0
-        self._resume()
-        self.recorder = self._stack.enter_context(
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, run_dir / "config.yaml")
+            if not config.replay:
+                engines = _start_engines(config, stack)
+        parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
+        # Not after an error: the other ranks would see a closed connection and report that first.
+        stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
+        learner = _build_learner(config, checked, parallel)
+        if checked.checkpoint is not None:
+            _resume(checked.checkpoint, learner, state, config)
+        if is_first and not config.replay:
+            _forget_later_steps(run_dir, state.step)
+        recorder = stack.enter_context(
             Recorder(
-                self.run_dir,
-                rank=self.parallel.rank,
+                run_dir,
+                rank=parallel.rank,
                 num_steps=config.loop.num_steps,
-                last_step=self.step if self.was_resumed else -1,
+                last_step=-1 if checked.checkpoint is None else state.step,
             )
         )
-        if self.parallel.is_replica_head and not self.is_replay:
-            self.scorer = self._stack.enter_context(Scorer(config.reward, self.verifiers))
-        self._connect()
-        self.recorder.say(f"log-probs: {self.learner.logprob_backend}")
+        stopwatch = Stopwatch(on_enter=recorder.phase)
+        progress.describe = partial(_describe, run_dir, state, stopwatch)
+        addresses = _addresses(config, engines, parallel)
+        source, evaluator, link = _connect(
+            config, checked, parallel, stopwatch, addresses, engines=engines, stack=stack
+        )
+        recorder.say(f"log-probs: {learner.logprob_backend}")
+        yield Run(
+            config=config,
+            learner=learner,
+            state=state,
+            recorder=recorder,
+            stopwatch=stopwatch,
+            sources=tuple(checked.verifiers),
+            engine_urls=tuple(address.url for address in addresses),
+            was_resumed=checked.checkpoint is not None,
+            source=source,
+            evaluator=evaluator,
+            link=link,
+        )
 
-    def _start_engines(self) -> None:
-        self._engines = start_engines_of(self.config, self.run_dir)
-        for engine in self._engines:
-            self._stack.callback(engine.stop)
-            register_cleanup(engine.stop)
 
-    def _connect(self) -> None:
-        """Wait for the engines and tell every replica's head where they are."""
-        addresses: list[EngineAddress] = []
-        if self.parallel.rank == 0 and not self.is_replay:
-            for engine in self._engines:
-                engine.wait_ready()
-            addresses = [engine.address for engine in self._engines]
-            given = given_addresses(self.config.rollout)
-            check_given(given)
-            addresses += given
-        box: list[Any] = [addresses]
-        dist.broadcast_object_list(box, src=0, device=self.parallel.device)
-        self.addresses: Sequence[EngineAddress] = box[0]
-        if self.parallel.rank == 0 and not self.is_replay:
-            # Weights travel in the engine's dtype.
-            self.publisher = self._stack.enter_context(
-                Publisher(
-                    self.addresses,
-                    self.config.sync,
-                    wire_dtype=DTYPES[self.config.rollout.dtype],
-                )
-            )
-        if self.parallel.is_replica_head and not self.is_replay:
-            self.client = RolloutClient(
-                self.addresses, self.config.rollout, decode=self._decode, check=self.check_engines
-            )
+def _start_engines(config: Config, stack: ExitStack) -> list[Engine]:
+    engines = start_engines_of(config, Path(config.run_dir))
+    for engine in engines:
+        stack.callback(engine.stop)
+        register_cleanup(engine.stop)
+    return engines
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def check_engines(self) -> None:
-        """EngineError where an engine that this rank started has died."""
-        for engine in self._engines:
+def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Learner:
+    return Learner(
+        config.model,
+        config.learner.optimizer,
+        checked.geometry,
+        parallel,
+        num_updates=config.loop.num_steps * config.learner.mini_batches_per_step,
+        temperature=config.rollout.sampling.temperature,
+        reference_path=config.objective.kl.reference,
+        truncation=truncation_of(config.rollout, parallel.device.type),
+    )
+
+
+def _resume(folder: Path, learner: Learner, state: LoopState, config: Config) -> None:
+    saved = load_checkpoint(folder, learner.trained)
+    check_same_data(saved["data"], config, folder)
+    state.load_state_dict(saved)
+
+
+def _forget_later_steps(run_dir: Path, step: int) -> None:
+    """Delete what an interrupted process recorded of steps that are done again."""
+    truncate_after(run_dir / "rollouts", step)
+    truncate_after(run_dir / "rollouts" / "eval", step)
+    cut_sync_log(run_dir / SYNC_LOG, step)
+
+
+def _connect(
+    config: Config,
+    checked: Preflight,
+    parallel: Parallel,
+    stopwatch: Stopwatch,
+    addresses: Sequence[EngineAddress],
+    *,
+    engines: Sequence[Engine],
+    stack: ExitStack,
+) -> tuple[RolloutSource | None, Evaluator | None, EngineLink | None]:
+    """What this rank asks the engines with."""
+    if not parallel.is_replica_head:
+        return None, None, None
+    if config.replay:
+        return ReplaySource(Path(config.replay), config.loop, share=parallel.share), None, None
+
+    def check_engines() -> None:
+        for engine in engines:
             engine.check()
 
-    def check_engines_after_failure(self) -> None:
-        """EngineError, with its last words, where a call failed because its engine has died."""
+    def decode(token_ids: Sequence[int]) -> str:
+        return checked.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    pool = HttpEnginePool(addresses, config.rollout, check=check_engines)
+    environment = SingleTurn(decode)
+    scorer = stack.enter_context(Scorer(config.reward, checked.verifiers))
+    source = LiveSource(
+        checked.stream.prompts,
+        environment,
+        pool,
+        partial(scorer.score, with_group_verifier=True),
+        sampling=config.rollout.sampling,
+        num_samples=config.loop.samples_per_prompt,
+        seed=config.loop.seed,
+        share=parallel.share,
+        time=stopwatch.time,
+    )
+    evaluator = Evaluator(
+        pool=pool,
+        environment=environment,
+        score=scorer.score,
+        score_texts=scorer.score_texts,
+        held_out=tuple(checked.stream.held_out()),
+        folder=Path(config.run_dir) / "rollouts" / "eval",
+        replica=parallel.dp_rank,
+        num_replicas=parallel.dp_size,
+        share=parallel.share,
+        all_reduce=parallel.reducer(),
+    )
+    if parallel.rank != 0:
+        return source, evaluator, None
+
+    def check_after_failure() -> None:
         time.sleep(DEATH_SECONDS)
-        self.check_engines()
+        check_engines()
 
-    def _resume(self) -> None:
-        """Take up where the latest checkpoint stands, if there is one and the config wants it."""
-        folder = self._checkpoint
-        self.was_resumed = folder is not None
-        if folder is not None:
-            state = load_checkpoint(folder, self.learner)
-            check_same_data(state["data"], self.config, folder)
-            self.step = state["step"]
-            self.next_prompt = state["next_prompt"]
-            self.dual.load_state_dict(state["dual"])
-        if self.parallel.rank == 0 and not self.is_replay:
-            truncate_after(self.run_dir / "rollouts", self.step)
-            truncate_after(self.run_dir / "rollouts" / "eval", self.step)
-            cut_sync_log(self.run_dir / SYNC_LOG, self.step)
-
-    def save(self) -> None:
-        """Write a checkpoint of the step that has just ended."""
-        save_checkpoint(
-            self.run_dir / "checkpoints",
-            self.learner,
-            {
-                "step": self.step,
-                "next_prompt": self.next_prompt,
-                "dual": self.dual.state_dict(),
-                "data": data_settings(self.config),
-            },
-            step=self.step,
-            keep=self.config.checkpoint.keep,
-        )
-
-    def steps(self) -> Iterator[int]:
-        """The steps that are still to do, 1 to `loop.num_steps`."""
-        while self.step < self.config.loop.num_steps:
-            self.step += 1
-            yield self.step
-
-    def _describe(self) -> str:
-        latest = latest_checkpoint(self.run_dir / "checkpoints")
-        go_on = (
-            f"resume=auto goes on after {latest.name}"
-            if latest
-            else "no checkpoint was written yet"
-        )
-        return f"in step {self.step}, station {self.stations.current or 'start'}; {go_on}"
-
-    def share(self, count: int) -> tuple[int, int]:
-        """First and number of this replica's items, of `count` that all replicas share."""
-        parallel: Parallel = self.parallel
-        start = count * parallel.dp_rank // parallel.dp_size
-        return start, count * (parallel.dp_rank + 1) // parallel.dp_size - start
+    publisher = stack.enter_context(
+        # Weights travel in the engines' dtype.
+        Publisher(addresses, config.sync, wire_dtype=DTYPES[config.rollout.dtype])
+    )
+    link = EngineLink(
+        publisher=publisher,
+        pool=pool,
+        environment=environment,
+        prompts=checked.stream.prompts,
+        log=Path(config.run_dir) / SYNC_LOG,
+        check_after_failure=check_after_failure,
+    )
+    return source, evaluator, link
 
 
-def data_settings(config: Config) -> dict[str, Any]:
-    """What the meaning of a prompt's index, and of its seed, depends on; plain JSON values."""
-    settings = asdict(config.data) | {"sampling_seed": config.loop.seed}
-    del settings["max_prompt_tokens"]
-    return json.loads(json.dumps(settings))
-
-
-def check_same_data(saved: dict[str, Any], config: Config, folder: Path) -> None:
-    """ConfigError where a checkpoint's cursor would point into another stream of prompts."""
-    present = data_settings(config)
-    changed = [key for key in present if saved.get(key) != present[key]]
-    if changed:
-        raise ConfigError(
-            f"resume: expected the data settings of {folder}, got others in data.{changed[0]}: "
-            f"{saved.get(changed[0])!r} became {present[changed[0]]!r}; choose another run_dir"
-        )
-
-
-def cut_sync_log(path: Path, step: int) -> None:
-    """Drop the updates of `step` and later ones, which are published again, and a last line that a
-    killed process left torn.
+def _addresses(
+    config: Config, engines: Sequence[Engine], parallel: Parallel
+) -> Sequence[EngineAddress]:
+    """Of the engines that this run started, once they answer, and of those it was given; a
+    collective.
     """
-    if path.is_file():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-        path.write_text("".join(line for line in whole if json.loads(line)["version"] < step))
+    addresses: list[EngineAddress] = []
+    if parallel.rank == 0 and not config.replay:
+        for engine in engines:
+            engine.wait_ready()
+        given = given_addresses(config.rollout)
+        check_given(given)
+        addresses = [*(engine.address for engine in engines), *given]
+    return parallel.from_first_rank(addresses)
+
+
+def _describe(run_dir: Path, state: LoopState, stopwatch: Stopwatch) -> str:
+    """Where the run was, for the last line that a signal leaves."""
+    latest = latest_checkpoint(run_dir / "checkpoints")
+    if latest is None:
+        outlook = "no checkpoint was written yet"
+    else:
+        outlook = f"resume=auto continues after {latest.name}"
+    return f"in step {state.step}, phase {stopwatch.current or 'start'}; {outlook}"

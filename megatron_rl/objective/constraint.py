@@ -1,43 +1,43 @@
-"""The mean gap of a step comes in, the penalty that shapes the next step's advantages goes out
+"""The constraint on the discrepancy, its dual variable lambda and the penalty that lambda weighs
 (DCMDP, arXiv 2606.08779).
 
 Maximise reward subject to `E[delta] <= c`. Its Lagrangian has one dual variable,
 `lambda <- clip(lambda + eta * (delta_bar - c), lambda_min, lambda_max)`, stepped once a training
-step. It weighs a penalty on every token, in one of two forms:
+step. Lambda weighs a penalty on every token, in one of two forms:
 
     shaping:         A'[t] = A[t] - lambda * g(delta[t]),   delta = |p_train - p_inf|, no gradient
     differentiable:  loss[t] + lambda * g(|p_theta - p_inf|), gradient through p_theta
 
-with g(delta) = delta, or max(delta - c, 0) where the gate is the token's. The lambda that weighs
-a batch's penalty is the one from before that batch's dual step.
+with g(delta) = delta, or max(delta - c, 0) with gate=token. The lambda that weighs a batch's
+penalty is the one from before that batch's dual step.
 
 Shaping lowers the advantages by lambda * mean g. On the policy's own samples that has no gradient
-in expectation; on samples of other weights it pushes the policy away from what they sampled. A
-baseline, g(delta[t]) - mean g in the place of g, takes that push away. What stays is that delta has
-no direction: shaping lowers a token's probability also where p_train is below p_inf already, where
-the differentiable penalty raises it.
+in expectation; on samples of other weights it pushes the policy away from them. A baseline, which
+replaces g(delta[t]) by g(delta[t]) - mean g, removes that push. It does not change that delta has
+no sign: shaping lowers a token's probability even where p_train is already below p_inf, while the
+differentiable penalty raises it there.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from megatron_rl.config.choices import Gate
 from megatron_rl.errors import ConfigError, DataError, DivergenceError
-from megatron_rl.objective.tolerance import MeasuredTolerance
+from megatron_rl.objective.tolerance import CalibratedTolerance
 
-PENALTIES = ("shaping", "differentiable")
-GATES = ("batch", "mean", "token")
+GATES = get_args(Gate)
 _WHERE = "change it under objective.constraint"
 
 
 class DualVariable:
-    """lambda: a Python float, so every rank that feeds the same mean holds the same bits.
+    """lambda: a Python float, so ranks that update with the same mean hold the same bits.
 
-    With a tolerance that is still to be measured it is at rest: `penalty` is 0, and `update` only
-    measures, until the tolerance is frozen.
+    While its tolerance is being calibrated it is at rest: `effective_value` is 0, and `update`
+    passes the mean to the calibration and leaves lambda as it is.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class DualVariable:
         maximum: float = 10.0,
         *,
         warmup_steps: int = 0,
-        measured: MeasuredTolerance | None = None,
+        calibration: CalibratedTolerance | None = None,
     ) -> None:
         """
         Args:
@@ -58,7 +58,7 @@ class DualVariable:
             tolerance: c, the mean gap in probability that is allowed, at least 0.
             minimum, maximum: where lambda is projected to; 0 <= minimum <= maximum.
             warmup_steps: dual steps over which eta rises linearly to `learning_rate`; 0: none.
-            measured: replaces `tolerance` by one that is measured over the first steps.
+            calibration: replaces `tolerance` by one that is calibrated over the first steps.
 
         Raises:
             ConfigError: a value outside these.
@@ -87,22 +87,22 @@ class DualVariable:
         self.minimum = float(minimum)
         self.maximum = float(maximum)
         self.warmup_steps = warmup_steps
-        self.measured = measured
-        self.num_updates = 0  # dual steps, those at rest not counted
+        self.calibration = calibration
+        self.num_updates = 0  # dual steps, not counting updates at rest
 
     @property
     def is_at_rest(self) -> bool:
-        """The tolerance is still being measured."""
-        return self.measured is not None and self.measured.value is None
+        """The tolerance is still being calibrated."""
+        return self.calibration is not None and self.calibration.value is None
 
     @property
-    def penalty(self) -> float:
-        """What weighs the next batch's penalty: lambda, or 0 at rest."""
+    def effective_value(self) -> float:
+        """The weight of the next batch's penalty: lambda, or 0 at rest."""
         return 0.0 if self.is_at_rest else self.value
 
     def update(self, mean_discrepancy: float) -> float:
-        """One dual step from the global batch's mean gap, or at rest one measurement; returns the
-        new lambda.
+        """One dual step from the global batch's mean gap, or at rest one step of the calibration;
+        returns the new lambda.
 
         Raises:
             DivergenceError: the mean is not finite; lambda is left as it was.
@@ -113,10 +113,10 @@ class DualVariable:
                 f"dual step: expected a finite mean discrepancy, got {mean_discrepancy}; "
                 "the batch holds a log-prob that is not finite, or no response token at all"
             )
-        if self.measured is not None and self.measured.value is None:
-            self.measured.add(mean_discrepancy)
-            if self.measured.value is not None:
-                self.tolerance = self.measured.value
+        if self.calibration is not None and self.calibration.value is None:
+            self.calibration.add(mean_discrepancy)
+            if self.calibration.value is not None:
+                self.tolerance = self.calibration.value
             return self.value
         self.num_updates += 1
         rate = self.learning_rate
@@ -127,19 +127,19 @@ class DualVariable:
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes while training; the other numbers are settings and come from the config."""
+        """What changes while training, as plain JSON values; the rest comes from the config."""
         state: dict[str, Any] = {"value": self.value, "num_updates": self.num_updates}
-        if self.measured is not None:
-            state["tolerance"] = self.measured.state_dict()
+        if self.calibration is not None:
+            state["tolerance"] = self.calibration.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take lambda from a checkpoint, projected to the bounds of this run's config, and with it
-        what was measured of the tolerance.
+        """Take lambda from a checkpoint, projected to the bounds of this run's config, and the
+        calibration of the tolerance.
 
         Raises:
-            DataError: no value, or one that is not finite; or a warm-up or a measured tolerance of
-                which the checkpoint knows nothing.
+            DataError: no value, or one that is not finite; or this run has a warm-up or a
+                calibrated tolerance and the checkpoint holds no state of it.
         """
         value = float(state.get("value", math.nan))
         if not math.isfinite(value):
@@ -151,10 +151,10 @@ class DualVariable:
                 "dual variable: expected a checkpoint with the 'num_updates' that "
                 f"objective.constraint.warmup_steps counts, got {state}"
             )
-        if self.measured is not None:
-            self.measured.load_state_dict(state.get("tolerance"))
-            if self.measured.value is not None:
-                self.tolerance = self.measured.value
+        if self.calibration is not None:
+            self.calibration.load_state_dict(state.get("tolerance"))
+            if self.calibration.value is not None:
+                self.tolerance = self.calibration.value
         self.num_updates = int(state.get("num_updates", 0))
         self.value = self._project(value)
 
@@ -196,15 +196,15 @@ def gated_discrepancy(
     tolerance: float = 0.0,
     maximum: float = 1.0,
 ) -> torch.Tensor:
-    """What of a token's gap is penalised; gradient flows through it where delta has one.
+    """The part of a token's gap that is penalised; under gradient where delta is.
 
     Args:
         discrepancy: [T] float, from 0 up.
-        gate: "batch" and "mean": all of it (lambda alone gates; "mean" beside it takes lambda for 0
-            in a step whose mean gap is within the tolerance, which is the caller's to do);
-            "token": what exceeds the tolerance.
+        gate: "batch" and "mean": all of it ("mean" also sets lambda to 0 in a step whose mean gap
+            is within the tolerance, which is up to the caller); "token": what exceeds the
+            tolerance.
         tolerance: c, for "token".
-        maximum: a gap counts as at most this; 1: as it is.
+        maximum: a larger gap counts as this; 1: no limit.
 
     Returns:
         [T], discrepancy's dtype.

@@ -1,19 +1,45 @@
-"""Two log-probs of every sampled token come in, the gap between the engines goes out.
+"""The gap between learner and engine on every sampled token, and its sum, which lambda steps on.
 
     delta[t] = |exp(recomputed_logprobs[t]) - exp(rollout_logprobs[t])|     (arXiv 2606.08779)
 
 An absolute difference of probabilities: between 0 and 1, and without a ratio that explodes where
 both are small. Its mean is over every response token that was sampled, before anything is rejected
-or masked: masking the tokens with a large gap must not make the gap look small. What else is told
-of the gap stands in gap_metrics.py.
+or masked: masking the tokens with a large gap must not make the gap look small. The other metrics
+of the gap are in gap_metrics.py.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 
 from megatron_rl.errors import DivergenceError
 from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscrepancySum:
+    """Sum and count whose quotient is the mean discrepancy: the control signal of lambda. Sums of
+    rows, and then of ranks, are added; only the mean of the global batch is of use.
+
+    Example of two tokens with gaps of 0.01 and 0.03: `DiscrepancySum(total=0.04, num_tokens=2.0)`.
+    """
+
+    total: torch.Tensor  # [] float64, sum of delta over the sampled tokens
+    num_tokens: torch.Tensor  # [] float64
+
+    def __add__(self, other: DiscrepancySum) -> DiscrepancySum:
+        return DiscrepancySum(
+            total=self.total + other.total, num_tokens=self.num_tokens + other.num_tokens
+        )
+
+    @property
+    def mean(self) -> float:
+        """Mean delta; NaN without a token."""
+        num_tokens = float(self.num_tokens)
+        return float(self.total) / num_tokens if num_tokens else math.nan
 
 
 def discrepancy(recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> torch.Tensor:
@@ -40,7 +66,7 @@ def check_logprobs(logprobs: torch.Tensor, mask: torch.Tensor, *, name: str = "l
     """Stop before a broken number enters the loss; the caller adds step and rank.
 
     Args:
-        logprobs: [T] float. mask: [T] bool; positions where it is False are not looked at.
+        logprobs: [T] float. mask: [T] bool; positions where it is False are not checked.
         name: which policy's, for the message.
 
     Raises:
@@ -57,7 +83,7 @@ def check_logprobs(logprobs: torch.Tensor, mask: torch.Tensor, *, name: str = "l
     is_broken = mask & ~((logprobs > MISSING_LOGPROB) & (logprobs <= MAX_LOGPROB_ROUNDING))
     if not bool(is_broken.any()):
         return
-    # NaN first, then what lies farthest from 0; -1 keeps sound positions out.
+    # NaN counts as the worst, then what is farthest from 0; -1 excludes sound positions.
     badness = torch.where(is_broken, logprobs.abs().nan_to_num(nan=torch.inf, posinf=3e38), -1.0)
     position = int(badness.argmax())
     raise DivergenceError(

@@ -1,4 +1,4 @@
-"""The whole world's sums and maxima of the gap (gap_metrics.py) come in, the figures go out.
+"""The sums and maxima of gap_metrics.py, reduced over all ranks, come in; the metrics go out.
 
 discrepancy/mean, max, std                       of delta = |p_train - p_inf|; q50, q90, q99
 discrepancy/age_0/mean, ...                      delta by age of the sampling weights
@@ -46,12 +46,14 @@ PROBABILITIES = _names(
     "rollout_probability", PROBABILITY_EDGES, f"{PROBABILITY_EDGES[-1]:g}_to_1", are_integers=False
 )
 
-# Below this part of its mean square a variance is rounding: then there is no correlation.
+# A variance below this fraction of the mean square is rounding: then there is no correlation.
 _NO_VARIANCE = 1e-13
 
 
 def finish(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
-    """The figures of the head of this file; none without a token, and no mean of an empty bin."""
+    """The metrics that the head of this file lists; none without a token, and no mean of an empty
+    bin.
+    """
     num_tokens, num_sequences = sums["tokens"], sums["sequences"]
     if not num_tokens:
         return {}
@@ -120,8 +122,8 @@ def _chi_square(means: dict[str, float], excess: str) -> float:
 
 
 def _correlation(means: dict[str, float]) -> float | None:
-    """Pearson of p_train and p_inf, which that of 1 - p_train and 1 - p_inf is too; None where one
-    of them does not vary.
+    """Pearson's correlation of p_train and p_inf, which equals that of 1 - p_train and 1 - p_inf;
+    None where one of them does not vary.
     """
     rest, difference = means["rollout_rest"], means["difference"]
     variance = means["rollout_rest^2"] - rest * rest

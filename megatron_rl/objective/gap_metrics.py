@@ -1,7 +1,8 @@
-"""The log-probs of a row's response tokens come in, sums that tell the state of the gap go out.
+"""The log-probs of a row's response tokens come in; the sums that the metrics of the gap are made
+of go out, and among them the sum that lambda steps on.
 
-With `p_train = exp(recomputed_logprobs)`, `p_inf = exp(rollout_logprobs)`, `rho = p_train / p_inf`
-the raw ratio, whatever correction is on, and x a token's or a sequence's value:
+With `p_train = exp(recomputed_logprobs)`, `p_inf = exp(rollout_logprobs)` and the raw ratio
+`rho = p_train / p_inf`, before any truncation or masking:
 
     k1 = -log rho,  k3 = rho - 1 - log rho                estimates of KL(p_inf || p_train), nats
     chi square = mean rho^2 - 1
@@ -10,12 +11,13 @@ the raw ratio, whatever correction is on, and x a token's or a sequence's value:
     JSD = (KL(p_train || m) + KL(p_inf || m)) / 2         of the two Bernoulli distributions "this
                                                           token or another", m their middle, nats
 
-A sequence's ratio is named by how its tokens join: "sequence sum" is the product of their rho,
-"sequence mean" the geometric mean. Log-ratios are clamped to +-20 before exp. Definitions as in
-verl's rollout correction metrics. Deviations are of the population.
+A sequence's ratio is named after what is done with its log-ratios: "sequence sum" is the product of
+its tokens' rho, "sequence mean" their geometric mean. Log-ratios are clamped to +-20 before exp.
+Definitions as in verl's rollout correction metrics. Deviations are of the population.
 
-Everything is a sum or a maximum in float64 and finished in gap_figures.py, once they are the whole
-world's. Beside rho its excess over 1 is summed, so that small deviations keep their digits.
+Everything is a sum or a maximum in float64; gap_figures.py makes metrics of them once they are
+reduced over all ranks. Besides rho its excess over 1 is summed, so that small deviations keep their
+digits.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import math
 
 import torch
 
+from megatron_rl.objective.discrepancy import DiscrepancySum
 from megatron_rl.objective.gap_figures import (
     AGES,
     POSITION_EDGES,
@@ -34,7 +37,7 @@ from megatron_rl.objective.gap_figures import (
     RATIO_LOW,
     finish,
 )
-from megatron_rl.objective.loss import MAX_LOG_RATIO
+from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
 from megatron_rl.observe.metrics import Figures, Histogram, Metric
 
 HISTOGRAM_EDGES = (0.0, *(10.0 ** (tenth / 10) for tenth in range(-70, 1)))  # 0, 1e-7 to 1
@@ -52,9 +55,9 @@ def discrepancy_metrics(
     *,
     sequence_ids: torch.Tensor,
     num_sequences: int,
-) -> dict[str, Metric]:
-    """Sums of this micro-batch, to be reduced over micro-batches and ranks; the host waits on the
-    device once, for the number of kept tokens.
+) -> tuple[DiscrepancySum, dict[str, Metric]]:
+    """Sums of this micro-batch, to be added over micro-batches and ranks; the host synchronises
+    with the device once, for the number of kept tokens.
 
     Args:
         recomputed_logprobs, rollout_logprobs: [T] float32.
@@ -65,8 +68,9 @@ def discrepancy_metrics(
         num_sequences: S, more than any id.
 
     Returns:
-        The figures that gap_figures.py lists, and the quantiles of delta. The keys are the same for
-        every input, an empty mask included.
+        The sum of delta and the number of tokens: the same numbers that `discrepancy/mean` is made
+        of. And the metrics: the figures that gap_figures.py lists, and the quantiles of delta. The
+        keys are the same for every input, an empty mask included.
     """
     for name, tensor in (
         ("recomputed_logprobs", recomputed_logprobs),
@@ -94,11 +98,15 @@ def discrepancy_metrics(
     }
     delta = of_tokens[0]["delta"]
     grouped_names, grouped_sums = _grouped(delta, bins)
-    return {
+    sums_of_tokens = _sums(of_tokens[0])
+    total, num_tokens = (
+        sums_of_tokens[tuple(of_tokens[0]).index(name)] for name in ("delta", "tokens")
+    )
+    return DiscrepancySum(total=total, num_tokens=num_tokens), {
         "discrepancy": Histogram.of(delta, edges=HISTOGRAM_EDGES),
         "discrepancy/gap": Figures(
             sum_names=(*of_tokens[0], *of_sequences[0], *grouped_names),
-            sums=torch.cat([_sums(of_tokens[0]), _sums(of_sequences[0]), grouped_sums]),
+            sums=torch.cat([sums_of_tokens, _sums(of_sequences[0]), grouped_sums]),
             max_names=(*of_tokens[1], *of_sequences[1]),
             maxima=torch.cat([_maxima(of_tokens[1]), _maxima(of_sequences[1])]),
             finish=finish,
@@ -109,9 +117,10 @@ def discrepancy_metrics(
 def _token_terms(
     recomputed: torch.Tensor, rollout: torch.Tensor, age: torch.Tensor
 ) -> tuple[Terms, Terms]:
-    """What is summed over tokens, and what the maximum is taken of: [N] float64 each."""
+    """The terms that are summed over tokens, and those whose maximum is taken: [N] float64 each."""
     difference = recomputed.exp() - rollout.exp()
-    # The float32 delta that shapes the advantages, so that the mean is of the same numbers.
+    # Rounded to float32 as the delta that shapes the advantages, so that the mean is of the same
+    # numbers.
     delta = difference.abs().float().double()
     log_ratio = recomputed - rollout
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -161,17 +170,15 @@ def _bernoulli_jsd(one_rest: torch.Tensor, other_rest: torch.Tensor) -> torch.Te
 def _sequence_sums(
     recomputed: torch.Tensor, rollout: torch.Tensor, sequence: torch.Tensor, num_sequences: int
 ) -> Terms:
-    """Sums over the tokens of each sequence, [S] float64 each; under context parallelism these are
-    what the ranks that share a row would add.
-    """
+    """Sums over the tokens of each sequence, [S] float64 each."""
     per_token = torch.stack([torch.ones_like(rollout), recomputed, rollout, recomputed - rollout])
     sums = per_token.new_zeros(len(per_token), num_sequences).index_add_(1, sequence, per_token)
     return dict(zip(("tokens", "recomputed", "rollout", "log_ratio"), sums, strict=True))
 
 
 def _sequence_terms(sums: Terms) -> tuple[Terms, Terms]:
-    """What is summed over sequences, and what the maximum is taken of: [S] float64 each. A sequence
-    without a kept token counts for nothing.
+    """The terms that are summed over sequences, and those whose maximum is taken: [S] float64 each.
+    A sequence without a kept token does not count.
     """
     is_kept = sums["tokens"] > 0
     num_tokens = sums["tokens"].clamp(min=1)
@@ -244,5 +251,5 @@ def _sums(terms: Terms) -> torch.Tensor:
 
 def _maxima(terms: Terms) -> torch.Tensor:
     stacked = torch.stack(tuple(terms.values()))
-    # A maximum of nothing is refused.
+    # Padded by one, since torch refuses the maximum of an empty tensor.
     return torch.nn.functional.pad(stacked, (0, 1), value=-torch.inf).amax(1)

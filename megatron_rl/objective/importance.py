@@ -9,17 +9,19 @@ then bounded: `truncate` clips to [lower, upper], `mask` sets what lies outside 
 multiplies a token's surrogate, without gradient; a masked token still counts as a kept one.
 Sources: truncated importance sampling is token, truncate, upper 2 (Yao et al. 2025, verl);
 IcePop is token, mask, 0.5 to 5 (arXiv 2510.18855); TRL's sequence mask is sequence_sum, upper 3.
-verl and TRL mean the sum where they say "sequence", ms-swift the mean.
+Where others say "sequence", verl and TRL mean the sum, ms-swift the mean.
 """
 
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 
+from megatron_rl.config.choices import ImportanceLevel, ImportanceMode
 from megatron_rl.errors import ConfigError
-from megatron_rl.objective.loss import MAX_LOG_RATIO
+from megatron_rl.objective.log_ratio import MAX_LOG_RATIO, log_ratios
 from megatron_rl.objective.sequences import (
     max_by_sequence,
     mean_by_sequence,
@@ -28,8 +30,8 @@ from megatron_rl.objective.sequences import (
 )
 from megatron_rl.observe.metrics import Figures, Mean, Metric
 
-LEVELS = ("token", "sequence_sum", "sequence_mean")
-MODES = ("truncate", "mask")
+LEVELS = get_args(ImportanceLevel)
+MODES = get_args(ImportanceMode)
 
 
 def importance_weights(
@@ -78,23 +80,10 @@ def importance_weights(
     return torch.where(mask, weights, 0.0).float(), is_outside
 
 
-def log_ratios(
-    recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """`log rho`, [T] float64, unclamped, 0 where the mask is False."""
-    if not recomputed_logprobs.shape == rollout_logprobs.shape == mask.shape:
-        raise ValueError(
-            f"log_ratios: expected log-probs of the mask's shape {tuple(mask.shape)}, got "
-            f"{tuple(recomputed_logprobs.shape)} and {tuple(rollout_logprobs.shape)}"
-        )
-    difference = recomputed_logprobs.detach().double() - rollout_logprobs.detach().double()
-    return torch.where(mask, difference, 0.0)
-
-
 def weight_mean(
     weights: torch.Tensor, kept: torch.Tensor, sequence_ids: torch.Tensor, *, level: str
 ) -> Mean:
-    """Sum and count of the kept weights: what batch normalisation divides by, once it is reduced.
+    """Sum and count of the kept weights, whose global mean batch normalisation divides by.
 
     Args:
         weights: [T] float32, of `importance_weights`. kept: [T] bool.
@@ -111,15 +100,15 @@ def weight_mean(
 def weight_metrics(
     weights: torch.Tensor, is_outside: torch.Tensor, kept: torch.Tensor
 ) -> dict[str, Metric]:
-    """Of the kept tokens' weights as they multiply the surrogate.
+    """Metrics of the kept tokens' weights, as they multiply the surrogate.
 
     Returns:
         `correction/weight`, which is finished as `correction/weight/mean`, `/std`, `/min`, `/max`,
-        `correction/effective_sample_size` (of the tokens' weights, as a share), and
-        `correction/outside_bounds/mean`, the share that was bounded.
+        `correction/effective_sample_size` (of the tokens' weights, as a share of the tokens), and
+        `correction/outside_bounds/mean`, the share of weights that were bounded.
     """
     values = torch.where(kept, weights.detach().double(), 1.0)
-    # Sums of what exceeds 1: a variance from them keeps its digits where all are about 1.
+    # Sums of the excess over 1, so that the variance keeps its digits where all weights are near 1.
     excess = values - 1.0
     sums = (kept.double(), excess, excess.square(), (is_outside & kept).double())
     maxima = [torch.where(kept, each, -math.inf).amax() for each in (values, -values)]

@@ -1,10 +1,9 @@
 """Per-token losses come in, Megatron's loss contract `(weighted sum, integer count)` goes out.
 
-Under `calculate_per_token_loss` Megatron adds both over micro-batches and over every DP and CP
+Under `calculate_per_token_loss` Megatron adds both over micro-batches and over every data-parallel
 rank, and divides the gradients by the count once
-(megatron/core/distributed/finalize_model_grads.py). So all weighting lives in the sum, and with the
-weights below the result does not depend on which micro-batch or rank a sequence, or a part of one,
-fell to:
+(megatron/core/distributed/finalize_model_grads.py). So all weighting is part of the sum, and with
+the weights below the result does not depend on which micro-batch or rank a sequence falls to:
 
     token_mean:     weight 1,        count = kept tokens             -> mean over all kept tokens
     sequence_mean:  weight 1 / n_s,  count = sequences with n_s > 0  -> mean of sequences' means
@@ -12,20 +11,23 @@ fell to:
     constant:       weight 1 / L,    count = sequences that were sampled
                                      -> sum over tokens / (sequences x L)
 
-`n_s` is the number of kept tokens of the *whole* sequence s, also when this rank holds a part.
+`n_s` is the number of kept tokens of sequence s; sequences are whole in a row.
 token_mean is DAPO's (arXiv 2503.14476), sequence_mean GRPO's and GSPO's, constant is Dr. GRPO's
-(arXiv 2503.20783) with L the longest response that may be sampled: neither a response's length nor
-what is rejected changes the weight of another token.
+(arXiv 2503.20783) with L the longest response that may be sampled: a token's weight depends neither
+on the length of its response nor on what is rejected.
 """
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
+from megatron_rl.config.choices import Normalize
 from megatron_rl.errors import ConfigError
 from megatron_rl.objective.sequences import num_sequences
 
-MODES = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+MODES = get_args(Normalize)
 
 
 def kept_tokens_per_sequence(
@@ -34,7 +36,7 @@ def kept_tokens_per_sequence(
     """How many tokens of each sequence the mask keeps.
 
     Args:
-        mask: [T] bool, of the whole row, before it is split over CP ranks.
+        mask: [T] bool.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
         num_sequences: S.
 
@@ -52,7 +54,7 @@ def token_weights(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every kept token weighs 1.
 
     Args:
-        mask: [T] bool, the tokens that this rank holds.
+        mask: [T] bool, the kept tokens.
 
     Returns:
         weights [T] float32, 0 where masked; count [] int32, the kept tokens.
@@ -64,32 +66,26 @@ def sequence_weights(
     mask: torch.Tensor,
     sequence_ids: torch.Tensor,
     num_kept_tokens: torch.Tensor,
-    *,
-    should_count: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kept tokens of a sequence weigh 1 together.
 
     Args:
-        mask: [T] bool, the tokens that this rank holds.
+        mask: [T] bool, the kept tokens.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
-        num_kept_tokens: [S] int64, kept tokens of the whole sequences (`kept_tokens_per_sequence`
-            before the CP split).
-        should_count: True on exactly one of the CP ranks that share the row, so that a sequence
-            counts once.
+        num_kept_tokens: [S] int64, of `kept_tokens_per_sequence`.
 
     Returns:
-        weights [T] float32, 0 where masked; count [] int32, the sequences with a kept token (0
-        unless `should_count`).
+        weights [T] float32, 0 where masked; count [] int32, the sequences with a kept token.
     """
     _check_same_shape(mask=mask, sequence_ids=sequence_ids)
     if num_kept_tokens.numel() == 0:
         return torch.zeros_like(mask, dtype=torch.float32), mask.new_zeros((), dtype=torch.int32)
     per_token = num_kept_tokens[sequence_ids.clamp(min=0)].clamp(min=1).float()
-    # Padding (id -1) is masked by contract; it stays out here also if it is not.
+    # The mask should exclude padding (id -1); where it does not, padding has no weight either.
     is_kept = mask & (sequence_ids >= 0)
     weights = torch.where(is_kept, per_token.reciprocal(), 0.0)
     count = (num_kept_tokens > 0).sum(dtype=torch.int32)
-    return weights, count if should_count else torch.zeros_like(count)
+    return weights, count
 
 
 def normalized_sum(
@@ -98,21 +94,16 @@ def normalized_sum(
     sequence_ids: torch.Tensor,
     *,
     normalize: str,
-    num_kept_tokens: torch.Tensor | None = None,
-    should_count: bool = True,
     sampled: torch.Tensor | None = None,
     length: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a Megatron loss function returns first and second.
+    """The first two values that a Megatron loss function returns.
 
     Args:
-        per_token_loss: [T] float32, 0 where masked (`objective.loss.policy_loss`).
-        mask: [T] bool, the tokens that this rank holds.
+        per_token_loss: [T] float32, 0 where masked (`objective.policy_loss`).
+        mask: [T] bool, the kept tokens.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
         normalize: one of `MODES`, see the head of this file.
-        num_kept_tokens: [S] int64, of the whole sequences; None when this rank holds its sequences
-            whole (CP = 1).
-        should_count: for the modes that count sequences, under CP: True on one CP rank only.
         sampled: [T] bool, for "constant": every token that was sampled, whatever the mask keeps;
             None: the mask.
         length: for "constant": L, at least 1.
@@ -129,13 +120,10 @@ def normalized_sum(
         weights, count = token_weights(mask)
     elif normalize in MODES:
         counted = sampled if normalize == "constant" and sampled is not None else mask
-        if num_kept_tokens is None:
-            num_kept_tokens = kept_tokens_per_sequence(
-                counted, sequence_ids, num_sequences(sequence_ids)
-            )
-        weights, count = sequence_weights(
-            mask, sequence_ids, num_kept_tokens, should_count=should_count
+        num_kept_tokens = kept_tokens_per_sequence(
+            counted, sequence_ids, num_sequences(sequence_ids)
         )
+        weights, count = sequence_weights(mask, sequence_ids, num_kept_tokens)
         if normalize != "sequence_mean":
             weights = mask.float()
         if normalize == "constant":

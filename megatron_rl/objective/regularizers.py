@@ -1,5 +1,5 @@
-"""Policy and reference log-probs of the sampled tokens come in, a term of every token's loss, or of
-its advantage, goes out.
+"""Log-probs of the policy and of the reference policy come in; a term of every token's loss, or of
+its advantage, goes out. Both are log-probs over the whole distribution.
 
 With `d = log p_ref - log p_theta` (Schulman 2020, "Approximating KL divergence"):
 
@@ -12,13 +12,16 @@ the policy's present log-probs, as in PPO's reward (arXiv 2203.02155): `A' = A -
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
+from megatron_rl.config.choices import KLEstimator
 from megatron_rl.errors import ConfigError
-from megatron_rl.objective.loss import MAX_LOG_RATIO
+from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
 from megatron_rl.observe.metrics import Mean, Metric
 
-ESTIMATORS = ("k1", "k2", "k3")
+ESTIMATORS = get_args(KLEstimator)
 
 
 def reference_kl(
@@ -28,7 +31,7 @@ def reference_kl(
     *,
     estimator: str,
 ) -> torch.Tensor:
-    """The KL to the reference, token by token; gradient flows through `policy_logprobs`.
+    """The KL to the reference policy, token by token; gradient flows through `policy_logprobs`.
 
     Args:
         policy_logprobs: [T] float32. reference_logprobs: [T] float32, without gradient.

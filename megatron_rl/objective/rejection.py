@@ -1,27 +1,29 @@
-"""Log-probs of two policies come in, which tokens stay goes out: rules that drop tokens, or whole
-sequences, whose policies lie too far apart.
+"""Rules that reject tokens, or whole sequences, on which learner and engine are too far apart: the
+log-probs of both come in, a mask of the tokens that stay goes out.
 
 With `rho = p_train / p_inf`, per token (Schulman 2020, verl's rollout correction):
 
     k1 = -log rho,   k2 = (log rho)^2 / 2,   k3 = rho - 1 - log rho
 
-At the level of a token each stands for itself; at a sequence's level all tokens go where the sum,
-the mean or the largest of them is out of bounds. The bounds of k1 are written as ratios, lower <=
-exp(-k1) <= upper, as verl and the papers do (geometric: sequence_mean of 0.999 to 1.001); those
-of k2 and k3 are an upper bound in nats.
+With level=token each token is judged alone; with a sequence level all tokens of a sequence are
+rejected where the sum, the mean or the largest of its values is out of bounds. The bounds of k1 are
+written as ratios, lower <= exp(-k1) <= upper, as verl and the papers do (geometric: sequence_mean
+of 0.999 to 1.001); those of k2 and k3 are an upper bound in nats.
 
-A rejected token leaves numerator and denominator of the loss; it stays in the mean discrepancy.
+A rejected token counts neither in the numerator nor in the denominator of the loss; it still counts
+in the mean discrepancy.
 """
 
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 
+from megatron_rl.config.choices import KLEstimator, RejectionLevel
 from megatron_rl.errors import ConfigError
-from megatron_rl.objective.importance import log_ratios
-from megatron_rl.objective.loss import MAX_LOG_RATIO
+from megatron_rl.objective.log_ratio import MAX_LOG_RATIO, log_ratios
 from megatron_rl.objective.sequences import (
     max_by_sequence,
     mean_by_sequence,
@@ -30,8 +32,8 @@ from megatron_rl.objective.sequences import (
 )
 from megatron_rl.observe.metrics import Mean, Metric
 
-DIVERGENCES = ("k1", "k2", "k3")
-LEVELS = ("token", "sequence_sum", "sequence_mean", "sequence_max")
+DIVERGENCES = get_args(KLEstimator)
+LEVELS = get_args(RejectionLevel)
 
 
 def rejection_mask(
@@ -45,7 +47,7 @@ def rejection_mask(
     lower: float,
     upper: float,
 ) -> torch.Tensor:
-    """Which sampled tokens a rule keeps.
+    """The sampled tokens that a rule keeps.
 
     Args:
         recomputed_logprobs, rollout_logprobs: [T] float32.
@@ -96,7 +98,7 @@ def veto_mask(
     ratio: float,
     probability: float,
 ) -> torch.Tensor:
-    """Drops a sequence for one token that the learner would hardly have chosen.
+    """Rejects a whole sequence for one token that the learner would hardly have chosen.
 
     Args:
         ratio: p_train / p_inf below it is a veto (verl, slime: 1e-4); 0: never.
@@ -124,8 +126,9 @@ def off_policy_sequence_mask(
     *,
     threshold: float,
 ) -> torch.Tensor:
-    """Off-policy sequence masking (OPSM, DeepSeek-V3.2, arXiv 2512.02556): out goes a sequence with
-    a negative advantage that the policy has left, `mean(log p_old - log p_theta) > threshold`.
+    """Off-policy sequence masking (OPSM, DeepSeek-V3.2, arXiv 2512.02556): masks a
+    sequence with a negative advantage that the policy has moved away from,
+    `mean(log p_old - log p_theta) > threshold`.
 
     Args:
         policy_logprobs, old_logprobs: [T] float32; no gradient flows.
@@ -143,7 +146,7 @@ def off_policy_sequence_mask(
 def rejection_metrics(
     kept: torch.Tensor, mask: torch.Tensor, sequence_ids: torch.Tensor, *, name: str
 ) -> dict[str, Metric]:
-    """What a rule took.
+    """How much a rule rejected.
 
     Returns:
         `correction/<name>_tokens/mean`, share of the sampled tokens that it does not keep;

@@ -1,7 +1,5 @@
-"""Tokens of a packed row in, numbers of its sequences out, and back.
-
-Sums and maxima come first and are finished by the caller, so that under context parallelism an
-all-reduce of `[S]` numbers can stand between the two. All in float64, without gradient.
+"""From the tokens of a packed row to one number a sequence, and back. All in float64, without
+gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ def sum_by_sequence(
     """Sum of the kept tokens' values.
 
     Args:
-        values: [T] any real dtype. mask: [T] bool; what stands where it is False is not looked at.
+        values: [T] any real dtype. mask: [T] bool; values where it is False have no effect.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
 
     Returns:

@@ -1,9 +1,9 @@
-"""The mean gaps of the first steps come in, the tolerance of the constraint goes out.
+"""The tolerance of the constraint, calibrated from the mean gaps of the first steps.
 
     c = mean(delta_bar) + slack * s / sqrt(K),   s: standard deviation of the K means (K - 1)
 
-over the first K steps, in which nothing pulls at the gap; then it is frozen. The paper (arXiv
-2606.08779) gives c by hand for each model and leaves the automatic choice open.
+over the first K steps, in which lambda is at rest and nothing acts on the gap; then c is frozen.
+The paper (arXiv 2606.08779) gives c by hand for each model and leaves the automatic choice open.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 from megatron_rl.errors import ConfigError, DataError
 
 
-class MeasuredTolerance:
-    """c, once `num_steps` means were added; the same floats give the same bits on every rank."""
+class CalibratedTolerance:
+    """c, known once `num_steps` means were added; ranks that add the same floats hold the same
+    bits.
+    """
 
     def __init__(self, num_steps: int, slack: float) -> None:
         """
@@ -25,42 +27,46 @@ class MeasuredTolerance:
         """
         if num_steps < 2 or not math.isfinite(slack) or slack < 0:
             raise ConfigError(
-                "measured tolerance: expected at least 2 steps and a slack of at least 0, got "
+                "calibrated tolerance: expected at least 2 steps and a slack of at least 0, got "
                 f"{num_steps} and {slack}; change objective.constraint.tolerance_steps or "
                 "tolerance_slack"
             )
         self.num_steps = num_steps
         self.slack = float(slack)
-        self.value: float | None = None  # None until it is measured
+        self.value: float | None = None  # c; None until enough means were added
         self._means: list[float] = []
 
     def add(self, mean_discrepancy: float) -> None:
-        """One step's global mean gap; the last of them freezes the tolerance."""
+        """Add one step's global mean gap; the last one freezes the tolerance.
+
+        Raises:
+            ValueError: the tolerance is frozen already.
+        """
         if self.value is not None:
-            raise ValueError("measured tolerance: expected no further mean, it is frozen")
+            raise ValueError("calibrated tolerance: expected no further mean, it is frozen")
         self._means.append(mean_discrepancy)
         if len(self._means) >= self.num_steps:
-            self.value = self._measure()
+            self.value = self._calibrate()
 
-    def _measure(self) -> float:
+    def _calibrate(self) -> float:
         count = len(self._means)
         mean = math.fsum(self._means) / count
         variance = math.fsum((each - mean) ** 2 for each in self._means) / (count - 1)
         return mean + self.slack * math.sqrt(variance / count)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured, as plain JSON values."""
+        """The tolerance and the means so far, as plain JSON values."""
         return {"value": self.value, "means": list(self._means)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take up a checkpoint's measurement; a frozen tolerance stays what it was.
+        """Continue a checkpoint's calibration; a frozen tolerance stays what it was.
 
         Raises:
             DataError: the checkpoint holds none.
         """
         if state is None or "value" not in state or "means" not in state:
             raise DataError(
-                "measured tolerance: expected a checkpoint of a run with "
+                "calibrated tolerance: expected a checkpoint of a run with "
                 f"objective.constraint.tolerance=auto, got {state}; give the tolerance as a number"
             )
         self.value = None if state["value"] is None else float(state["value"])

@@ -1,1 +1,1 @@
-"""What a run shows and keeps: metrics, TensorBoard, metrics.jsonl, the console."""
+"""What a run shows and records: metrics, TensorBoard, metrics.jsonl, the console."""

@@ -1,13 +1,12 @@
-"""What a person sees of a run: a progress bar, one line a step, and a table at the end.
+"""The console output of a run: a progress bar, one line per step, and a table at the end.
 
-On a terminal the bar stays below the lines; elsewhere (a log file, SLURM) only the lines come.
+On a terminal the bar stays below the lines. Elsewhere (a log file, SLURM) only the lines appear.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,17 +15,19 @@ from rich.text import Text
 
 from megatron_rl.process.lifetime import register_cleanup, unregister_cleanup
 
-SECONDS = "speed/seconds/"  # before a station's name
+SECONDS = "speed/seconds/"  # prefix of a phase's name in a metric key
 
 
 class StepConsole:
-    """Shows steps as they end; a context manager, so that the bar gives the terminal back, which it
-    does on a signal too (lifetime.watch_signals).
+    """Shows each step when it ends.
+
+    A context manager, which restores the terminal when it exits, and also when a signal ends the
+    process (`lifetime.watch_signals`).
 
     Args:
         num_steps: of the whole run.
-        num_done: steps that a resumed run has behind it.
-        console: where to; standard output by default.
+        num_done: steps that a resumed run has already done.
+        console: what to print on; standard output by default.
     """
 
     def __init__(self, *, num_steps: int, num_done: int = 0, console: Console | None = None):
@@ -46,35 +47,32 @@ class StepConsole:
     def __enter__(self) -> StepConsole:
         self._progress.start()
         if self.console.is_terminal:
-            register_cleanup(self._progress.stop)  # else the cursor would stay hidden
+            register_cleanup(self._progress.stop)  # otherwise the cursor would stay hidden
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         unregister_cleanup(self._progress.stop)
         self._progress.stop()
 
-    def show_station(self, station: str) -> None:
-        """Names what the run is doing beside the bar."""
-        self._progress.update(self._task, description=station)
+    def show_phase(self, phase: str) -> None:
+        """Show the name of the current phase beside the bar."""
+        self._progress.update(self._task, description=phase)
 
     def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints one line; what the metrics lack is left out of it."""
+        """Print the line of a step; metrics that are missing are left out."""
         self.console.print(step_line(step, metrics, width=self._width))
         self._progress.update(self._task, completed=step)
 
     def say(self, message: str) -> None:
-        """Prints a line of its own above the bar."""
+        """Print a message as a line above the bar."""
         self.console.print(Text(message))
 
 
 def step_line(step: int, metrics: Mapping[str, float], *, width: int = 4) -> Text:
-    """`step   12  reward 0.412  discrepancy 0.0041 > 0.0037  lambda 0.1040  grad 0.7  tok/s 5,310`,
-    then seconds by station and evaluations.
+    """The line of a step, for example:
+
+    `step   12  reward 0.412  discrepancy 0.0041 > 0.0037  lambda 0.1040  grad 0.7  tok/s 5,310`,
+    followed by the seconds of each phase and the results of an evaluation.
     """
     line = Text.assemble(("step ", "dim"), (f"{step:>{width}}", "bold"))
     if "reward/mean" in metrics:
@@ -95,7 +93,7 @@ def step_line(step: int, metrics: Mapping[str, float], *, width: int = 4) -> Tex
             line.append(f"  {label} ", "dim").append(f"{metrics[key]:{form}}")
     seconds = {k.removeprefix(SECONDS): v for k, v in metrics.items() if k.startswith(SECONDS)}
     if seconds:
-        parts = "  ".join(f"{station} {value:.1f}s" for station, value in seconds.items())
+        parts = "  ".join(f"{phase} {value:.1f}s" for phase, value in seconds.items())
         line.append(f"  | {parts}", "dim")
     for key, value in metrics.items():
         if key.startswith("eval/avg_at_"):
@@ -105,10 +103,11 @@ def step_line(step: int, metrics: Mapping[str, float], *, width: int = 4) -> Tex
 
 
 def summary_table(records: Sequence[Mapping[str, float | None]], *, title: str) -> Table:
-    """First and last value of what a run is judged by, from the lines of its metrics.jsonl.
+    """First and last value of the main metrics of a run, from the lines of its metrics.jsonl.
 
     Rewards, discrepancies and speeds are means over the first and the last tenth of the steps (at
-    least one), since a single step is noisy; evaluations and lambda are the values themselves.
+    least one step), because a single step is noisy; evaluations, tolerance and lambda are single
+    values.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("")

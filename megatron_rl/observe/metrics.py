@@ -1,27 +1,30 @@
-"""Metrics that carry their reduction: every rank's part in, one float for the whole world out.
+"""Metrics that know how to be reduced over ranks: each rank passes its part and gets one float.
 
-A rank hands over sums and counts, never means, so that `Mean` is `sum of sums / sum of counts`
-whatever the layout. Sums travel in float64. Keys read `station/what/reduction`.
+A rank passes sums and counts, never means, so a `Mean` is `sum of sums / sum of counts` in every
+layout. Sums are reduced in float64. Keys have the form `topic/what/reduction`.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 AllReduce = Callable[[torch.Tensor, str], torch.Tensor]
-"""Takes a float64 tensor on the CPU and "sum" or "max", returns it reduced over all ranks; it may
-write over its input, and moves it to the device its process group needs."""
+"""Takes a float64 tensor on the CPU and "sum" or "max", and returns it reduced over all ranks. It
+may overwrite its input, and moves it to the device that its process group needs."""
 
 Number = float | torch.Tensor  # a 0-dim tensor stays on its device until `reduce`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
-    """Example: `Mean(sum=12.5, count=40)`; a rank without values gives `Mean(sum=0, count=0)`."""
+    """The mean over all ranks.
+
+    Example: `Mean(sum=12.5, count=40)`; a rank without values passes `Mean(sum=0, count=0)`.
+    """
 
     sum: Number
     count: Number
@@ -29,32 +32,33 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """Example: `Sum(1830)`."""
+    """The sum over all ranks. Example: `Sum(1830)`."""
 
     value: Number
 
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """Example: `Max(0.31)`; a rank without values gives `Max(-inf)`."""
+    """The maximum over all ranks. Example: `Max(0.31)`; without values `Max(-inf)`."""
 
     value: Number
 
 
 @dataclass(frozen=True, slots=True)
 class Min:
-    """Example: `Min(0.02)`; a rank without values gives `Min(inf)`."""
+    """The minimum over all ranks. Example: `Min(0.02)`; without values `Min(inf)`."""
 
     value: Number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
-    """Counts between fixed edges, from which quantiles are read that no layout changes.
+    """Counts between fixed edges, which give quantiles that do not depend on the layout.
 
-    `counts[b]` is of values in [edges[b], edges[b+1]); what lies outside all of them is counted in
-    the first or the last bin. Under the key `discrepancy/histogram` it gives `discrepancy/q50` and
-    so on. A quantile is off by at most the width of its bin, for values between the outer edges.
+    `counts[b]` is the number of values in [edges[b], edges[b+1]); values outside all bins count in
+    the first or the last one. Under the key `discrepancy/histogram` it is reported as
+    `discrepancy/q50` and so on. The error of a quantile is at most the width of its bin, for values
+    between the outer edges.
 
     Example: `Histogram(edges=(0.0, 0.5, 1.0), counts=torch.tensor([3.0, 1.0]))`.
     """
@@ -65,20 +69,22 @@ class Histogram:
 
     @classmethod
     def of(cls, values: torch.Tensor, *, edges: tuple[float, ...]) -> Histogram:
-        """Counts `values` (any shape and float dtype, also empty) into the bins of `edges`."""
+        """The histogram of `values` (any shape and float dtype, possibly empty)."""
         inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=values.device)
         bins = torch.bucketize(values.detach().reshape(-1).double(), inner, right=True)
         counts = torch.zeros(len(edges) - 1, dtype=torch.float64, device=values.device)
-        # Not bincount, for whose length the host would wait on the device.
+        # Not bincount: its length depends on the values, so the host would wait for the device.
         counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
         return cls(edges=edges, counts=counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Figures that are finished from sums and maxima once these are the whole world's: standard
-    deviations, correlations, ratios of means. One vector of each, so that a hundred figures cost a
-    micro-batch no more kernels than one. The key they stand under is not shown.
+    """Figures computed from sums and maxima after these are reduced over all ranks.
+
+    For standard deviations, correlations, ratios of means. Sums and maxima are one vector each, so
+    a hundred figures need no more kernel launches per micro-batch than one. The key under which a
+    `Figures` is passed is not reported; `finish` names the keys.
 
     Example: `Figures(sum_names=("count", "x"), sums=torch.tensor([4.0, 3.0]), max_names=("x",),
     maxima=torch.tensor([1.5]), finish=mean_and_max)` with
@@ -88,18 +94,23 @@ class Figures:
     sum_names: tuple[str, ...]  # [n]
     sums: torch.Tensor  # [n] float64
     max_names: tuple[str, ...]  # [m]
-    maxima: torch.Tensor  # [m] float64, -inf where this rank has no value
+    maxima: torch.Tensor  # [m] float64, -inf if this rank has no value
     finish: Callable[[dict[str, float], dict[str, float]], dict[str, float]]
 
 
 Metric = Mean | Sum | Max | Min | Histogram | Figures
 
 
+def mean_of(values: Sequence[float | bool]) -> Mean:
+    """The mean of this rank's values, to be reduced with those of the other ranks."""
+    return Mean(sum=float(sum(values)), count=len(values))
+
+
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """One rank's metrics from those of its micro-batches, whose keys may differ.
+    """Combine the metrics of one rank's micro-batches, whose keys may differ.
 
     Raises:
-        ValueError: a key stands for different kinds of metrics, or for histograms of other edges.
+        ValueError: a key has metrics of different kinds, or histograms with different edges.
     """
     merged: dict[str, Metric] = {}
     for part in parts:
@@ -131,30 +142,30 @@ def _join(name: str, one: Metric, other: Metric) -> Metric:
 
 
 def _larger(one: Number, other: Number) -> Number:
-    """Without asking a device, on which `max` would have to wait, which of the two it is."""
+    """The maximum, without waiting for the device if both are tensors."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.maximum(one, other)
     return max(one, other)
 
 
 def reduce(metrics: Mapping[str, Metric], all_reduce: AllReduce) -> dict[str, float]:
-    """Reduces every metric over all ranks; a collective, to be called by every rank alike.
+    """Reduce every metric over all ranks. A collective: every rank must call it.
 
     Args:
-        metrics: this rank's parts; every rank holds the same keys, kinds and histogram edges.
+        metrics: this rank's parts; every rank passes the same keys, kinds and histogram edges.
         all_reduce: the collective, see `AllReduce`.
 
     Returns:
-        The same dict on every rank, in order of keys. A metric without a value on any rank (count
-        0, no maximum, an empty histogram) is left out.
+        The same dict on every rank, sorted by key. A metric that has no value on any rank (count 0,
+        no maximum, an empty histogram) is left out.
 
     Raises:
-        ValueError: on every rank, if ranks hold different metrics.
+        ValueError: on every rank, if the ranks passed different metrics.
     """
     names = sorted(metrics)
     _check_same_layout(metrics, names, all_reduce)
     parts = [(_sums(metrics[name]), _maxima(metrics[name])) for name in names]
-    # Both are called whatever the metrics are, so that ranks never disagree on the number of calls.
+    # Both collectives run even if one has nothing to reduce, so all ranks make the same calls.
     sums = all_reduce(_flat([part for each, _ in parts for part in each]), "sum").tolist()
     maxima = all_reduce(_flat([part for _, each in parts for part in each]), "max").tolist()
     reduced: dict[str, float] = {}
@@ -166,7 +177,7 @@ def reduce(metrics: Mapping[str, Metric], all_reduce: AllReduce) -> dict[str, fl
 
 
 def _check_same_layout(metrics: Mapping[str, Metric], names: list[str], all_reduce: AllReduce):
-    """Before the real collectives, which would hang or mix up values if the layouts differed."""
+    """Compare the ranks' metrics; with different ones the collectives would hang or mix values."""
     layout = "\n".join(f"{name} {_layout_of(metrics[name])}" for name in names)
     fingerprint = float(zlib.crc32(layout.encode()))
     largest, smallest = all_reduce(
@@ -174,13 +185,13 @@ def _check_same_layout(metrics: Mapping[str, Metric], names: list[str], all_redu
     ).tolist()
     if largest != -smallest:
         raise ValueError(
-            "expected the same metrics on every rank (a rank without values gives Mean(sum=0, "
+            "expected the same metrics on every rank (a rank without values passes Mean(sum=0, "
             f"count=0)), got different ones; this rank has: {', '.join(names)}"
         )
 
 
 def _layout_of(metric: Metric) -> str:
-    """What two parts of one metric have in common."""
+    """What all parts of one metric must have in common, as text."""
     match metric:
         case Histogram():
             return f"Histogram {metric.edges}"
@@ -190,7 +201,7 @@ def _layout_of(metric: Metric) -> str:
 
 
 def _sums(metric: Metric) -> list[Number]:
-    """What is added over ranks."""
+    """The values that are summed over ranks."""
     match metric:
         case Mean():
             return [metric.sum, metric.count]
@@ -204,7 +215,7 @@ def _sums(metric: Metric) -> list[Number]:
 
 
 def _maxima(metric: Metric) -> list[Number]:
-    """What the maximum over ranks is taken of."""
+    """The values whose maximum over ranks is taken."""
     match metric:
         case Max():
             return [metric.value]
@@ -220,7 +231,7 @@ def _length(parts: list[Number]) -> int:
 
 
 def _flat(parts: list[Number]) -> torch.Tensor:
-    """[n] float64 on the CPU; what lies on a device comes over in one copy."""
+    """[n] float64 on the CPU; values on a device are copied together, in one transfer."""
     pieces = [
         part.detach().reshape(-1).double()
         if isinstance(part, torch.Tensor)
@@ -259,7 +270,7 @@ def _finish(name: str, metric: Metric, sums: list[float], maxima: list[float]) -
 
 
 def _quantile(edges: tuple[float, ...], counts: list[float], quantile: float) -> float:
-    """Where `quantile` of the counts lie below, values spread evenly inside a bin."""
+    """The value below which a share `quantile` lies, if values are uniform within each bin."""
     below, target = 0.0, quantile * sum(counts)
     for low, high, count in zip(edges, edges[1:], counts):
         if count and below + count >= target:

@@ -1,10 +1,9 @@
-"""One place to hand a step's metrics to: TensorBoard, metrics.jsonl and the console, on rank 0."""
+"""Writes the metrics of a step to TensorBoard, metrics.jsonl and the console, on rank 0."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 
@@ -14,15 +13,15 @@ from megatron_rl.observe.tensorboard import TensorBoardWriter
 
 
 class Recorder:
-    """Records a run in its folder; every rank makes one and calls it alike, rank 0 alone writes.
+    """Records a run in its folder. Every rank makes one and calls it; only rank 0 writes.
 
     Args:
-        run_dir: holds `metrics.jsonl` and `tensorboard/`; made if it is not there.
+        run_dir: folder of `metrics.jsonl` and `tensorboard/`; created if it does not exist.
         rank: of this process in the world.
         num_steps: of the whole run.
-        last_step: the last step whose records stay: the checkpoint's on resume, -1 in a run from
-            the start.
-        console: where to; standard output by default.
+        last_step: the last step whose records are kept: that of the checkpoint when resuming, -1
+            in a new run.
+        console: what to print on; standard output by default.
     """
 
     def __init__(
@@ -52,36 +51,31 @@ class Recorder:
             self._console.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._is_writer:
-            self._console.__exit__(kind, error, traceback)
+            self._console.__exit__(*exception)
             self._tensorboard.close()
             self._log.close()
 
-    def station(self, name: str) -> None:
-        """Names the station beside the progress bar."""
+    def phase(self, name: str) -> None:
+        """Show the name of the current phase beside the progress bar."""
         if self._is_writer:
-            self._console.show_station(name)
+            self._console.show_phase(name)
 
     def say(self, message: str) -> None:
-        """Prints a line."""
+        """Print a message as a line of its own."""
         if self._is_writer:
             self._console.say(message)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records a step's reduced metrics, evaluation included: one call, one line a step."""
+        """Record the reduced metrics of a step, with those of an evaluation: one call per step."""
         if self._is_writer:
             self._log.write(step, metrics)
             self._tensorboard.write(step, metrics)
             self._console.show_step(step, metrics)
 
     def summarize(self) -> None:
-        """Prints the run's table, from the start of the run, and how to see its curves."""
+        """Print a table of the whole run, and the command that shows its curves."""
         if self._is_writer:
             records = read_metrics(self._run_dir / "metrics.jsonl")
             self._console.console.print(summary_table(records, title=str(self._run_dir)))

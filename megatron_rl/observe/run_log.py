@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: a line a step, flushed as it is written, cut back on resume.
+"""`metrics.jsonl`: one line per step, flushed when written, truncated on resume.
 
 A line reads `{"step": 12, "reward/mean": 0.41, "discrepancy/mean": 0.0041, ...}`. A value that is
-not finite is written as null, since JSON has no word for it.
+not finite is written as null, because JSON cannot represent it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from megatron_rl.errors import DataError
 
@@ -19,15 +18,15 @@ Record = dict[str, float | None]
 
 
 class RunLog:
-    """Appends to a run's `metrics.jsonl`; one process writes it.
+    """Appends to the `metrics.jsonl` of a run; only one process may write it.
 
     Args:
-        path: the file; made if it is not there.
-        keep_through: the last step that stays; lines of later steps are dropped, as is a last line
-            that a killed process left torn. -1 starts afresh.
+        path: the file; created if it does not exist.
+        keep_through: the last step whose line is kept. Lines of later steps are deleted, and so is
+            an incomplete last line, which a killed process leaves. -1 starts an empty file.
 
     Raises:
-        DataError: a line before the last is not a JSON object with a `step`.
+        DataError: a line other than the last is not a JSON object with a `step`.
     """
 
     def __init__(self, path: str | Path, *, keep_through: int) -> None:
@@ -40,30 +39,26 @@ class RunLog:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line and hands it to the operating system."""
+        """Append one line and flush it to the operating system."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file; `write` must not be called afterwards."""
         self._file.close()
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """The lines of a `metrics.jsonl` as dicts, in order; none if there is no such file.
+    """The lines of a `metrics.jsonl` as dicts, in order; an empty list if there is no such file.
 
-    A torn last line is left out: it is what a killed process leaves.
+    An incomplete last line, which a killed process leaves, is skipped.
 
     Raises:
         DataError: any other line is not a JSON object with an integer `step`.

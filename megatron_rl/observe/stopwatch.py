@@ -1,49 +1,52 @@
-"""Seconds per station of a step, on the host's clock."""
+"""Measures the seconds spent in each phase of a step, on the host's clock."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Times a block under the name of a phase: `Stopwatch.time`, or a stand-in for it."""
 
 
-class Stations:
-    """Adds up the seconds spent in each station until `take` is called.
+class Stopwatch:
+    """Adds up the seconds spent in each phase until `take` is called.
 
-    CUDA work is asynchronous: a station's seconds are those until the host goes on, and they are
-    the device's too as long as every station ends in something that the host waits for.
+    CUDA work is asynchronous. The seconds of a phase are those until the host continues; they
+    include the device's work if the phase ends with something that the host waits for.
 
     Args:
-        on_enter: called with a station's name whenever it is entered, for whoever shows it.
+        on_enter: called with the name of a phase whenever it is entered, e.g. to show it.
 
     Example:
-        stations = Stations()
-        with stations.time("rollout"):
+        stopwatch = Stopwatch()
+        with stopwatch.time("rollout"):
             groups = sample(prompts)
-        stations.take()  # {"rollout": 3.1}
+        stopwatch.take()  # {"rollout": 3.1}
     """
 
     def __init__(self, on_enter: Callable[[str], None] | None = None) -> None:
         self._on_enter = on_enter
         self._seconds: dict[str, float] = {}
-        self.current: str | None = None  # the innermost station being timed, for error messages
+        self.current: str | None = None  # the innermost phase being timed, for error messages
 
     @contextmanager
-    def time(self, station: str) -> Iterator[None]:
-        """Times a block, also when it raises; a station inside another counts in both."""
-        outer, self.current = self.current, station
+    def time(self, phase: str) -> Iterator[None]:
+        """Time a block, also if it raises. A phase inside another one counts towards both."""
+        outer, self.current = self.current, phase
         if self._on_enter is not None:
-            self._on_enter(station)
+            self._on_enter(phase)
         start = time.perf_counter()
         try:
             yield
-            # Not on an exception: `current` then still names the station that failed.
+            # Not after an exception: `current` then still names the phase that failed.
             self.current = outer
         finally:
             elapsed = time.perf_counter() - start
-            self._seconds[station] = self._seconds.get(station, 0.0) + elapsed
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
 
     def take(self) -> dict[str, float]:
-        """Seconds by station since the last call, in the order the stations were first entered."""
+        """Seconds by phase since the last call, in the order the phases were first entered."""
         seconds, self._seconds = self._seconds, {}
         return seconds

@@ -1,4 +1,4 @@
-"""[door: tensorboard] The curves of a run, one event file writer, on rank 0."""
+"""Writes the curves of a run to TensorBoard, on rank 0. The only module that imports it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-# Custom Scalars page: category -> chart -> tags (regular expressions) drawn into it. The first
-# category alone tells the state of the gap; the others say where it comes from.
+# The Custom Scalars page: category -> chart -> tags (regular expressions) drawn in the chart. The
+# first category summarises the state of the gap; the others help to find its causes.
 LAYOUT = {
     "state of the gap": {
         "reward": ["Multiline", ["^reward/mean$", "^eval/reward/mean$"]],
@@ -72,18 +72,18 @@ LAYOUT = {
     },
     "speed": {
         "tokens per second": ["Multiline", ["^speed/tokens_per_second$"]],
-        "seconds by station": ["Multiline", ["^speed/seconds/.*"]],
+        "seconds by phase": ["Multiline", ["^speed/seconds/.*"]],
     },
 }
 
 
 class TensorBoardWriter:
-    """Writes scalars below a run's `tensorboard/` folder; one process has one.
+    """Writes scalars to the `tensorboard/` folder of a run; one process has one.
 
     Args:
-        folder: made if it is not there.
-        purge_step: on resume, the first step that is done again: TensorBoard then hides what the
-            earlier process wrote of it and of later ones. None in a run from the start.
+        folder: created if it does not exist.
+        purge_step: when resuming, the first step that is repeated: TensorBoard then hides what the
+            earlier process wrote for it and for later steps. None in a new run.
     """
 
     def __init__(self, folder: str | Path, *, purge_step: int | None) -> None:
@@ -91,10 +91,11 @@ class TensorBoardWriter:
         self._writer.add_custom_scalars(LAYOUT)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one step and flushes it, so that a run that is killed has shown all it did."""
+        """Write the scalars of a step and flush them, so that a killed run loses none."""
         for key, value in metrics.items():
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()

@@ -1,11 +1,14 @@
-"""Rows that have no log-prob, because a logit is NaN or +inf, the largest one is out of reach, or
-the label lies outside the vocabulary: how they are told.
+"""Reports broken rows, which have no log-prob.
 
-On the CPU they raise at once. On a CUDA device the CPU would have to wait for the GPU: there the
-kernel leaves the row's number in a flag on the device, and `check_broken_rows` raises for it where
-the CPU waits anyway.
+A row is broken if a logit is NaN or +inf, if its largest logit is out of range, or if its label is
+not a token id of the vocabulary.
 
-A flag is one int64: 2 * row + (1: its logits, 0: its label) of the first broken row, or NO_ROW.
+On the CPU a broken row raises at once. On a CUDA device that would make the host wait for the GPU,
+so the kernel stores the number of the row in a flag on the device, and `check_broken_rows` raises
+at a point where the host waits anyway.
+
+A flag is one int64: NO_ROW, or 2 * row + (1 for broken logits, 0 for a broken label) of the first
+broken row.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import torch
 
 from megatron_rl.errors import DataError, DivergenceError
-from megatron_rl.ops.reference import LARGEST_LOGIT
+from megatron_rl.ops.arithmetic import LARGEST_LOGIT
 
 NO_ROW = 2**63 - 1
 
@@ -23,24 +26,25 @@ _FLAGS: dict[torch.device, torch.Tensor] = {}
 
 
 def flag_of(device: torch.device) -> torch.Tensor:
-    """[1] int64, the flag of a CUDA device, all calls of a process on it together."""
+    """[1] int64, the flag of a CUDA device, shared by all calls of this process on it."""
     if device not in _FLAGS:
         _FLAGS[device] = torch.full((1,), NO_ROW, dtype=torch.int64, device=device)
-        torch.cuda.synchronize(device)  # once: other streams may write to it
+        torch.cuda.synchronize(device)  # the value must be there before other streams write it
     return _FLAGS[device]
 
 
 def check_broken_rows(device: torch.device, place: str) -> None:
-    """Raise for the first broken row of the calls on this device since the last check, and forget
-    it. Waits for the work on the current stream; nothing on a CPU.
+    """Raise for the first row that broke on this device since the last check, and clear the flag.
+
+    Waits for the work on the device's current stream. Does nothing for the CPU.
 
     Args:
-        device: as a tensor has it, with its index.
-        place: what ran since then, for the message.
+        device: with its index, as in `tensor.device`.
+        place: what ran since the last check, for the error message.
 
     Raises:
         DivergenceError: broken logits. DataError: a label outside the vocabulary. Both name the
-            row, counted from the first one of its own call.
+            row by its index within the call it belongs to.
     """
     if device not in _FLAGS:
         return
@@ -67,7 +71,13 @@ def note_broken_rows(
     vocab_size: int,
     flag: torch.Tensor,
 ) -> None:
-    """What the CUDA kernel does to the flag, in torch operations."""
+    """Update the flag as the CUDA kernel does, in torch operations.
+
+    Args:
+        maximum: [N] float32, the largest y of every row. labels: [N] int64.
+        is_counted: [N] bool, the rows that may be reported; None: all of them.
+        flag: [1] int64, overwritten if an earlier row is broken than the one it holds.
+    """
     is_of_logits = ~(maximum.abs() <= LARGEST_LOGIT)
     is_broken = is_of_logits | (labels < 0) | (labels >= vocab_size)
     if is_counted is not None:
@@ -78,11 +88,14 @@ def note_broken_rows(
 
 
 def raise_if_broken(maximum: torch.Tensor, is_counted: torch.Tensor | None) -> None:
-    """At once, for tensors on a CPU.
+    """Raise at once if a row is broken, for tensors on the CPU.
 
     Args:
         maximum: [N] float32, the largest y of every row.
-        is_counted: [N] bool; the others may be broken.
+        is_counted: [N] bool, the rows that must not be broken; None: all of them.
+
+    Raises:
+        DivergenceError: names the first broken row.
     """
     is_broken = ~(maximum.abs() <= LARGEST_LOGIT)
     if is_counted is not None:

@@ -1,13 +1,14 @@
-"""Logits come in, every row's entropy goes out with a gradient: what an entropy bonus needs.
+"""The entropy of every row with a gradient to the logits, as an entropy bonus needs it.
 
     H = -sum p log p,   p = softmax(x / temperature) over the true vocabulary V
     d H / d x[j] = -p[j] (log p[j] + H) / temperature
 
-The entropy of `token_logprobs_and_entropy` costs nothing but has no gradient, and no bit of it
-depends on the shards. This one reads the logits twice more forward and once more backward, in torch
-operations of float32 over a few rows at a time, and adds over the ranks of a vocabulary in floating
-point (two all-reduces of [N] numbers forward, none backward): its bits depend on TP, its error is a
-few float32 roundings.
+`token_logprobs_and_entropy` computes the entropy at almost no cost, with bits that do not depend
+on the number of shards, but without a gradient. This function reads the logits twice more in the
+forward pass and once more in the backward pass, in float32 torch operations on a few rows at a
+time. It sums over tensor-parallel ranks in floating point (two all-reduces of [N] numbers in the
+forward pass, none in the backward pass), so its bits depend on TP; its error is a few float32
+roundings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.distributed import ProcessGroup
 from megatron_rl.ops import kernels
 from megatron_rl.ops.vocab_parallel import VocabShard, all_reduce_max, all_reduce_sum, vocab_shard
 
-MAX_ELEMENTS = 2**22  # of a tile of rows in float32: 16 MiB
+MAX_ELEMENTS = 2**22  # of a tile of rows: 16 MiB in float32
 
 
 def differentiable_entropy(
@@ -31,18 +32,21 @@ def differentiable_entropy(
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Entropy of each row's distribution.
+    """Entropy of each row's distribution; a collective over `group`.
 
     Args:
         logits: [N, V] float32, bfloat16 or float16: this rank's contiguous shard, as wide as every
             other rank's; finite, or -inf for a column that cannot be sampled.
         temperature: logits are divided by it in float32; above 0.
-        vocab_size: V without padded columns, which stand at the global end; None: no padding.
+        vocab_size: V without the padded columns, which are the last global ones; None: no padding.
         group: tensor-parallel group over which the vocabulary is sharded, or None.
 
     Returns:
-        [N] float32 in nats, the same on every rank; every rank is expected to feed the same
-        incoming gradient. The gradient arrives in the logits' dtype, 0 on padded columns.
+        [N] float32 in nats, the same on every rank. The gradient has the logits' dtype and is 0 on
+        padded columns. The incoming gradient must be the same on every rank.
+
+    Raises:
+        ValueError: logits that are not [N, V], or a vocabulary that does not fit the shards.
     """
     if logits.dim() != 2:
         raise ValueError(
@@ -66,7 +70,7 @@ class _Entropy(torch.autograd.Function):
             shifted = _scaled(logits[rows], temperature, shard) - largest[rows, None]
             terms = shifted.exp()
             sums[0, rows] = terms.sum(-1, dtype=torch.float64)
-            # 0 * -inf: a column that cannot be sampled adds nothing.
+            # The clamp avoids 0 * -inf: a column that cannot be sampled must add 0.
             sums[1, rows] = (terms * shifted.clamp(min=-1e30)).sum(-1, dtype=torch.float64)
         all_reduce_sum(sums, group)
         log_total = sums[0].log()
@@ -85,7 +89,7 @@ class _Entropy(torch.autograd.Function):
             logprobs = (
                 _scaled(logits[rows], ctx.temperature, ctx.shard) - log_normaliser[rows, None]
             )
-            logprobs = logprobs.clamp(min=-1e30)  # 0 * -inf below is NaN
+            logprobs = logprobs.clamp(min=-1e30)  # 0 * -inf below would be NaN
             surprise = (logprobs + entropy[rows, None]) * logprobs.exp()
             gradient[rows] = (-scale[rows, None] * surprise).to(logits.dtype)
         return gradient, None, None, None
@@ -97,7 +101,7 @@ def _tiles(logits: torch.Tensor) -> list[slice]:
 
 
 def _scaled(logits: torch.Tensor, temperature: float, shard: VocabShard) -> torch.Tensor:
-    """y in float32, -inf on the columns behind the vocabulary's end."""
+    """y in float32, with -inf on padded columns."""
     scaled = logits.float() / temperature
     num_true = min(max(shard.vocab_size - shard.start, 0), logits.shape[1])
     if num_true < logits.shape[1]:

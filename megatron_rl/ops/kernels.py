@@ -1,50 +1,35 @@
-"""The operators `torch.ops.megatron_rl.token_logprobs_*` behind `logprobs.py`.
+"""The operators `torch.ops.megatron_rl.token_logprobs_*`, and log-probs as an autograd function.
 
-On the CPU they are the C++ kernels of csrc/, in the widest instruction set that the CPU has; the
-environment variable MEGATRON_RL_CPU_ISA (avx512, avx2 or portable) asks for another one, with the
-same bits. On a CUDA device they are the CUDA kernels where the extension was built with them, and
-`reference.py` otherwise, with the same arithmetic and slow; MEGATRON_RL_CUDA=1, which makes the
-build fail without them, makes their absence an error here too.
+On the CPU the operators are the C++ kernels of csrc/ (`extension.py` chooses the instruction set).
+On a CUDA device they are the CUDA kernels if the extension was built with them; otherwise
+`reference.py` runs there, with the same arithmetic but slowly.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-from megatron_rl.errors import ConfigError
 from megatron_rl.ops import reference
-from megatron_rl.ops.broken_rows import note_broken_rows
+from megatron_rl.ops.broken_rows import flag_of, note_broken_rows, raise_if_broken
+from megatron_rl.ops.extension import cuda_architectures, instruction_set, load_extension
 from megatron_rl.ops.node_layout import words_per_row
-
-INSTRUCTION_SET_VARIABLE = "MEGATRON_RL_CPU_ISA"
-CUDA_VARIABLE = "MEGATRON_RL_CUDA"
+from megatron_rl.ops.vocab_parallel import VocabShard, gather_rows
 
 
 @cache
 def load() -> None:
-    """Load the extension and register what is Python's part of the operators, once.
+    """Load the extension and register the Python part of its operators, once.
 
     Raises:
-        ConfigError: an extension that was not built, or was built for another torch, or without
-            the CUDA kernels that MEGATRON_RL_CUDA=1 asks for.
+        ConfigError: see `extension.load_extension`.
     """
-    try:
-        from megatron_rl import _C  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"megatron_rl._C: expected the built native extension, got {error}; run "
-            "tools/bootstrap.sh, which builds it"
-        ) from error
-    if not torch.ops.megatron_rl.cuda_architectures():
-        if os.environ.get(CUDA_VARIABLE) == "1":
-            raise ConfigError(
-                f"{CUDA_VARIABLE}=1: expected a native extension with CUDA kernels, got one "
-                "without; build it again where CUDA_HOME is set and torch has CUDA"
-            )
+    load_extension()
+    if not cuda_architectures():
         library = torch.library.Library("megatron_rl", "IMPL")
         library.impl("token_logprobs_nodes", _reference_nodes, "CUDA")
         library.impl("token_logprobs_finish", _reference_finish, "CUDA")
@@ -59,29 +44,12 @@ def load() -> None:
 _LIBRARIES: list[torch.library.Library] = []  # a registration lives as long as its Library
 
 
-def instruction_set() -> str:
-    """The instruction set that CPU tensors are worked on with: avx512, avx2 or portable.
-
-    Raises:
-        ConfigError: MEGATRON_RL_CPU_ISA names one that this CPU or this build does not have.
-    """
-    load()
-    supported = torch.ops.megatron_rl.instruction_sets()
-    name = os.environ.get(INSTRUCTION_SET_VARIABLE) or supported[0]
-    if name not in supported:
-        raise ConfigError(
-            f"{INSTRUCTION_SET_VARIABLE}: expected one of {', '.join(supported)} on this machine, "
-            f"got {name}"
-        )
-    return name
-
-
 def backend(device: torch.device) -> str:
-    """What computes on this device, in words for a run's log."""
+    """What runs the operators on this device, in words for the log of a run."""
     if device.type == "cpu":
         return f"C++ ({instruction_set()})"
-    load()
-    architectures = torch.ops.megatron_rl.cuda_architectures()
+    load_extension()
+    architectures = cuda_architectures()
     if device.type == "cuda" and architectures:
         return f"CUDA ({', '.join(architectures)})"
     return "torch operations (no kernel for this device is built)"
@@ -96,7 +64,8 @@ def nodes(
     vocab_size: int,
     has_entropy: bool,
 ) -> torch.Tensor:
-    """`reference.nodes`: [N, W] int32."""
+    """The words that this rank sends, [N, W] int32; see `reference.nodes`."""
+    load()
     name = instruction_set()
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -114,12 +83,13 @@ def finish(
     has_entropy: bool,
     flag: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.finish`: log-probs, entropy, N and S of the root, the row's maximum.
+    """Log-probs, entropy, N and S of the root, and the maximum of each row; see `reference.finish`.
 
     Args:
-        is_counted: [N] bool, rows that the flag may tell of; None: all.
-        flag: of broken_rows.py, on a CUDA device; None on the CPU.
+        is_counted: [N] bool, the rows whose breakage the flag may report; None: all of them.
+        flag: [1] int64 of broken_rows.py, on a CUDA device; None on the CPU.
     """
+    load()
     name = instruction_set()
     return torch.ops.megatron_rl.token_logprobs_finish(
         words, labels, edges, vocab_size, has_entropy, name, is_counted, flag
@@ -137,7 +107,8 @@ def gradient(
     vocab_size: int,
     grad_logits: torch.Tensor,
 ) -> None:
-    """`reference.gradient`: fills grad_logits [N, V], which may be logits."""
+    """Fill grad_logits [N, V], which may be the logits themselves; see `reference.gradient`."""
+    load()
     name = instruction_set()
     torch.ops.megatron_rl.token_logprobs_gradient(
         logits if logits.stride(1) == 1 else logits.contiguous(),
@@ -154,9 +125,98 @@ def gradient(
 
 
 def empty_like(logits: torch.Tensor) -> torch.Tensor:
-    """Memory for a gradient of the logits, contiguous; on the CPU perhaps that of the last one."""
+    """Uninitialised contiguous memory of the shape and dtype of `logits`, for their gradient.
+
+    On the CPU it may be the memory of an earlier gradient that is no longer in use.
+    """
     load()
     return torch.ops.megatron_rl.empty_like_logits(logits)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs, entropy, and the largest y of every row, each [N] float32.
+
+    Only the log-probs have a gradient. The entropy is empty without `has_entropy`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, logits, labels, is_counted, temperature, shard, group, has_entropy, overwrite_logits
+    ):
+        """Arguments as in `token_logprobs`, after `arguments.without_ignored` and `shard_of`."""
+        words = nodes(
+            logits, labels, temperature, shard.edges, shard.rank, shard.vocab_size, has_entropy
+        )
+        logprobs, entropy, exponent, total, maximum = gather_and_finish(
+            words, labels, is_counted, shard, group, has_entropy
+        )
+        ctx.save_for_backward(logits, labels, is_counted, exponent, total)
+        ctx.temperature, ctx.shard = temperature, shard
+        ctx.overwrite_logits, ctx.is_overwritten = overwrite_logits, False
+        ctx.mark_non_differentiable(entropy, maximum)
+        return logprobs, entropy, maximum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, _grad_entropy, _grad_maximum):
+        """The gradient of the logits, from that of the log-probs [N] float32."""
+        if ctx.is_overwritten:
+            raise RuntimeError(
+                "token_logprobs: expected one backward pass with overwrite_logits=True, got a "
+                "second one; its logits are gone"
+            )
+        logits, labels, is_counted, exponent, total = ctx.saved_tensors
+        if ctx.overwrite_logits:
+            grad_logits, ctx.is_overwritten = logits.detach(), True
+            # Autograd then refuses any other node that saved these logits.
+            torch.autograd.graph.increment_version(logits)
+        else:
+            grad_logits = empty_like(logits)
+        gradient(
+            logits,
+            labels,
+            zero_ignored(grad_logprobs, is_counted),
+            exponent,
+            total,
+            ctx.temperature,
+            ctx.shard.start,
+            ctx.shard.vocab_size,
+            grad_logits,
+        )
+        return grad_logits, *([None] * 7)
+
+
+def zero_ignored(values: torch.Tensor, is_counted: torch.Tensor | None) -> torch.Tensor:
+    """[N] values with 0 in the rows that do not count; None: all rows count."""
+    return values if is_counted is None else torch.where(is_counted, values, 0.0)
+
+
+def gather_and_finish(
+    words: torch.Tensor,
+    labels: torch.Tensor,
+    is_counted: torch.Tensor | None,
+    shard: VocabShard,
+    group: ProcessGroup | None,
+    has_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gather the words [N, W] of all ranks and finish the rows; a collective over the group.
+
+    Returns:
+        Log-probs, entropy, N and S of the roots, and the largest y, as `finish`; 0 in rows that do
+        not count.
+    Raises:
+        DivergenceError: broken logits, on the CPU; on a CUDA device the flag records them.
+    """
+    gathered = gather_rows(words, group)
+    flag = flag_of(words.device) if words.device.type == "cuda" else None
+    logprobs, entropy, exponent, total, maximum = finish(
+        gathered, labels, is_counted, shard.edges, shard.vocab_size, has_entropy, flag
+    )
+    if maximum.device.type == "cpu":
+        raise_if_broken(maximum, is_counted)
+    logprobs = zero_ignored(logprobs, is_counted)
+    entropy = zero_ignored(entropy, is_counted) if has_entropy else entropy
+    return logprobs, entropy, exponent, total, maximum
 
 
 def _reference_nodes(

@@ -1,14 +1,14 @@
-"""The aligned log-prob in plain torch: the truth that the kernels are compared with, bit by bit.
+"""The aligned log-prob in plain torch, which the kernels are compared with bit by bit.
 
     logprob = y[label] - log sum exp(y),   y = logits / temperature, over the true vocabulary
 
-A sum of exponentials is a node (N, S), S * 2^N, with S in float32. Granules of 128 global columns
-are summed against their own maximum, nodes are merged pairwise in a tree whose shape depends on
-global positions alone, and the root is finished in float64. Each step is rounded once; csrc/ does
-the same steps. Eager only: a compiler would fuse what is rounded apart here.
+A sum of exponentials is kept as a node (N, S), which stands for S * 2^N with S in float32. Each
+granule of 128 global columns is summed relative to its own maximum, the nodes are merged pairwise
+in a tree whose shape depends on global positions alone, and the root is finished in float64. Each
+step is rounded once (arithmetic.py); csrc/ takes the same steps.
 
-`nodes`, `finish` and `gradient` are also what runs on a CUDA device in a build without CUDA
-kernels: the same steps, at a fraction of the speed.
+`nodes`, `finish` and `gradient` are also what runs on a CUDA device if the extension was built
+without CUDA kernels: the same steps, much slower.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_rl.ops.arithmetic import (
+    CHUNK_ELEMENTS,
+    DROPPED,
+    LARGEST_LOGIT,
+    LN2,
+    LOG2E,
+    MAGIC,
+    REACH,
+    logarithm,
+    multiply_add,
+    power_of_half,
+    scaled,
+    term,
+)
 from megatron_rl.ops.node_layout import GRANULE, NodeLayout, node_layout, words_per_row
 
-LARGEST_LOGIT = 2.0**21  # a row's maximum lies within plus or minus this
-REACH = 80.0  # a column this far below its granule's maximum, or further, counts as this far
-EMPTY_EXPONENT = -(2**30)  # of a node that holds nothing but -inf
-DROPPED = 64  # 2^-64 of a sibling, or less, is dropped
-
-LOG2E = float.fromhex("0x1.715476p+0")
-LN2 = float.fromhex("0x1.62e430p-1")
-MAGIC = float.fromhex("0x1.8p+23")  # adding it rounds to an integer, kept in the low bits
-# exp(r) = 1 + r + c2 r^2 + ... + c5 r^5, highest first.
-POLYNOMIAL = [
-    *map(float.fromhex, ("0x1.106174p-7", "0x1.572c64p-5", "0x1.5557b6p-3", "0x1.fffdf8p-2")),
-    1.0,
-    1.0,
-]
-COLUMN_BITS = (4, 5, 6, 0, 1, 2, 3)  # the order in which a granule's columns are added
-CHUNK_ELEMENTS = 2**24  # of logits at a time, which bounds the temporaries
+EMPTY_EXPONENT = -(2**30)  # of a node whose columns are all -inf
+COLUMN_BITS = (4, 5, 6, 0, 1, 2, 3)  # the order in which the columns of a granule are added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nodes:
-    """Nodes of [N] rows by any number of neighbours: three tensors [N, K]."""
+    """K neighbouring nodes of each of N rows: three tensors [N, K]."""
 
     exponent: torch.Tensor  # N, int32
     sum: torch.Tensor  # S, float32
@@ -55,44 +55,14 @@ class Nodes:
         )
 
 
-def multiply_add(a: torch.Tensor, b: float | torch.Tensor, c: float | torch.Tensor) -> torch.Tensor:
-    """float32 a * b + c, rounded once.
-
-    In float64 the product is exact; the sum is rounded to odd, so that rounding it to float32 does
-    not round a second time.
-    """
-    product = a.double() * (b.double() if isinstance(b, torch.Tensor) else b)
-    c = c.double() if isinstance(c, torch.Tensor) else torch.full_like(product, c)
-    total = product + c
-    c_part = total - product
-    error = (product - (total - c_part)) + (c - c_part)
-    bits = total.view(torch.int64)
-    step = torch.where((error > 0) == (total > 0), 1, -1)
-    bits = bits + torch.where((error != 0) & (bits % 2 == 0), step, 0)
-    return bits.view(torch.float64).float()
-
-
-def power_of_half(k: torch.Tensor) -> torch.Tensor:
-    """2^-k in float32 for int32 k of 0 to 126."""
-    return ((127 - k) << 23).view(torch.float32)
-
-
-def term(y: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """exp(y) * 2^-N, where offset is MAGIC - N."""
-    t = multiply_add(y, LOG2E, offset)
-    n = t - offset
-    r = multiply_add(-n, LN2, y)
-    f = torch.full_like(r, POLYNOMIAL[0])
-    for coefficient in POLYNOMIAL[1:]:
-        f = multiply_add(f, r, coefficient)
-    return (f.view(torch.int32) + (t.view(torch.int32) << 23)).view(torch.float32)
-
-
 def granules(y: torch.Tensor) -> Nodes:
-    """The nodes of whole granules.
+    """The nodes of K whole granules.
 
     Args:
         y: [N, K * 128] float32, with -inf where there is no column.
+
+    Returns:
+        Tensors [N, K].
     """
     y = y.unflatten(1, (-1, GRANULE))
     maximum = y.amax(2)
@@ -102,7 +72,7 @@ def granules(y: torch.Tensor) -> Nodes:
     y = torch.maximum(y, (raised - REACH)[..., None])
     e = term(y, (MAGIC - exponent)[..., None])
     weighted = e * multiply_add(-exponent[..., None].expand_as(y), LN2, y)
-    # A broken row has no node: it is told by its maximum.
+    # A broken row gets an empty node; `finish` recognises it by its maximum.
     is_empty |= ~(maximum <= LARGEST_LOGIT)
     return Nodes(
         exponent=torch.where(is_empty, float(EMPTY_EXPONENT), exponent).int(),
@@ -121,6 +91,7 @@ def _add_columns(x: torch.Tensor) -> torch.Tensor:
 
 
 def merge(left: Nodes, right: Nodes) -> Nodes:
+    """Merge each node of `left` with its sibling in `right`, both [N, K]."""
     is_swapped = left.exponent < right.exponent
 
     def pick(name: str, is_right: torch.Tensor) -> torch.Tensor:
@@ -144,35 +115,10 @@ def merge(left: Nodes, right: Nodes) -> Nodes:
 
 
 def merge_levels(leaves: Nodes) -> Nodes:
-    """One node of 2^l neighbours, [N, 2^l] to [N, 1]."""
+    """Merge 2^l neighbours pairwise into one node, [N, 2^l] to [N, 1]."""
     while leaves.sum.shape[1] > 1:
         leaves = merge(leaves[0::2], leaves[1::2])
     return leaves
-
-
-def logarithm(x: torch.Tensor) -> torch.Tensor:
-    """Natural logarithm in float64 of positive normal numbers: x = 2^k q, log q by its series."""
-    bits = x.view(torch.int64)
-    k = (bits >> 52) - 1023
-    q = ((bits & (2**52 - 1)) | (1023 << 52)).view(torch.float64)
-    is_high = q > math.sqrt(2.0)
-    q = torch.where(is_high, q * 0.5, q)
-    k = k + is_high
-    z = (q - 1.0) / (q + 1.0)
-    w = z * z
-    series = torch.full_like(w, 1.0 / 19)
-    for i in range(17, 0, -2):
-        series = series * w + 1.0 / i
-    return k.double() * math.log(2.0) + 2.0 * (z * series)
-
-
-def scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """float32 logits / temperature by IEEE division."""
-    y = logits.float()
-    if temperature == 1.0:
-        return y
-    # A tensor on the device: by a Python number, CUDA multiplies with its rounded reciprocal.
-    return y / torch.full((1,), temperature, dtype=torch.float32, device=y.device)
 
 
 def nodes(
@@ -184,15 +130,15 @@ def nodes(
     vocab_size: int,
     has_entropy: bool,
 ) -> torch.Tensor:
-    """What this rank sends.
+    """The words that this rank sends.
 
     Args:
         logits: [N, V] float32, bfloat16 or float16: the columns edges[rank] to edges[rank + 1].
-        labels: [N] int64, global.
-        edges, rank, vocab_size: as `node_layout`.
+        labels: [N] int64, global token ids.
+        edges, rank, vocab_size: as in `node_layout`.
 
     Returns:
-        [N, W] int32, laid out as node_layout.py says.
+        [N, W] int32, in the layout of node_layout.py.
     """
     width = words_per_row(edges, vocab_size, has_entropy=has_entropy)
     words = torch.zeros(logits.shape[0], width, dtype=torch.int32, device=logits.device)
@@ -211,7 +157,7 @@ def _row_words(
 ) -> torch.Tensor:
     begin, end = layout.columns
     is_local = (labels >= begin) & (labels < end)
-    padded = torch.nn.functional.pad(y, (0, 1), value=0.0)  # a last column for other ranks' labels
+    padded = torch.nn.functional.pad(y, (0, 1), value=0.0)  # the last one for other ranks' labels
     label_logit = padded.gather(1, torch.where(is_local, labels - begin, end - begin)[:, None])
     complete = y[:, layout.head[1] - begin : layout.tail[0] - begin]
     maximum = torch.nn.functional.pad(complete, (0, 1), value=-math.inf).amax(1, keepdim=True)
@@ -236,15 +182,16 @@ def finish(
     vocab_size: int,
     has_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The whole row from what all ranks sent.
+    """Log-probs and entropies from the words of all ranks.
 
     Args:
-        words: [R, N, W] int32, of the ranks in order.
+        words: [R, N, W] int32, in rank order.
+        labels, edges, vocab_size: as in `nodes`.
 
     Returns:
-        logprobs [N] float32, entropy [N] float32 ([0] without entropy), and of the root N [N] int32
-        and S [N] float32; the row's largest y [N] float32, NaN if it holds a NaN. Where that is not
-        within +-2^21, log-prob and entropy are NaN.
+        logprobs [N] float32; entropy [N] float32 in nats ([0] without entropy); N [N] int32 and S
+        [N] float32 of the root; and the largest y of the row [N] float32, NaN if the row holds a
+        NaN. If the largest y is not within +-2^21, log-prob and entropy are NaN.
     """
     pieces: list[tuple[int, int, Nodes]] = []  # (first granule, level, node [N, 1])
     cut: dict[int, torch.Tensor] = {}  # granule -> its columns [N, 128]
@@ -296,7 +243,7 @@ def _read_node(words: torch.Tensor, at: int, has_entropy: bool) -> tuple[Nodes, 
 
 
 def _root(pieces: list[tuple[int, int, Nodes]]) -> Nodes:
-    """Merge siblings as they come; then, from the right, nodes whose sibling is absent rise."""
+    """Merge siblings from left to right, then the nodes without a sibling from right to left."""
     stack: list[tuple[int, int, Nodes]] = []
     for granule, level, node in pieces:
         while (
@@ -324,12 +271,15 @@ def gradient(
     vocab_size: int,
     grad_logits: torch.Tensor,
 ) -> None:
-    """Fill grad_logits [N, V], in the logits' dtype and perhaps the logits themselves.
+    """Fill grad_logits [N, V], of the logits' dtype, with the gradient of the log-probs.
 
     Args:
-        incoming: [N] float32. A row where it is 0 gets +0, and so do columns from vocab_size on.
-        exponent, total: N and S of the root, as `finish` returned them.
-        first_column: global column of the shard's first one.
+        logits: [N, V], this rank's shard. labels: [N] int64, global token ids.
+        incoming: [N] float32. A row where it is 0 gets +0, and so do padded columns.
+        exponent, total: N [N] int32 and S [N] float32 of the root, as `finish` returned them.
+        first_column: global index of the shard's first column.
+        vocab_size: V; global columns from V on are padding.
+        grad_logits: overwritten; it may be `logits` itself.
     """
     width = min(max(vocab_size - first_column, 0), logits.shape[1])
     grad_logits[:, width:] = 0.0
@@ -356,7 +306,10 @@ def gradient(
 def exact(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float64 oracle: log-probs and entropy in nats, [N] float64, differentiable."""
+    """Log-probs and entropy in nats by torch's float64 log_softmax, [N] float64, differentiable.
+
+    What tests measure the error of the aligned log-prob against.
+    """
     log_softmax = torch.log_softmax(logits.double() / temperature, dim=1)
     entropy = torch.special.entr(log_softmax.exp()).sum(1)
     return log_softmax.gather(1, labels[:, None])[:, 0], entropy

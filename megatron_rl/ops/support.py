@@ -1,22 +1,26 @@
-"""Which columns a truncating sampler could have chosen, found from vocabulary-parallel logits
-without gathering or sorting them.
+"""Finds the columns that a truncating sampler could have chosen: the support of a row.
 
-    y = logits / T;  min_p keeps exp(y) >= min_p * max exp(y);  top_k the k largest y of those;
-    top_p those of what is left above which less than p of its probability lies
+The logits are vocabulary-parallel; they are neither gathered nor sorted.
 
-That is vLLM's order and its rules (vllm/v1/sample/ops/topk_topp_sampler.py). The support of a row
-is then: every column above an edge, and some or all of the columns on it. The edge is the key, an
-integer in the order of the logits, of the smallest logit that is kept; it is found 8 bits a round,
-from a histogram of the keys that still qualify, summed over the ranks as integers. A probability is
-counted as round(exp(y) * 2^(40 - N)) of the aligned log-prob's own term, so that sums are exact,
-and the support is the same whatever the number of shards.
+    y = logits / T
+    min_p keeps the columns with exp(y) >= min_p * max exp(y);
+    top_k keeps the k largest y of those;
+    top_p keeps those of the rest above which less than p of its total probability lies.
 
-Of c equal logits on the edge of top_p, ceil((p * all - above) / each), at least one, are kept. The
-engine keeps as many (vLLM's torch path sorts, and which of them come first is the sort's chance):
-here the label first, then the lowest columns.
+These are vLLM's rules, in vLLM's order (vllm/v1/sample/ops/topk_topp_sampler.py). The support of a
+row is then every column above an edge, and some or all of the columns on the edge. The edge is the
+key (an integer with the order of the logits) of the smallest logit that is kept. It is found 8 bits
+per round, from a histogram of the keys that still qualify, summed over the ranks as integers. A
+probability is counted as round(exp(y) * 2^(40 - N)), from the term of the aligned log-prob, so the
+sums are exact and the support does not depend on the number of shards.
 
-Collectives: an all-reduce of [N, 256] int64 a round ([2, N, 256] in the last one for top_p), 2
-rounds for 16-bit logits, 4 for float32, for top_k and for top_p each; one gather of [N, 3] int64.
+Of c equal logits on the edge of top_p, ceil((p * all - above) / each) are kept, and at least one.
+The engine keeps the same number of them; which ones depends on the order of its sort (vLLM's torch
+implementation). Here the label comes first, then the lowest columns.
+
+Collectives: one all-reduce of [N, 256] int64 per round ([2, N, 256] in the last round of top_p),
+with 2 rounds for 16-bit logits and 4 for float32, for each of top_k and top_p; and one gather of
+[N, 3] int64.
 """
 
 from __future__ import annotations
@@ -26,41 +30,42 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_rl.ops import kernels
 from megatron_rl.ops import support_reference as reference
-from megatron_rl.ops.reference import LARGEST_LOGIT
+from megatron_rl.ops.arithmetic import LARGEST_LOGIT
+from megatron_rl.ops.extension import instruction_set, load_extension
 from megatron_rl.ops.vocab_parallel import VocabShard, all_reduce_sum, gather_rows
 from megatron_rl.records import Truncation
 
 BITS_PER_ROUND = 8
-NO_LIMIT = 2**62  # more columns than there are
+NO_LIMIT = 2**62  # above any number of columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """The support of [N] rows, as this rank needs it: three tensors [N].
+    """The support of N rows, as this rank needs it.
 
-    Example, of BF16 logits 3.0, 1.0, 1.0, 0.0 with top_k=2 and ties="exact" and label 3: the edge
-    is the key of 1.0, the quota 1, and the label lies outside.
+    Example, of BF16 logits 3.0, 1.0, 1.0, 0.0 with top_k=2, ties="exact" and label 3: the edge is
+    the key of 1.0, the quota is 1, and the label is outside.
     """
 
-    edge: torch.Tensor  # int64 key: columns above it are in the support
-    quota: torch.Tensor  # int64: of this shard's columns on it, without the label, the first are in
-    is_outside: torch.Tensor  # bool: the label is not in the support
+    edge: torch.Tensor  # [N] int64 key; columns with a larger key are in the support
+    # [N] int64: how many of this shard's columns on the edge are in, the first without the label
+    quota: torch.Tensor
+    is_outside: torch.Tensor  # [N] bool: the label is not in the support
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Edge:
-    """Where a search ended: three tensors [N] int64."""
+    """The result of a search: four tensors [N] int64."""
 
     key: torch.Tensor
-    missing: torch.Tensor  # what the columns on it must still give: a count, or a mass
-    num_ties: torch.Tensor  # columns on it, over all shards
-    num_local_ties: torch.Tensor  # and in this one
+    missing: torch.Tensor  # count or mass that the columns on the edge must still contribute
+    num_ties: torch.Tensor  # columns on the edge in all shards
+    num_local_ties: torch.Tensor  # columns on the edge in this shard
 
 
 class _Search:
-    """The rounds of histograms over one batch of rows."""
+    """Searches for the edge in one batch of rows, by rounds of histograms."""
 
     def __init__(
         self,
@@ -83,30 +88,30 @@ class _Search:
         return reference.masses(y, self.maximum)
 
     def lowest(self, min_p: float) -> torch.Tensor:
-        """[N] int64: the smallest key that min_p keeps, by bisection; above that of -inf."""
+        """[N] int64: the smallest key that min_p keeps, by bisection; always above that of -inf."""
         dtype = self.logits.dtype
         low = torch.full_like(self.maximum, reference.key_of_minus_infinity(dtype) + 1).long()
         if min_p == 0.0:
             return low
-        share = float(torch.tensor(min_p, dtype=torch.float32))  # as the engine holds it
+        share = float(torch.tensor(min_p, dtype=torch.float32))  # rounded as in the engine
         bound = share * reference.terms(self.maximum, self.maximum).double()
         high = torch.full_like(low, (1 << reference.key_bits(dtype)) - 1)
-        # Invariant: `high` is kept (or no number at all), what is below `low` is not.
+        # Invariant: `high` is kept (or is not the key of a number), keys below `low` are not.
         for _ in range(reference.key_bits(dtype)):
             middle = (low + high) // 2
             y = reference.logits_of(middle, dtype, self.temperature)
             is_kept = (y >= self.maximum) | (reference.terms(y, self.maximum).double() >= bound)
-            is_kept |= y.isnan()  # beyond the largest number
+            is_kept |= y.isnan()  # the key of no number, above the largest one
             low, high = torch.where(is_kept, low, middle + 1), torch.where(is_kept, middle, high)
         return high
 
     def descend(self, lowest: torch.Tensor, wanted: float, surplus: torch.Tensor | None) -> _Edge:
-        """The largest key at and above which enough columns lie.
+        """The largest key such that enough columns have this key or a larger one.
 
         Args:
-            lowest: [N] int64; smaller keys do not count.
-            wanted: how many columns; or the share of their mass, once `surplus` is taken off it.
-            surplus: [N] int64; None: columns are counted.
+            lowest: [N] int64; columns with a smaller key do not count.
+            wanted: number of columns; with `surplus`, share of the total mass less the surplus.
+            surplus: [N] int64 mass; None: search by the number of columns.
         """
         has_masses = surplus is not None
         prefix = torch.zeros_like(lowest)
@@ -117,7 +122,7 @@ class _Search:
             high = low + (1 << (shift + BITS_PER_ROUND)) - 1
             low = torch.where(self.is_sound, torch.maximum(low, lowest), high + 1)
             local = self._histogram(low, high, shift, has_masses)
-            # Of masses, the counts matter in the last round alone.
+            # When searching by mass, the counts are needed only in the last round.
             searched = local if shift == 0 else local[-1:]
             summed = all_reduce_sum(searched.clone(), self.group)
             at_or_above = summed[-1].flip(1).cumsum(1).flip(1)
@@ -140,17 +145,19 @@ class _Search:
         given = (self.logits, self.maximum, low, high, self.temperature, self.width, shift)
         if self.logits.device.type != "cpu":
             return reference.histogram(*given, has_masses)
-        name = kernels.instruction_set()
+        name = instruction_set()
         return torch.ops.megatron_rl.support_histogram(*given, has_masses, name)
 
 
 def _first_wanted(total: torch.Tensor, wanted: float, surplus: torch.Tensor | None) -> torch.Tensor:
-    """What to look for, once the row's total is known: k columns or all that there are; or the mass
-    that p asks for, so that `above < p * all` is `above < wanted` in integers.
+    """[N] int64 count or mass to search for, once the total of the row is known.
+
+    By count: k, or the total if there are fewer columns. By mass: the smallest integer for which
+    `above < p * all` is the same as `above < wanted`.
     """
     if surplus is None:
         return total.clamp(max=int(wanted))
-    share = float(torch.tensor(wanted, dtype=torch.float32))  # as the engine holds it
+    share = float(torch.tensor(wanted, dtype=torch.float32))  # rounded as in the engine
     return ((total - surplus).double() * share).ceil().long()
 
 
@@ -167,10 +174,10 @@ def find_support(
     """The support of every row. A collective over the group.
 
     Args:
-        logits: [N, V] float32, bfloat16 or float16, this rank's shard, columns side by side.
-        labels: [N] int64, global, the same on every rank.
-        maximum: [N] float32, the largest y of the row over all shards. A row whose maximum is
-            broken keeps every column.
+        logits: [N, V] float32, bfloat16 or float16: this rank's shard, contiguous in columns.
+        labels: [N] int64, global token ids, the same on every rank.
+        maximum: [N] float32, the largest y of the row over all shards. A row whose maximum is NaN
+            or out of range keeps every column.
     """
     width = min(max(shard.vocab_size - shard.start, 0), logits.shape[1])
     search = _Search(logits, maximum, temperature, width, group)
@@ -187,7 +194,7 @@ def find_support(
     edge = lowest
     if truncation.top_p < 1.0:
         found = search.descend(lowest, truncation.top_p, surplus)
-        mass = search.mass_of(found.key).clamp(min=1)  # 0 only in a broken row
+        mass = search.mass_of(found.key).clamp(min=1)  # a mass of 0 occurs only in a broken row
         quota = (found.missing + mass - 1) // mass
         edge, num_local_ties = found.key, found.num_local_ties
     edge = torch.where(search.is_sound, edge, -1)
@@ -202,7 +209,7 @@ def _share_edge(
     num_local_ties: torch.Tensor,
     shard: VocabShard,
 ) -> Support:
-    """Each rank's part of the columns on the edge: the label first, then the lowest columns."""
+    """Split the columns on the edge between the ranks: the label first, then the lowest columns."""
     column = label_column(labels, search.width, shard)
     is_local = column >= 0
     at_label = search.logits.gather(1, column.clamp(min=0)[:, None])[:, 0]
@@ -219,7 +226,7 @@ def _share_edge(
 
 
 def label_column(labels: torch.Tensor, width: int, shard: VocabShard) -> torch.Tensor:
-    """[N] int64 column of the label in this shard; -1 where another rank holds it."""
+    """[N] int64: the column of the label in this shard, -1 if another rank holds it."""
     column = labels - shard.start
     return torch.where((column >= 0) & (column < width), column, -1)
 
@@ -232,11 +239,11 @@ def keep_support(
     temperature: float,
     shard: VocabShard,
 ) -> torch.Tensor:
-    """A copy of the logits with -inf outside the support; the label stays."""
+    """A copy of the logits [N, V] with -inf outside the support; the label keeps its logit."""
     width = min(max(shard.vocab_size - shard.start, 0), logits.shape[1])
     column = label_column(labels, width, shard)
     given = (logits, support.edge, support.quota, column, temperature, width)
     if logits.device.type != "cpu":
         return reference.keep(*given)
-    kernels.load()
+    load_extension()
     return torch.ops.megatron_rl.support_keep(*given)

@@ -1,10 +1,11 @@
-"""Log-probs of labels under a sampler that truncates: over the columns it could have chosen.
+"""Log-probs of labels under a truncating sampler, over the columns that it could have chosen.
 
     logprob = y[label] - log sum exp(y)  over the support and the label,   y = logits / temperature
 
-in the aligned arithmetic of `logprobs.py`, with what lies outside at -inf: the same bits whatever
-the number of shards, and no gradient outside. The support (`support.py`) is found anew from these
-logits, so a label that the engine chose can lie just outside by rounding: it is kept, and told.
+Computed with the aligned arithmetic of `logprobs.py` after setting the columns outside the support
+to -inf: the bits do not depend on the number of shards, and those columns get no gradient. The
+support (`support.py`) is determined from these logits, so because of rounding a token that the
+engine chose may lie just outside of it; the label is kept anyway, and `is_outside` reports it.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_rl.ops.logprobs import TokenLogprobs, shard_of, without_ignored
+from megatron_rl.ops.arguments import shard_of, without_ignored
+from megatron_rl.ops.kernels import TokenLogprobs
 from megatron_rl.ops.support import find_support, keep_support
 from megatron_rl.records import Truncation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupportLogprobs:
-    """Of [N] rows; the same on every rank. Example, of probabilities 0.5, 0.3, 0.2 with top_k=2 and
-    label 1: `logprobs` log(0.3 / 0.8), `full_logprobs` log(0.3), `is_outside` False.
+    """Log-probs of N rows, the same on every rank.
+
+    Example, of a row with probabilities 0.5, 0.3, 0.2, top_k=2 and label 1: `logprobs` is
+    log(0.3 / 0.8), `full_logprobs` is log(0.3), `is_outside` is False.
     """
 
     logprobs: torch.Tensor  # [N] float32, of the truncated distribution; differentiable
-    full_logprobs: torch.Tensor  # [N] float32, of the whole one; differentiable
-    entropy: torch.Tensor  # [N] float32, of the whole one, in nats; no gradient
+    full_logprobs: torch.Tensor  # [N] float32, of the whole distribution; differentiable
+    entropy: torch.Tensor  # [N] float32 in nats, of the whole distribution; no gradient
     is_outside: torch.Tensor  # [N] bool: the label is not in the support
 
 
@@ -45,10 +49,10 @@ def support_logprobs(
 ) -> SupportLogprobs:
     """`token_logprobs` of the truncated and of the whole distribution.
 
-    Extra memory: one copy of the logits, which takes the gradient with `overwrite_logits`.
+    Needs memory for one copy of the logits; with `overwrite_logits`, the gradient is written there.
 
     Args:
-        truncation: the sampler's; where it excludes nothing, both log-probs are the same tensor.
+        truncation: of the sampler; if it excludes nothing, both log-probs are the same tensor.
         logits, labels, temperature, vocab_size, group, ignore_index, overwrite_logits: as for
             `token_logprobs`.
 

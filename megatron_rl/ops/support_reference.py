@@ -1,9 +1,12 @@
-"""The search for the support in plain torch: `histogram` and `keep` are the truth that
-csrc/support.cpp is compared with, and what runs on a CUDA device; the rest is for a number a row.
+"""The building blocks of the search for the support, in plain torch.
 
-A key is an integer that orders as the logit does: the bits of a 16-bit logit, or of
-y = logit / temperature in float32 (two logits may have one y, and the sampler sees the y), with the
-sign bit flipped, or all bits of a negative one. Equal numbers have equal keys, -0 that of 0.
+csrc/support.cpp is compared with `histogram` and `keep`, which are also what runs on a CUDA device;
+the other functions work on a few numbers per row.
+
+A key is an integer with the order of the logits: the bits of a 16-bit logit, or of
+y = logit / temperature in float32 (several float32 logits may share a y, and the sampler sees only
+y). The sign bit of a positive number is flipped, and all bits of a negative one. Equal numbers have
+equal keys; -0 has the key of 0.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import math
 
 import torch
 
-from megatron_rl.ops.reference import (
+from megatron_rl.ops.arithmetic import (
     CHUNK_ELEMENTS,
     LARGEST_LOGIT,
     LOG2E,
@@ -24,17 +27,17 @@ from megatron_rl.ops.reference import (
 )
 
 NUM_BINS = 256
-MASS_UNIT = 2.0**40  # masses are integers, so that their sums do not depend on the order
+MASS_UNIT = 2.0**40  # masses are integers, so the order of summation does not matter
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 def key_bits(dtype: torch.dtype) -> int:
-    """Width of a key: 16 or 32."""
+    """Bits of a key: 16 or 32."""
     return 8 * dtype.itemsize
 
 
 def keys(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """int64 keys of logits of any shape."""
+    """int64 keys of logits of any shape, in float32, bfloat16 or float16."""
     if logits.dtype == torch.float32:
         logits = scaled(logits, temperature)
     half = 1 << (key_bits(logits.dtype) - 1)
@@ -44,11 +47,12 @@ def keys(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def key_of_minus_infinity(dtype: torch.dtype) -> int:
+    """The key of -inf, below that of every number."""
     return int(keys(torch.tensor(-math.inf, dtype=dtype), 1.0))
 
 
 def logits_of(keys: torch.Tensor, dtype: torch.dtype, temperature: float) -> torch.Tensor:
-    """The float32 y that a key stands for."""
+    """The float32 y that each key stands for; the inverse of `keys`."""
     half = 1 << (key_bits(dtype) - 1)
     bits = torch.where(keys >= half, keys - half, ~keys).to(INTEGERS[dtype])
     values = bits.view(dtype)
@@ -56,7 +60,7 @@ def logits_of(keys: torch.Tensor, dtype: torch.dtype, temperature: float) -> tor
 
 
 def terms(y: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-    """exp(y) * 2^-N in float32, N being the exponent of the row's maximum."""
+    """exp(y) * 2^-N in float32, where N is the exponent of the row's maximum."""
     raised = maximum.clamp(min=-LARGEST_LOGIT)
     exponent = multiply_add(raised, LOG2E, MAGIC) - MAGIC
     return term(torch.maximum(y, raised - REACH), MAGIC - exponent)
@@ -77,16 +81,18 @@ def histogram(
     shift: int,
     has_masses: bool,
 ) -> torch.Tensor:
-    """Columns by 8 bits of their key, of those whose key is within [low, high].
+    """Count the columns whose key is within [low, high], by 8 bits of the key.
 
     Args:
         logits: [N, V] float32, bfloat16 or float16; columns from `width` on are padding.
-        maximum: [N] float32, the row's largest y over all shards.
-        low, high: [N] int64, inclusive; nothing where low > high.
+        maximum: [N] float32, the largest y of the row over all shards.
+        low, high: [N] int64, inclusive; a row with low > high has no columns.
+        width: of the shard's columns without padding.
         shift: a column falls into bin `(key >> shift) & 255`.
+        has_masses: also sum the masses of the columns.
 
     Returns:
-        [1, N, 256] int64 counts, or [2, N, 256] with the masses behind them.
+        [1, N, 256] int64 counts, or [2, N, 256]: counts, then masses.
     """
     num_rows = logits.shape[0]
     result = torch.zeros(
@@ -114,13 +120,15 @@ def keep(
     temperature: float,
     width: int,
 ) -> torch.Tensor:
-    """The logits, but -inf outside the support.
+    """A copy of the logits with -inf outside the support.
 
     Args:
         logits: [N, V]; columns from `width` on are padding.
-        edge: [N] int64 key; columns above it stay.
-        quota: [N] int64; of the columns on it, other than the label, the first so many stay.
-        label_column: [N] int64, the label's column in this shard if it has one; it stays.
+        edge: [N] int64 key; columns with a larger key are kept.
+        quota: [N] int64: of the columns whose key is the edge, not counting the label, so many are
+            kept, the first ones.
+        label_column: [N] int64, the label's column in this shard, which is kept; -1 if the shard
+            does not hold the label.
     """
     kept = torch.full_like(logits, -math.inf, memory_format=torch.contiguous_format)
     step = max(1, CHUNK_ELEMENTS // max(1, width))

@@ -1,8 +1,8 @@
-"""Which columns of the vocabulary a tensor-parallel rank holds, and the collectives over them.
+"""Which columns of the vocabulary a tensor-parallel rank holds, and the collectives over the ranks.
 
-Every rank holds a contiguous shard of equally many columns, in rank order; columns added to make
-the shards equal (as Megatron pads its embedding) stand at the end of the last ones and belong to no
-token.
+Every rank holds a contiguous shard of the same number of columns, in rank order. The columns that
+are added to make the shards equal (Megatron pads its embedding) are the last global ones and belong
+to no token.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import distributed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabShard:
-    """Example: 7 columns on rank 1 of 2, vocabulary of 11:
+    """The shard of one rank.
+
+    Example, of 7 columns on rank 1 of 2 and a vocabulary of 11:
     `VocabShard(rank=1, edges=(0, 7, 14), vocab_size=11)`.
     """
 
     rank: int
-    edges: tuple[int, ...]  # global columns at which the shards begin, and the end of the last one
+    edges: tuple[int, ...]  # [R + 1] first global column of each shard, and the end of the last
     vocab_size: int  # V, without padding
 
     @property
@@ -32,15 +34,15 @@ class VocabShard:
 def vocab_shard(
     num_columns: int, vocab_size: int | None, group: distributed.ProcessGroup | None
 ) -> VocabShard:
-    """This rank's share of the vocabulary.
+    """This rank's shard of the vocabulary.
 
     Args:
-        num_columns: of this rank's shard, padding included; the same on every rank of the group.
-        vocab_size: V without padding; None: every column of every rank counts.
+        num_columns: of this rank's shard with padding; the same on every rank of the group.
+        vocab_size: V without padding; None: no column is padding.
         group: the tensor-parallel group, or None for an unsharded vocabulary.
 
     Raises:
-        ValueError: a vocabulary that does not fit the shards.
+        ValueError: `vocab_size` is below 1 or above the number of columns of all ranks.
     """
     rank, world_size = (0, 1) if group is None else (group.rank(), group.size())
     capacity = num_columns * world_size
@@ -56,34 +58,34 @@ def vocab_shard(
 
 
 def gather_rows(rows: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Every rank's rows [N, W], of the same shape on each: [R, N, W] in rank order."""
+    """All-gather rows [N, W], of the same shape on every rank, to [R, N, W] in rank order."""
     if group is None or group.size() == 1:
         return rows[None]
     gathered = rows.new_empty(group.size(), *rows.shape)
-    if rows.numel() > 0:  # no rank has rows otherwise
+    if rows.numel() > 0:  # else every rank is without rows and skips the collective
         distributed.all_gather(list(gathered), rows.contiguous(), group=group)
     return gathered
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Elementwise sum over the group, in place."""
+    """Elementwise sum over the group, in place; returns `tensor`."""
     if group is not None and group.size() > 1:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.SUM, group=group)
     return tensor
 
 
 def all_reduce_max(tensor: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Elementwise maximum over the group, in place."""
+    """Elementwise maximum over the group, in place; returns `tensor`."""
     if group is not None and group.size() > 1:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group)
     return tensor
 
 
 def reduce_scatter_rows(rows: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Of the elementwise sum over the group of rows [R * N, W], this rank's N consecutive ones."""
+    """Sum rows [R * N, W] over the group and return this rank's N consecutive ones, [N, W]."""
     if group is None or group.size() == 1:
         return rows
     own = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
-    if rows.numel() > 0:  # no rank has rows otherwise
+    if rows.numel() > 0:  # else every rank is without rows and skips the collective
         distributed.reduce_scatter_tensor(own, rows.contiguous(), group=group)
     return own

@@ -1,8 +1,9 @@
-"""How `python -m megatron_rl.<command> CONFIG [key=value ...]` starts and ends on every rank.
+"""Starts and ends `python -m megatron_rl.<command> CONFIG [key=value ...]` on every rank.
 
-A rank dies with its torchrun agent, and ends at once on SIGINT or SIGTERM. An error that a user can
-mend is told once, by the first rank that meets it: in one line, in `<run_dir>/error.txt`, and to
-the agent, whose own report of a failure ends with it. Every other rank then just ends.
+A rank ends together with its torchrun agent, and at once on SIGINT or SIGTERM. An error is reported
+once, by the first rank that fails: on stderr, in `<run_dir>/error.txt`, and to the agent, whose own
+failure report then ends with the same message. An error that the user can fix is one line, any
+other one a traceback. The other ranks exit without a report.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError")
 LOST_PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
 )
-# Where torchrun looks for the reason of a failed rank.
+# The file in which torchrun looks for the error of a failed rank.
 AGENT_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
 class Progress:
-    """Where the rank is, for the last words that a signal leaves."""
+    """Where a rank is in its work, for the message when a signal stops it.
+
+    Example: `progress.describe = lambda: "in step 3, phase rollout"`.
+    """
 
     def __init__(self) -> None:
         self.describe: Callable[[], str] = lambda: "before the first step"
@@ -50,10 +54,15 @@ class Progress:
 def run_command(
     description: str, work: Callable[[Config, Progress], None], argv: list[str] | None = None
 ) -> int:
-    """Parse the command line, do the work on this rank, return its exit code.
+    """Parse the command line, do the work on this rank, and return the exit code 0.
+
+    A process boundary: every exception, `BaseException` included, is reported and ends the process
+    with exit code 1, without unwinding further.
 
     Args:
-        work: gets the config, and a `Progress` to say where it is.
+        description: of the command, for --help.
+        work: gets the config, and a `Progress` with which it says where it is.
+        argv: arguments of the command line; default: those of this process.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="YAML file, see configs/")
@@ -85,9 +94,9 @@ def run_command(
 
 
 def _lost_peer(error: BaseException | None) -> str:
-    """What gloo or NCCL said where the error comes from a rank that is gone; "" elsewhere."""
+    """The message of gloo or NCCL if the error comes from a rank that ended; otherwise ""."""
     while error is not None:
-        # An engine's broken connection is no RuntimeError of this very kind.
+        # By exact class name: a broken connection to an engine is a subclass of RuntimeError.
         if type(error).__name__ in COLLECTIVE_ERRORS and LOST_PEER.search(str(error)):
             return str(error).splitlines()[0]
         error = error.__cause__ or error.__context__
@@ -95,49 +104,48 @@ def _lost_peer(error: BaseException | None) -> str:
 
 
 def _leave(code: int) -> None:
-    """End without waiting for the other ranks: they may stand in a collective that this one will
-    never join.
-    """
+    """End without waiting for the other ranks, which may be in a collective without this rank."""
     run_cleanups()
     sys.stdout.flush()
     os._exit(code)
 
 
 def _tell(message: str, run_dir: Path | None) -> None:
-    """Print the message and leave it in the run's folder, unless another rank was first."""
+    """Print the message and write it to the run's folder, unless another rank failed earlier."""
     is_first = _is_first()
     _tell_agent(message if is_first else "another rank failed first", is_first)
     if not is_first:
         return
     print(message, file=sys.stderr, flush=True)
     if run_dir is not None:
-        with contextlib.suppress(OSError):  # the disk may be the trouble; it was printed
+        with contextlib.suppress(OSError):  # the disk may be the cause; the message is printed
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / ERROR_FILE).write_text(message + "\n")
 
 
 def _is_first() -> bool:
-    """True on the first rank of this launch and host that fails."""
+    """Whether this is the first rank of this launch on this host that fails."""
     if AGENT_VARIABLE not in os.environ:
         return True
     # <folder of the launch>/attempt_<n>/<local rank>/error.json
-    told = Path(os.environ[AGENT_VARIABLE]).parents[1] / "told"
+    marker = Path(os.environ[AGENT_VARIABLE]).parents[1] / "reported"
     try:
-        os.close(os.open(told, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     except OSError:
-        pass  # a full disk: better told twice than never
+        pass  # e.g. a full disk: reporting twice is better than not at all
     return True
 
 
 def _tell_agent(message: str, is_first: bool) -> None:
-    """Have torchrun's report end with the message, and not with an advice to "enable traceback"
-    (the format of torch/distributed/elastic/multiprocessing/errors/error_handler.py).
+    """Make torchrun's report end with the message instead of the advice to "enable traceback".
+
+    The format is that of torch/distributed/elastic/multiprocessing/errors/error_handler.py.
     """
     if AGENT_VARIABLE not in os.environ:
         return
-    # The agent takes the earliest for the cause, in whole seconds.
+    # The agent reports the rank with the earliest timestamp, in whole seconds, as the cause.
     seconds = int(time.time()) + (0 if is_first else 1)
     extra = {"py_callstack": message, "timestamp": str(seconds)}
     with contextlib.suppress(OSError):
@@ -147,10 +155,10 @@ def _tell_agent(message: str, is_first: bool) -> None:
 
 
 def _delete_stale(error_file: Path) -> None:
-    """Delete what an earlier launch left; a faster rank of this one may have failed already."""
+    """Delete the error file of an earlier launch, but not one that a rank of this launch wrote."""
     agent_file = os.environ.get(AGENT_VARIABLE)
     with contextlib.suppress(FileNotFoundError):
-        # The agent made this rank's folder just before it started the ranks.
+        # The agent created this rank's folder just before it started the ranks.
         if agent_file is None or (
             error_file.stat().st_mtime < Path(agent_file).parent.stat().st_mtime
         ):
@@ -158,9 +166,7 @@ def _delete_stale(error_file: Path) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Only what concerns the user: libraries' notices about optional packages and future versions
-    are not.
-    """
+    """Hide the libraries' notices about optional packages and future versions."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", module=r"megatron\.")

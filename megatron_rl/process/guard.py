@@ -1,14 +1,17 @@
 """`python -m megatron_rl.process.guard COMMAND ...`: run a server that cannot outlive the run.
 
-In: a command, and as stdin a pipe whose other end the starting process holds. Out: the command's
-output on the guard's own stdout and stderr, and its exit code: 128 + signal where a signal ended
-it, 0 where the guard was told to end it, 1 where EngineCore died.
+In: a command, and on stdin a pipe whose other end is held by the process that started the guard.
+Out: the command's output on the guard's own stdout and stderr, and its exit code: 128 + signal if a
+signal ended it, 0 if the guard was told to end it, 1 if EngineCore died.
 
-The guard kills everything below it when the pipe closes, when its parent changes (the pipe may
-live on in forked children of a killed rank), on SIGTERM or SIGINT, when the command ends, or when
-vLLM's EngineCore dies alone. It is a subreaper, so a grandchild cannot escape by losing its parent.
-When the guard itself is killed, a shell that waits for nothing else kills its process group. No
-torch, no vllm: it is up in 50 ms.
+The guard kills all its descendants when the pipe is closed, when its parent changes (forked
+children of a killed rank may hold the pipe open), on SIGTERM or SIGINT, when the command ends, or
+when vLLM's EngineCore process dies while its server lives on. The guard is a subreaper: descendants
+whose parent dies become its children, so none can escape. If the guard itself is killed, a shell
+that waits for exactly that kills the guard's process group.
+
+The guard must start fast, so it imports neither torch nor vllm. psutil adds about 10 ms; unlike
+/proc read by hand it tells a process from a later one with the same id.
 """
 
 from __future__ import annotations
@@ -20,16 +23,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+import psutil
 
 from megatron_rl.process.lifetime import become_subreaper, die_with_parent
 
 POLL_SECONDS = 0.25
-ENDING_SECONDS = 1.0  # a killed server's threads need to end, on a busy machine
-GRACE_SECONDS = 2.0  # for the server to leave by itself, and take its shared memory along
+ENDING_SECONDS = 1.0  # for the threads of a killed server to end, on a busy machine
+GRACE_SECONDS = 2.0  # for the server to end by itself and remove its shared memory
+ENGINE_CORE = "VLLM::EngineCore"  # the name that the process gives itself (vllm/v1/engine/core.py)
 
 
 def main(command: list[str]) -> int:
+    """Run the command to its end, or to the guard's; returns the exit code of the guard."""
     become_subreaper()
     if os.getpgrp() != os.getpid():
         os.setpgrp()
@@ -38,7 +44,7 @@ def main(command: list[str]) -> int:
     stop_signals: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: stop_signals.append(number))
-    # What is left when the guard itself is killed: a shell that then reads the pipe's end.
+    # Outlives a guard that is killed: it then reads the end of the pipe and kills the group.
     reader, _ = os.pipe()
     subprocess.Popen(["/bin/sh", "-c", "read line; kill -KILL 0"], stdin=reader)
     os.close(reader)
@@ -46,17 +52,18 @@ def main(command: list[str]) -> int:
         command,
         stdin=subprocess.DEVNULL,
         env=os.environ | {"MEGATRON_RL_GUARDED": "1"},  # read by sync/engine_side/
-        preexec_fn=lambda: die_with_parent(parent_pid=guard),  # one thread, so forking is safe
+        # Forking is safe here: the guard has one thread.
+        preexec_fn=lambda: die_with_parent(parent_pid=guard),
     )
-    engine_pid = None
+    engine_core = None
     while server.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
         if readable or os.getppid() != parent or stop_signals:
             end_descendants(server)
             return 0
-        engine_pid = engine_pid or find_engine_core(server.pid)
-        # EngineCore dies with a killed server too, whose many threads may take longer to end.
-        if engine_pid is not None and not is_alive(engine_pid) and not ends_soon(server):
+        engine_core = engine_core or find_engine_core(server.pid)
+        # EngineCore also dies when the server is killed, whose many threads may end later.
+        if engine_core is not None and not is_alive(engine_core) and not ends_soon(server):
             # The server would notice, but only after seconds in which every request fails.
             print("guard: the EngineCore process died, ending its server", file=sys.stderr)
             server.kill()
@@ -67,26 +74,27 @@ def main(command: list[str]) -> int:
 
 
 def ends_soon(server: subprocess.Popen[bytes]) -> bool:
-    """True when the server has ended, or does so within ENDING_SECONDS."""
+    """Whether the server has ended, or does so within ENDING_SECONDS."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(ENDING_SECONDS)
     return server.poll() is not None
 
 
 def end_descendants(server: subprocess.Popen[bytes]) -> None:
-    """Return when nothing is left below this process: SIGTERM to the server, then SIGKILL to
-    whatever remains.
+    """Send SIGTERM to the server, then SIGKILL to every descendant that is left after
+    GRACE_SECONDS; returns when none is left.
     """
     if server.poll() is None:
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(GRACE_SECONDS)
-    # Orphans come to the subreaper, and with them what they start meanwhile: go on until there is
-    # no child.
+    # Orphans become children of the subreaper, as do the processes that they start meanwhile:
+    # repeat until there is no child.
+    guard = psutil.Process()
     while True:
-        for pid in children_of(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for child in guard.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
@@ -95,39 +103,26 @@ def end_descendants(server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.01)
 
 
-def children_of(parent_pid: int) -> list[int]:
-    """Direct children, from /proc."""
-    return [pid for pid in all_pids() if status_of(pid)[1] == parent_pid]
-
-
-def find_engine_core(server_pid: int) -> int | None:
-    """vLLM's engine process below the server; it names itself (vllm/v1/engine/core.py) once it is
-    up.
-    """
-    for pid in children_of(server_pid):
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"VLLM::EngineCore"):
-                return pid
+def find_engine_core(server_pid: int) -> psutil.Process | None:
+    """vLLM's engine process under the server; None until it is up and has given itself a name."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(server_pid).children():
+            # A child may end between the two calls, and an ended one has no command line.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "".join(child.cmdline()).startswith(ENGINE_CORE):
+                    return child
     return None
 
 
-def is_alive(pid: int) -> bool:
-    """False for a zombie too."""
-    return status_of(pid)[0] not in ("", "Z", "X")
-
-
-def all_pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def status_of(pid: int) -> tuple[str, int]:
-    """State letter and parent of a process; ("", -1) where there is none."""
+def is_alive(process: psutil.Process) -> bool:
+    """Whether the process runs; one that has ended but was not waited for (a zombie) does not."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "", -1
-    state, parent = stat[stat.rindex(")") + 2 :].split()[:2]  # the name before may hold anything
-    return state, int(parent)
+        return process.is_running() and process.status() not in (
+            psutil.STATUS_ZOMBIE,
+            psutil.STATUS_DEAD,
+        )
+    except psutil.NoSuchProcess:
+        return False
 
 
 if __name__ == "__main__":

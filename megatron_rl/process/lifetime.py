@@ -1,8 +1,12 @@
-"""How processes of a run end: children with their parent, ranks at once on a signal. Linux only.
+"""Ends the processes of a run: children together with their parent, ranks at once on a signal.
 
-A leaf: no torch, no vllm. A learner rank blocks in C++ for minutes inside a gloo collective,
-where Python's signal handlers do not run; so signals are read by a thread of their own
-(`signal.set_wakeup_fd` is written by the C handler), which ends the process.
+Linux only, and without torch or vllm, so that every process can import it. A learner rank can block
+in C++ for minutes, inside a gloo collective, and Python's signal handlers do not run meanwhile.
+Therefore the C handler writes the signal to a pipe (`signal.set_wakeup_fd`), and a thread that
+reads the pipe ends the process.
+
+psutil replaces nothing here: it offers neither prctl's parent-death signal and subreaper, nor
+signal handling.
 """
 
 from __future__ import annotations
@@ -16,12 +20,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-CLEANUP_SECONDS = 5.0  # all cleanups together, after a signal
+CLEANUP_SECONDS = 5.0  # for all cleanups together, after a signal
 
-_ending = threading.Event()  # a signal has come that ends this process
+_ending = threading.Event()  # set when a signal is about to end this process
 _libc = ctypes.CDLL(None, use_errno=True)
 _cleanups: list[Callable[[], None]] = []
 
@@ -35,10 +39,15 @@ def _prctl(option: int, value: int) -> None:
 def die_with_parent(signum: int = signal.SIGKILL, *, parent_pid: int | None = None) -> None:
     """Have the kernel send `signum` to this process when its parent ends.
 
-    `parent_pid` is who the parent should be: known to a forked child, and to a child of
-    `multiprocessing`, which is the default; else whoever is the parent now. A parent that was
-    gone before the call is noticed too. The kernel means the *thread* that forked: start such
-    children from a thread that lives as long as its process.
+    To the kernel the parent is the *thread* that forked, so start such children from a thread that
+    lives as long as its process.
+
+    Args:
+        parent_pid: the expected parent; if the parent is another process by now, it has already
+            ended, and `signum` is sent at once. None: the parent that `multiprocessing` knows, or
+            the current parent in a process that it did not start.
+    Raises:
+        OSError: the kernel refused.
     """
     if parent_pid is None:
         process = multiprocessing.parent_process()
@@ -49,17 +58,17 @@ def die_with_parent(signum: int = signal.SIGKILL, *, parent_pid: int | None = No
 
 
 def bind_forked_children() -> None:
-    """From now on a child that a library forks off this process dies with it, and at a signal.
+    """Make every child that is forked from now on end with this process, and on a signal.
 
-    Megatron's checkpoint writers are such children
-    (megatron/core/dist_checkpointing/strategies/filesystem_async.py). Left alone they outlive a
-    killed rank, and inherit the handlers and the pipe of `watch_signals` without its thread.
+    This is for children that libraries fork, such as Megatron's checkpoint writers
+    (megatron/core/dist_checkpointing/strategies/filesystem_async.py). Otherwise they would survive
+    a killed rank, and inherit the handlers and the pipe of `watch_signals` without its thread.
     """
-    before_fork = threading.local()  # of the thread that forks: its process and its signal mask
+    before_fork = threading.local()  # process id and signal mask of the thread that forks
 
     def block_signals() -> None:
-        # A signal that reached the child before `bind_child` would go through the inherited
-        # handler and pipe to the parent's watcher; blocked, it waits for the child.
+        # If a signal reached the child before `bind_child`, the inherited handler would write it to
+        # the parent's pipe. While blocked, it stays pending in the child.
         before_fork.pid = os.getpid()
         before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
 
@@ -79,38 +88,43 @@ def bind_forked_children() -> None:
 
 
 def become_subreaper() -> None:
-    """Adopt orphaned descendants instead of leaving them to init, so that they can be found and
-    ended.
+    """Become the parent of orphaned descendants, in place of init, so they can be found and ended.
+
+    Raises:
+        OSError: the kernel refused.
     """
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def register_cleanup(cleanup: Callable[[], None]) -> None:
-    """Run `cleanup` when a signal ends this process (see `watch_signals`); the last registered
-    runs first.
+    """Run `cleanup` when a signal ends this process (see `watch_signals`).
+
+    Cleanups run in reverse order of registration.
     """
     _cleanups.append(cleanup)
 
 
 def unregister_cleanup(cleanup: Callable[[], None]) -> None:
-    """Forget a registered cleanup; one that is not registered is ignored."""
+    """Remove a registered cleanup; one that is not registered is ignored."""
     with contextlib.suppress(ValueError):
         _cleanups.remove(cleanup)
 
 
 def watch_signals(describe: Callable[[], str] | None) -> None:
-    """From now on SIGINT and SIGTERM end this process at once, also while its main thread is
-    blocked in C++.
+    """Make SIGINT and SIGTERM end this process at once, even if its main thread blocks in C++.
 
-    One line goes to stderr, `stopped by SIGTERM: <describe()>`, or none where `describe` is None;
-    the registered cleanups get CLEANUP_SECONDS together; the exit code is 128 + signal. Call it
-    once, from the main thread; `describe` runs in the watching thread.
+    On a signal the line `stopped by SIGTERM: <describe()>` is written to stderr, the registered
+    cleanups get CLEANUP_SECONDS in total, and the process exits with 128 + signal. Call it once,
+    from the main thread.
+
+    Args:
+        describe: says where the run is; called in the watching thread. None: no line is written.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for signum in _ENDING_SIGNALS:
-        # The byte is written for signals that have a Python handler; the thread does the work.
+        # The byte is only written for signals that have a Python handler.
         signal.signal(signum, _leave_to_the_watcher)
     threading.Thread(
         target=_end_on_signal, args=(reader, describe), name="signal-watcher", daemon=True
@@ -118,7 +132,7 @@ def watch_signals(describe: Callable[[], str] | None) -> None:
 
 
 def is_ending() -> bool:
-    """Whether a signal has come that ends this process: nothing new should be started."""
+    """Whether a signal is ending this process, so that nothing new should be started."""
     return _ending.is_set()
 
 
@@ -129,7 +143,7 @@ def _leave_to_the_watcher(signum: int, frame: object) -> None:
 def _end_on_signal(reader: int, describe: Callable[[], str] | None) -> None:
     for signum in _signals(reader):
         if signum not in _ENDING_SIGNALS:
-            continue  # another handler of this process, told through the same pipe
+            continue  # a signal with another handler, which writes to the same pipe
         try:
             _ending.set()
             if describe is not None:
@@ -147,14 +161,18 @@ def _signals(reader: int) -> Iterator[int]:
 
 
 def run_cleanups() -> None:
-    """Run what was registered, the last first; a cleanup that fails is told on stderr."""
-    for cleanup in reversed(tuple(_cleanups)):  # other threads may register and forget meanwhile
+    """Run the registered cleanups, the last one first, just before the process ends.
+
+    A cleanup that fails is reported on stderr. This is a process boundary: any `Exception` is
+    caught, because the other cleanups must still run.
+    """
+    for cleanup in reversed(tuple(_cleanups)):  # a copy: other threads may change the list
         try:
             cleanup()
-        except Exception as error:  # the others still have to run, and the process ends anyway
+        except Exception as error:
             _say(f"cleanup {cleanup!r} failed: {error!r}")
 
 
 def _say(line: str) -> None:
-    # Not sys.stderr: the main thread may hold its lock.
+    # Not through sys.stderr: the main thread may hold its lock.
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, (line + "\n").encode())

@@ -1,4 +1,4 @@
-"""Where the answer stands in a response, and which number it is; shared by the verifiers."""
+"""Finds the answer in a response, and the number in an answer; shared by the verifiers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from fractions import Fraction
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
-# An exponent of four digits would make a number of thousands of digits out of a few characters.
+# An exponent of four digits would turn a few characters into a number of thousands of digits.
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
 _NUMBER = re.compile(
-    # A sign belongs to the number unless it stands between two operands: "x = -3", but 3 in "5-3".
+    # A sign belongs to the number unless it is between two operands: -3 in "x = -3", 3 in "5-3".
     rf"(?P<sign>(?<![\w.)\]}}])[-+\u2212]\s*)?"
     rf"(?:\\[dt]?frac\s*{{\s*(?P<top>[-+]?{_DECIMAL})\s*}}\s*{{\s*(?P<bottom>[-+]?{_DECIMAL})\s*}}"
     rf"|(?P<numerator>{_DECIMAL})(?:\s*/\s*(?P<denominator>{_DECIMAL}))?)"
@@ -18,10 +18,10 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def final_answer(response: str) -> str:
-    """The part of a response that is its answer, stripped of white space; "" when there is none.
+    """The part of a response that is its answer, stripped of white space; "" if there is none.
 
-    What stands behind the last `</think>` counts. In it: the last `<answer>...</answer>`, else the
-    last `\\boxed{...}`, else all of it.
+    Only the text after the last `</think>` counts. In it, the answer is the last
+    `<answer>...</answer>`, else the last `\\boxed{...}`, else all of it.
     """
     said = response.rpartition("</think>")[2]
     tagged = _ANSWER_TAG.findall(said)
@@ -32,10 +32,10 @@ def final_answer(response: str) -> str:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, exactly; None when there is none.
+    """The last number in a text, as an exact fraction; None if there is none.
 
-    Reads 42, -3.5, 1,000, .5, 2e3, 3/4, \\frac{3}{4}; a dot, a dollar or a per cent sign beside it
-    is passed over.
+    Reads 42, -3.5, 1,000, .5, 2e3, 3/4, \\frac{3}{4}; a dot, a dollar sign or a percent sign beside
+    the number is ignored.
     """
     found = list(_NUMBER.finditer(text))
     if not found:
@@ -44,13 +44,13 @@ def last_number(text: str) -> Fraction | None:
     numerator, denominator = last["top"] or last["numerator"], last["bottom"] or last["denominator"]
     try:
         value = _fraction(numerator) / (_fraction(denominator) if denominator else 1)
-    except (ValueError, ZeroDivisionError):  # more digits than Python converts, or a division by 0
+    except (ValueError, ZeroDivisionError):  # more digits than Python converts, or x/0
         return None
     return -value if (last["sign"] or "").strip() in ("-", "\u2212") else value
 
 
 def is_number(text: str) -> bool:
-    """True when a text is one number and nothing else."""
+    """Whether a text is one number and nothing else."""
     match = _NUMBER.fullmatch(text.strip().rstrip("."))
     return match is not None and last_number(match[0]) is not None
 

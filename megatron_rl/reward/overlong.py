@@ -1,7 +1,7 @@
-"""A response's length in, what it takes off the reward out.
+"""A response's length in, the penalty on its reward out. With start = max_tokens - buffer_tokens:
 
-    0                                         up to max_tokens - buffer_tokens
-    -penalty * (length - start) / buffer      from there on, -penalty at max_tokens
+    0                                                  up to start
+    -penalty * (length - start) / buffer_tokens        above it, down to -penalty at max_tokens
 
 Source: the soft over-long punishment of DAPO (arXiv 2503.14476, equation 13), with verl's factor.
 """
@@ -15,10 +15,10 @@ def overlong_penalty(
     """What is added to the reward of a response.
 
     Args:
-        num_tokens: of the response, at most max_tokens.
-        max_tokens: where responses are cut.
-        buffer_tokens: the last ones below max_tokens, over which the penalty grows; 0: none.
-        penalty: at max_tokens, in units of the reward, at least 0.
+        num_tokens: length of the response, at most max_tokens.
+        max_tokens: length at which responses are cut.
+        buffer_tokens: the last tokens below max_tokens, over which the penalty grows; 0: none.
+        penalty: size of the penalty at max_tokens, in units of the reward, at least 0.
 
     Returns:
         From -penalty to 0.

@@ -1,9 +1,12 @@
 """One scoring process and its pipe, as its owner sees it: requests with a hard time limit.
 
-Not `multiprocessing`, nor a pool built on it: a spawned child would import the run's main module,
-and torch with it; a fork copies the locks of a process full of threads; and pools that share one
-queue between workers can be left locked by a worker that is killed. Here each worker has its own
-pipe, so that the death of one harms nobody.
+Not `multiprocessing`, nor a pool that is built on it (`concurrent.futures`, loky, pebble): a
+spawned child would import the run's main module, and torch with it; a fork copies the locks of a
+process that has many threads; and where workers share a queue, a worker that is killed can leave it
+locked. Here each worker has its own pipe, so that its death does not affect the others.
+
+Not psutil to end what a verifier started: one signal to the process group reaches all of it at
+once, while a walk over the process tree misses children that are started meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import TOKEN_VARIABLE
 
-STARTUP_TIMEOUT_SECONDS = 120.0  # of importing the verifiers; a cold disk of a cluster is slow
+STARTUP_TIMEOUT_SECONDS = 120.0  # for importing the verifiers; the first read of a disk is slow
 
 
 class WorkerTimeout(Exception):
@@ -35,19 +38,25 @@ class WorkerCrash(Exception):
 
 class WorkerProcess:
     """A scoring process. Start it from a thread that lives as long as the process is needed: the
-    kernel ends it together with that thread.
+    kernel ends the process together with that thread.
+
+    Args:
+        verifiers: names of the verifiers that it imports.
+        group_verifier: name of the group verifier that it imports; "": none.
     """
 
-    def __init__(self, verifiers: Sequence[str]) -> None:
+    def __init__(self, verifiers: Sequence[str], group_verifier: str) -> None:
+        names = (group_verifier, *verifiers)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_rl.reward.worker", str(os.getpid()), *verifiers],
+            [sys.executable, "-m", "megatron_rl.reward.worker", str(os.getpid()), *names],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # A group of its own: Ctrl-C is for the run, and what a verifier starts is killed too.
+            # A process group of its own: Ctrl-C reaches only the run, and a kill of the group also
+            # ends what a verifier started.
             start_new_session=True,
             env={
-                # A verifier runs on text that a model made up, and has no business with engines.
+                # A verifier runs on text that a model generated; it must not reach the engines.
                 **{name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
                 "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
                 "OMP_NUM_THREADS": "1",
@@ -60,10 +69,11 @@ class WorkerProcess:
         self._is_ready = False
 
     def is_alive(self) -> bool:
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def wait_until_ready(self) -> None:
-        """Waits for the verifiers' imports.
+        """Waits until the verifiers are imported.
 
         Raises:
             ConfigError: a verifier could not be imported, or the process did not come up.
@@ -73,28 +83,30 @@ class WorkerProcess:
         try:
             error = self._exchange(b"", STARTUP_TIMEOUT_SECONDS)["error"]
         except (WorkerTimeout, WorkerCrash) as failure:
-            error = f"the scoring process did not start: {failure}"
+            error = f"data.tasks[].verifier: expected a scoring process that starts, got: {failure}"
         if error is not None:
             self.kill()
-            raise ConfigError(f"data.tasks[].verifier: expected one that can be imported: {error}")
+            raise ConfigError(error)
         self._is_ready = True
 
     def request(self, question: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
-        """Sends one response and waits for its score.
+        """Sends one question and waits for its answer; both are described in `reward/worker.py`.
 
         Raises:
-            WorkerTimeout, WorkerCrash: the process is gone; start another.
+            WorkerTimeout, WorkerCrash: the process has ended; start another one.
         """
         return self._exchange(json.dumps(question).encode() + b"\n", timeout_seconds)
 
     def interrupt(self) -> None:
-        """Ends the process and what it started, at once; from any thread."""
+        """Kills the process and what it started, at once; callable from any thread."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Ends the process as `interrupt` does, reaps it and closes its pipes; may be repeated."""
+        """Kills the process as `interrupt` does, reaps it and closes its pipes. It can be called
+        twice.
+        """
         self.interrupt()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

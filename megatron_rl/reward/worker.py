@@ -1,9 +1,15 @@
-"""A scoring process: `python -m megatron_rl.reward.worker PARENT_PID VERIFIER ...`.
+"""A scoring process: `python -m megatron_rl.reward.worker PARENT_PID GROUP_VERIFIER VERIFIER ...`.
 
-Started by `reward/process.py`; torch is never imported. One line of JSON comes in on standard input
-for each response, `{"verifier", "response", "answer", "metadata"}`; one goes out on the pipe that
-was standard output, `{"reward", "is_formatted", "failure", "error"}`. The first line out says
-`{"error": null}` when every verifier could be imported, else why not.
+`reward/process.py` starts it; GROUP_VERIFIER is "" if there is none. Torch is never imported. The
+process reads questions from standard input, one line of JSON each, and writes an answer, one line
+of JSON, to the pipe that was its standard output:
+
+    {"verifier", "response", "answer", "metadata"}  ->  {"reward", "is_formatted", "failure"}
+    {"answer", "metadata", "responses", "scores", "num_tokens"}  ->  {"group_rewards"}
+
+The second kind of question is for the group verifier. If a verifier raises an error, the answer to
+either kind is {"failure": "crash", "error": text}. The first line is `{"error": null}` if every
+verifier could be loaded, else the error is a text.
 """
 
 from __future__ import annotations
@@ -15,48 +21,81 @@ import resource
 import sys
 from typing import Any
 
+from megatron_rl.errors import ConfigError
 from megatron_rl.process.lifetime import die_with_parent
-from megatron_rl.reward.verifiers import BUILT_IN, Verifier, load_verifier
+from megatron_rl.records import Score
+from megatron_rl.reward.protocols import GroupInputs, GroupVerifier, Verifier
+from megatron_rl.reward.registry import is_built_in, load_group_verifier, load_verifier
 
-# A response like 9**9**9 makes sympy take all memory of the host within the time limit.
+# For a response like 9**9**9, sympy takes all memory of the host within the time limit.
 MEMORY_LIMIT_BYTES = 4 * 2**30
 
 
 def main() -> None:
-    parent_pid, names = int(sys.argv[1]), sys.argv[2:]
+    """Answers questions until standard input is closed."""
+    parent_pid, group_name, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     die_with_parent(parent_pid=parent_pid)
-    # What a verifier prints goes to the log, not between the answers.
+    # What a verifier prints goes to the log, so that it cannot get between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    if all(name in BUILT_IN for name in names):
-        # A user's function may want a large address space; the built-in ones do not.
+    if all(is_built_in(name) for name in (group_name, *names)):
+        # A user's function may need a large address space; the built-in ones do not.
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     try:
         verifiers = {name: load_verifier(name) for name in names}
-    except Exception as error:  # a user's module may raise anything; the parent tells it
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
+        group_verifier = load_group_verifier(group_name) if group_name else None
+    except ConfigError as error:
+        print(json.dumps({"error": str(error)}), file=answers)
         return
     print(json.dumps({"error": None}), file=answers)
     for line in sys.stdin.buffer:
-        print(json.dumps(_judge(verifiers, json.loads(line))), file=answers)
+        print(json.dumps(_answer(verifiers, group_verifier, json.loads(line))), file=answers)
 
 
-def _judge(verifiers: dict[str, Verifier], request: dict[str, Any]) -> dict[str, Any]:
-    verify = verifiers[request["verifier"]]
+def _answer(
+    verifiers: dict[str, Verifier], group_verifier: GroupVerifier | None, question: dict[str, Any]
+) -> dict[str, Any]:
     try:
-        score = verify(request["response"], request["answer"], request["metadata"])
-        reward = float(score.reward)
-        if not math.isfinite(reward):
-            raise ValueError(f"expected a finite reward, got {reward}")
-    except Exception as error:  # counted as a crash of the verifier; the parent logs what it was
+        if "verifier" in question:
+            return _judge(verifiers[question.pop("verifier")], **question)
+        assert group_verifier is not None, "expected a question for a verifier of one response"
+        return _judge_group(group_verifier, **question)
+    except Exception as error:  # counted as a crash of the verifier; the parent logs the error
         message = f"{type(error).__name__}: {error}"[:500]
-        return {"reward": 0.0, "is_formatted": False, "failure": "crash", "error": message}
-    return {
-        "reward": reward,
-        "is_formatted": bool(score.is_formatted),
-        "failure": score.failure,
-        "error": None,
-    }
+        return {"failure": "crash", "error": message}
+
+
+def _judge(
+    verify: Verifier, *, response: str, answer: str, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    score = verify(response, answer, metadata)
+    reward = float(score.reward)
+    if not math.isfinite(reward):
+        raise ValueError(f"expected a finite reward, got {reward}")
+    is_formatted = bool(score.is_formatted)
+    return {"reward": reward, "is_formatted": is_formatted, "failure": score.failure}
+
+
+def _judge_group(
+    group_rewards: GroupVerifier,
+    *,
+    answer: str,
+    metadata: dict[str, Any],
+    responses: list[str],
+    scores: list[dict[str, Any]],
+    num_tokens: list[int],
+) -> dict[str, Any]:
+    group = GroupInputs(
+        answer=answer,
+        metadata=metadata,
+        responses=tuple(responses),
+        scores=tuple(Score(**score) for score in scores),
+        num_tokens=tuple(num_tokens),
+    )
+    rewards = [float(reward) for reward in group_rewards(group)]
+    if len(rewards) != len(responses) or not all(map(math.isfinite, rewards)):
+        raise ValueError(f"expected {len(responses)} finite rewards, got {rewards}")
+    return {"group_rewards": rewards}
 
 
 if __name__ == "__main__":

@@ -1,3 +1,1 @@
-"""From prompts to rollouts: vLLM server processes, their gate, the HTTP client, and the recording
-of every sample.
-"""
+"""Where rollouts come from: environments that sample from the engines, or recorded steps."""

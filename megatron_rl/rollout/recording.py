@@ -1,12 +1,13 @@
-"""Every step's rollouts on disk, and back: for reading, and for replay without an engine.
+"""Writes the rollouts of every step to disk and reads them back, for inspection and for replay
+without an engine.
 
-    step_000012.rank0.jsonl                    a line a sample, readable
+    step_000012.rank0.jsonl                    one line per sample, readable
     step_000012.rank0.safetensors              the same numbers, exact
-    step_000012.rank0.recomputed.safetensors   the learner's log-probs, by the rank that computed
-    them
+    step_000012.rank0.recomputed.safetensors   log-probs, by the learner's rank that computed them
 
-Each file is written under another name first and renamed when it is whole. A group stands whole in
-the files of the rank that scored it; recomputed log-probs stand where the sequence was dealt to.
+Each file is written under a temporary name and renamed when it is complete. All samples of a group
+are in the files of the rank that scored it; the recomputed log-probs of a sample are in the file of
+the rank that the sample was dealt to.
 """
 
 from __future__ import annotations
@@ -23,33 +24,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from megatron_rl.errors import DataError
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.records import (
+    JudgedGroup,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    Score,
+    ScoredGroup,
+)
 
 FILE_NAME = re.compile(r"step_(\d{6,})\.rank(\d+)\.(jsonl|safetensors|recomputed\.safetensors)")
 
 
 def write_step(
-    folder: Path,
-    step: int,
-    rank: int,
-    groups: Sequence[RolloutGroup],
-    scores: Sequence[Sequence[Score]],
-    advantages: Sequence[Sequence[float]],
-    *,
-    num_ranks: int,
+    folder: Path, step: int, rank: int, groups: Sequence[JudgedGroup], *, num_ranks: int
 ) -> None:
-    """Write one rank's groups of a step; a rank without groups writes files without samples.
+    """Write one rank's groups of a step. A rank without groups writes files without samples.
 
     Args:
-        rank: 0 to num_ranks - 1, of those that write; a reader misses the file of one that did not.
-        scores, advantages: [P][G], as the groups' rollouts.
+        rank: 0 to num_ranks - 1, among the ranks that write. `read_step` requires the files of all
+            of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
-        _line(step, group.prompt, index, rollout, score, advantage)
-        for group, group_scores, group_advantages in zip(groups, scores, advantages, strict=True)
+        _line(step, judged.group.prompt, index, rollout, score, advantage)
+        for judged in groups
         for index, (rollout, score, advantage) in enumerate(
-            zip(group.rollouts, group_scores, group_advantages, strict=True)
+            zip(judged.group.rollouts, judged.scores, judged.advantages, strict=True)
         )
     ]
     metadata = {"num_ranks": str(num_ranks), "num_samples": str(len(lines))}
@@ -70,12 +71,16 @@ def write_recomputed(
     lengths: Sequence[int],
     recomputed_logprobs: torch.Tensor,
 ) -> None:
-    """Write the log-probs that the learner recomputed for the sequences dealt to one rank.
+    """Write the log-probs that the learner recomputed for the samples dealt to one rank.
 
     Args:
-        prompt_index, sample_index, lengths: [S], `lengths` in tokens, prompt included.
+        prompt_index, sample_index: [S] which samples they are.
+        lengths: [S] in tokens, prompt included.
         recomputed_logprobs: [sum of lengths] float32, sequence after sequence; position t belongs
             to token t of the sequence, as in Rollout, 0.0 where the mask is False.
+
+    Raises:
+        ValueError: `recomputed_logprobs` has another length.
     """
     if recomputed_logprobs.shape != (sum(lengths),):
         raise ValueError(
@@ -92,24 +97,26 @@ def write_recomputed(
     _write(folder / f"step_{step:06d}.rank{rank}.recomputed.safetensors", save(tensors))
 
 
-def read_step(folder: Path, step: int) -> tuple[list[RolloutGroup], list[tuple[Score, ...]]]:
-    """All ranks' groups of a step by prompt index, and their scores, every float as it was.
+def read_step(folder: Path, step: int) -> list[ScoredGroup]:
+    """All ranks' groups of a step with their scores, by prompt index, every number as it was.
 
-    Raises DataError naming the file that is missing, cut short, or at odds with its twin.
+    Raises:
+        DataError: names the file that is missing, cut short, or inconsistent with its counterpart.
     """
     first = folder / f"step_{step:06d}.rank0.safetensors"
     num_ranks = int(_open(first)[1].get("num_ranks", "1"))
-    scored: list[tuple[RolloutGroup, tuple[Score, ...]]] = []
+    scored: list[ScoredGroup] = []
     for rank in range(num_ranks):
         scored += _read_rank(folder / f"step_{step:06d}.rank{rank}")
-    scored.sort(key=lambda pair: pair[0].prompt.index)
-    return [group for group, _ in scored], [scores for _, scores in scored]
+    return sorted(scored, key=lambda each: each.group.prompt.index)
 
 
 def read_recomputed(folder: Path, step: int) -> dict[tuple[int, int], torch.Tensor]:
-    """(prompt index, sample index) to the sequence's recomputed log-probs, [L] float32.
+    """(prompt index, sample index) to the sample's recomputed log-probs, [L] float32; empty if none
+    were written.
 
-    Empty where none were written; DataError for a file that is cut short.
+    Raises:
+        DataError: names the file that is cut short.
     """
     result: dict[tuple[int, int], torch.Tensor] = {}
     for path, found_step in _step_files(folder):
@@ -123,7 +130,7 @@ def read_recomputed(folder: Path, step: int) -> dict[tuple[int, int], torch.Tens
 
 
 def truncate_after(folder: Path, step: int) -> None:
-    """Delete the files of later steps: a resumed run makes them anew."""
+    """Delete the files of later steps, which a resumed run writes again."""
     for path, found_step in _step_files(folder):
         if found_step > step:
             path.unlink()
@@ -141,6 +148,7 @@ def _line(
         "response": rollout.text,
         "answer": prompt.answer,
         "reward": float(score.reward),
+        "group_reward": float(score.group_reward),
         "advantage": float(advantage),
         "is_formatted": score.is_formatted,
         "failure": score.failure,
@@ -150,12 +158,13 @@ def _line(
         "loss_mask": [int(kept) for kept in rollout.loss_mask],
         "rollout_logprobs": list(rollout.rollout_logprobs),
         "weight_versions": list(rollout.weight_versions),
+        "engine": rollout.engine,
         "metadata": prompt.metadata,
     }
 
 
-# Of each sample [1], then of all tokens one after the other. float64 holds whatever a Python float
-# does; the engine's log-probs are float32, and come back as the same numbers.
+# One value per sample, and one per token of all samples one after the other. float64 represents
+# every Python float, so the engine's float32 log-probs come back as the same numbers.
 SAMPLE_TENSORS = {
     "prompt_index": torch.int64,
     "sample_index": torch.int64,
@@ -183,8 +192,8 @@ def _tensors(lines: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_rank(stem: Path) -> Iterator[tuple[RolloutGroup, tuple[Score, ...]]]:
-    """The groups of one rank: words from the JSONL, numbers from the safetensors."""
+def _read_rank(stem: Path) -> Iterator[ScoredGroup]:
+    """The groups of one rank: texts from the JSONL file, numbers from the safetensors file."""
     lines = _read_lines(Path(f"{stem}.jsonl"))
     tensors, metadata = _open(Path(f"{stem}.safetensors"))
     if len(lines) != int(metadata.get("num_samples", "-1")):
@@ -197,30 +206,37 @@ def _read_rank(stem: Path) -> Iterator[tuple[RolloutGroup, tuple[Score, ...]]]:
     columns |= {
         key: [piece.tolist() for piece in tensors[key].split(lengths)] for key in TOKEN_TENSORS
     }
-    groups: dict[int, list[tuple[dict[str, Any], Rollout, Score]]] = {}
+    groups: dict[int, list[dict[str, Any]]] = {}
     for row, line in enumerate(lines):
         exact = line | {key: column[row] for key, column in columns.items()}
-        groups.setdefault(exact["prompt_index"], []).append((exact, *_sample(exact)))
+        groups.setdefault(exact["prompt_index"], []).append(exact)
     for samples in groups.values():
-        samples.sort(key=lambda sample: sample[0]["sample_index"])
-        rollouts = tuple(rollout for _, rollout, _ in samples)
-        yield (
-            RolloutGroup(prompt=_prompt(samples[0][0]), rollouts=rollouts),
-            tuple(score for _, _, score in samples),
+        samples.sort(key=lambda line: line["sample_index"])
+        yield ScoredGroup(
+            group=RolloutGroup(prompt=_prompt(samples[0]), rollouts=tuple(map(_rollout, samples))),
+            scores=tuple(map(_score, samples)),
         )
 
 
-def _sample(line: dict[str, Any]) -> tuple[Rollout, Score]:
-    rollout = Rollout(
+def _rollout(line: dict[str, Any]) -> Rollout:
+    return Rollout(
         token_ids=tuple(line["token_ids"]),
         loss_mask=tuple(line["loss_mask"]),
         rollout_logprobs=tuple(line["rollout_logprobs"]),
         weight_versions=tuple(line["weight_versions"]),
         finish_reason=line["finish_reason"],
         text=line["response"],
+        engine=line.get("engine", ""),  # older recordings do not name it
     )
-    score = Score(reward=line["reward"], is_formatted=line["is_formatted"], failure=line["failure"])
-    return rollout, score
+
+
+def _score(line: dict[str, Any]) -> Score:
+    return Score(
+        reward=line["reward"],
+        is_formatted=line["is_formatted"],
+        failure=line["failure"],
+        group_reward=line.get("group_reward", 0.0),  # older recordings have none
+    )
 
 
 def _prompt(line: dict[str, Any]) -> Prompt:

@@ -1,8 +1,8 @@
-"""Settings in, a finished training run out: for tools that compare runs with each other.
+"""Runs one training run to its end, for tools that compare runs with each other.
 
-Each run is a torchrun of its own with its output in `<run_dir>/console.log`. A run that is finished
-is not run again; one that was stopped goes on. Runs may share engines, one run at a time each:
-every run publishes its own weights first.
+Each run is a torchrun process of its own, whose output goes to `<run_dir>/console.log`. A finished
+run is not repeated, and a run that was stopped is resumed. An engine can serve several runs, one
+after another, because a run publishes its own weights before it samples.
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ TAIL_LINES = 15
 
 @contextmanager
 def shared_engines(config: Config, folder: Path, *, count: int) -> Iterator[list[Engine]]:
-    """`count` engines of these settings that are ready, for `run_to_the_end`; ended on the way out.
+    """Start engines for `run_to_the_end`, wait until they are ready, and stop them on exit.
 
+    Args:
+        config: settings of the runs; `rollout.num_engines` and `rollout.urls` are not used.
+        folder: where the engines' model and logs go.
+        count: number of engines.
+    Yields:
+        The engines.
     Raises:
-        EngineError: an engine does not start.
+        EngineError: an engine did not start.
     """
     rollout = replace(config.rollout, num_engines=count, urls=[])
     engines = start_engines_of(replace(config, rollout=rollout), folder)
@@ -58,17 +64,19 @@ def run_to_the_end(
     engine: Engine | None = None,
     num_threads: int = 0,
 ) -> Path:
-    """Train with `config` and `overrides` in `run_dir`, on one replica of its model.
+    """Train with `config` and `overrides` in `run_dir`, with one replica of the model.
 
     Args:
-        engine: a running one of the run's own settings that nobody else uses meanwhile; None: the
-            run starts its own.
-        num_threads: of a learner rank; 0: torchrun's own choice.
+        config: YAML file of the run.
+        overrides: further settings, `key=value`.
+        engine: a running engine with the rollout settings of this run, which no other run uses
+            meanwhile; None: the run starts its own engines.
+        num_threads: threads per learner rank; 0: torchrun's default.
     Returns:
         `run_dir`.
     Raises:
-        ConfigError: settings that do not load, or a finished run of other settings in `run_dir`.
-        EngineError: the run failed; tells its last words.
+        ConfigError: the settings do not load, or `run_dir` holds a finished run of other settings.
+        EngineError: the run failed; with the error that it reported, or the end of its output.
     """
     settings = load_config(config, [*overrides, f"run_dir={run_dir}"])
     if is_finished(config, overrides, run_dir):
@@ -88,13 +96,17 @@ def run_to_the_end(
     with (run_dir / "console.log").open("ab") as log:
         code = _wait(command, environment, log)
     if code != 0:
-        raise EngineError(f"{run_dir}: expected the run to end well, got {_last_words(run_dir)}")
+        raise EngineError(f"{run_dir}: expected the run to succeed, got {_failure_of(run_dir)}")
     (run_dir / DONE_FILE).write_text(json.dumps(_settings_of(config, overrides)) + "\n")
     return run_dir
 
 
 def is_finished(config: str | Path, overrides: Sequence[str], run_dir: Path) -> bool:
-    """Whether `run_dir` holds a finished run of these settings; ConfigError where of others."""
+    """Whether `run_dir` holds a finished run of these settings.
+
+    Raises:
+        ConfigError: it holds a finished run of other settings.
+    """
     done, wanted = run_dir / DONE_FILE, _settings_of(config, overrides)
     if done.is_file() and json.loads(done.read_text()) != wanted:
         raise ConfigError(
@@ -109,15 +121,16 @@ def _settings_of(config: str | Path, overrides: Sequence[str]) -> dict[str, obje
 
 
 def _wait(command: list[str], environment: dict[str, str], log: BinaryIO) -> int:
+    """Run a command, which ends together with this process, and return its exit code."""
     parent = os.getpid()
-    # The kernel counts the end of this thread for the parent's: it waits for the process below.
+    # To the kernel, this thread is the parent; it stays alive, because it waits for the process.
     process = subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        # torchrun then ends its ranks
+        # On SIGTERM torchrun ends its ranks.
         preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent_pid=parent),
     )
     register_cleanup(process.terminate)
@@ -130,7 +143,8 @@ def _wait(command: list[str], environment: dict[str, str], log: BinaryIO) -> int
             process.wait()
 
 
-def _last_words(run_dir: Path) -> str:
+def _failure_of(run_dir: Path) -> str:
+    """The error that the run reported, or the last lines of its output."""
     error = run_dir / ERROR_FILE
     if error.is_file():
         return error.read_text().strip()

@@ -1,7 +1,7 @@
-"""A study in, its finished runs out: every arm on every engine with every seed.
+"""Runs a study: every arm (an objective to compare) on every engine with every seed.
 
-An engine's settings are those of its rollout server and whatever else its arms share. Its arms run
-one after another on servers that stay, `jobs` side by side.
+The settings of an engine are those of its rollout server, and any others that its arms share. The
+runs of one engine use the same servers: `jobs` servers stay up, and each serves one run at a time.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.lifetime import is_ending
 from megatron_rl.study.runs import is_finished, run_to_the_end, shared_engines
 
-Parts = dict[str, tuple[str, ...]]  # settings by the name of an engine or an arm
+Parts = dict[str, tuple[str, ...]]  # name of an engine or an arm -> settings, `key=value`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """Example: `Study(config="configs/quickstart.yaml", settings=("loop.num_steps=60",),
+    """What a study compares.
+
+    Example: `Study(config="configs/quickstart.yaml", settings=("loop.num_steps=60",),
     seeds=(0, 1), engines={"bf16": ()}, arms={"grpo": ("objective.constraint.enabled=false",)})`.
     """
 
-    config: str
-    settings: tuple[str, ...]
+    config: str  # YAML file that every run starts from
+    settings: tuple[str, ...]  # of every run, `key=value`
     seeds: tuple[int, ...]
     engines: Parts
-    arms: Parts  # the first is what the others are held against
+    arms: Parts  # the first one is the baseline of the comparison
 
     def runs(self) -> list[tuple[str, str, int]]:
-        """Engine, arm and seed of every run; on an engine a whole seed of all arms before the next
-        one.
-        """
+        """Engine, arm and seed of every run, in order: all arms of a seed before the next seed."""
         return [
             (engine, arm, seed)
             for engine in self.engines
@@ -52,13 +52,17 @@ class Study:
         ]
 
     def overrides(self, engine: str, arm: str, seed: int) -> list[str]:
-        """What the run adds to `config`."""
+        """The settings that a run adds to `config`."""
         own = [*self.settings, *self.engines[engine], *self.arms[arm]]
         return [*own, f"loop.seed={seed}", f"data.seed={seed}"]
 
 
 def load_study(path: Path) -> Study:
-    """Raises ConfigError where the file is not what `Study` says."""
+    """Read a study from a YAML file with the fields of `Study`.
+
+    Raises:
+        ConfigError: the file cannot be read, or lacks a field.
+    """
     try:
         found: Any = OmegaConf.to_container(OmegaConf.load(path))
         return Study(
@@ -76,7 +80,13 @@ def load_study(path: Path) -> Study:
 
 
 def choose(study: Study, engines: str | None, arms: str | None) -> Study:
-    """The part of the study that the command line names; ConfigError where it has no such part."""
+    """The part of a study that the command line selects.
+
+    Args:
+        engines, arms: comma-separated names; None: all of them.
+    Raises:
+        ConfigError: the study has no engine or arm of a name.
+    """
 
     def those(known: Parts, names: str | None, what: str) -> Parts:
         wanted = list(known) if names is None else names.split(",")
@@ -93,7 +103,16 @@ def choose(study: Study, engines: str | None, arms: str | None) -> Study:
 
 
 def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> None:
-    """Every run that is not finished; one that fails is told and left out."""
+    """Run all runs of a study that are not finished; after a failure the others still run.
+
+    Args:
+        overrides: further settings of every run, `key=value`.
+        output: folder of the runs, see `run_dir_of`.
+        jobs: runs at a time.
+    Raises:
+        ConfigError: settings that do not load or do not fit, before anything runs.
+        EngineError: at the end, if runs failed; names them.
+    """
     if jobs < 1:
         raise ConfigError(f"--jobs: expected at least 1, got {jobs}")
     pending = {engine: unfinished(study, engine, overrides, output) for engine in study.engines}
@@ -104,17 +123,17 @@ def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -
         for name in run_engine(study, engine, runs, overrides, output, min(jobs, len(runs)))
     ]
     if failed:
-        raise EngineError(f"expected every run to end well, got failures of {', '.join(failed)}")
+        raise EngineError(f"expected every run to succeed, got failures of {', '.join(failed)}")
 
 
 def unfinished(
     study: Study, engine: str, overrides: Sequence[str], output: Path
 ) -> list[tuple[str, int]]:
-    """Arms and seeds that are still to be run on an engine.
+    """Arms and seeds that must still be run on an engine.
 
     Raises:
-        ConfigError: settings that do not load, a finished run of others, or an arm that wants
-            another engine than the one that it shares.
+        ConfigError: settings that do not load, a finished run of other settings in the folder of a
+            run, or an arm whose rollout settings or model differ from the engine's.
     """
     pending = []
     shared = served_settings(study, engine, overrides)
@@ -133,6 +152,7 @@ def unfinished(
 
 
 def served_settings(study: Study, engine: str, overrides: Sequence[str]) -> Config:
+    """The settings that the servers of an engine are started with."""
     return load_config(study.config, [*overrides, *study.settings, *study.engines[engine]])
 
 
@@ -144,8 +164,10 @@ def run_engine(
     output: Path,
     jobs: int,
 ) -> list[str]:
-    """The runs of `pending`, arms and seeds, `jobs` at a time; returns those that failed, and all
-    that are left once an engine has died.
+    """Run the arms and seeds of `pending` on one engine, `jobs` at a time.
+
+    Returns:
+        The names of the runs that failed; once a server has died, also of those not started.
     """
     config = served_settings(study, engine, overrides)
     num_ranks = config.parallel.tensor * config.parallel.pipeline
@@ -179,4 +201,5 @@ def run_engine(
 
 
 def run_dir_of(output: Path, engine: str, arm: str, seed: int) -> Path:
+    """The folder of one run."""
     return output / engine / arm / f"seed_{seed}"

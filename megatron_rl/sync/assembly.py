@@ -1,8 +1,8 @@
-"""The receiving half of the wire format: buckets of bytes in, whole checked tensors out.
+"""The receiving half of the wire format: buckets of bytes in, whole and checked tensors out.
 
-It knows neither vLLM nor the transport. It holds an update to its manifest: tensors come in the
-announced order, whole, once, with the announced checksum; the manifest itself is held against what
-the engine's own checkpoint has.
+It knows neither vLLM nor the transport. The manifest is compared with the engine's own checkpoint,
+and the update with its manifest: each tensor must arrive once, whole, in the announced order and
+with the announced checksum.
 """
 
 from __future__ import annotations
@@ -12,25 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from megatron_rl.errors import SyncError
-from megatron_rl.sync.wire import (
-    CASTABLE,
-    DTYPE_NAMES,
-    Bucket,
-    Manifest,
-    Piece,
-    TensorSpec,
-    new_checksum,
-)
+from megatron_rl.sync.transports.transport import Bucket, Piece
+from megatron_rl.sync.wire import CASTABLE, DTYPE_NAMES, Manifest, TensorSpec, new_checksum
 
 
 def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> None:
-    """Hold an announced update against the tensors the engine was built from.
+    """Compare an announced update with the tensors that the engine was built from, by name.
 
     Raises:
-        SyncError: a name that is unknown, missing or given twice, another shape, or a dtype the
-            engine cannot load
-            there (float32, float16 and bfloat16 stand in for each other; everything else must
-            match).
+        SyncError: a name that is unknown, missing or given twice; another shape; or another dtype
+            (only float32, float16 and bfloat16 may replace each other).
     """
     seen: set[str] = set()
     for spec in manifest.specs:
@@ -58,39 +49,36 @@ def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> No
 
 
 class Assembly:
-    """One update on its way in.
+    """The tensors of one update, put together from its buckets.
 
     Args:
         manifest: already checked.
-        read: `(bucket_offset, nbytes) -> [nbytes] uint8` view of the transport's current bucket, on
-            the CPU. acknowledge: called with (index into the manifest, digest of DIGEST_BYTES) for
-            every tensor that arrived whole.
+        read: `(bucket_offset, nbytes) -> [nbytes] uint8` view of the current bucket.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        read: Callable[[int, int], torch.Tensor],
-        acknowledge: Callable[[int, bytes], None],
-    ) -> None:
+    def __init__(self, manifest: Manifest, read: Callable[[int, int], torch.Tensor]) -> None:
         self.manifest = manifest
+        # Of the tensors that the last bucket completed, by index into the manifest.
+        self.digests: dict[int, bytes] = {}
         self._read = read
-        self._acknowledge = acknowledge
         self._num_buckets = 0
         self._num_complete = 0  # tensors; the next expected piece belongs to this one
-        self._bytes: torch.Tensor | None = None  # [nbytes] uint8 of the tensor under way
+        self._bytes: torch.Tensor | None = None  # [nbytes] uint8 of that tensor, on the CPU
         self._offset = 0  # bytes of it that have arrived
 
     def tensors_of(
         self, bucket: Bucket, checksums: dict[int, str]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor, on the CPU and owning its memory, for each tensor that this bucket
-        completes.
+        """Name and tensor of each tensor that this bucket completes, on the CPU and independent of
+        the bucket's memory.
+
+        Args:
+            checksums: hexadecimal, of the same tensors, by index into the manifest.
 
         Raises:
-            SyncError: a bucket or piece out of turn, or bytes that do not give the announced
-                checksum.
+            SyncError: a bucket or piece out of order, or bytes with another checksum.
         """
+        self.digests = {}
         if bucket.index != self._num_buckets:
             raise SyncError(f"bucket: expected number {self._num_buckets}, got {bucket.index}")
         for piece in bucket.pieces:
@@ -100,7 +88,7 @@ class Assembly:
         self._num_buckets += 1
 
     def check_complete(self) -> None:
-        """Raises SyncError naming the first tensor that has not arrived."""
+        """Raise SyncError naming the first tensor that has not arrived, if there is one."""
         num_tensors = len(self.manifest.specs)
         if self._num_complete < num_tensors:
             raise SyncError(
@@ -127,8 +115,8 @@ class Assembly:
             )
         if self._bytes is None:
             self._bytes = torch.empty(spec.nbytes, dtype=torch.uint8)
-        # A copy, because the bucket is filled again while vLLM still holds on to the tensors of an
-        # unfinished layer.
+        # A copy, because the next bucket overwrites these bytes while vLLM still keeps the tensors
+        # of a layer that is not complete.
         self._bytes[self._offset : self._offset + piece.nbytes] = self._read(
             piece.bucket_offset, piece.nbytes
         )
@@ -137,13 +125,13 @@ class Assembly:
 
     def _complete(self, spec: TensorSpec, checksums: dict[int, str]) -> torch.Tensor:
         assert self._bytes is not None
-        checksum = new_checksum(self._bytes.numpy())  # of the copy: what will be loaded
+        checksum = new_checksum(self._bytes.numpy())  # of the copy, which is what will be loaded
         announced = checksums.get(self._num_complete)
         if checksum.hexdigest() != announced:
             raise SyncError(
                 f"{spec.name}: expected checksum {announced}, got {checksum.hexdigest()}"
             )
-        self._acknowledge(self._num_complete, checksum.digest())
+        self.digests[self._num_complete] = checksum.digest()
         tensor = self._bytes.view(spec.dtype).view(spec.shape)
         self._num_complete += 1
         self._bytes, self._offset = None, 0

@@ -1,14 +1,15 @@
-"""Parity probe: does the engine serve the weights that were published?
+"""Parity probe: does each engine serve the weights that were published?
 
-In: the log-probs that an engine gave the tokens it sampled after an update, and the learner's for
-the same tokens at the published weights. Out: a report, or SyncError. A checksum proves that bytes
-arrived; only this proves that they are what the engine computes with (a stale packed copy, a layer
-that kept its old tensor, a prefix cache from before).
+In: samples that the engines made after an update, with the engines' log-probs, and the learner's
+log-probs of the same tokens at the published weights, both over the whole distribution. Out: a
+report per engine, or SyncError. A checksum proves only that bytes arrived; this proves that the
+engine computes with them. It detects a stale packed copy, a layer that kept its old tensor, or a
+prefix cache from before the update.
 
-Float32 on both sides: max |d logprob| <= 2e-5 x max(1, |logprob|), token by token; any mistake
-shows. Below float32 the engines differ anyway, so the mean of |p - p| is held against a bound.
-Measured over probes of 48 sampled tokens, vLLM on the CPU against a float32 learner, 0.8M-parameter
-Qwen3 models:
+Float32 on both sides: max |d logprob| <= 2e-5 x max(1, |logprob|), token by token, which any
+mistake exceeds. Below float32 the two sides differ by rounding, so the mean of |p - p| is compared
+with a bound. Measured over probes of 48 sampled tokens, vLLM on the CPU against a float32 learner,
+Qwen3 models of 0.8M parameters:
 
     noise     BF16 0.0003 to 0.0018, INT8 W8A8 to 0.0024, FP8 KV cache to 0.016
               (means on a longer trained one: BF16 0.0051, FP8 weights 0.0073, INT4 weights 0.023)
@@ -16,21 +17,23 @@ Qwen3 models:
               two layers swapped 0.044 to 0.12 (0.010 to 0.058 after 32 steps of training),
               everything 15 steps old 0.018 to 0.066, only the head that old 0.005 to 0.012
 
-So the bounds below let the noise pass and catch what is grossly wrong at once; a head that stays as
-it was is caught only when enough updates have passed it by.
+So the bounds below accept the noise and detect gross mistakes at once; a head that is never updated
+is detected only after enough updates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import SyncError
-from megatron_rl.records import MISSING_LOGPROB
+from megatron_rl.records import MISSING_LOGPROB, Sample
 
 FLOAT32_BOUND = 2e-5  # of |d logprob| / max(1, |logprob|)
-# Of the mean |p - p|, by the less precise side.
+# Largest mean |p - p|, by the less precise side.
 BOUNDS = {
     "float32": 0.0,
     "bfloat16": 0.015,
@@ -43,7 +46,7 @@ BOUNDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
-    """How far engine and learner are apart on the probe's tokens.
+    """How far an engine and the learner are apart on the probe's tokens.
 
     Example: `ParityReport(num_tokens=48, mean_probability_gap=0.0041, max_probability_gap=0.06,
     max_relative_logprob_gap=0.11)`.
@@ -55,35 +58,97 @@ class ParityReport:
     max_relative_logprob_gap: float  # max |d logprob| / max(1, |logprob|)
 
 
+def engine_precision(rollout: RolloutConfig) -> str:
+    """A key of BOUNDS: the least precise of an engine's weights, activations and KV cache."""
+    number = rollout.quantization.format.removesuffix("_w8a8")
+    is_fp8 = number == "fp8" or rollout.kv_cache_dtype.startswith("fp8")
+    if number == "int4" or not is_fp8:
+        return rollout.dtype if number == "none" else number
+    return "fp8"
+
+
+def check_engines(
+    pairs: Iterable[tuple[Sample, torch.Tensor]],
+    *,
+    urls: Sequence[str],
+    version: int,
+    engine_dtype: str,
+    learner_dtype: str,
+    tolerance: float,
+) -> dict[str, ParityReport]:
+    """A report of every engine, by url, from the samples that it made.
+
+    Each engine is judged by its own samples: pooled, one stale engine among many would pass.
+
+    Args:
+        pairs: samples with `rollout.engine`, each with the learner's full log-probs [L] float32.
+        urls: of all engines that were published to.
+        version: of the weights, for the error.
+        engine_dtype, learner_dtype, tolerance: as in `check_parity`.
+
+    Raises:
+        SyncError: an engine does not serve the published weights, none of the samples is an
+            engine's, or one comes from elsewhere.
+    """
+    own: dict[str, list[tuple[Sample, torch.Tensor]]] = {url: [] for url in urls}
+    for sample, full_logprobs in pairs:
+        if sample.rollout.engine not in own:
+            raise SyncError(
+                f"parity probe: expected samples of {', '.join(urls)}, got one of engine "
+                f"{sample.rollout.engine!r}"
+            )
+        own[sample.rollout.engine].append((sample, full_logprobs))
+    reports = {}
+    for url, of_engine in own.items():
+        masks = [torch.tensor(sample.rollout.loss_mask) for sample, _ in of_engine]
+        served = [torch.tensor(sample.rollout.rollout_logprobs) for sample, _ in of_engine]
+        try:
+            reports[url] = check_parity(
+                _join(served, masks),
+                _join([full_logprobs for _, full_logprobs in of_engine], masks),
+                engine_dtype=engine_dtype,
+                learner_dtype=learner_dtype,
+                tolerance=tolerance,
+            )
+        except SyncError as error:
+            raise SyncError(f"engine {url} after update {version}: {error}") from error
+    return reports
+
+
+def _join(values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[N]: what the masks keep of each [L]."""
+    return torch.cat([torch.zeros(0), *(each[mask] for each, mask in zip(values, masks))])
+
+
 def check_parity(
     rollout_logprobs: torch.Tensor,
-    recomputed_logprobs: torch.Tensor,
+    full_logprobs: torch.Tensor,
     *,
     engine_dtype: str,
     learner_dtype: str,
     tolerance: float,
 ) -> ParityReport:
-    """Compare, and refuse an engine that does not serve what the learner holds.
+    """Compare the two sides, and refuse an engine that does not serve what the learner holds.
 
     Args:
-        rollout_logprobs: [N] floating, the engine's, of tokens it sampled.
-        recomputed_logprobs: [N] floating, the learner's, of the same tokens.
-        engine_dtype: a key of BOUNDS: the least precise of the engine's weights, activations and
-            KV cache ("fp8" for BF16 weights with an FP8 KV cache).
-        learner_dtype: the same of the learner.
-        tolerance: largest mean |p - p|; 0 chooses by precision, as the head of this file says.
+        rollout_logprobs: [N] floating-point, the engine's, of tokens that it sampled.
+        full_logprobs: [N] floating-point, the learner's, of the same tokens.
+        engine_dtype: a key of BOUNDS, as `engine_precision` gives it.
+        learner_dtype: a key of BOUNDS: the precision of the learner.
+        tolerance: the largest mean |p - p|; 0 takes the bound of the less precise side.
 
     Raises:
-        SyncError: not comparable, not finite, -9999 or below (the route's NaN), or too far apart.
+        SyncError: not comparable, not finite, -9999 or below (how an engine's route writes NaN), or
+            too far apart.
     """
-    if rollout_logprobs.shape != recomputed_logprobs.shape or rollout_logprobs.ndim != 1:
+    if rollout_logprobs.shape != full_logprobs.shape or rollout_logprobs.ndim != 1:
         raise SyncError(
             "parity probe: expected two tensors of one shape [N], got "
-            f"{tuple(rollout_logprobs.shape)} and {tuple(recomputed_logprobs.shape)}"
+            f"{tuple(rollout_logprobs.shape)} and {tuple(full_logprobs.shape)}"
         )
     if rollout_logprobs.numel() == 0:
         raise SyncError("parity probe: expected at least one token, got none")
-    engine, learner = rollout_logprobs.double().cpu(), recomputed_logprobs.double().cpu()
+    engine, learner = rollout_logprobs.double().cpu(), full_logprobs.double().cpu()
     for name, values in (("engine", engine), ("learner", learner)):
         bad = ~values.isfinite() | (values <= MISSING_LOGPROB)
         if bad.any():

@@ -1,13 +1,16 @@
-"""From a learner's full tensors to every rollout engine, through shared memory on one host.
+"""The protocol of an update: one version of the weights, from the learner to every engine.
 
-In, on one rank: tensors named as Hugging Face does, in layer order, from a lazy iterator. Out:
-engines that serve them, all under the same version, and a report of who received what. Per update:
-pause (wait for what is in flight) -> start -> manifest -> buckets -> finish -> reset the prefix
-cache and look at its answer -> resume. All engines read the same bucket, so the extra memory is one
-bucket for the sender, and one layer for each engine.
+In, on one rank: the learner's tensors under their Hugging Face names, in layer order, from a lazy
+iterator. Out: engines that all serve them, under one version, and a report of what each received.
+The steps of an update are pause (wait for the requests in flight), start, manifest, buckets,
+finish, reset of the prefix cache (and a look at its answer), resume. A transport
+(`sync/transports/`) carries the bytes; this module says when, checks the receipts, and makes sure
+that no engine goes on with a part of an update. `sync/receive.py` is the receiving half.
 
-The parity probe cannot stand before resume: a paused vLLM accepts a request and does not schedule
-it (vllm/v1/core/sched/scheduler.py, `PauseState.PAUSED_NEW`). So the caller sends no prompt before
+The memory that an update needs is one bucket for the sender and one layer for each engine.
+
+The parity probe cannot come before resume: a paused vLLM accepts a request but does not schedule it
+(vllm/v1/core/sched/scheduler.py, `PauseState.PAUSED_NEW`). So the caller must send no prompt before
 `sync/probe.py` has passed.
 """
 
@@ -15,8 +18,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,15 +27,12 @@ from types import TracebackType
 import torch
 
 from megatron_rl.config import SyncConfig
-from megatron_rl.engine.control import EngineControl
+from megatron_rl.engine.http import EngineControl
 from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
-from megatron_rl.sync.source import TensorSource
-from megatron_rl.sync.transports.segment import Segment
+from megatron_rl.sync.source import TensorSource, WeightStream
+from megatron_rl.sync.transports.transport import ALIGNMENT, Bucket, Transfer, sender_class
 from megatron_rl.sync.wire import (
-    ALIGNMENT,
-    DIGEST_BYTES,
-    Bucket,
     Manifest,
     TensorSpec,
     bucket_to_json,
@@ -45,7 +45,7 @@ from megatron_rl.sync.wire import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """What one update did.
+    """What one update sent, what arrived, and how long it took.
 
     Example: `PublishReport(version=7, num_bytes=6430648, num_buckets=2, checksum="9c..",
     received={"http://127.0.0.1:18400": ("9c..",)}, checksums={"model.norm.weight": "4e..", ...},
@@ -56,20 +56,22 @@ class PublishReport:
     num_bytes: int  # of tensors, on the wire
     num_buckets: int
     checksum: str  # of everything that was sent: names, dtypes, shapes and bytes
-    received: dict[str, tuple[str, ...]]  # by url: the same, as each worker of it computed it
+    received: dict[str, tuple[str, ...]]  # by url: the same, as each of its workers computed it
     checksums: dict[str, str]  # by name, in the order sent
-    seconds: dict[str, float]  # connect, pause, start, send (cast, copy and checksum; includes
-    # the learner's gathering), load (engines), finish, reset, resume, total
+    # connect, pause, start, send (the learner's gathering, cast, copy and checksum), load (the
+    # transport and the engines), finish, reset, resume, total
+    seconds: dict[str, float]
 
 
 class Publisher:
-    """Moves weights into engines on this host. A context manager; nothing of it outlives the
-    process.
+    """Publishes weights to engines. A context manager; nothing of it outlives the process.
 
     Args:
         addresses: the engines; all get the same weights, at the same time.
-        config: bucket size and the timeout of every call.
-        wire_dtype: floating tensors are cast to it on the way; None sends them as they come.
+        config: the transport, the size of a bucket and the timeout of every call.
+        wire_dtype: floating-point tensors are cast to it before they are sent; None sends them as
+            they are.
+        control: makes the client of an engine's weight routes, from its address and the timeout.
     """
 
     def __init__(
@@ -78,14 +80,18 @@ class Publisher:
         config: SyncConfig,
         *,
         wire_dtype: torch.dtype | None,
+        control: Callable[[EngineAddress, float], EngineControl] = EngineControl,
     ) -> None:
         if not addresses:
             raise SyncError("publisher: expected at least one engine, got none")
         self._bucket_bytes = max(1, int(config.bucket_mib * 2**20) // ALIGNMENT) * ALIGNMENT
         self._wire_dtype = wire_dtype
-        self._engines = [EngineControl(address, config.timeout_seconds) for address in addresses]
+        self._transport_name = config.transport
+        self._sender = sender_class(self._transport_name)(
+            source=0, num_sources=1, timeout_seconds=config.timeout_seconds
+        )
+        self._engines = [control(address, config.timeout_seconds) for address in addresses]
         self._pool = ThreadPoolExecutor(len(self._engines), thread_name_prefix="publish")
-        self._segment: Segment | None = None
 
     def __enter__(self) -> Publisher:
         return self
@@ -99,26 +105,18 @@ class Publisher:
         self.close()
 
     def close(self) -> None:
+        """Release the connections and the transport."""
         self._pool.shutdown()
         for engine in self._engines:
             engine.close()
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        self._sender.close()
 
-    def publish(
-        self,
-        specs: Sequence[TensorSpec],
-        tensors: Iterable[tuple[str, torch.Tensor]],
-        *,
-        version: int,
-    ) -> PublishReport:
-        """Send one version of the weights to every engine and let them go on with it.
+    def publish(self, stream: WeightStream, *, version: int) -> PublishReport:
+        """Send one version of the weights to every engine and let the engines serve it.
 
         Args:
-            specs: what `tensors` will yield, in its order, with the learner's dtypes.
-            tensors: full tensors, on any device; consumed once, one at a time.
-            version: what the engines put on every token they sample from now on.
+            stream: consumed once, one tensor at a time.
+            version: what the engines report with every token that they sample from now on.
 
         Raises:
             SyncError: naming engine, phase and tensor. Before start, the engines go on with the
@@ -126,10 +124,10 @@ class Publisher:
         """
         seconds: dict[str, float] = {}
         begin = time.perf_counter()
-        sent = wire_specs(specs, self._wire_dtype)
+        sent = wire_specs(stream.specs, self._wire_dtype)
         manifest = Manifest(update=secrets.token_hex(8), specs=tuple(sent))
         with _timed(seconds, "connect"):
-            world_sizes = self._connect(len(sent))
+            num_workers = self._connect(len(sent))
         self._pause(seconds)
         try:
             with _timed(seconds, "start"):
@@ -140,8 +138,8 @@ class Publisher:
                     )
                 )
             buckets = plan_buckets(sent, self._bucket_bytes)
-            checksums = self._send(sent, buckets, tensors, seconds)
-            received = self._received(sent, world_sizes, checksums)
+            checksums = self._send(buckets, TensorSource(sent, stream.tensors), sent, seconds)
+            received = self._received(sent, num_workers, checksums)
             with _timed(seconds, "finish"):
                 self._on_all(lambda engine: engine.finish(version))
             with _timed(seconds, "reset"):
@@ -164,34 +162,35 @@ class Publisher:
         )
 
     def _connect(self, num_tensors: int) -> list[int]:
-        """Show every engine the shared memory, each time anew: one may have been restarted."""
-        world_sizes = self._on_all(lambda engine: engine.world_size())
-        nbytes = self._bucket_bytes + sum(world_sizes) * num_tensors * DIGEST_BYTES
-        if self._segment is None or self._segment.address.nbytes < nbytes:
-            if self._segment is not None:
-                self._segment.close()
-            self._segment = Segment.create(nbytes)
-        self._segment.bytes_of(self._bucket_bytes, nbytes - self._bucket_bytes).zero_()
-        first_slots = {
-            engine.url: sum(world_sizes[:index]) for index, engine in enumerate(self._engines)
-        }
-        address = self._segment.address.to_json()
+        """Connect the transport to every engine, before each update: one may have been restarted.
+
+        Returns the number of workers of each engine.
+        """
+        num_workers = self._on_all(lambda engine: engine.world_size())
+        offers = self._sender.offer(
+            Transfer(
+                bucket_bytes=self._bucket_bytes,
+                num_tensors=num_tensors,
+                num_workers=tuple(num_workers),
+            )
+        )
+        offer_of = dict(zip(self._engines, offers, strict=True))
         self._on_all(
             lambda engine: engine.initialize(
                 {
-                    "segment": address,
-                    "bucket_bytes": self._bucket_bytes,
+                    "transport": self._transport_name,
                     "num_tensors": num_tensors,
-                    "first_slot": first_slots[engine.url],
+                    "offer": offer_of[engine],
                 }
-            )
+            ),
+            meanwhile=lambda: self._sender.connect(offers),
         )
-        return world_sizes
+        return num_workers
 
     def _pause(self, seconds: dict[str, float]) -> None:
-        """Pause all. If that fails, the engines that were serving before go on with what they have.
+        """Pause all engines. Where one fails, those that were serving before go on as they are.
 
-        An engine that was paused already stays so: it may hold half of an earlier update.
+        An engine that was paused before stays paused: it may hold a part of an earlier update.
         """
         was_paused = dict(zip(self._engines, self._on_all(lambda engine: engine.is_paused())))
         try:
@@ -203,13 +202,12 @@ class Publisher:
 
     def _send(
         self,
-        specs: Sequence[TensorSpec],
         buckets: Sequence[Bucket],
-        tensors: Iterable[tuple[str, torch.Tensor]],
+        source: TensorSource,
+        specs: Sequence[TensorSpec],
         seconds: dict[str, float],
     ) -> list[str]:
         """Fill a bucket, let every engine load it, fill the next. Returns a checksum per spec."""
-        source = TensorSource(specs, tensors)
         checksums: list[str] = []
         for bucket in buckets:
             with _timed(seconds, "send"):
@@ -221,7 +219,10 @@ class Publisher:
             phase = f"bucket {bucket.index + 1} of {len(buckets)} ({names})"
             body = {"bucket": bucket_to_json(bucket, completed)}
             with _timed(seconds, "load"):
-                self._on_all(lambda engine, p=phase, b=body: engine.update(p, b))
+                self._on_all(
+                    lambda engine, p=phase, b=body: engine.update(p, b),
+                    meanwhile=lambda b=bucket: self._sender.send(b),
+                )
         source.check_exhausted()
         return checksums
 
@@ -229,53 +230,65 @@ class Publisher:
         """Copy a bucket's bytes; returns the checksums of the tensors that end in it, by index."""
         completed = {}
         for piece in bucket.pieces:
-            target = self._segment.bytes_of(piece.bucket_offset, piece.nbytes)
+            target = self._sender.buffer(piece.bucket_offset, piece.nbytes)
             checksum = source.copy(piece.tensor, piece.tensor_offset, target)
             if checksum is not None:
                 completed[piece.tensor] = checksum
         return completed
 
     def _received(
-        self, specs: Sequence[TensorSpec], world_sizes: Sequence[int], checksums: Sequence[str]
+        self, specs: Sequence[TensorSpec], num_workers: Sequence[int], checksums: Sequence[str]
     ) -> dict[str, tuple[str, ...]]:
-        """What every worker wrote into its slot while it loaded, held against what was sent."""
+        """The checksum of the whole update by every worker's receipts, by url.
+
+        Raises SyncError where a worker loaded other bytes than were sent.
+        """
+        receipts = iter(self._sender.receipts())
         received = {}
-        slot = 0
-        for engine, world_size in zip(self._engines, world_sizes):
+        for engine, count in zip(self._engines, num_workers):
             totals = []
-            for worker in range(world_size):
-                seen = self._slot(slot, len(specs))
-                for spec, sent, got in zip(specs, checksums, seen):
+            for worker in range(count):
+                digests = [digest.hex() for digest in next(receipts)]
+                for spec, sent, got in zip(specs, checksums, digests, strict=True):
                     if sent != got:
                         raise SyncError(
                             f"engine {engine.url}, worker {worker}, {spec.name}: expected checksum "
                             f"{sent}, got {got}"
                         )
-                totals.append(total_checksum(specs, seen))
-                slot += 1
+                totals.append(total_checksum(specs, digests))
             received[engine.url] = tuple(totals)
         return received
 
-    def _slot(self, slot: int, num_tensors: int) -> list[str]:
-        length = num_tensors * DIGEST_BYTES
-        digests = self._segment.bytes_of(self._bucket_bytes + slot * length, length)
-        return [row.numpy().tobytes().hex() for row in digests.view(num_tensors, DIGEST_BYTES)]
+    def _on_all(
+        self,
+        call: Callable[[EngineControl], object],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list:
+        """Call every engine at once, run the sender's part meanwhile, and wait for all of them even
+        where one fails. Returns the answers, by engine.
 
-    def _on_all(self, call: Callable[[EngineControl], object]) -> list:
-        """Run on every engine at once and wait for all, also when one fails; the first error
-        wins.
+        Raises the first engine's error rather than the sender's, which is often its consequence.
         """
         futures = [self._pool.submit(call, engine) for engine in self._engines]
-        for future in futures:
-            future.exception()
-        return [future.result() for future in futures]
+        try:
+            meanwhile()
+        except SyncError:
+            _answers(futures)
+            raise
+        return _answers(futures)
+
+
+def _answers(futures: Sequence[Future]) -> list:
+    for future in futures:
+        future.exception()
+    return [future.result() for future in futures]
 
 
 def _start(engine: EngineControl) -> None:
-    """Begin an update; end one that a dead or failed sender left open, once.
+    """Begin an update; where a dead or failed sender has left another one open, end that first.
 
-    vLLM refuses a start while an update is active (vllm/v1/worker/gpu_worker.py), and only a
-    failing `/update_weights` makes it inactive; that is what `abandon` is for.
+    vLLM refuses a start while an update is active (vllm/v1/worker/gpu_worker.py), and only an
+    `/update_weights` that fails makes it inactive: this is what `abandon` is for.
     """
     try:
         engine.start()
@@ -285,7 +298,9 @@ def _start(engine: EngineControl) -> None:
 
 
 def _resume_whole(engine: EngineControl) -> None:
-    """Let an engine go on whose weights were not touched; another error is already on its way."""
+    """Resume an engine whose weights were not touched; the caller is about to raise the error that
+    matters.
+    """
     with suppress(SyncError):
         engine.resume()
 

@@ -1,26 +1,66 @@
-"""The learner's tensors, piece by piece, into a bucket.
+"""The sending half of the wire format: the learner's tensors in, bytes and checksums out.
 
-In: a lazy iterator of full tensors, as `learner/` gathers them. Out: their bytes in the wire's
-dtype, and a checksum of each. The cast happens in the copy, so no second tensor is made for it.
+In: a lazy iterator of full tensors, as `learner/` gathers them, and their specs, known beforehand.
+Out: their bytes in the dtype of the wire, copied into a bucket piece by piece, and a checksum of
+each. The copy casts too, so no second tensor is allocated for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from megatron_rl.config import QuantizationConfig
 from megatron_rl.errors import SyncError
 from megatron_rl.sync.wire import CASTABLE, TensorSpec, new_checksum
+from megatron_rl.weights.quantization import quantized, quantized_shapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightStream:
+    """The tensors of one version of the weights, announced and then delivered.
+
+    Example: `WeightStream(specs=(TensorSpec(name="model.norm.weight", ...),),
+    tensors=iter([("model.norm.weight", torch.ones(256))]))`.
+    """
+
+    specs: tuple[TensorSpec, ...]  # in the learner's dtypes
+    tensors: Iterable[tuple[str, torch.Tensor]]  # as announced, on any device; consumed once
+
+
+def weight_stream(
+    shapes: Iterable[tuple[str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+) -> WeightStream:
+    """What engines of this quantization are sent of a learner's tensors.
+
+    Args:
+        shapes: name and full shape of every tensor of the learner, in the order of `tensors`.
+        tensors: the full tensors; asked for one at a time, when its turn has come.
+        dtype: of all the learner's tensors.
+    """
+    announced = quantized_shapes(quantization, shapes, dtype)
+    return WeightStream(
+        specs=tuple(
+            TensorSpec(name=name, dtype=of_tensor, shape=shape)
+            for name, of_tensor, shape in announced
+        ),
+        tensors=quantized(quantization, tensors),
+    )
 
 
 class TensorSource:
-    """Walks the learner's iterator in step with the plan, and holds it to the specs.
+    """Advances a stream's iterator as its bytes are asked for, and checks it against the specs.
 
-    Raises SyncError, from `copy` and `check_exhausted`, where the iterator yields something else.
+    `copy` and `check_exhausted` raise SyncError where the iterator yields anything else.
 
     Args:
-        specs: in the dtypes of the wire.
+        specs: those of the stream in the dtypes of the wire.
         tensors: full tensors in the same order; float32, float16 and bfloat16 are cast.
     """
 
@@ -34,9 +74,15 @@ class TensorSource:
         self._checksum = new_checksum()
 
     def copy(self, index: int, offset: int, target: torch.Tensor) -> str | None:
-        """Cast bytes from `offset` of tensor `index` into `target`, [n] uint8.
+        """Write the bytes of tensor `index` from `offset` on into `target`.
 
-        Returns the tensor's checksum when these were its last bytes.
+        Args:
+            index: the tensor of the last call, or the one after it.
+            offset: in bytes of the wire's dtype; the end of the last call's, or 0.
+            target: [n] uint8, on any device.
+
+        Returns:
+            The tensor's checksum, hexadecimal, where these were its last bytes; else None.
         """
         if index != self._index:
             self._advance(index)
@@ -44,10 +90,11 @@ class TensorSource:
         first = offset // spec.dtype.itemsize
         count = target.numel() // spec.dtype.itemsize
         target.view(spec.dtype).copy_(self._flat[first : first + count])
-        self._checksum.update(target.numpy())
+        self._checksum.update(target.cpu().numpy())
         return self._checksum.hexdigest() if offset + target.numel() == spec.nbytes else None
 
     def check_exhausted(self) -> None:
+        """Raise SyncError where the iterator has more tensors than were announced."""
         extra = next(self._iterator, None)
         if extra is not None:
             raise SyncError(

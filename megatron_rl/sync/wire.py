@@ -1,12 +1,12 @@
-"""What an update of weights looks like on the wire, whatever carries the bytes.
+"""The wire format of a weight update, independent of what carries the bytes.
 
-In: the ordered list of tensors a learner will publish. Out: a manifest (names, dtypes, shapes),
-buckets of bounded size that say which bytes lie where, and checksums. All of it is plain JSON;
-nothing is pickled. Sender and engine both use this file, so it imports neither vLLM nor Megatron.
+In: the ordered list of tensors that a learner will publish. Out: a manifest (names, dtypes,
+shapes), buckets of bounded size that say which bytes are where, and checksums. All of it is plain
+JSON; nothing is pickled. Sender and engine both use this module, so it imports neither vLLM nor
+Megatron.
 
-Checksum: XXH3, 128 bits (Collet, xxHash 0.8). It guards against accidents (a torn copy, a stale
-bucket, a race), not against an attacker: who may write to the engine at all is the bearer token's
-business.
+Checksum: XXH3, 128 bits (Collet, xxHash 0.8). It detects accidents (a torn copy, a stale bucket, a
+race), not attacks: the bearer token decides who may write to an engine.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import torch
 import xxhash
 
 from megatron_rl.errors import SyncError
-
-ALIGNMENT = 64  # bytes; a multiple of every element size, and a cache line
-DIGEST_BYTES = 16
+from megatron_rl.sync.transports.transport import ALIGNMENT, Bucket, Piece
 
 DTYPES = {
     "float32": torch.float32,
@@ -36,7 +34,7 @@ DTYPES = {
     "int64": torch.int64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The engine rounds these to its own precision while it loads; every other dtype must match exactly.
+# The engine rounds these to its own precision when it loads them; any other dtype must match.
 CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 new_checksum = xxhash.xxh3_128  # incremental: `.update(bytes-like)`, `.digest()`, `.hexdigest()`
@@ -44,7 +42,7 @@ new_checksum = xxhash.xxh3_128  # incremental: `.update(bytes-like)`, `.digest()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """A full tensor, named as Hugging Face does.
+    """A full tensor under its Hugging Face name.
 
     Example: `TensorSpec(name="model.norm.weight", dtype=torch.bfloat16, shape=(256,))`.
     """
@@ -64,52 +62,30 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """Bytes of one tensor inside a bucket.
-
-    Example: the second half of tensor 3, at the start of its bucket:
-    `Piece(tensor=3, tensor_offset=65536, bucket_offset=0, nbytes=65536)`.
-    """
-
-    tensor: int  # index into the manifest
-    tensor_offset: int  # bytes
-    bucket_offset: int  # bytes, a multiple of ALIGNMENT
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """What one call of `/update_weights` carries.
-
-    Example: `Bucket(index=0, pieces=(Piece(...), Piece(...)))`.
-    """
-
-    index: int
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All that an update will send, in order; the engine refuses to finish before it has seen the
-    whole of it.
+    """Everything that an update will send, in order. The engine refuses to finish before all of it
+    has arrived.
 
-    Example: `Manifest(update="9f1c...", specs=(TensorSpec(...), ...))`; `update` names this one
-        attempt.
+    Example: `Manifest(update="9f1c...", specs=(TensorSpec(...), ...))`.
     """
 
-    update: str
+    update: str  # drawn at random, different for every attempt
     specs: tuple[TensorSpec, ...]
 
 
 def wire_specs(specs: Sequence[TensorSpec], wire_dtype: torch.dtype | None) -> list[TensorSpec]:
-    """The specs as they will be sent: floating tensors in `wire_dtype`, everything else as it is.
+    """The specs as they will be sent: floating-point tensors in `wire_dtype`, the others unchanged.
 
     Scales and zero points of quantised checkpoints keep their dtype: rounding a float32 scale to
-    BF16 would change every weight of its channel. `wire_dtype=None` sends all as it is.
+    BF16 would change every weight of its channel. `wire_dtype=None` changes nothing.
+
+    Raises:
+        SyncError: `wire_dtype` is not float32, float16 or bfloat16.
     """
     if wire_dtype is None:
         return list(specs)
@@ -128,9 +104,12 @@ def _is_cast(spec: TensorSpec) -> bool:
 
 
 def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[Bucket]:
-    """Lay the tensors into buckets of at most `bucket_bytes`, in order.
+    """Assign the tensors, in order, to buckets of at most `bucket_bytes`.
 
     A tensor is split only when it alone is larger than a bucket.
+
+    Raises:
+        SyncError: `bucket_bytes` is not a positive multiple of ALIGNMENT.
     """
     if bucket_bytes < ALIGNMENT or bucket_bytes % ALIGNMENT:
         raise SyncError(
@@ -161,11 +140,10 @@ def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[Bucket]
 
 
 def total_checksum(specs: Sequence[TensorSpec], checksums: Iterable[str]) -> str:
-    """One checksum of everything: over names, dtypes, shapes and the tensors' own checksums, in
-    order.
+    """One checksum of an update: of the names, dtypes, shapes and checksums of its tensors.
 
     Args:
-        checksums: hexadecimal, one a spec, in the order of `specs`.
+        checksums: hexadecimal, one per spec, in the order of `specs`.
     """
     whole = new_checksum()
     for spec, checksum in zip(specs, checksums, strict=True):
@@ -174,6 +152,7 @@ def total_checksum(specs: Sequence[TensorSpec], checksums: Iterable[str]) -> str
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain JSON: `{"update": ..., "tensors": [[name, dtype, shape, nbytes]]}`."""
     return {
         "update": manifest.update,
         "tensors": [
@@ -184,7 +163,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def manifest_from_json(value: dict[str, Any]) -> Manifest:
-    """Raises SyncError on anything that `manifest_to_json` would not have written."""
+    """The manifest that `manifest_to_json` wrote; SyncError on anything it would not write."""
     try:
         specs = []
         for name, dtype, shape, nbytes in value["tensors"]:
@@ -198,8 +177,11 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
 
 
 def bucket_to_json(bucket: Bucket, checksums: dict[int, str]) -> dict[str, Any]:
-    """`checksums`: of the tensors whose last piece lies in this bucket, by index into the
-    manifest.
+    """The bucket as plain JSON.
+
+    Args:
+        checksums: hexadecimal, of the tensors whose last piece is in this bucket, by index into the
+            manifest.
     """
     return {
         "index": bucket.index,
@@ -212,12 +194,16 @@ def bucket_to_json(bucket: Bucket, checksums: dict[int, str]) -> dict[str, Any]:
 
 
 def bucket_from_json(value: dict[str, Any]) -> tuple[Bucket, dict[int, str]]:
-    """Raises SyncError on anything that `bucket_to_json` would not have written."""
+    """What `bucket_to_json` was given; SyncError on anything it would not write, such as a bucket
+    without pieces.
+    """
     try:
         pieces = tuple(
             Piece(tensor=tensor, tensor_offset=start, bucket_offset=offset, nbytes=nbytes)
             for tensor, start, offset, nbytes in value["pieces"]
         )
+        if not pieces:
+            raise ValueError("a bucket without pieces")
         checksums = {int(index): str(checksum) for index, checksum in value["checksums"].items()}
         return Bucket(index=int(value["index"]), pieces=pieces), checksums
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,3 +1,3 @@
-"""Weights as names and shards: what Megatron calls a tensor, what Hugging Face calls it, and how it
+"""Names and shards of weights: what Megatron calls a tensor, what Hugging Face calls it, and how it
 is cut.
 """

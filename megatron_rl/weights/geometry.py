@@ -1,8 +1,8 @@
-"""The shape of a decoder, read from a Hugging Face `config.json`.
+"""The shape of a decoder, read from the `config.json` of a Hugging Face checkpoint.
 
-In comes a checkpoint folder, out goes a `Geometry`: the numbers that the learner builds its layers
-from and that the naming table cuts tensors by. What a model has and this learner does not build is
-a ConfigError here, before anything is started.
+In: a checkpoint folder. Out: a `Geometry`, the numbers from which the learner builds its layers and
+by which `weights/rules.py` cuts tensors. A model that this learner cannot build is a ConfigError
+here, before anything is started.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.weights.families.family import ModelFamily, find_family
 
-SUPPORTED_MODEL_TYPES = ("qwen3", "qwen2", "llama")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # scalings that learner and engine both have
 PADDING_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """What the layers are built from.
+    """What the layers of a model are built from.
 
     Example: `Geometry(model_type="qwen3", num_layers=4, hidden_size=128, ffn_hidden_size=384,
     num_heads=4, num_query_groups=2, head_dim=32, vocab_size=128, max_position_embeddings=256,
@@ -28,7 +29,7 @@ class Geometry:
     has_rope_scaling=False)`.
     """
 
-    model_type: str
+    model_type: str  # a module of weights/families/
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -45,14 +46,14 @@ class Geometry:
     has_rope_scaling: bool
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """V rounded up to a multiple of 128 x TP, as Megatron does; the columns from V on are never
-        sampled.
+        """The vocabulary rounded up to a multiple of 128 x TP, as Megatron does; the columns that
+        this adds are never sampled.
         """
         multiple = PADDING_MULTIPLE * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
     def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
-        """Raise ConfigError where TP or PP do not divide what they must."""
+        """Raise ConfigError where TP does not divide heads and columns, or PP not the layers."""
         for what, count in (
             ("attention heads", self.num_heads),
             ("key-value heads", self.num_query_groups),
@@ -80,51 +81,42 @@ def read_geometry(model_path: str | Path) -> Geometry:
         ConfigError: an architecture or option that the learner does not build.
     """
     raw = read_hf_config(model_path)
-    model_type = raw.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(
-            f"model.path={model_path}: expected model_type one of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}, "
-            f"got {model_type!r} in config.json"
-        )
-    _check_supported(raw, model_path)
     try:
-        return _geometry(raw)
+        family = find_family(raw.get("model_type"))
+    except ConfigError as error:
+        raise ConfigError(f"model.path={model_path}: {error} in config.json") from error
+    _check_supported(raw, family, model_path)
+    try:
+        return _geometry(raw, family)
     except KeyError as error:
         raise DataError(f"{model_path}/config.json: expected a key {error}, got none") from error
 
 
-def _geometry(raw: dict[str, Any]) -> Geometry:
+def _geometry(raw: dict[str, Any], family: ModelFamily) -> Geometry:
     rope = rope_parameters(raw)
-    model_type, num_heads = raw["model_type"], raw["num_attention_heads"]
+    num_heads = raw["num_attention_heads"]
+    default_head_dim = family.default_head_dim or raw["hidden_size"] // num_heads
     return Geometry(
-        model_type=model_type,
+        model_type=family.model_type,
         num_layers=raw["num_hidden_layers"],
         hidden_size=raw["hidden_size"],
         ffn_hidden_size=raw["intermediate_size"],
         num_heads=num_heads,
         num_query_groups=raw.get("num_key_value_heads") or num_heads,
-        head_dim=raw.get("head_dim") or _default_head_dim(raw),
+        head_dim=raw.get("head_dim") or default_head_dim,
         vocab_size=raw["vocab_size"],
         max_position_embeddings=raw["max_position_embeddings"],
         norm_epsilon=raw["rms_norm_eps"],
-        has_qk_norm=model_type == "qwen3",
-        has_qkv_bias=model_type == "qwen2",
+        has_qk_norm=family.has_qk_norm,
+        has_qkv_bias=family.has_qkv_bias,
         is_tied=bool(raw.get("tie_word_embeddings", False)),
         rope_theta=float(rope["rope_theta"]),
         has_rope_scaling=rope["rope_type"] != "default",
     )
 
 
-def _default_head_dim(raw: dict[str, Any]) -> int:
-    """What transformers takes where config.json has none."""
-    if raw["model_type"] == "qwen3":
-        return 128
-    return raw["hidden_size"] // raw["num_attention_heads"]
-
-
 def read_hf_config(model_path: str | Path) -> dict[str, Any]:
-    """The raw `config.json`; DataError where it is missing or malformed."""
+    """The contents of `config.json`; DataError where it is missing or malformed."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise DataError(
@@ -140,8 +132,8 @@ def read_hf_config(model_path: str | Path) -> dict[str, Any]:
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """Rope settings in transformers' present form, from that form or the older `rope_scaling` and
-    `rope_theta`.
+    """The RoPE settings in the present form of transformers, `rope_parameters`, from that form or
+    from the older `rope_scaling` and `rope_theta`.
     """
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
@@ -149,24 +141,25 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _check_supported(raw: dict[str, Any], model_path: str | Path) -> None:
-    """Options that change the forward pass and that the learner does not build."""
+def _check_supported(raw: dict[str, Any], family: ModelFamily, model_path: str | Path) -> None:
+    """Raise ConfigError on an option that changes the forward pass and that the learner does not
+    build.
+    """
+    refused = {
+        key: raw[key]
+        for key, accepted in family.accepted.items()
+        if raw.get(key) is not None and raw[key] not in accepted
+    }
     rope = rope_parameters(raw)
     layer_types = set(raw.get("layer_types") or ["full_attention"])
-    found = {key: raw.get(key) for key in ("mlp_bias", "use_sliding_window", "quantization_config")}
-    if raw["model_type"] != "qwen2":  # whose biases of q, k and v are always there
-        found["attention_bias"] = raw.get("attention_bias")
-    if raw.get("hidden_act", "silu") != "silu":
-        found["hidden_act"] = raw["hidden_act"]
     if layer_types != {"full_attention"}:
-        found["layer_types"] = sorted(layer_types)
-    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
-        found["rope_type"] = rope["rope_type"]
+        refused["layer_types"] = sorted(layer_types)
+    if rope["rope_type"] not in ROPE_TYPES:
+        refused["rope_type"] = rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    for key, value in found.items():
-        if value:
-            raise ConfigError(
-                f"model.path={model_path}: config.json has {key}={value!r}, which the learner "
-                "does not build"
-            )
+        refused["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    for key, value in refused.items():
+        raise ConfigError(
+            f"model.path={model_path}: config.json has {key}={value!r}, which the learner "
+            "does not build"
+        )

@@ -1,8 +1,8 @@
-"""Read and write Hugging Face checkpoints: `config.json`, the tokenizer's files, (sharded)
-safetensors.
+"""Read and write Hugging Face checkpoints: `config.json`, the tokenizer's files, and safetensors in
+one file or several.
 
-Reading is by slice, so that a rank loads no more than its own shard. Nothing is unpickled, and a
-shard index that points outside the checkpoint's folder is refused.
+Tensors are read by slice, so that a rank loads no more than its own shard. Nothing is unpickled,
+and an index that points outside the checkpoint's folder is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ SINGLE_NAME = "model.safetensors"
 
 
 class CheckpointReader:
-    """Slices of the tensors of a checkpoint folder; files are opened when first needed and kept
-    open.
+    """Reads slices of the tensors in a checkpoint folder. Files are opened when first needed and
+    stay open.
 
-    Raises:
-        DataError: a missing or truncated file, or an index that does not hold what it should.
+    Every method raises DataError on a missing or truncated file, or a malformed index.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -40,22 +39,23 @@ class CheckpointReader:
 
     @property
     def names(self) -> list[str]:
+        """All tensors of the checkpoint."""
         return list(self._file_of)
 
     def read(self, name: str, dimension: int | None, start: int, stop: int) -> torch.Tensor:
-        """Rows (`dimension` 0) or columns (1) from `start` to `stop`; None reads all."""
+        """Rows (`dimension` 0) or columns (1) from `start` to `stop`; dimension None reads all."""
         tensor = self._slice(name)
         if dimension is None:
             return tensor[:]
         return tensor[start:stop] if dimension == 0 else tensor[:, start:stop]
 
     def check_whole(self) -> None:
-        """Open every file that the index names: DataError where one is missing or truncated."""
+        """Open every file that the index names; DataError where one is missing or truncated."""
         for path in set(self._file_of.values()):
             self._opened(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape of a tensor."""
+        """The full shape of a tensor."""
         return tuple(self._slice(name).get_shape())
 
     def _slice(self, name: str) -> Any:
@@ -122,17 +122,17 @@ def write_checkpoint(
     max_shard_bytes: int = 4 * 2**30,
     config_changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write a Hugging Face checkpoint: tensors as they come, in shards, and every small file of
+    """Write a Hugging Face checkpoint: the tensors, in shards, and a copy of the small files of
     `like`.
 
-    The folder appears whole or not at all: it is written beside its place and moved there at the
-    end.
+    The folder appears whole or not at all: it is written under another name and renamed at the end.
+    A folder that was there before is replaced.
 
     Args:
-        tensors: full tensors, in the order in which they shall stand; kept on the CPU until their
-            shard is full.
+        tensors: name and full tensor, in the order of the checkpoint; each is kept on the CPU until
+            its shard is full.
         like: the checkpoint whose config and tokenizer are copied.
-        config_changes: keys of its config.json that shall have another value.
+        config_changes: keys of its config.json that get another value.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
@@ -149,14 +149,14 @@ def write_checkpoint(
             folder.rename(replaced)
         partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # is there only when something failed
+        shutil.rmtree(partial, ignore_errors=True)  # exists only after a failure
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_tensors(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
 ) -> set[torch.dtype]:
-    """The shards and, where there are several, their index; returns the dtypes that came."""
+    """Write the shards and, where there are several, their index. Returns the tensors' dtypes."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     dtypes: set[torch.dtype] = set()
@@ -182,7 +182,7 @@ def _write_shard(
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """The final names carry the number of shards, which is known only now."""
+    """Give the shards their final names, which contain the number of shards."""
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / SINGLE_NAME)
         return

@@ -1,13 +1,14 @@
-"""The learner's weights in, what an engine of lower precision is sent out.
+"""Rounding of the learner's weights for an engine of lower precision.
 
-    int8, fp8, int4   weights alone: rounded to the format's grid and sent in the engine's own
+    int8, fp8, int4   only the weights: rounded to the format's grid and sent in the engine's own
                       dtype, so that any engine can serve them
-    int8_w8a8         INT8 weights with a scale an output channel, stored as compressed-tensors
-                      does; the engine rounds activations to INT8 as it computes, a scale a token
+    int8_w8a8         INT8 weights with a scale per output channel, stored as compressed-tensors
+                      does; the engine also rounds activations to INT8, with a scale per token
 
-Symmetric, to the nearest: `scale = max |w| / (range / 2)` over an output channel, a group of inputs
-or a 128 x 128 block; the arithmetic is compressed-tensors'. Only the projections of the layers are
-rounded: embeddings, norms, biases, routers and the head keep their precision.
+Rounding is symmetric and to the nearest value, with `scale = max |w| / (range / 2)` over an output
+channel, a group of inputs or a 128 x 128 block; the arithmetic is that of compressed-tensors. Only
+the projections of the layers are rounded: embeddings, norms, biases, routers and the head keep
+their precision.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ def is_quantized(name: str) -> bool:
 
 
 def wire_dtype_of(config: QuantizationConfig, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a tensor of the learner's `dtype` leaves `quantized`."""
+    """The dtype in which `quantized` yields a tensor that has `dtype` in the learner."""
     return torch.int8 if config.format == "int8_w8a8" and is_quantized(name) else dtype
 
 
 def quantized(config: QuantizationConfig, tensors: Iterable[Named]) -> Iterator[Named]:
-    """The learner's full tensors as the engine gets them, lazily and in their order.
+    """The learner's full tensors as the engine receives them, lazily and in their order.
 
-    With `int8_w8a8` every rounded weight [O, I] int8 is followed by `<name>_scale` [O, 1] float32.
+    With `int8_w8a8` each rounded weight [O, I] int8 is followed by `<name>_scale` [O, 1] float32.
     """
     for name, tensor in tensors:
         if config.format == "none" or not is_quantized(name):
@@ -63,7 +64,7 @@ def quantized_shapes(
 
 
 def rounded(config: QuantizationConfig, weight: torch.Tensor) -> torch.Tensor:
-    """[O, I] of any floating dtype to the nearest value of the format's grid, in the same dtype."""
+    """A floating-point weight [O, I] rounded to the format's grid, in the same dtype."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
     rows, restore = _rows_of_one_scale(config, weight.float())
@@ -72,7 +73,7 @@ def rounded(config: QuantizationConfig, weight: torch.Tensor) -> torch.Tensor:
 
 
 def int8_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[O, I] of any floating dtype to [O, I] int8 and its scales [O, 1] float32."""
+    """A floating-point weight [O, I] as [O, I] int8 and its scales [O, 1] float32."""
     from compressed_tensors.quantization.lifecycle.forward import quantize
 
     rows = weight.float()
@@ -81,7 +82,9 @@ def int8_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scales(kind: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """A scale [R, 1] float32 a row, its zero point (0), and compressed-tensors' word for them."""
+    """The scale [R, 1] float32 and the zero point (0) of each row, and compressed-tensors' record
+    of the format.
+    """
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -94,8 +97,9 @@ def _scales(kind: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 def _rows_of_one_scale(
     config: QuantizationConfig, weight: torch.Tensor
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """[O, I] as rows that share a scale, and the way back. Filled up with zeros, which round to
-    zeros and change no scale, where a group or block is not full.
+    """A weight [O, I] as rows that each share a scale, and the function that restores its shape.
+
+    Groups and blocks that are not full are padded with zeros, which change no scale.
     """
     if config.strategy == "channel":
         return weight, lambda rows: rows
@@ -113,7 +117,7 @@ def _rows_of_one_scale(
 
 
 def engine_settings(config: QuantizationConfig) -> dict[str, Any]:
-    """What an engine's `config.json` says beyond the learner's; nothing for weight-only formats."""
+    """What the engine's `config.json` adds to the learner's; nothing for weight-only formats."""
     if config.format != "int8_w8a8":
         return {}
     element = {"num_bits": 8, "type": "int", "symmetric": True}

@@ -17,7 +17,8 @@ from megatron_rl.config import (
     SamplingConfig,
     TaskConfig,
 )
-from megatron_rl.config.file import list_knobs, load_config, save_config
+from megatron_rl.config.file import load_config, save_config
+from megatron_rl.config.schema import list_knobs
 from megatron_rl.errors import ConfigError
 
 KNOBS = Path(__file__).with_name("knobs.txt")

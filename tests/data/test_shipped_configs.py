@@ -7,8 +7,8 @@ import pytest
 
 from megatron_rl.config.file import load_config
 from megatron_rl.data.prompts import PromptStream
+from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.reward.score import Scorer
-from megatron_rl.reward.verifiers import resolve_verifiers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NUM_RECORDS = 230  # 200 are held out

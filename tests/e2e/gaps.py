@@ -13,7 +13,7 @@ BOUND = 2e-5  # of |d logprob| / max(1, |logprob|), float32 on both sides
 
 def gaps_of_step(folder: Path, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[N] float64 relative gaps of all sampled tokens, and [N] their rollout log-probs."""
-    groups, _ = read_step(folder, step)
+    groups = [each.group for each in read_step(folder, step)]
     recomputed = read_recomputed(folder, step)
     gaps, logprobs = [], []
     for group in groups:

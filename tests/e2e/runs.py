@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.process.guard import all_pids, children_of, is_alive, status_of
+import psutil
+
+from tests.support.processes import descendants_of, is_alive, parent_of
 from tests.support.ranks import ROOT, RUN_SECONDS, run_module, torchrun_command
 from tests.support.served_engine import ServedEngine
 
@@ -73,7 +75,7 @@ class TrainingProcess:
         if role.startswith("rank "):
             # Its own children, the checkpoint's writers among them, look like the rank.
             variable = f"\0RANK={role.removeprefix('rank ')}\0"
-            ranks = [pid for pid in pids if status_of(pid)[1] == self.process.pid]
+            ranks = [pid for pid in pids if parent_of(pid) == self.process.pid]
             [pid] = [pid for pid in ranks if variable in f"\0{_environment(pid)}"]
         else:
             [pid] = [pid for pid in pids if _is_role(pid, role)]
@@ -83,8 +85,8 @@ class TrainingProcess:
         """Every living process of the run; what was seen in an earlier call counts until it
         ended.
         """
-        marked = [pid for pid in all_pids() if self._identity in _environment(pid)]
-        for pid in {*marked, *_descendants(self.process.pid)}:
+        marked = [pid for pid in psutil.pids() if self._identity in _environment(pid)]
+        for pid in {*marked, *descendants_of(self.process.pid)}:
             self._seen[pid] = _start_time(pid)
         # A pid that the kernel gave to another process has another start time.
         return [p for p, began in self._seen.items() if is_alive(p) and _start_time(p) == began]
@@ -178,11 +180,6 @@ def _is_role(pid: int, role: str) -> bool:
     return "vllm.entrypoints" in command and "megatron_rl.process.guard" not in command
 
 
-def _descendants(pid: int) -> list[int]:
-    children = children_of(pid)
-    return children + [below for child in children for below in _descendants(child)]
-
-
 def _environment(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_text(errors="replace")
@@ -197,7 +194,7 @@ def _command_line(pid: int) -> str:
 
 def _start_time(pid: int) -> str:
     """Field 22 of /proc/<pid>/stat; "" where there is no such process."""
-    if status_of(pid)[1] < 0:
+    if parent_of(pid) < 0:
         return ""
     with contextlib.suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text()

@@ -37,7 +37,8 @@ def test_dropped_groups_are_refilled(tmp_path: Path, write_config: Callable[...,
     metrics = read_jsonl(live / "metrics.jsonl")[1:]
     next_prompt, num_dropped = 0, 0
     for line in metrics:
-        groups, scores = read_step(live / "rollouts", line["step"])
+        recorded = read_step(live / "rollouts", line["step"])
+        groups, scores = [each.group for each in recorded], [each.scores for each in recorded]
         indices = [group.prompt.index for group in groups]
         assert indices == list(range(next_prompt, next_prompt + len(groups)))  # each once
         next_prompt += len(groups)

@@ -1,5 +1,6 @@
-"""Runs that are stopped and killed at every station, and go on: exit code and reason, nothing left
-of them within ten seconds, and a record without gap or double once they have been resumed.
+"""Runs that are stopped and killed in every phase of a step, and continue: exit code and reason,
+nothing left of them within ten seconds, and a record without gap or double once they have been
+resumed.
 
 All cases of a test share one run folder: each resumes what the one before left. Where the engine
 matters, the run has its own; the others, and the run that is finished, are given the served one.
@@ -20,7 +21,7 @@ import pytest
 from megatron_rl.config.file import load_config
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
-from megatron_rl.learner.model.checkpoint import latest_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.rollout.recording import read_recomputed, read_step
 from tests.e2e.reward import COUNT_VARIABLE
@@ -29,7 +30,7 @@ from tests.support.served_engine import ServedEngine
 
 PROMPTS, SAMPLES = 8, 8  # of a step
 LEFT_SECONDS = 10.0  # in which every process must be gone
-STATIONS = ("start", "rollout", "learner", "sync", "checkpoint")
+PHASES = ("start", "rollout", "learner", "sync", "checkpoint")
 CASES = (
     ("SIGINT", "torchrun"),
     ("SIGTERM", "torchrun"),
@@ -50,23 +51,23 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def wait_for(station: str, run: TrainingProcess, run_dir: Path) -> None:
-    """Returns when the run is in the station; "start" is while the engine loads. Any but "start" is
+def wait_for(phase: str, run: TrainingProcess, run_dir: Path) -> None:
+    """Returns when the run is in the phase; "start" is while the engine loads. Any but "start" is
     of the second step that this launch does, the first from "rollout" on.
     """
     log, scored = run_dir / "logs" / "engine_0.log", run_dir / "scored"
-    if station == "start":
+    if phase == "start":
         begin = size(log)
         run.wait_until(lambda: size(log) > begin)
         return
     before = latest_step(run_dir)
     run.wait_until(lambda: latest_step(run_dir) > before)
-    if station == "rollout":
+    if phase == "rollout":
         return
-    if station == "learner":
+    if phase == "learner":
         run.wait_until(lambda: size(scored) >= 2 * PROMPTS * SAMPLES)
         time.sleep(0.1)  # from the last score to the learner
-    elif station == "sync":
+    elif phase == "sync":
         begin = size(run_dir / "sync.jsonl")
         run.wait_until(lambda: size(run_dir / "sync.jsonl") > begin)
     else:
@@ -77,27 +78,27 @@ def wait_for(station: str, run: TrainingProcess, run_dir: Path) -> None:
 def stop_at(
     config: Path,
     run_dir: Path,
-    station: str,
+    phase: str,
     signal_name: str,
     role: str,
     engine: ServedEngine | None = None,
 ) -> None:
-    """Start or resume, stop at the station, and hold what comes of it against the promises.
+    """Start or resume, stop at the phase, and hold what comes of it against the promises.
 
     Args:
         engine: that the run is given; None: it starts its own.
     """
-    case = f"{signal_name} to {role} at {station}"
+    case = f"{signal_name} to {role} at {phase}"
     scored = run_dir / "scored"
     scored.unlink(missing_ok=True)
     variables = {COUNT_VARIABLE: str(scored)} | (engine.variables() if engine else {})
     given = engine.overrides() if engine else []
     with training(config, *given, num_ranks=2, run_dir=run_dir, variables=variables) as run:
-        wait_for(station, run, run_dir)
+        wait_for(phase, run, run_dir)
         run.pids()  # from now on known, whatever becomes of their parents
         os.kill(run.pid_of(role), signal.Signals[signal_name])
         begin = time.monotonic()
-        if station == "start" and role in ("server", "guard"):
+        if phase == "start" and role in ("server", "guard"):
             # The learner is built first; then the run looks at the engine.
             run.wait(60.0)
         left = run.left_after(LEFT_SECONDS)
@@ -114,7 +115,7 @@ def stop_at(
 
 def expected_reason(signal_name: str, role: str) -> str:
     if signal_name != "SIGKILL":
-        return rf"(?m)^stopped by {signal_name}: (in step \d+, station|before the first step)"
+        return rf"(?m)^stopped by {signal_name}: (in step \d+, phase|before the first step)"
     if role in ("server", "guard"):
         # On a busy machine the guard may see EngineCore end before the server that was killed.
         return r"(?m)^EngineError: engine 0 .*(ended by SIGKILL|exited with code 1)"
@@ -157,7 +158,7 @@ def check_records(config_path: Path, run_dir: Path, num_steps: int) -> None:
     tokenizer = load_tokenizer(config.model.path, 128)
     stream = PromptStream(config.data, tokenizer, 156)
     for step in range(1, num_steps + 1):
-        groups, _ = read_step(run_dir / "rollouts", step)
+        groups = [each.group for each in read_step(run_dir / "rollouts", step)]
         assert [group.prompt for group in groups] == stream.prompts((step - 1) * PROMPTS, PROMPTS)
         versions = {v for g in groups for r in g.rollouts for v in r.weight_versions}
         assert versions == {-1, step - 1}
@@ -198,9 +199,9 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("station", STATIONS)
-def test_every_signal_at(station: str, config: Path, served_engine: ServedEngine) -> None:
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_signal_at(phase: str, config: Path, served_engine: ServedEngine) -> None:
     run_dir = config.parent / "run"
     for signal_name, role in CASES:
-        stop_at(config, run_dir, station, signal_name, role)
+        stop_at(config, run_dir, phase, signal_name, role)
     check_records(config, run_dir, finish(config, run_dir, served_engine))

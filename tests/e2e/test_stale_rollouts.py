@@ -44,7 +44,7 @@ def test_rollouts_are_as_old_as_the_weights(
     for line in metrics[1:]:
         step = line["step"]
         age = (step - 1) % EVERY
-        groups, _ = read_step(run_dir / "rollouts", step)
+        groups = [each.group for each in read_step(run_dir / "rollouts", step)]
         versions = {v for g in groups for r in g.rollouts for v in r.weight_versions}
         assert versions == {-1, step - 1 - age}
         assert line["discrepancy/age/mean"] == line["discrepancy/age/max"] == age

@@ -23,9 +23,10 @@ import pytest
 from megatron_rl.config import RolloutConfig
 from megatron_rl.engine.server import Engine, check_given, given_addresses, start_engines
 from megatron_rl.errors import ConfigError, EngineError
-from megatron_rl.process.guard import children_of, find_engine_core, is_alive
+from megatron_rl.process.guard import find_engine_core
 from megatron_rl.process.listener import listens
 from megatron_rl.records import EngineAddress
+from tests.support.processes import children_of, descendants_of, is_alive
 
 SMALL = {"dtype": "float32", "kv_cache_gib": 0.1, "max_num_seqs": 8}
 GENERATE = {"token_ids": [1, 20], "sampling_params": {"max_tokens": 2, "logprobs": 0}}
@@ -40,11 +41,6 @@ def start(config: RolloutConfig, model_path: Path, log_dir: Path) -> list[Engine
         seed=0,
         update_timeout_seconds=60.0,
     )
-
-
-def descendants(pid: int) -> list[int]:
-    children = children_of(pid)
-    return children + [below for child in children for below in descendants(child)]
 
 
 def api_server(guard_pid: int) -> int:
@@ -96,7 +92,7 @@ def test_only_the_token_opens_a_real_server(engine: Engine) -> None:
 
 
 def test_the_token_is_on_no_command_line_and_in_no_log(engine: Engine) -> None:
-    pids = [engine.pid, *descendants(engine.pid)]
+    pids = [engine.pid, *descendants_of(engine.pid)]
     assert len(pids) >= 3  # guard, API server, EngineCore
     token = engine.address.token.encode()
     for pid in pids:
@@ -121,14 +117,14 @@ def test_a_failed_update_poisons_and_deaths_are_told(tiny_checkpoint: Path, tmp_
             )
             assert post(second.address, route, body).status_code == 200
 
-        pids = descendants(first.pid)
+        pids = descendants_of(first.pid)
         os.kill(api_server(first.pid), signal.SIGKILL)
         error = wait_for_death(first, 3.0)
         assert "ended by SIGKILL while serving" in str(error)
         assert "engine_0.log" in str(error)
         assert leftovers(pids, 10.0) == []
 
-        pids = descendants(second.pid)
+        pids = descendants_of(second.pid)
         os.kill(second.pid, signal.SIGKILL)
         assert "its guard was ended by SIGKILL" in str(wait_for_death(second, 3.0))
         assert leftovers(pids, 10.0) == []
@@ -172,8 +168,8 @@ def start_rank(
 def test_sigkill_of_torchrun_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"]
     process, [guard] = start_rank(torchrun, tiny_checkpoint, tmp_path, 1, "ready")
-    pids = [guard, *descendants(guard)]
-    assert find_engine_core(api_server(guard)) in pids
+    pids = [guard, *descendants_of(guard)]
+    assert find_engine_core(api_server(guard)).pid in pids
     process.kill()
     process.wait()
     assert leftovers(pids, 10.0) == []
@@ -183,10 +179,10 @@ def test_sigkill_while_engines_start_leaves_nothing(tiny_checkpoint: Path, tmp_p
     """Of the rank alone, and of rank, guard and API server at once."""
     process, guards = start_rank([sys.executable], tiny_checkpoint, tmp_path, 2, "started")
     deadline = time.monotonic() + 60
-    while not all(len(descendants(guard)) >= 4 for guard in guards):  # EngineCore is importing
+    while not all(len(descendants_of(guard)) >= 4 for guard in guards):  # EngineCore is importing
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    pids = [pid for guard in guards for pid in (guard, *descendants(guard))]
+    pids = [pid for guard in guards for pid in (guard, *descendants_of(guard))]
     process.kill()
     os.kill(guards[1], signal.SIGKILL)
     process.wait()
@@ -197,8 +193,8 @@ def test_a_dead_engine_core_is_told_at_once(tiny_checkpoint: Path, tmp_path: Pat
     [engine] = start(RolloutConfig(**SMALL), tiny_checkpoint, tmp_path)
     with engine:
         engine.wait_ready()
-        pids = descendants(engine.pid)
-        os.kill(find_engine_core(api_server(engine.pid)), signal.SIGKILL)
+        pids = descendants_of(engine.pid)
+        find_engine_core(api_server(engine.pid)).kill()
         error = wait_for_death(engine, 3.0)
         assert "the EngineCore process died" in str(error)
         assert leftovers(pids, 10.0) == []
@@ -245,11 +241,16 @@ def test_a_stranger_on_the_port_never_sees_the_token(tiny_checkpoint: Path, tmp_
         assert seen and set(seen) == {None}
 
 
-def test_who_listens_is_told_by_process_group() -> None:
-    with stranger() as (port, _):
-        assert listens(os.getpgrp(), port)
-        assert not listens(os.getpgrp(), 1)
-        assert not listens(os.getpid() + 2**22, port)
+def test_a_listener_is_found_at_or_below_a_process() -> None:
+    with stranger() as (port, _), subprocess.Popen(["sleep", "60"]) as child:
+        try:
+            assert listens(os.getpid(), port)
+            assert not listens(os.getpid(), 1)
+            assert listens(os.getppid(), port)  # its descendant listens
+            assert not listens(child.pid, port)
+            assert not listens(os.getpid() + 2**22, port)  # there is no such process
+        finally:
+            child.kill()
 
 
 def test_given_servers_are_looked_at(engine: Engine) -> None:
@@ -303,7 +304,7 @@ def test_a_truncated_checkpoint_gives_engine_core_s_reason(
 def test_a_start_that_takes_too_long_is_ended(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = RolloutConfig(startup_timeout_seconds=1.0, **SMALL)
     [engine] = start(config, tiny_checkpoint, tmp_path)
-    pids = [engine.pid, *descendants(engine.pid)]
+    pids = [engine.pid, *descendants_of(engine.pid)]
     with pytest.raises(EngineError, match=r"rollout\.startup_timeout_seconds=1"):
         engine.wait_ready()
     assert leftovers(pids, 5.0) == []

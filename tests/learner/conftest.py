@@ -1,9 +1,8 @@
-"""What the learner's parity tests share: tiny checkpoints, transformers' answers, the learner's."""
+"""What tests of several of the learner's folders share: the ranks' outcomes."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,26 +14,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.ranks import ROOT, rank_environment, run_module
+
 Outcome = Callable[[str, str], Any]
 
 
 @pytest.fixture(scope="session")
 def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """`parity_models` and then `parity_ranks` in worlds of 1, 2 and 4 wrote into it."""
+    """A folder that `parity_models` and then `parity_ranks` in worlds of 1, 2 and 4 wrote into."""
     folder = tmp_path_factory.mktemp("parity")
-    run_module(["-m", "tests.learner.parity_models", str(folder)])
+    # An interpreter of its own: torch is patched where the learner runs on the CPU.
+    subprocess.run(
+        [sys.executable, "-m", "tests.learner.support.parity_models", str(folder)],
+        check=True,
+        cwd=ROOT,
+        env=rank_environment(),
+    )
     write_broken(folder / "broken", folder / "qwen2_tied", folder / "qwen3_tied")
     for world_size in (1, 2, 4):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        run_module([*torchrun, "-m", "tests.learner.parity_ranks", str(folder)])
+        run_module("tests.learner.support.parity_ranks", folder, ranks=world_size, timeout=300)
     yield folder
     shutil.rmtree(folder)  # a hundred MB, which pytest would keep for three sessions
 
 
 @pytest.fixture(scope="session")
 def outcome_of(parity_folder: Path) -> Outcome:
-    """`outcome_of(model, case)`: what the ranks wrote for it."""
+    """`outcome_of(model, case)`: the outcome that the ranks wrote for it."""
 
     def load(model: str, case: str) -> Any:
         return torch.load(parity_folder / f"{model}.{case}.pt", weights_only=False)
@@ -44,22 +49,16 @@ def outcome_of(parity_folder: Path) -> Outcome:
 
 @pytest.fixture(scope="session")
 def reference_of(parity_folder: Path) -> Callable[[str], dict[str, Any]]:
-    """`reference_of(model)`: the recorded batch and what transformers makes of it."""
+    """`reference_of(model)`: the recorded batch and the answers of transformers."""
     return lambda model: torch.load(parity_folder / f"{model}.pt")
 
 
-def run_module(command: list[str]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stdout[-6000:]
+@pytest.fixture(scope="session")
+def single_rank(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What support/single_rank.py found."""
+    out = tmp_path_factory.mktemp("single_rank")
+    run_module("tests.learner.support.single_rank", tiny_checkpoint, out, ranks=1)
+    return torch.load(out / "outcome.pt", weights_only=False)
 
 
 def write_broken(folder: Path, sound: Path, yarn: Path) -> None:

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.learner.batch.deal import deal_batch, recomputed_by_sample
+from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.objective.advantage import group_advantages
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Sample, Score
+from megatron_rl.records import Prompt, Rollout, RolloutGroup, Sample, Score, ScoredGroup
 from megatron_rl.rollout.recording import read_step, write_step
 from megatron_rl.weights.geometry import read_geometry
 
@@ -128,7 +128,8 @@ def read_samples(folder: Path, step: int, parallel: Parallel) -> list[Sample]:
     """This replica's share of a recorded step, on its head; nothing elsewhere."""
     if not parallel.is_replica_head:
         return []
-    groups, scores = read_step(folder, step)
+    recorded = read_step(folder, step)
+    groups, scores = [each.group for each in recorded], [each.scores for each in recorded]
     start = len(groups) * parallel.dp_rank // parallel.dp_size
     stop = len(groups) * (parallel.dp_rank + 1) // parallel.dp_size
     return as_samples(groups[start:stop], scores[start:stop])
@@ -149,17 +150,17 @@ def record(model: Path, folder: Path) -> None:
     steps[SPARSE_STEP] = sparse_groups(rng)
     for step, (groups, scores) in steps.items():
         samples = as_samples(groups, scores)
-        dealt = deal_batch(
+        batch = deal_batch(
             samples,
             parallel,
             samples_per_prompt=len(groups[0].rollouts),
             num_mini_batches=1,
             tokens_per_row=256,
         )
-        recomputed = [learner.recompute(rows) for rows in dealt.batch.mini_batches]
+        recomputed = learner.recompute(batch.mini_batches[0])
         known = {
             (sample.prompt_index, sample.sample_index): _with_noise(sample.rollout, values, rng)
-            for sample, values in recomputed_by_sample(dealt, recomputed)
+            for sample, values in by_sample(recomputed)
         }
         groups = [
             replace(
@@ -171,8 +172,11 @@ def record(model: Path, folder: Path) -> None:
             )
             for group in groups
         ]
-        advantages = [[0.0] * len(group.rollouts) for group in groups]
-        write_step(folder, step, 0, groups, scores, advantages, num_ranks=1)
+        judged = [
+            ScoredGroup(group=group, scores=of_group).without_judgement()
+            for group, of_group in zip(groups, scores, strict=True)
+        ]
+        write_step(folder, step, 0, judged, num_ranks=1)
     shut_down_parallel()
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-from tests.checkpoint_reader import read_tensors
 from tests.learner.recorded import NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS
+from tests.support.checkpoint_reader import read_tensors
 from tests.support.ranks import ROOT, rank_environment, run_module, torchrun_command
 
 START_SECONDS = 120.0

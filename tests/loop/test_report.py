@@ -1,56 +1,89 @@
-"""avg@k and pass@k, worked by hand."""
+"""The line of metrics of a step, from rollouts made by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from megatron_rl.loop.report import evaluation_metrics
+from megatron_rl.loop.report import NOTHING_SAMPLED, rollout_metrics, write_metrics
 from megatron_rl.observe.metrics import reduce
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.observe.stopwatch import Stopwatch
+from megatron_rl.records import SampledStep
+from tests.fakes.groups import judged, scored
+from tests.fakes.learner import FakeParallel
 
 
-def make_group(index: int, finish_reasons: tuple[str, ...]) -> RolloutGroup:
-    prompt = Prompt(index=index, source="task", text="1+1=", token_ids=(1, 5), answer="2")
-    rollouts = tuple(
-        Rollout(
-            token_ids=(1, 5, 6),
-            loss_mask=(False, False, True),
-            rollout_logprobs=(0.0, 0.0, -0.5),
-            weight_versions=(-1, -1, 0),
-            finish_reason=reason,
-            text="2",
-        )
-        for reason in finish_reasons
+class FakeRecorder:
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.lines.append((step, metrics))
+
+
+def make_step() -> SampledStep:
+    groups = (
+        judged(scored(0, 1.0, 0.0, source="sums"), 1.0, -1.0),
+        judged(scored(1, 1.0, None, source="words"), 0.0, 0.0),
     )
-    return RolloutGroup(prompt=prompt, rollouts=rollouts)
+    return SampledStep(groups=groups, num_prompts=2, num_rounds=1)
 
 
-def make_scores(*rewards: float, failure: str | None = None) -> tuple[Score, ...]:
-    return tuple(
-        Score(reward=reward, is_formatted=reward > 0, failure=failure) for reward in rewards
+def write(
+    sampled: SampledStep, *known: dict[str, float], parallel: FakeParallel | None = None
+) -> list[tuple[int, dict[str, float]]]:
+    recorder, stopwatch = FakeRecorder(), Stopwatch()
+    with stopwatch.time("learner"):
+        pass
+    write_metrics(
+        recorder, stopwatch, parallel or FakeParallel(), ("sums",), 7, *known, sampled=sampled
     )
+    return recorder.lines
 
 
-def test_rates_of_two_prompts_with_three_samples() -> None:
-    groups = [make_group(0, ("stop", "length", "stop")), make_group(1, ("stop",) * 3)]
-    # What could not be scored is a failure, and counts in no other rate.
-    scores = [make_scores(1.0, 0.0, 1.0), make_scores(0.5, 0.0, 0.0, failure="timeout")]
-    metrics = reduce(evaluation_metrics(groups, scores, 3), lambda values, operation: values)
-    assert metrics == pytest.approx(
-        {
-            "eval/avg_at_3": 2 / 3,
-            "eval/pass_at_3": 1.0,
-            "eval/reward/mean": 2 / 3,
-            "eval/format_rate/mean": 2 / 3,
-            "eval/truncation_rate/mean": 1 / 6,
-            "eval/failure_rate/mean": 3 / 6,
-        }
-    )
+def test_figures_of_the_rollouts() -> None:
+    [(step, line)] = write(make_step(), {"discrepancy/mean": 0.004}, {"sync/probe_gap/mean": 0.1})
+    assert step == 7
+    expected = {
+        "reward/mean": 2 / 3,  # what a verifier could not score is left out
+        "reward/format_rate/mean": 2 / 3,
+        "reward/failure_rate/mean": 1 / 4,
+        "reward/groups_with_signal/mean": 1 / 2,
+        "advantage/abs/mean": 0.5,
+        "rollout/response_tokens/mean": 1.0,
+        "rollout/response_tokens/max": 1.0,
+        "rollout/truncation_rate/mean": 0.0,
+        "rollout/num_tokens": 4.0,
+        "rollout/num_prompts": 2.0,
+        "rollout/num_rounds": 1.0,
+        "rollout/kept_rate/mean": 1.0,
+        "reward/overlong_penalty/mean": 0.0,
+        "discrepancy/mean": 0.004,
+        "sync/probe_gap/mean": 0.1,
+    }
+    assert {key: line[key] for key in expected} == pytest.approx(expected)
+    assert line["speed/tokens_per_second"] == pytest.approx(4 / line["speed/seconds/learner"])
+    assert line.keys() == expected.keys() | {"speed/tokens_per_second", "speed/seconds/learner"}
 
 
-def test_a_replica_without_prompts_takes_part() -> None:
-    """More replicas than held-out prompts: equal keys on every rank, or the reduction hangs."""
-    some = evaluation_metrics([make_group(0, ("stop",))], [make_scores(1.0)], 1)
-    none = evaluation_metrics([], [], 1)
-    assert some.keys() == none.keys()
-    assert reduce(none, lambda values, operation: values) == {}
+def test_the_reward_of_each_source() -> None:
+    found = rollout_metrics(make_step(), sources=("sums", "words", "none"))
+    reduced = reduce(found, FakeParallel().reducer())
+    assert reduced["reward/sums/mean"] == 0.5
+    assert reduced["reward/words/mean"] == 1.0
+    assert "reward/none/mean" not in reduced
+
+
+def test_an_evaluation_before_the_first_step_has_a_line_of_its_own() -> None:
+    [(_, line)] = write(NOTHING_SAMPLED, {"eval/avg_at_8": 0.5})
+    assert line.keys() == {"eval/avg_at_8", "speed/seconds/learner"}
+
+
+def test_only_heads_of_replicas_report() -> None:
+    assert write(make_step(), parallel=FakeParallel(is_replica_head=False)) == []
+
+
+def test_every_rank_holds_the_same_keys() -> None:
+    sources = ("sums", "words")
+    with_groups = rollout_metrics(make_step(), sources=sources)
+    without = rollout_metrics(NOTHING_SAMPLED, sources=sources)
+    assert with_groups.keys() == without.keys()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import DivergenceError
-from megatron_rl.objective.discrepancy import check_logprobs, discrepancy
+from megatron_rl.objective.discrepancy import DiscrepancySum, check_logprobs, discrepancy
 
 LN2 = math.log(2)
 
@@ -57,3 +57,16 @@ def test_the_worst_of_several_is_named():
 def test_rounding_above_zero_and_empty_rows_are_no_error():
     check_logprobs(torch.tensor([1e-7, -9998.0]), torch.ones(2, dtype=torch.bool))
     check_logprobs(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+
+
+def test_sums_add_up_to_the_mean_of_all_tokens():
+    def of(total, num_tokens):
+        return DiscrepancySum(
+            total=torch.tensor(total, dtype=torch.float64),
+            num_tokens=torch.tensor(num_tokens, dtype=torch.float64),
+        )
+
+    joined = of(0.25, 2.0) + of(0.0, 0.0) + of(0.5, 1.0)
+    assert (joined.total.item(), joined.num_tokens.item()) == (0.75, 3.0)
+    assert joined.mean == 0.25
+    assert math.isnan(of(0.0, 0.0).mean)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.objective.discrepancy import discrepancy
+from megatron_rl.objective.discrepancy import DiscrepancySum, discrepancy
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.observe.metrics import Metric, merge, reduce
 
@@ -25,6 +25,12 @@ def metrics_of(
     recomputed: Any, rollout: Any, mask: Any = None, *, ids: Any = None, versions: Any = None
 ) -> dict[str, Metric]:
     """Of one sequence, sampled by version 7, unless told otherwise; recomputed by version 7."""
+    return sum_and_metrics_of(recomputed, rollout, mask, ids=ids, versions=versions)[1]
+
+
+def sum_and_metrics_of(
+    recomputed: Any, rollout: Any, mask: Any = None, *, ids: Any = None, versions: Any = None
+) -> tuple[DiscrepancySum, dict[str, Metric]]:
     recomputed, rollout = torch.as_tensor(recomputed), torch.as_tensor(rollout)
     mask = torch.ones_like(rollout, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
     sequence_ids = torch.zeros(len(rollout), dtype=torch.int64)
@@ -129,6 +135,25 @@ def test_numbers_worked_by_hand() -> None:
     # p_inf is the same for every token, so there is no correlation.
     others = {f"discrepancy/{name}" for name in RATIO_SHARES | QUANTILES}
     assert set(figures) == {f"discrepancy/{name}" for name in EXPECTED} | others
+
+
+def test_the_sum_that_lambda_steps_on_is_that_of_the_metric_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(2)
+    sums, parts = [], []
+    for num_tokens in (700, 0, 3, 1201):
+        logprobs = -5 * torch.rand(2, num_tokens, generator=generator)
+        mask = torch.rand(num_tokens, generator=generator) < 0.7
+        gap, metrics = sum_and_metrics_of(*logprobs, mask)
+        assert gap.num_tokens == mask.sum()
+        sums.append(gap)
+        parts.append(metrics)
+        if num_tokens:
+            assert gap.mean == figures_of(metrics)["discrepancy/mean"]
+    first, *others = sums
+    for other in others:
+        first = first + other
+    assert first.mean == figures_of(*parts)["discrepancy/mean"]
+    assert first.total.dtype == first.num_tokens.dtype == torch.float64
 
 
 def test_the_sum_and_the_mean_of_a_sequence_are_told_apart() -> None:
@@ -296,7 +321,7 @@ def row_of(sequences: list[dict[str, torch.Tensor]]) -> dict[str, Metric]:
     ids = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)] + [-1] * 3)
     mask = torch.cat([each["mask"] for each in sequences] + [torch.zeros(3, dtype=torch.bool)])
     versions = torch.cat([each["versions"] for each in sequences] + [torch.full((3,), -1)])
-    return discrepancy_metrics(
+    _, metrics = discrepancy_metrics(
         row["recomputed"],
         row["rollout"],
         mask,
@@ -305,6 +330,7 @@ def row_of(sequences: list[dict[str, torch.Tensor]]) -> dict[str, Metric]:
         sequence_ids=ids,
         num_sequences=len(sequences),
     )
+    return metrics
 
 
 @pytest.mark.parametrize("num_rows", [2, 7, 60])

@@ -103,12 +103,12 @@ def _rows(sequences, budget):
     return [*rows, row]
 
 
-def _layout_gradient(parameter, sequences, normalize, dp, cp, budget):
-    """What Megatron makes of it: sums and counts over micro-batches, DP and CP, divided once."""
+def _layout_gradient(parameter, sequences, normalize, dp, budget):
+    """What Megatron makes of it: sums and counts over micro-batches and ranks, divided once."""
     per_rank = [_rows(sequences[rank::dp], budget) for rank in range(dp)]
     num_rows = max(len(rows) for rows in per_rank) + 1  # the last one is fully masked everywhere
     totals, counts = [], []
-    for rows, context_rank in itertools.product(per_rank, range(cp)):
+    for rows in per_rank:
         for row in [*rows, *([[]] * (num_rows - len(rows)))]:
             values, mask, ids = torch.zeros(budget), torch.zeros(budget).bool(), torch.ones(budget)
             ids, start = -ids.long(), 0
@@ -116,20 +116,8 @@ def _layout_gradient(parameter, sequences, normalize, dp, cp, budget):
                 part = slice(start, start + len(numbers))
                 values[part], mask[part], ids[part] = numbers, kept, index
                 start = part.stop
-            kept_counts = kept_tokens_per_sequence(mask, ids, len(row))
-            # Any split does; Megatron gives rank r the chunks r and 2 cp - 1 - r.
-            chunks = torch.arange(budget).chunk(2 * cp)
-            own = torch.cat([chunks[context_rank], chunks[2 * cp - 1 - context_rank]])
-            loss = torch.where(mask, (parameter * values).sin(), 0.0)[own]
-            total, count = normalized_sum(
-                loss,
-                mask[own],
-                ids[own],
-                normalize=normalize,
-                num_kept_tokens=kept_counts,
-                should_count=context_rank == 0,
-                length=LENGTH,
-            )
+            loss = torch.where(mask, (parameter * values).sin(), 0.0)
+            total, count = normalized_sum(loss, mask, ids, normalize=normalize, length=LENGTH)
             totals.append(total)
             counts.append(count)
     count = torch.stack(counts).sum()
@@ -159,9 +147,9 @@ def test_no_layout_changes_loss_or_gradient(normalize):
     }[normalize]
     (expected_gradient,) = torch.autograd.grad(expected_loss, exact)
 
-    for dp, cp, budget in itertools.product((1, 2, 3, 4), (1, 2, 4), (32, 48, 128)):
-        loss, gradient, count = _layout_gradient(parameter, sequences, normalize, dp, cp, budget)
-        assert loss == pytest.approx(expected_loss.item(), rel=1e-6), (dp, cp, budget)
-        assert gradient == pytest.approx(expected_gradient.item(), rel=1e-6), (dp, cp, budget)
+    for dp, budget in itertools.product((1, 2, 3, 4), (32, 48, 128)):
+        loss, gradient, count = _layout_gradient(parameter, sequences, normalize, dp, budget)
+        assert loss == pytest.approx(expected_loss.item(), rel=1e-6), (dp, budget)
+        assert gradient == pytest.approx(expected_gradient.item(), rel=1e-6), (dp, budget)
         tokens = sum(int(mask.sum()) for _, mask in kept)
         assert count == (tokens if normalize == "token_mean" else len(kept))

@@ -36,7 +36,7 @@ def test_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     console = Console(file=stream, width=40, soft_wrap=True)
     with StepConsole(num_steps=2, console=console) as shown:
-        shown.show_station("rollout")
+        shown.show_phase("rollout")
         shown.show_step(1, METRICS)
         shown.say("saved [checkpoint]")
     first, second = stream.getvalue().splitlines()

@@ -13,7 +13,7 @@ def record(run_dir, *, rank, last_step, steps):
         run_dir, rank=rank, num_steps=5, last_step=last_step, console=console
     ) as recorder:
         for step in steps:
-            recorder.station("rollout")
+            recorder.phase("rollout")
             recorder.write(step, {"reward/mean": step / 10})
         recorder.summarize()
     return stream.getvalue()

@@ -2,34 +2,34 @@ import time
 
 import pytest
 
-from megatron_rl.observe.stopwatch import Stations
+from megatron_rl.observe.stopwatch import Stopwatch
 
 
-def test_seconds_add_up_per_station_until_taken():
-    stations = Stations()
+def test_seconds_add_up_per_phase_until_taken():
+    stopwatch = Stopwatch()
     for _ in range(2):
-        with stations.time("rollout"):
+        with stopwatch.time("rollout"):
             time.sleep(0.02)
-    with stations.time("sync"):
+    with stopwatch.time("sync"):
         pass
-    seconds = stations.take()
+    seconds = stopwatch.take()
     assert list(seconds) == ["rollout", "sync"]
     assert 0.04 <= seconds["rollout"] < 1.0 and seconds["sync"] < 0.02
-    assert stations.take() == {}
+    assert stopwatch.take() == {}
 
 
-def test_whoever_shows_it_is_told_of_every_entry():
+def test_on_enter_is_called_at_every_entry():
     entered = []
-    stations = Stations(on_enter=entered.append)
-    with stations.time("learner"), stations.time("sync"):
+    stopwatch = Stopwatch(on_enter=entered.append)
+    with stopwatch.time("learner"), stopwatch.time("sync"):
         assert entered == ["learner", "sync"]
-    with stations.time("learner"):
+    with stopwatch.time("learner"):
         assert entered == ["learner", "sync", "learner"]
 
 
-def test_a_station_that_fails_is_timed_and_named():
-    stations = Stations()
-    with pytest.raises(RuntimeError), stations.time("step"), stations.time("sync"):
+def test_a_phase_that_fails_is_timed_and_named():
+    stopwatch = Stopwatch()
+    with pytest.raises(RuntimeError), stopwatch.time("step"), stopwatch.time("sync"):
         raise RuntimeError("gone")
-    assert stations.current == "sync"
-    assert set(stations.take()) == {"step", "sync"}
+    assert stopwatch.current == "sync"
+    assert set(stopwatch.take()) == {"step", "sync"}

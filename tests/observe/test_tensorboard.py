@@ -4,7 +4,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from megatron_rl.loop.report import NOTHING_SAMPLED, evaluation_metrics, rollout_metrics
+from megatron_rl.loop.evaluate import evaluation_metrics
+from megatron_rl.loop.report import NOTHING_SAMPLED, rollout_metrics
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.observe.metrics import reduce
 from megatron_rl.observe.tensorboard import LAYOUT, TensorBoardWriter
@@ -31,7 +32,7 @@ def test_scalars_survive_a_resume_without_doubled_steps(tmp_path):
 def keys_of_a_step() -> set[str]:
     """What objective and learner report of two tokens, and the others' keys by name."""
     logprobs, mask = torch.tensor([-0.1, -1.0]), torch.ones(2, dtype=torch.bool)
-    of_gap = discrepancy_metrics(
+    _, of_gap = discrepancy_metrics(
         logprobs,
         logprobs - 0.1,
         mask,
@@ -42,7 +43,7 @@ def keys_of_a_step() -> set[str]:
     )
     keys = set(reduce(of_gap, lambda values, operation: values))
     keys |= set(rollout_metrics(NOTHING_SAMPLED, sources=["a"]))
-    keys |= set(evaluation_metrics([], [], 8))
+    keys |= set(evaluation_metrics([], 8))
     return keys | {
         "constraint/lambda",
         "constraint/penalty_share/mean",

@@ -9,7 +9,7 @@ from torch import distributed
 from megatron_rl.ops import entropy as entropy_module
 from megatron_rl.ops.entropy import differentiable_entropy
 from megatron_rl.ops.logprobs import token_logprobs_and_entropy
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 NUM_ROWS, VOCAB = 5, 131
 

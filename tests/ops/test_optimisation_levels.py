@@ -57,6 +57,7 @@ def test_the_optimisation_level_changes_no_bit(level, tmp_path):
     kernels.load()
     got = torch.load(stored)
     expected = list(results())
-    assert len(got) == len(expected) > 100
+    num_sets = len(torch.ops.megatron_rl.instruction_sets())
+    assert len(got) == len(expected) > 30 * num_sets
     for one, other in zip(got, expected):
         assert_same_bits(one, other)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import distributed
 
-from megatron_rl.ops import kernels, logprobs, support, support_reference
+from megatron_rl.ops import kernels, support, support_reference
 from megatron_rl.ops.logprobs import token_logprobs, token_logprobs_and_entropy
 from megatron_rl.ops.reference import scaled
 from megatron_rl.ops.support import find_support, keep_support
 from megatron_rl.ops.support_logprobs import support_logprobs
 from megatron_rl.ops.vocab_parallel import VocabShard
 from megatron_rl.records import Truncation
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 kernels.load()
 OPS = torch.ops.megatron_rl
@@ -352,7 +352,7 @@ def test_simulated_shards_change_no_bit(num_shards, monkeypatch):
         return rows[None] if group is None else group.ranks.exchange(group.rank(), rows)
 
     monkeypatch.setattr(support, "gather_rows", gather)
-    monkeypatch.setattr(logprobs, "gather_rows", gather)
+    monkeypatch.setattr(kernels, "gather_rows", gather)
     monkeypatch.setattr(support, "all_reduce_sum", lambda rows, group: gather(rows, group).sum(0))
     ranks = _Ranks(num_shards)
     logits, labels, incoming = _problem(torch.bfloat16)

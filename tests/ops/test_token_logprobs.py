@@ -9,7 +9,7 @@ import torch
 
 import megatron_rl
 from megatron_rl.errors import ConfigError
-from megatron_rl.ops import kernels, reference
+from megatron_rl.ops import extension, kernels, reference
 from megatron_rl.ops.logprobs import token_logprobs, token_logprobs_and_entropy
 from tests.ops.rows import (
     DTYPES,
@@ -136,7 +136,7 @@ def test_threads_order_and_company_change_no_bit(dtype, num_threads):
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_flushing_denormals_changes_no_bit_and_stays_set(name, dtype, monkeypatch):
-    monkeypatch.setenv(kernels.INSTRUCTION_SET_VARIABLE, name)
+    monkeypatch.setenv(extension.INSTRUCTION_SET_VARIABLE, name)
     torch.manual_seed(0)
     problem = make_problem(66, 2100, dtype)
     problem[0][:, 1500:] *= 1e-40  # denormal logits, in the dtypes that have them
@@ -266,15 +266,15 @@ def test_an_extension_that_is_not_built_is_an_error(monkeypatch):
     monkeypatch.delattr(megatron_rl, "_C", raising=False)
     monkeypatch.setitem(sys.modules, "megatron_rl._C", None)
     with pytest.raises(ConfigError, match=r"tools/bootstrap\.sh"):
-        kernels.load.__wrapped__()
+        extension.load_extension.__wrapped__()
 
 
 def test_an_instruction_set_is_asked_for_by_name(monkeypatch):
     assert kernels.instruction_set() == INSTRUCTION_SETS[0]
     assert INSTRUCTION_SETS[0] in kernels.backend(torch.device("cpu"))
-    monkeypatch.setenv(kernels.INSTRUCTION_SET_VARIABLE, "portable")
+    monkeypatch.setenv(extension.INSTRUCTION_SET_VARIABLE, "portable")
     assert kernels.instruction_set() == "portable"
-    monkeypatch.setenv(kernels.INSTRUCTION_SET_VARIABLE, "sse9")
+    monkeypatch.setenv(extension.INSTRUCTION_SET_VARIABLE, "sse9")
     with pytest.raises(ConfigError, match="sse9"):
         token_logprobs(torch.zeros(1, 2), torch.tensor([0]))
 
@@ -282,9 +282,9 @@ def test_an_instruction_set_is_asked_for_by_name(monkeypatch):
 @pytest.mark.skipif(bool(OPS.cuda_architectures()), reason="built with CUDA kernels")
 def test_cuda_kernels_that_are_not_built_are_told_or_an_error(monkeypatch):
     assert kernels.backend(torch.device("cuda")).startswith("torch operations")
-    monkeypatch.setenv(kernels.CUDA_VARIABLE, "1")
+    monkeypatch.setenv(extension.CUDA_VARIABLE, "1")
     with pytest.raises(ConfigError, match="MEGATRON_RL_CUDA=1"):
-        kernels.load.__wrapped__()
+        extension.load_extension.__wrapped__()
 
 
 @pytest.mark.parametrize("has_entropy", [True, False])

@@ -7,7 +7,7 @@ from torch import distributed
 from megatron_rl.errors import DataError, DivergenceError
 from megatron_rl.ops.logprobs import linear_token_logprobs, token_logprobs_and_entropy
 from megatron_rl.ops.vocab_parallel import VocabShard, vocab_shard
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 TEMPERATURE = 0.8
 

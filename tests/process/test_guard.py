@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.process.guard import children_of, is_alive
+from tests.support.processes import children_of, is_alive
 
 # A server with a child in a session of its own, whose child in turn outlives its parent.
 FAMILY = """

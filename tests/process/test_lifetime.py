@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.process.guard import is_alive
+from tests.support.processes import is_alive
 
 
 def start(program: str, **options: object) -> subprocess.Popen[str]:
@@ -140,7 +140,7 @@ if rank == 1:
     sys.stdin.read()  # never joins the collective
 register_cleanup(lambda: open(note, "w").write("cleaned"))
 register_cleanup(lambda: 1 / 0)
-watch_signals(lambda: "step 3, station rollout")
+watch_signals(lambda: "step 3, phase rollout")
 print("ready", flush=True)
 dist.all_reduce(torch.ones(4))
 print("joined")
@@ -170,7 +170,7 @@ def test_signal_ends_a_rank_that_is_blocked_in_a_collective(tmp_path: Path, sign
         assert time.monotonic() - started < 2.0
         assert ranks[0].returncode == 128 + signum
         assert output == ""  # it never joined
-        assert f"stopped by {signal.Signals(signum).name}: step 3, station rollout\n" in errors
+        assert f"stopped by {signal.Signals(signum).name}: step 3, phase rollout\n" in errors
         assert "failed: ZeroDivisionError" in errors  # a bad cleanup is told, the next one ran
         assert note.read_text() == "cleaned"
     finally:

@@ -1,17 +1,17 @@
-"""What was sampled comes back exactly as it was, or with an error that names the file."""
+"""Recorded rollouts come back exactly as they were, or with an error that names the file."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_rl.errors import DataError
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.records import RolloutGroup, Score, ScoredGroup
 from megatron_rl.rollout.recording import (
     read_recomputed,
     read_step,
@@ -19,72 +19,43 @@ from megatron_rl.rollout.recording import (
     write_recomputed,
     write_step,
 )
-
-
-def group(index: int, num_samples: int = 3) -> tuple[RolloutGroup, tuple[Score, ...], list[float]]:
-    chance = random.Random(index)
-    prompt = Prompt(
-        index=index,
-        source="sum",
-        text='say "ü"\n',
-        token_ids=(1, 5 + index, 9),
-        answer="7",
-        metadata={"difficulty": {"digits": 2}, "list": [1, 2.5, None]},
-    )
-    rollouts = []
-    for _ in range(num_samples):
-        length = chance.randrange(1, 6)
-        float32 = torch.tensor([-chance.random() for _ in range(length)]).tolist()
-        rollouts.append(
-            Rollout(
-                token_ids=prompt.token_ids + tuple(chance.randrange(128) for _ in range(length)),
-                loss_mask=(False,) * 3 + (True,) * length,
-                rollout_logprobs=(0.0,) * 3 + tuple(float32),
-                weight_versions=(-1,) * 3 + (4,) * length,
-                finish_reason="length",
-                text="line\u2028one\r\n日本 \ud800"[: length + 9],
-            )
-        )
-    scores = tuple(
-        Score(
-            reward=chance.random(), is_formatted=sample != 1, failure="timeout" if sample else None
-        )
-        for sample in range(num_samples)
-    )
-    advantages = [chance.gauss(0, 1) for _ in range(num_samples)]
-    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts)), scores, advantages
+from tests.rollout.groups import make_group
 
 
 def write(folder: Path, step: int, rank: int, indices: list[int], num_ranks: int) -> None:
-    columns = list(zip(*[group(index) for index in indices])) or [(), (), ()]
-    write_step(folder, step, rank, *columns, num_ranks=num_ranks)
+    write_step(folder, step, rank, [make_group(each) for each in indices], num_ranks=num_ranks)
+
+
+def scored(index: int) -> ScoredGroup:
+    judged = make_group(index)
+    return ScoredGroup(group=judged.group, scores=judged.scores)
 
 
 def test_all_ranks_come_back_exactly_by_prompt_index(tmp_path: Path) -> None:
     write(tmp_path, 12, 0, [7, 3], 3)
     write(tmp_path, 12, 1, [], 3)
     write(tmp_path, 12, 2, [5], 3)
-    groups, scores = read_step(tmp_path, 12)
-    assert groups == [group(index)[0] for index in (3, 5, 7)]
-    assert scores == [group(index)[1] for index in (3, 5, 7)]
+    assert read_step(tmp_path, 12) == [scored(index) for index in (3, 5, 7)]
 
 
 def test_lines_can_be_read_by_anybody(tmp_path: Path) -> None:
     write(tmp_path, 12, 0, [7], 1)
     content = (tmp_path / "step_000012.rank0.jsonl").read_text()
     lines = [json.loads(line) for line in content.split("\n") if line]
-    written, scores, advantages = group(7)
+    written = make_group(7)
     assert len(lines) == 3
     for sample, line in enumerate(lines):
-        rollout = written.rollouts[sample]
+        rollout = written.group.rollouts[sample]
         assert (line["step"], line["prompt_index"], line["sample_index"]) == (12, 7, sample)
         assert line["prompt"] == 'say "ü"\n' and line["answer"] == "7"
         assert line["response"] == rollout.text
         assert line["rollout_logprobs"] == list(rollout.rollout_logprobs)
         assert line["weight_versions"] == list(rollout.weight_versions)
-        assert line["reward"] == scores[sample].reward
-        assert line["advantage"] == advantages[sample]
-        assert line["metadata"] == written.prompt.metadata
+        assert line["engine"] == rollout.engine != ""
+        assert line["reward"] == written.scores[sample].reward
+        assert line["group_reward"] == written.scores[sample].group_reward != 0.0
+        assert line["advantage"] == written.advantages[sample]
+        assert line["metadata"] == written.group.prompt.metadata
     assert "ü" in content  # not escaped
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step_000012.rank0.jsonl",
@@ -93,10 +64,26 @@ def test_lines_can_be_read_by_anybody(tmp_path: Path) -> None:
 
 
 def test_a_reward_that_is_not_finite_survives(tmp_path: Path) -> None:
-    written, _, advantages = group(1, 1)
     score = Score(reward=math.inf, is_formatted=True, failure=None)
-    write_step(tmp_path, 0, 0, [written], [(score,)], [advantages], num_ranks=1)
-    assert read_step(tmp_path, 0)[1] == [(score,)]
+    written = ScoredGroup(group=make_group(1, 1).group, scores=(score,))
+    write_step(tmp_path, 0, 0, [written.without_judgement()], num_ranks=1)
+    assert read_step(tmp_path, 0) == [written]
+
+
+def test_recordings_without_engine_and_group_reward_can_be_read(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, [7], 1)
+    path = tmp_path / "step_000001.rank0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+    for line in lines:
+        del line["engine"], line["group_reward"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [read] = read_step(tmp_path, 1)
+    expected = scored(7)
+    assert read.group == RolloutGroup(
+        prompt=expected.group.prompt,
+        rollouts=tuple(replace(each, engine="") for each in expected.group.rollouts),
+    )
+    assert read.scores == tuple(replace(each, group_reward=0.0) for each in expected.scores)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "safetensors"])
@@ -119,13 +106,6 @@ def test_a_truncated_file_is_named(tmp_path: Path, suffix: str, share: float) ->
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(DataError, match=path.name):
         read_step(tmp_path, 3)
-
-
-def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
-    written, scores, advantages = group(1)
-    with pytest.raises(ValueError):
-        write_step(tmp_path, 0, 0, [written], [scores[:2]], [advantages], num_ranks=1)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_recomputed_logprobs_come_back_by_sample(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The plan of a study and what becomes of runs that fail; real runs are in
+"""Which runs a study starts, and what it does after a failure. No processes here: real runs are in
 tests/tools/test_study_discrepancy.py.
 """
 
@@ -13,7 +13,6 @@ import pytest
 
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.study import study as plan
-from megatron_rl.study.runs import DONE_FILE, is_finished
 from megatron_rl.study.study import Study, choose, run_study
 
 STUDY = Study(
@@ -41,7 +40,7 @@ def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
             assert engine is server and num_threads >= 1
             started.append(str(folder.relative_to(tmp_path)))
             if started[-1] == fails:
-                raise EngineError("expected the run to end well")
+                raise EngineError("expected the run to succeed")
 
         monkeypatch.setattr(plan, "shared_engines", engines)
         monkeypatch.setattr(plan, "run_to_the_end", run)
@@ -93,11 +92,3 @@ def test_a_part_of_a_study() -> None:
     assert choose(STUDY, "int4", "grpo").runs() == [("int4", "grpo", 0), ("int4", "grpo", 1)]
     with pytest.raises(ConfigError, match="--arms: expected some of grpo, dc_grpo, got 'tis'"):
         choose(STUDY, None, "grpo,tis")
-
-
-def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    assert not is_finished("a.yaml", ["x=1"], tmp_path)
-    (tmp_path / DONE_FILE).write_text('{"config": "a.yaml", "overrides": ["x=1"]}')
-    assert is_finished("a.yaml", ["x=1"], tmp_path)
-    with pytest.raises(ConfigError, match="choose another output folder"):
-        is_finished("a.yaml", ["x=2"], tmp_path)

@@ -43,8 +43,8 @@ from typing import Any, NoReturn
 import transformers
 
 from megatron_rl.learner.layout.cpu_device import run_on_cpu
-from megatron_rl.process.guard import children_of
 from megatron_rl.process.lifetime import become_subreaper, die_with_parent
+from tests.support.processes import children_of
 
 LEFT_SECONDS = 10.0  # in which everything that a run started must be gone
 TERM_SECONDS = 10.0  # of a rank that is told to end because another one failed

@@ -2,8 +2,8 @@
 
     finished = run_module("megatron_rl.train", config, "loop.num_steps=3", ranks=2)
 
-A start costs tenths of a second, where torchrun and its ranks import for ten. Tests of torchrun
-itself, and of processes that are stopped from outside, start the real one (`torchrun_command`).
+A start costs tenths of a second; torchrun and its ranks spend ten seconds on imports. Tests that
+concern torchrun itself, or stop processes from outside, start the real one (`torchrun_command`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Run by test_receive.py in a process of its own: real vLLM engines, without the server around
-them.
+"""Run by engine_side/test_plugin.py in a process of its own: real vLLM engines without a server.
 
-python engine_in_process.py VARIANT FOLDER FOLDER [VARIANT FOLDER FOLDER ...]: prints a line of JSON
-a variant, with the log-probs that an engine gives a fixed text, freshly loaded and after updates.
+python -m tests.sync.engine_in_process VARIANT FOLDER FOLDER [VARIANT FOLDER FOLDER ...]
+prints a line of JSON per variant, with the log-probs that an engine gives a fixed text: freshly
+loaded, and after updates.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tiny_checkpoints import specs_of, tensors_of
 from vllm import LLM, SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from megatron_rl.config import SyncConfig
 from megatron_rl.errors import SyncError
-from megatron_rl.records import EngineAddress
+from megatron_rl.records import WEIGHT_BACKEND, EngineAddress
 from megatron_rl.sync.engine_side import reload as cpu_reload
 from megatron_rl.sync.publish import Publisher
+from megatron_rl.sync.source import WeightStream
+from tests.sync.tiny_checkpoints import specs_of, stream_of, tensors_of
 
 TEXT = torch.randint(3, 128, (96,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 class InProcess:
-    """What `EngineControl` does over HTTP, as calls of the engine itself; nothing is in flight
-    here.
+    """What `EngineControl` does over HTTP, as calls of the engine itself; no request is ever in
+    flight.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -95,29 +96,29 @@ def load(folder: Path, dtype: str) -> LLM:
         max_num_seqs=16,
         skip_tokenizer_init=True,
         disable_log_stats=True,
-        weight_transfer_config=WeightTransferConfig(backend="megatron_rl_shm"),
+        weight_transfer_config=WeightTransferConfig(backend=WEIGHT_BACKEND),
     )
 
 
 def logprobs(llm: LLM) -> list[float]:
-    """Of every token of TEXT after the first, by one prefill."""
+    """Of every token of TEXT but the first, from one prefill."""
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": TEXT}], sampling, use_tqdm=False)
     return [entry[token].logprob for token, entry in zip(TEXT[1:], output.prompt_logprobs[1:])]
 
 
 def publish(publisher: Publisher, folder: Path, version: int) -> None:
-    tensors = tensors_of(folder)
-    publisher.publish(specs_of(tensors), tensors.items(), version=version)
+    publisher.publish(stream_of(tensors_of(folder)), version=version)
 
 
 def publish_half(publisher: Publisher, folder: Path) -> str:
-    """Stop in the middle of a layer, with its qkv half there. Returns the error."""
+    """Stop in the middle of a layer, after a part of its qkv tensors. Returns the error."""
     tensors = tensors_of(folder)
     specs = specs_of(tensors)
     stop = next(i for i, spec in enumerate(specs) if "layers.1.self_attn.q_proj" in spec.name)
+    half = WeightStream(specs=tuple(specs), tensors=list(tensors.items())[: stop + 1])
     try:
-        publisher.publish(specs, list(tensors.items())[: stop + 1], version=99)
+        publisher.publish(half, version=99)
     except SyncError as error:
         return str(error)
     raise AssertionError("half an update went through")
@@ -133,9 +134,10 @@ def exercise(variant: str, first: Path, second: Path) -> dict[str, list[float] |
     llm = load(first, dtype)
     result["fresh_first"] = logprobs(llm)
     # Buckets of 20 KiB: the embedding is split, and a layer comes in several calls.
-    address = EngineAddress(url="http://127.0.0.1:1", token="unused")
-    with Publisher([address], SyncConfig(bucket_mib=20 / 1024), wire_dtype=None) as publisher:
-        publisher._engines = [InProcess(llm)]
+    config = SyncConfig(bucket_mib=20 / 1024)
+    address = EngineAddress(url="in-process", token="unused")
+    engine = InProcess(llm)
+    with Publisher([address], config, wire_dtype=None, control=lambda *_: engine) as publisher:
         publish(publisher, second, 1)
         result["second"] = logprobs(llm)
         publish(publisher, first, 2)
@@ -146,23 +148,23 @@ def exercise(variant: str, first: Path, second: Path) -> dict[str, list[float] |
         result["healed"] = logprobs(llm)
         publish(publisher, first, 4)
         result["after_healing"] = logprobs(llm)
-        with without_cures():
+        with without_repairs():
             publish(publisher, second, 5)
-            result["without_cures"] = logprobs(llm)
+            result["without_repairs"] = logprobs(llm)
     unload(llm)
     return result
 
 
 @contextmanager
-def without_cures() -> Iterator[None]:
-    """Stock vLLM: what it does by itself after a reload."""
+def without_repairs() -> Iterator[None]:
+    """Stock vLLM, which packs neither a tied head nor experts again after a reload."""
     names = ("repack_tied_head", "repack_experts")
-    cures = [getattr(cpu_reload, name) for name in names]
+    repairs = [getattr(cpu_reload, name) for name in names]
     for name in names:
         setattr(cpu_reload, name, lambda model: None)
     yield
-    for name, cure in zip(names, cures):
-        setattr(cpu_reload, name, cure)
+    for name, repair in zip(names, repairs):
+        setattr(cpu_reload, name, repair)
 
 
 def finish_without_start(llm: LLM) -> str:

@@ -5,14 +5,8 @@ import torch
 
 from megatron_rl.errors import SyncError
 from megatron_rl.sync.assembly import Assembly, check_manifest
-from megatron_rl.sync.wire import (
-    Bucket,
-    Manifest,
-    Piece,
-    TensorSpec,
-    new_checksum,
-    plan_buckets,
-)
+from megatron_rl.sync.transports.transport import Bucket, Piece
+from megatron_rl.sync.wire import Manifest, TensorSpec, new_checksum, plan_buckets
 
 BUCKET_BYTES = 128
 TENSORS = {
@@ -34,11 +28,10 @@ class Wire:
 
     def __init__(self) -> None:
         self.memory = torch.zeros(BUCKET_BYTES, dtype=torch.uint8)
-        self.receipts: list[tuple[int, str]] = []
+        self.digests: dict[int, str] = {}
         self.assembly = Assembly(
             Manifest(update="u", specs=tuple(SPECS)),
             lambda offset, nbytes: self.memory[offset : offset + nbytes],
-            lambda index, digest: self.receipts.append((index, digest.hex())),
         )
 
     def send(self, bucket: Bucket, checksums: dict[int, str] = CHECKSUMS) -> dict:
@@ -48,7 +41,10 @@ class Wire:
             self.memory[piece.bucket_offset : piece.bucket_offset + piece.nbytes] = RAW[
                 piece.tensor
             ][piece.tensor_offset : end]
-        return dict(self.assembly.tensors_of(bucket, checksums))
+        completed = dict(self.assembly.tensors_of(bucket, checksums))
+        assert len(self.assembly.digests) == len(completed)
+        self.digests |= {i: digest.hex() for i, digest in self.assembly.digests.items()}
+        return completed
 
 
 def test_whole_tensors_come_out_and_own_their_memory():
@@ -59,7 +55,7 @@ def test_whole_tensors_come_out_and_own_their_memory():
     wire.assembly.check_complete()
     assert list(received) == list(TENSORS)
     assert all(torch.equal(received[name], TENSORS[name]) for name in TENSORS)
-    assert wire.receipts == list(CHECKSUMS.items())
+    assert list(wire.digests.items()) == list(CHECKSUMS.items())
 
 
 def test_an_end_too_early_names_the_missing_tensor():

@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
-from tiny_checkpoints import write_checkpoint
 from transformers import AutoModelForCausalLM
 
+from megatron_rl.config import QuantizationConfig, RolloutConfig
 from megatron_rl.errors import SyncError
-from megatron_rl.sync.probe import check_parity
+from megatron_rl.records import Rollout, Sample
+from megatron_rl.sync.probe import check_engines, check_parity, engine_precision
+from tests.sync.tiny_checkpoints import write_checkpoint
 
 FLOAT32 = {"engine_dtype": "float32", "learner_dtype": "float32", "tolerance": 0.0}
 BFLOAT16 = {"engine_dtype": "bfloat16", "learner_dtype": "float32", "tolerance": 0.0}
@@ -75,7 +77,7 @@ def test_an_unknown_precision_needs_a_tolerance():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.nn.Module]:
-    """One model, served in BF16; recomputed in float32, and by learners that differ from it."""
+    """One model as an engine serves it, in BF16; the learner's in float32; and two wrong ones."""
     root = tmp_path_factory.mktemp("models")
     folders = [write_checkpoint(root / str(seed), "tied", seed) for seed in (1, 2)]
     right, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders)
@@ -102,10 +104,73 @@ def test_noise_passes_and_mistakes_do_not(models, learner):
         prompts, do_sample=True, top_k=0, max_new_tokens=12, min_new_tokens=12
     )
     engine = sampled_logprobs(models["served"], tokens)
-    recomputed = sampled_logprobs(models[learner], tokens)
+    full = sampled_logprobs(models[learner], tokens)
     if learner == "right":
-        report = check_parity(engine, recomputed, **BFLOAT16)
+        report = check_parity(engine, full, **BFLOAT16)
         assert report.num_tokens == 48 and report.mean_probability_gap > 1e-4
     else:
         with pytest.raises(SyncError, match="does not serve the published weights"):
-            check_parity(engine, recomputed, **BFLOAT16)
+            check_parity(engine, full, **BFLOAT16)
+
+
+def sample(engine: str, logprob: float) -> Sample:
+    """Two prompt tokens and two sampled ones."""
+    rollout = Rollout(
+        token_ids=(1, 2, 3, 4),
+        loss_mask=(False, False, True, True),
+        rollout_logprobs=(0.0, 0.0, logprob, logprob),
+        weight_versions=(-1, -1, 5, 5),
+        finish_reason="stop",
+        text="",
+        engine=engine,
+    )
+    return Sample(prompt_index=0, sample_index=0, rollout=rollout, reward=0.0, advantage=0.0)
+
+
+URLS = ("http://one", "http://two")
+HALF = math.log(0.5)
+LEARNER = torch.tensor([-77.0, -77.0, HALF, HALF])  # of the prompt's tokens nothing is compared
+
+
+def test_every_engine_has_its_own_report():
+    pairs = [(sample(URLS[1], HALF), LEARNER), (sample(URLS[0], math.log(0.51)), LEARNER)]
+    pairs.append((sample(URLS[1], math.log(0.505)), LEARNER))
+    reports = check_engines(iter(pairs), urls=URLS, version=5, **BFLOAT16)
+    assert list(reports) == list(URLS)
+    assert [report.num_tokens for report in reports.values()] == [2, 4]
+    gaps = [report.mean_probability_gap for report in reports.values()]
+    assert gaps == pytest.approx([0.01, 0.0025], rel=1e-4)
+
+
+def test_one_stale_engine_among_many_is_named():
+    pairs = [(sample(URLS[0], HALF), LEARNER)] * 99 + [(sample(URLS[1], math.log(0.6)), LEARNER)]
+    served = torch.cat([torch.tensor(s.rollout.rollout_logprobs)[2:] for s, _ in pairs])
+    check_parity(served, torch.full((200,), HALF), **BFLOAT16)  # pooled, it would pass
+    with pytest.raises(SyncError, match=r"^engine http://two after update 5: parity probe: .*0\.1"):
+        check_engines(pairs, urls=URLS, version=5, **BFLOAT16)
+
+
+def test_an_engine_without_samples_and_a_sample_without_an_engine():
+    with pytest.raises(SyncError, match=r"engine http://two after update 5: .*at least one token"):
+        check_engines([(sample(URLS[0], HALF), LEARNER)], urls=URLS, version=5, **BFLOAT16)
+    for stranger in ("", "http://three"):
+        with pytest.raises(SyncError, match=f"samples of http://one, http://two, .*'{stranger}'"):
+            check_engines([(sample(stranger, HALF), LEARNER)], urls=URLS, version=5, **BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format", "kv_cache", "expected"),
+    [
+        ("float32", "none", "auto", "float32"),
+        ("bfloat16", "none", "auto", "bfloat16"),
+        ("bfloat16", "none", "fp8", "fp8"),
+        ("bfloat16", "int8_w8a8", "auto", "int8"),
+        ("bfloat16", "int8", "fp8", "fp8"),
+        ("bfloat16", "fp8", "auto", "fp8"),
+        ("bfloat16", "int4", "fp8", "int4"),
+    ],
+)
+def test_the_least_precise_part_of_an_engine_counts(dtype, format, kv_cache, expected):
+    quantization = QuantizationConfig(format=format)
+    rollout = RolloutConfig(dtype=dtype, kv_cache_dtype=kv_cache, quantization=quantization)
+    assert engine_precision(rollout) == expected

@@ -1,5 +1,5 @@
-"""The publisher against one real vLLM server behind its gate; transformers in float32 is the
-truth.
+"""The publisher against one real vLLM server behind its gate, compared with transformers in
+float32.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from sender import send
-from tiny_checkpoints import specs_of, tensors_of, write_checkpoint, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import RolloutConfig, SyncConfig
-from megatron_rl.engine.control import EngineControl
+from megatron_rl.engine.http import EngineControl
 from megatron_rl.engine.server import start_engines
 from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
 from megatron_rl.sync.probe import check_parity
 from megatron_rl.sync.publish import Publisher
+from megatron_rl.sync.source import WeightStream
+from tests.sync.faulty_sender import send
+from tests.sync.tiny_checkpoints import (
+    specs_of,
+    stream_of,
+    tensors_of,
+    write_checkpoint,
+    write_tokenizer,
+)
 
 CONFIG = SyncConfig(bucket_mib=0.25, timeout_seconds=20.0)
-UPDATE_TIMEOUT = 3.0  # of the gate, for an update that nobody goes on with
+UPDATE_TIMEOUT = 3.0  # after which the gate gives up an update that its sender has left
 # More than two blocks of the prefix cache, which are 128 tokens each on the CPU.
 PROMPT = torch.randint(3, 128, (270,), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -92,10 +99,10 @@ def worst_gap(answer: httpx.Response, folder: Path, version: str) -> float:
         rollout = torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
         with torch.no_grad():
             logits = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
-        recomputed = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        full = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
         report = check_parity(
             rollout,
-            recomputed,
+            full,
             engine_dtype="float32",
             learner_dtype="float32",
             tolerance=1.0,  # the test below judges
@@ -105,8 +112,7 @@ def worst_gap(answer: httpx.Response, folder: Path, version: str) -> float:
 
 
 def publish(publisher: Publisher, folder: Path, version: int):
-    tensors = tensors_of(folder)
-    return publisher.publish(specs_of(tensors), tensors.items(), version=version)
+    return publisher.publish(stream_of(tensors_of(folder)), version=version)
 
 
 def assert_poisoned_then_heal(publisher: Publisher, address: EngineAddress, folder: Path) -> None:
@@ -139,14 +145,11 @@ def test_same_weights_have_the_same_checksums(publisher, folders):
 def test_cast_on_the_way(address, folders):
     tensors = tensors_of(folders[1])
     with Publisher([address], CONFIG, wire_dtype=torch.bfloat16) as publisher:
-        report = publisher.publish(specs_of(tensors), tensors.items(), version=4)
+        report = publisher.publish(stream_of(tensors), version=4)
     assert report.num_bytes == sum(tensor.nbytes for tensor in tensors.values()) // 2
     rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     with Publisher([address], CONFIG, wire_dtype=None) as publisher:
-        assert (
-            publisher.publish(specs_of(rounded), rounded.items(), version=5).checksum
-            == report.checksum
-        )
+        assert publisher.publish(stream_of(rounded), version=5).checksum == report.checksum
 
 
 def test_requests_in_flight_end_under_the_old_version(publisher, address, folders):
@@ -199,7 +202,7 @@ def test_a_wrong_manifest_is_refused(publisher, address, folders, fault):
         specs, items = [*specs, specs[-1]], [*items, items[-1]]
         expected = "expected each name once"
     with pytest.raises(SyncError, match="manifest") as failure:
-        publisher.publish(specs, items, version=9)
+        publisher.publish(WeightStream(specs=tuple(specs), tensors=items), version=9)
     assert address.url in str(failure.value) and expected in str(failure.value)
     assert_poisoned_then_heal(publisher, address, folders[2])
 
@@ -208,7 +211,7 @@ def test_half_an_update_is_refused(publisher, address, folders):
     tensors = tensors_of(folders[2])
     half = list(tensors.items())[: len(tensors) // 2]
     with pytest.raises(SyncError, match="got the end"):
-        publisher.publish(specs_of(tensors), half, version=9)
+        publisher.publish(WeightStream(specs=tuple(specs_of(tensors)), tensors=half), version=9)
     assert_poisoned_then_heal(publisher, address, folders[2])
 
 
@@ -222,7 +225,7 @@ def test_a_learner_that_raises_half_way(publisher, address, folders):
             yield name, tensor
 
     with pytest.raises(RuntimeError, match="a rank died"):
-        publisher.publish(specs_of(tensors), gather(), version=9)
+        publisher.publish(WeightStream(specs=tuple(specs_of(tensors)), tensors=gather()), version=9)
     assert_poisoned_then_heal(publisher, address, folders[2])
 
 
@@ -243,10 +246,10 @@ def test_a_faulty_sender_is_refused(publisher, address, folders, fault, message)
 
 def test_a_sender_killed_half_way(publisher, address, folders):
     publish(publisher, folders[1], 10)
-    script = str(Path(__file__).parent / "sender.py")
-    environment = {**os.environ, "MEGATRON_RL_TOKEN": address.token}
     sender = subprocess.run(
-        [sys.executable, script, address.url, str(folders[2]), "killed"], env=environment
+        [sys.executable, "-m", "tests.sync.faulty_sender", address.url, str(folders[2]), "killed"],
+        env={**os.environ, "MEGATRON_RL_TOKEN": address.token},
+        cwd=Path(__file__).parents[2],
     )
     assert sender.returncode == -signal.SIGKILL
     with client_of(address) as client:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_rl.config import QuantizationConfig
 from megatron_rl.errors import SyncError
-from megatron_rl.sync.source import TensorSource
+from megatron_rl.sync.source import TensorSource, weight_stream
 from megatron_rl.sync.wire import TensorSpec, new_checksum, plan_buckets
 
 
@@ -76,3 +77,32 @@ ONE = TensorSpec(name="a", dtype=torch.float32, shape=(2,))
 def test_tensors_that_are_not_as_announced(items, message):
     with pytest.raises(SyncError, match=message):
         collect([ONE], items)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "fp8", "int4", "int8_w8a8"])
+def test_a_stream_announces_what_it_delivers(kind):
+    generator = torch.Generator().manual_seed(0)
+    learned = {
+        "model.embed_tokens.weight": torch.randn(5, 4, generator=generator),
+        "model.layers.0.mlp.up_proj.weight": torch.randn(6, 4, generator=generator),
+    }
+    asked = []
+
+    def gather():
+        for name, tensor in learned.items():
+            asked.append(name)
+            yield name, tensor.bfloat16()
+
+    stream = weight_stream(
+        [(name, tuple(tensor.shape)) for name, tensor in learned.items()],
+        gather(),
+        quantization=QuantizationConfig(format=kind),
+        dtype=torch.bfloat16,
+    )
+    assert asked == []  # nothing is gathered before the first tensor is asked for
+    delivered = list(stream.tensors)
+    assert [(spec.name, spec.dtype, spec.shape) for spec in stream.specs] == [
+        (name, tensor.dtype, tuple(tensor.shape)) for name, tensor in delivered
+    ]
+    assert len(delivered) == (3 if kind == "int8_w8a8" else 2)
+    assert torch.equal(delivered[0][1], learned["model.embed_tokens.weight"].bfloat16())

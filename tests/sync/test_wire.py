@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_rl.errors import SyncError
+from megatron_rl.sync.transports.transport import ALIGNMENT
 from megatron_rl.sync.wire import (
-    ALIGNMENT,
     DTYPES,
     Manifest,
     TensorSpec,

@@ -1,6 +1,4 @@
-"""Tiny checkpoints with every tensor random, norms and biases included, and their later
-versions.
-"""
+"""Tiny checkpoints of several kinds, with every tensor random, norms and biases included."""
 
 from __future__ import annotations
 
@@ -20,6 +18,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from megatron_rl.sync.source import WeightStream
 from megatron_rl.sync.wire import TensorSpec
 
 COMMON = {
@@ -117,6 +116,11 @@ def specs_of(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
     ]
 
 
+def stream_of(tensors: dict[str, torch.Tensor]) -> WeightStream:
+    """All of them, announced as they are."""
+    return WeightStream(specs=tuple(specs_of(tensors)), tensors=tensors.items())
+
+
 def _layer_order(name: str) -> tuple[int, int, str]:
     if "embed_tokens" in name:
         return 0, 0, name
@@ -126,7 +130,7 @@ def _layer_order(name: str) -> tuple[int, int, str]:
 
 
 def _add_dead_buffer(folder: Path) -> None:
-    """As Llama checkpoints of 2023 hold it: a buffer that no model reads."""
+    """A buffer that no model reads, as Llama checkpoints of 2023 contain it."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

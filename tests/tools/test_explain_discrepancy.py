@@ -10,7 +10,7 @@ import torch
 
 from megatron_rl.config import Config, LoopConfig, ModelConfig, QuantizationConfig, RolloutConfig
 from megatron_rl.config.rollout import SamplingConfig
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score, ScoredGroup
 from megatron_rl.rollout.recording import write_recomputed, write_step
 from tools.explain_discrepancy import causes_of, main, measure
 
@@ -54,8 +54,9 @@ def test_the_gap_of_a_recorded_step(tmp_path):
             ),
         ),
     )
-    scores = [[Score(reward=1.0, is_formatted=True, failure=None)]]
-    write_step(tmp_path, 1, 0, [group], scores, [[0.0]], num_ranks=1)
+    scores = (Score(reward=1.0, is_formatted=True, failure=None),)
+    judged = ScoredGroup(group=group, scores=scores).without_judgement()
+    write_step(tmp_path, 1, 0, [judged], num_ranks=1)
     write_recomputed(
         tmp_path,
         1,

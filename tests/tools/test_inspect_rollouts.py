@@ -9,7 +9,7 @@ import torch
 from megatron_rl.config import Config, ModelConfig
 from megatron_rl.config.file import save_config
 from megatron_rl.errors import DataError
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.records import JudgedGroup, Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.rollout.recording import write_recomputed, write_step
 from tools import inspect_rollouts, make_tiny_model
 
@@ -42,9 +42,19 @@ def run_dir(tmp_path_factory):
     make_tiny_model.build_tokenizer().save_pretrained(model)
     save_config(replace(Config(), model=ModelConfig(path=str(model))), folder / "config.yaml")
     groups = [group(17, "sums", ("7", "8")), group(18, "other", ("7", "9"))]
-    scores = [[Score(reward=r, is_formatted=True, failure=None) for r in (1.0, 0.0)]] * 2
+    scores = tuple(Score(reward=r, is_formatted=True, failure=None) for r in (1.0, 0.0))
+    judged = [
+        JudgedGroup(
+            group=each,
+            scores=scores,
+            overlong_penalties=(0.0, 0.0),
+            advantages=(1.0, -1.0),
+            is_kept=(True, True),
+        )
+        for each in groups
+    ]
     for step in (3, 12):
-        write_step(folder / "rollouts", step, 0, groups, scores, [[1.0, -1.0]] * 2, num_ranks=1)
+        write_step(folder / "rollouts", step, 0, judged, num_ranks=1)
     gaps = (0.001, 0.002, 0.2, 0.003)  # of the first response token of each sample
     recomputed = [x for gap in gaps for x in (0.0, 0.0, 0.0, math.log(0.5 + gap), math.log(0.9))]
     write_recomputed(

@@ -1,37 +1,23 @@
-"""Samples of every replica in, each rank's packed rows out.
+"""Samples of every replica in, each rank's packed rows out; and log-probs of rows back to samples.
 
-Only the heads of the replicas (first rank of TP x PP) hold samples. They deal the sequences anew
-among themselves, so that every replica gets about as many tokens; each head then hands its share to
-the other ranks of its replica, and all of them pack it alike. How many ranks there are changes who
-computes a sequence, never in which mini-batch it is.
+Only the heads of the replicas (first rank of TP x PP) hold samples. They redistribute the sequences
+among themselves, so that every replica gets about as many tokens; each head then sends its share to
+the other ranks of its replica, and all of them pack it in the same way. The number of ranks changes
+which rank computes a sequence, but never its mini-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
 import torch.distributed as dist
 
-from megatron_rl.learner.batch.packing import deal, fill, pack, plan_rows
+from megatron_rl.learner.batch.packing import deal, fill, pack
 from megatron_rl.learner.layout.exchange import exchange, gather_from_all
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.records import MicroBatch, Sample, TrainBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DealtBatch:
-    """A TrainBatch and the samples that its rows hold: `samples[m][r][s]` is sequence s of row r of
-    part m (`TrainBatch.parts`).
-
-    Example: one mini-batch of one row with two sequences: `samples=(((Sample(...),
-    Sample(...)),),)`.
-    """
-
-    batch: TrainBatch
-    samples: tuple[tuple[tuple[Sample, ...], ...], ...]
+from megatron_rl.records import MicroBatch, RecomputedRow, RolloutGroup, Sample, TrainBatch
 
 
 def deal_batch(
@@ -41,12 +27,12 @@ def deal_batch(
     samples_per_prompt: int,
     num_mini_batches: int,
     tokens_per_row: int,
-) -> DealtBatch:
+) -> TrainBatch:
     """Deal and pack one step's samples; a collective over all ranks.
 
-    The groups with a kept sample are counted through by prompt index, over all replicas, and their
-    samples fall into the mini-batches in that order, about as many into each. What is not kept
-    stands in rows of its own.
+    The groups with a kept sample are numbered by prompt index, over all replicas, and their samples
+    are divided into the mini-batches in that order, about as many into each. Samples that are not
+    kept stand in rows of their own.
 
     Args:
         samples: this replica's own, on its head; ignored elsewhere.
@@ -54,7 +40,7 @@ def deal_batch(
     kept = [sample for sample in samples if sample.is_kept]
     slots = _slots(kept, parallel) if parallel.is_replica_head else {}
     num_slots = max(1, len(slots) * samples_per_prompt)
-    mini_batches, held = [], []
+    mini_batches = []
     for number in range(num_mini_batches):
         own = [
             sample
@@ -64,30 +50,20 @@ def deal_batch(
             // num_slots
             == number
         ]
-        packed = pack_batch(_dealt(own, parallel), parallel, tokens_per_row)
-        mini_batches += packed.batch.mini_batches
-        held += packed.samples
-    others = _dealt([sample for sample in samples if not sample.is_kept], parallel)
-    measured = pack_rows(others, parallel, tokens_per_row, min_rows=0)
-    if measured:
-        held.append(_held(others, tokens_per_row))
-    return DealtBatch(
-        batch=TrainBatch(mini_batches=tuple(mini_batches), measured=measured), samples=tuple(held)
+        dealt = _dealt(own, parallel)
+        mini_batches.append(pack_rows(dealt, parallel, tokens_per_row, min_rows=1))
+    dropped = _dealt([sample for sample in samples if not sample.is_kept], parallel)
+    return TrainBatch(
+        mini_batches=tuple(mini_batches),
+        dropped=pack_rows(dropped, parallel, tokens_per_row, min_rows=0),
     )
-
-
-def pack_batch(samples: Sequence[Sample], parallel: Parallel, tokens_per_row: int) -> DealtBatch:
-    """One mini-batch of samples that every rank of the replica holds already; a collective."""
-    rows = pack_rows(samples, parallel, tokens_per_row, min_rows=1)
-    held = _held(samples, tokens_per_row)
-    return DealtBatch(batch=TrainBatch(mini_batches=(rows,)), samples=(held,))
 
 
 def pack_rows(
     samples: Sequence[Sample], parallel: Parallel, tokens_per_row: int, *, min_rows: int
 ) -> tuple[MicroBatch, ...]:
-    """This replica's samples as rows, filled up with masked ones to as many as any replica has; a
-    collective.
+    """Rows of this replica's samples, filled up with masked ones to the number of the replica that
+    has most; a collective.
     """
     rows = pack(samples, tokens_per_row=tokens_per_row)
     most = torch.tensor([len(rows)], dtype=torch.int64, device=parallel.device)
@@ -98,37 +74,55 @@ def pack_rows(
 
 def to_device(row: MicroBatch, device: torch.device) -> MicroBatch:
     """The row with every tensor on the device."""
-    return MicroBatch(
-        **{name: getattr(row, name).to(device) for name in MicroBatch.__dataclass_fields__}
-    )
+    fields = {name: getattr(row, name) for name in MicroBatch.__dataclass_fields__}
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in fields.items()
+    }
+    return MicroBatch(**moved)
 
 
-def recomputed_by_sample(
-    dealt: DealtBatch, recomputed: Sequence[Sequence[torch.Tensor]]
+def unscored_samples(groups: Iterable[RolloutGroup]) -> list[Sample]:
+    """One sample for each rollout of groups of which only the log-probs matter."""
+    return [
+        Sample(
+            prompt_index=group.prompt.index,
+            sample_index=index,
+            rollout=rollout,
+            reward=0.0,
+            advantage=0.0,
+        )
+        for group in groups
+        for index, rollout in enumerate(group.rollouts)
+    ]
+
+
+def by_sample(rows: Iterable[RecomputedRow]) -> list[tuple[Sample, torch.Tensor]]:
+    """Each sample of the rows with its recomputed log-probs, as `split_by_sample` gives them."""
+    return [
+        pair for row in rows for pair in split_by_sample(row.micro_batch, row.recomputed_logprobs)
+    ]
+
+
+def split_by_sample(
+    micro_batch: MicroBatch, values: torch.Tensor
 ) -> list[tuple[Sample, torch.Tensor]]:
-    """Each sample with its recomputed log-probs, [L] float32 aligned with its own tokens (0.0 for
-    the first).
+    """Each sample of a row with its part of the row's values.
 
     Args:
-        recomputed: a [T] a row a part, aligned with the prediction, as `train_step` returns it.
+        values: [T] float32, aligned with the prediction.
+    Returns:
+        Samples in their order in the row, each with [L] float32 on the CPU, aligned with its own
+        tokens: 0.0 for the first, which nothing predicts. Nothing for a filler row.
     """
-    found = []
-    for rows, row_samples, row_values in zip(
-        dealt.batch.parts, dealt.samples, recomputed, strict=True
-    ):
-        # Not strict: rows that were filled up hold no samples.
-        for row, samples, values in zip(rows, row_samples, row_values):
-            for start, sample in zip(row.cu_seqlens_padded.tolist(), samples):
-                length = len(sample.rollout.token_ids)
-                of_tokens = torch.zeros(length)
-                of_tokens[1:] = values[start : start + length - 1].cpu()
-                found.append((sample, of_tokens))
-    return found
-
-
-def _held(samples: Sequence[Sample], tokens_per_row: int) -> tuple[tuple[Sample, ...], ...]:
-    plan = plan_rows(samples, tokens_per_row=tokens_per_row)
-    return tuple(tuple(samples[index] for index in row) for row in plan)
+    pairs = []
+    # Not strict: there is one start more than there are samples.
+    for start, sample in zip(micro_batch.cu_seqlens_padded.tolist(), micro_batch.samples):
+        length = len(sample.rollout.token_ids)
+        of_tokens = torch.zeros(length)
+        of_tokens[1:] = values[start : start + length - 1].cpu()
+        pairs.append((sample, of_tokens))
+    return pairs
 
 
 def _slots(kept: Sequence[Sample], parallel: Parallel) -> dict[int, int]:
@@ -147,11 +141,11 @@ def _dealt(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
 def _deal_among_heads(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
     if parallel.dp_size > 1:
         own = [(*_key(sample), len(sample.rollout.token_ids)) for sample in samples]
-        # By prompt, so that who holds a sample now does not matter to who gets it.
-        everyones = sorted(chain(*gather_from_all(own, parallel.dp_group)))
+        # By prompt, so that the result does not depend on which replica holds a sample now.
+        of_all = sorted(chain(*gather_from_all(own, parallel.dp_group)))
         by_key = {_key(sample): sample for sample in samples}
-        shares = deal([length for *_, length in everyones], parallel.dp_size)
-        keys = [[everyones[index][:2] for index in share] for share in shares]
+        shares = deal([length for *_, length in of_all], parallel.dp_size)
+        keys = [[of_all[index][:2] for index in share] for share in shares]
         items_for = [[by_key[key] for key in each if key in by_key] for each in keys]
         samples = exchange(items_for, parallel.dp_group, parallel.device)
     return sorted(samples, key=_key)

@@ -1,9 +1,9 @@
-"""Samples in, packed rows for the learner out; pure functions, the same on every rank that is given
-the same samples.
+"""Samples in, packed rows for the learner out: pure functions, which give the same result on every
+rank that is given the same samples.
 
-`deal` shares sequences out over data-parallel ranks by token count (longest processing time first,
+`deal` distributes sequences over data-parallel ranks by token count (longest processing time first,
 Graham 1969), `pack` fills rows of a fixed token budget (first fit decreasing), `fill` adds fully
-masked rows until every rank has the same number. Labels are shifted here, once: position
+masked rows until every rank has the same number. Labels are shifted here and nowhere else: position
 t of a row predicts the sequence's token t+1, and every other tensor is aligned with that
 prediction.
 """
@@ -20,15 +20,17 @@ from megatron_rl.records import MicroBatch, Sample
 
 
 def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Shares sequences out so that the ranks get about the same number of tokens.
+    """Distributes sequences so that the ranks get about the same number of tokens.
 
     The longest goes first, to the rank with the fewest tokens so far; a tie goes to the lowest
-    rank, equal lengths in the order they came.
+    rank, and sequences of equal length keep their order.
 
     Args:
         lengths: tokens of each sequence.
     Returns:
-        for each rank the indices that it gets, ascending; every index once. A rank may get none.
+        For each rank the indices that it gets, ascending; every index once. A rank may get none.
+    Raises:
+        ValueError: less than one rank.
     """
     if num_ranks < 1:
         raise ValueError(f"expected at least 1 rank, got {num_ranks}")
@@ -41,57 +43,34 @@ def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def pack(
-    samples: Sequence[Sample], *, tokens_per_row: int, context_parallel: int = 1
-) -> list[MicroBatch]:
+def pack(samples: Sequence[Sample], *, tokens_per_row: int) -> list[MicroBatch]:
     """Packs whole sequences into rows of `tokens_per_row` positions, the longest first, each into
-    the first row with room.
-
-    A sequence takes its length rounded up to a multiple of 2 x `context_parallel` (of 1 without
-    context parallelism), so that every context-parallel rank holds two equal pieces of it.
+    the first row with enough space.
 
     Returns:
-        rows as `MicroBatch` describes them; none for no samples. Positions count on through a
-        sequence's own padding and restart at 0 in the row's; advantages stand on every real token
-        of their sequence.
+        Rows as `MicroBatch` describes them; none for no samples. Positions restart at 0 in the
+        padding of the row; the advantage of a sequence stands on each of its tokens.
     Raises:
         DataError: a sequence longer than the budget, or whose fields do not match.
     """
-    widths = _widths(samples, tokens_per_row, context_parallel)
+    lengths = [_checked_length(sample, tokens_per_row) for sample in samples]
     return [
-        _row([samples[index] for index in row], [widths[index] for index in row], tokens_per_row)
-        for row in _fit_rows(widths, tokens_per_row)
+        _row([samples[index] for index in row], tokens_per_row)
+        for row in _fit_rows(lengths, tokens_per_row)
     ]
 
 
-def plan_rows(
-    samples: Sequence[Sample], *, tokens_per_row: int, context_parallel: int = 1
-) -> list[list[int]]:
-    """Which samples `pack` puts into which row, in the order in which they stand there."""
-    return _fit_rows(_widths(samples, tokens_per_row, context_parallel), tokens_per_row)
-
-
-def _widths(samples: Sequence[Sample], tokens_per_row: int, context_parallel: int) -> list[int]:
-    multiple = 2 * context_parallel if context_parallel > 1 else 1
-    if tokens_per_row % multiple:
-        raise DataError(
-            f"learner.tokens_per_micro_batch: expected a multiple of 2 x context parallel "
-            f"= {multiple}, got {tokens_per_row}"
-        )
-    return [_padded_width(sample, multiple, tokens_per_row) for sample in samples]
-
-
-def _fit_rows(widths: Sequence[int], tokens_per_row: int) -> list[list[int]]:
+def _fit_rows(lengths: Sequence[int], tokens_per_row: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(widths)), key=lambda index: (-widths[index], index)):
-        width = widths[index]
-        number = next((n for n, left in enumerate(room) if left >= width), len(rows))
+    space: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        number = next((n for n, left in enumerate(space) if left >= length), len(rows))
         if number == len(rows):
             rows.append([])
-            room.append(tokens_per_row)
+            space.append(tokens_per_row)
         rows[number].append(index)
-        room[number] -= width
+        space[number] -= length
     return rows
 
 
@@ -99,8 +78,7 @@ def empty_micro_batch(tokens_per_row: int) -> MicroBatch:
     """A fully masked row: one sequence of one token, padded to the whole row.
 
     One token and not the whole row, so that attention costs nothing; one sequence and not none, so
-    that no kernel or index meets an empty list; padded to the row, so that it divides as the row
-    does under context parallelism.
+    that no kernel or index is given an empty list.
     """
     nothing = torch.zeros(tokens_per_row, dtype=torch.int64)
     return MicroBatch(
@@ -114,12 +92,16 @@ def empty_micro_batch(tokens_per_row: int) -> MicroBatch:
         sequence_ids=torch.tensor([0] + [-1] * (tokens_per_row - 1)),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
         cu_seqlens_padded=torch.tensor([0, tokens_per_row], dtype=torch.int32),
+        samples=(),
     )
 
 
 def fill(micro_batches: Sequence[MicroBatch], num: int, tokens_per_row: int) -> list[MicroBatch]:
-    """Adds fully masked rows behind `micro_batches` until there are `num`, as many as every other
-    rank has.
+    """Appends fully masked rows to `micro_batches` until there are `num`, the number that every
+    other rank has too.
+
+    Raises:
+        ValueError: more than `num` already.
     """
     if len(micro_batches) > num:
         raise ValueError(f"expected at most {num} micro-batches, got {len(micro_batches)}")
@@ -127,7 +109,7 @@ def fill(micro_batches: Sequence[MicroBatch], num: int, tokens_per_row: int) -> 
     return [*micro_batches, *(empty_micro_batch(tokens_per_row) for _ in range(missing))]
 
 
-def _padded_width(sample: Sample, multiple: int, tokens_per_row: int) -> int:
+def _checked_length(sample: Sample, tokens_per_row: int) -> int:
     rollout = sample.rollout
     length = len(rollout.token_ids)
     where = f"prompt {sample.prompt_index}, sample {sample.sample_index}"
@@ -141,17 +123,15 @@ def _padded_width(sample: Sample, multiple: int, tokens_per_row: int) -> int:
         raise DataError(
             f"{where}: expected a first token from the prompt, got one that the policy sampled"
         )
-    width = -(-length // multiple) * multiple
-    if width > tokens_per_row:
+    if length > tokens_per_row:
         raise DataError(
-            f"{where}: expected a sequence of at most {tokens_per_row} tokens, got {length}"
-            + (f" ({width} padded)" if width != length else "")
-            + ": raise learner.tokens_per_micro_batch, or lower rollout.sampling.max_tokens"
+            f"{where}: expected a sequence of at most {tokens_per_row} tokens, got {length}: raise "
+            "learner.tokens_per_micro_batch, or lower rollout.sampling.max_tokens"
         )
-    return width
+    return length
 
 
-def _row(samples: Sequence[Sample], widths: Sequence[int], tokens_per_row: int) -> MicroBatch:
+def _row(samples: Sequence[Sample], tokens_per_row: int) -> MicroBatch:
     tokens: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
@@ -160,22 +140,20 @@ def _row(samples: Sequence[Sample], widths: Sequence[int], tokens_per_row: int) 
     advantages: list[float] = []
     weight_versions: list[int] = []
     sequence_ids: list[int] = []
-    ends, padded_ends = [0], [0]
-    for number, (sample, width) in enumerate(zip(samples, widths)):
+    ends = [0]
+    for number, sample in enumerate(samples):
         rollout = sample.rollout
         length = len(rollout.token_ids)
-        padding = width - length
-        tokens += [*rollout.token_ids, *[0] * padding]
+        tokens += rollout.token_ids
         # The last token predicts nothing: what follows it belongs to another sequence.
-        labels += [*rollout.token_ids[1:], *[0] * (padding + 1)]
-        positions += range(width)
-        loss_mask += [*rollout.loss_mask[1:], *[False] * (padding + 1)]
-        rollout_logprobs += [*rollout.rollout_logprobs[1:], *[0.0] * (padding + 1)]
-        weight_versions += [*rollout.weight_versions[1:], *[-1] * (padding + 1)]
-        advantages += [sample.advantage] * length + [0.0] * padding
-        sequence_ids += [number] * length + [-1] * padding
+        labels += [*rollout.token_ids[1:], 0]
+        positions += range(length)
+        loss_mask += [*rollout.loss_mask[1:], False]
+        rollout_logprobs += [*rollout.rollout_logprobs[1:], 0.0]
+        weight_versions += [*rollout.weight_versions[1:], -1]
+        advantages += [sample.advantage] * length
+        sequence_ids += [number] * length
         ends.append(ends[-1] + length)
-        padded_ends.append(padded_ends[-1] + width)
     rest = tokens_per_row - len(tokens)
     return MicroBatch(
         tokens=torch.tensor(tokens + [0] * rest),
@@ -187,5 +165,6 @@ def _row(samples: Sequence[Sample], widths: Sequence[int], tokens_per_row: int) 
         weight_versions=torch.tensor(weight_versions + [-1] * rest),
         sequence_ids=torch.tensor(sequence_ids + [-1] * rest),
         cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-        cu_seqlens_padded=torch.tensor(padded_ends, dtype=torch.int32),
+        cu_seqlens_padded=torch.tensor(ends, dtype=torch.int32),
+        samples=tuple(samples),
     )

@@ -1,10 +1,10 @@
 """Megatron-Core on a machine without CUDA: every adaptation, and the place in Megatron-Core that
 needs it.
 
-Megatron-Core asks for "the CUDA device" in a few dozen places and compares the names of tensor
-types; here the CPU answers. `run_on_cpu()` must come before the first import of `megatron.core`; it
-does nothing where a GPU is present. `SPOTS` is read by a test that fails when a pinned release no
-longer has such a place, so that nothing stays behind.
+Megatron-Core names the CUDA device in a few dozen places and compares the names of tensor types;
+without a GPU these are redirected to the CPU. `run_on_cpu()` must be called before the first import
+of `megatron.core`; it does nothing where a GPU is present. A test reads `SPOTS` and fails when a
+pinned release no longer has such a place, so that no adaptation outlives its reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ RELEASES = ("0.16.1", "0.19.2")  # of Megatron-Core, that this package is pinned
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spot:
-    """One place in Megatron-Core that assumes CUDA, and what answers it here."""
+    """One place in Megatron-Core that assumes CUDA, and the function that adapts it.
+
+    Example: `Spot(file="optimizer/clip_grads.py", pattern=r"device='cuda'",
+    answer="_factories_on_cpu")`.
+    """
 
     file: str  # below megatron/core/
     pattern: str  # a regular expression that this place matches
@@ -83,7 +87,7 @@ def is_cpu_run() -> bool:
 
 
 def run_on_cpu() -> None:
-    """Make the CPU answer for CUDA; idempotent, and without effect where a GPU is present."""
+    """Redirect CUDA calls to the CPU; idempotent, and without effect where a GPU is present."""
     if not is_cpu_run() or getattr(torch.cuda, "_megatron_rl_on_cpu", False):
         return
     _factories_on_cpu()
@@ -99,7 +103,7 @@ def _names_cuda(device: object) -> bool:
 
 
 def _factories_on_cpu() -> None:
-    """`torch.zeros(..., device="cuda")` and its kin make CPU tensors."""
+    """`torch.zeros(..., device="cuda")` and the other factories make CPU tensors."""
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def call(*positional: Any, device: Any = None, **keywords: Any) -> torch.Tensor:
@@ -147,7 +151,7 @@ def _generators_on_cpu() -> None:
 
 
 class _CpuStream:
-    """`torch.cuda.current_stream()`: everything that was begun is already done."""
+    """`torch.cuda.current_stream()`: on the CPU there is never pending work to wait for."""
 
     def wait_event(self, event: object) -> None: ...
 

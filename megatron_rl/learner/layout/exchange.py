@@ -1,5 +1,5 @@
-"""Objects between data-parallel ranks: what each rank packs for another comes out there; nobody
-holds everything.
+"""Python objects between data-parallel ranks: each rank sends every other rank a list of its own,
+so that no rank has to hold all of them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def exchange(
     """All-to-all of Python objects between the ranks of one run.
 
     Args:
-        items_for: for every rank of the group, what it shall get.
+        items_for: for every rank of the group, the items that it gets.
     Returns:
-        What the ranks packed for this one, in order of their ranks.
+        The items that the ranks sent to this one, in order of their ranks.
     """
     packed = [pickle.dumps(list(items)) for items in items_for]
     send_sizes = torch.tensor([len(each) for each in packed], dtype=torch.int64, device=device)

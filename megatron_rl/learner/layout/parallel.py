@@ -1,8 +1,7 @@
-"""[door: megatron] Start the process groups and hand them out.
+"""[imports megatron] Start the process groups and hand them out.
 
-In comes the layout of the config, out goes a `Parallel`: this rank's place and the groups that the
-rest of the learner is given explicitly. NCCL where there is a GPU, gloo otherwise, from the same
-code.
+In comes the layout of the config, out goes a `Parallel`: this rank's place and the process groups,
+which the rest of the learner is given explicitly. NCCL where there is a GPU, gloo otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_rl.config import ParallelConfig
 from megatron_rl.errors import ConfigError
+from megatron_rl.learner.layout.context import global_batch_group
 from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu
 
 
@@ -31,39 +31,47 @@ class Parallel:
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup  # data and context parallel together: who shares a global batch
+    dp_group: dist.ProcessGroup  # the ranks that share a global batch, one of every replica
     model_group: dist.ProcessGroup  # TP x PP: the ranks that hold one replica of the model
 
     @property
     def tp_rank(self) -> int:
+        """This rank's index among the shards of its stage."""
         return self.tp_group.rank()
 
     @property
     def tp_size(self) -> int:
+        """The number of shards of a stage."""
         return self.tp_group.size()
 
     @property
     def pp_rank(self) -> int:
+        """The index of this rank's pipeline stage."""
         return self.pp_group.rank()
 
     @property
     def pp_size(self) -> int:
+        """The number of pipeline stages."""
         return self.pp_group.size()
 
     @property
     def dp_rank(self) -> int:
+        """The index of this rank's replica."""
         return self.dp_group.rank()
 
     @property
     def dp_size(self) -> int:
+        """The number of replicas."""
         return self.dp_group.size()
 
     @property
     def is_first_stage(self) -> bool:
+        """This stage embeds the tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """This stage computes the logits, and so has log-probs and a loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -84,6 +92,21 @@ class Parallel:
         source = dist.get_global_rank(self.pp_group, self.pp_size - 1)
         dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
         return box[0]
+
+    def from_first_rank(self, value: object) -> object:
+        """The value of global rank 0 on every rank; the others' argument is ignored."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        dist.barrier()
+
+    def share(self, count: int) -> tuple[int, int]:
+        """First and number of this replica's items, of `count` that all replicas share."""
+        start = count * self.dp_rank // self.dp_size
+        return start, count * (self.dp_rank + 1) // self.dp_size - start
 
     def reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
         """`(float64 tensor, "sum" | "max") -> reduced over the data-parallel ranks`, for
@@ -152,7 +175,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        dp_group=global_batch_group(),
         model_group=parallel_state.get_model_parallel_group(),
     )
 

@@ -78,15 +78,15 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
 
 
 def use_fused_layout() -> None:
-    """Give Megatron-Core this optimizer where it would fall back to torch's; idempotent."""
+    """Make Megatron-Core use this optimizer where it would fall back to torch's; idempotent."""
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.Adam = FusedLayoutAdamW
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-        # The state has apex's layout from here on, and the distributed optimizer, which takes no
-        # other class than its own Adam, must read it so.
+        # From here on the state has apex's layout. The distributed optimizer must read it in that
+        # layout, and accepts only the class that it knows as Adam.
         distrib_optimizer.Adam = FusedLayoutAdamW
         distrib_optimizer.HAVE_APEX_OR_TE = True
         distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -1,11 +1,11 @@
-"""Causal attention over packed rows, for machines where Transformer Engine's is not there.
+"""Causal attention over packed rows, for machines without Transformer Engine.
 
 Megatron-Core's own `DotProductAttention` refuses packed sequences
 (transformer/dot_product_attention.py), so the layer spec is given this one: `query [T, heads,
 dim]`, `key` and `value [T, groups, dim]` and the borders of the sequences come in, `[T, heads x
 dim]` goes out, and no position sees another sequence. Sequences of similar length are stacked and
-handed to torch's scaled_dot_product_attention together; what a sequence gets does not depend on its
-neighbours, since padding stands behind it and attention is causal.
+passed to torch's scaled_dot_product_attention together; the result for a sequence does not depend
+on the others in its stack, since padding comes after it and attention is causal.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ WIDTH_STEP = 8  # lengths are rounded up to a multiple of this, so that few stac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackPlan:
-    """How the sequences of one packed row are stacked; made once a row, used by every layer.
+    """How the sequences of one packed row are stacked; made once for a row, used by every layer.
 
     Example: sequences of 3 and 5 positions at 0 and 3 of T=9: one stack of width 8, `gather=([0..2,
     0.., 3..7, 3..],)` of shape [2, 8]; `scatter` picks the 8 real positions out of the 16 and a
     zero for the row's last one.
     """
 
-    gather: tuple[Tensor, ...]  # [n, width] int64 a stack: which row position stands where
-    # [T] int64: where in the concatenated stacks (or behind them: zero) a row position stands
+    gather: tuple[Tensor, ...]  # [n, width] int64 for each stack: the row position of every entry
+    # [T] int64: the index of every row position in the concatenated stacks; one past their end,
+    # where a zero is appended, for positions without a sequence
     scatter: Tensor
 
 
@@ -84,13 +85,13 @@ def packed_attention(
 
 
 def packed_attention_module() -> type:
-    """The class to give a Megatron layer spec as `core_attention`; made on demand, for it derives
+    """The class to give a Megatron layer spec as `core_attention`; made on demand, since it derives
     from Megatron's.
     """
     from megatron.core.transformer.module import MegatronModule
 
     class PackedAttention(MegatronModule):
-        """In place of Megatron's DotProductAttention; needs `packed_seq_params.stack_plan`."""
+        """Replaces Megatron's DotProductAttention; needs `packed_seq_params.stack_plan`."""
 
         def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
             super().__init__(config=config)

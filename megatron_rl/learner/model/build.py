@@ -1,9 +1,9 @@
-"""[door: megatron] A Megatron-Core GPT model from a Hugging Face config, with this rank's shard of
-the weights.
+"""[imports megatron] A Megatron-Core GPT model from a Hugging Face config, with this rank's shard
+of the weights.
 
-In come a checkpoint folder and this rank's place, out goes the model of this pipeline stage, in
-Megatron's own DDP. With a GPU and Transformer Engine the layers are Transformer Engine's, otherwise
-Megatron's own with packed attention.
+A checkpoint folder and this rank's place in the layout come in, the model of this pipeline stage
+goes out, in Megatron's own DDP. With a GPU and Transformer Engine the layers are Transformer
+Engine's, otherwise Megatron's own with packed attention.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
         use_cpu_initialization=is_cpu_run(),
-        # Also sets the attributes by which norms and checkpoints know a shard from a copy.
+        # Also sets the attributes by which norms and checkpoints distinguish shards from copies.
         perform_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -181,8 +181,11 @@ def _hf_rope(geometry: Geometry, model_path: str | Path) -> tuple[torch.Tensor, 
 def load_weights(
     model: GPTModel, geometry: Geometry, parallel: Parallel, reader: CheckpointReader
 ) -> None:
-    """Read this rank's shard of every tensor of this stage; DataError where the checkpoint does not
-    fit.
+    """Read this rank's shard of every tensor of this stage.
+
+    Raises:
+        DataError: the checkpoint's tensors do not fit the geometry. ConfigError: the model has a
+            parameter that no tensor rule covers.
     """
     parameters = dict(model.named_parameters())
     for rule, name in stage_tensors(geometry, parallel, parameters):

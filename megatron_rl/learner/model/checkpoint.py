@@ -1,20 +1,19 @@
-"""[door: megatron] Save and load all that a run needs to go on as if it had never stopped.
+"""[imports megatron] Save and load everything that a run needs to continue as if it had never
+stopped.
 
 A checkpoint is a folder `checkpoints/step_000012`: Megatron's distributed checkpoint of model and
 optimizer (float32 main weights and moments), which any other TP x PP x DP layout can read;
 `run_state.json` (step, lambda, schedule, data cursor, and the size of every file); and every rank's
-random state. It is written under another name, synced to disk and renamed, and only then does the
-file `checkpoints/latest` name it: a kill at any moment leaves the previous checkpoint in force.
+random state. How it becomes the latest one is in checkpoint_files.py.
 
-What can be seen without reading the tensors (a missing or cut file, another model) is looked for
-on every rank before the ranks read together, so that all of them fail alike and none waits for
-another.
+What can be checked without reading the tensors (a missing or truncated file, another model) is
+checked on every rank before the ranks read together, so that all of them fail alike and none waits
+for another.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import queue
 import shutil
@@ -31,52 +30,47 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_rl.errors import DataError
-from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.model import checkpoint_files
+from megatron_rl.learner.model.checkpoint_files import STATE
+from megatron_rl.learner.model.export import tensor_shapes
+from megatron_rl.learner.model.training_model import TrainingModel
 
-LATEST = "latest"
-STATE = "run_state.json"
-# A float32 main weight and two moments; the model's own weights come on top where they are others.
+# A float32 main weight and two moments; the model's own weights are added where they are others.
 BYTES_PER_PARAMETER = 12
 
 
 def save_checkpoint(
-    folder: Path, learner: Learner, run_state: dict[str, Any], *, step: int, keep: int
+    folder: Path, trained: TrainingModel, run_state: dict[str, Any], *, step: int, keep: int
 ) -> Path:
     """Write `folder/step_<step>` and make it the latest; a collective over all ranks.
 
     Args:
         run_state: plain JSON values; the same on every rank.
-        keep: how many checkpoints stay, at least 1; older ones are deleted once this one is whole.
+        keep: how many checkpoints to keep, at least 1; older ones are deleted once this one is
+            complete.
     Raises:
         DataError: the disk is full or not writable, and the earlier checkpoints are untouched; or
-            this one is whole and the latest, but an older one cannot be deleted.
+            this one is complete and the latest, but an older one cannot be deleted.
     """
-    final = folder / f"step_{step:06d}"
-    partial = folder / f".partial_step_{step:06d}"
-    is_writer = learner.parallel.rank == 0
+    partial = checkpoint_files.partial_folder(folder, step)
+    is_writer = trained.parallel.rank == 0
 
     def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _check_space(folder, learner)
+        checkpoint_files.start_partial(folder, step)
+        _check_space(folder, trained)
 
     def write() -> None:
-        _write_parts(partial, learner)
+        _write_parts(partial, trained)
 
     def finish() -> None:
-        _write_state(partial, learner, run_state)
-        _sync_to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        # Before `latest` names it: no power cut may keep the pointer and lose what it points at.
-        _sync_entry(folder)
-        _point_latest_at(folder, final.name)
+        _write_state(partial, trained, run_state)
+        checkpoint_files.complete(folder, step)
 
     def delete_old() -> None:
-        _delete_old(folder, final.name, keep)
+        checkpoint_files.delete_old(folder, step, keep)
 
-    for phase, takes_part in ((prepare, is_writer), (write, True), (finish, is_writer)):
-        error = _first_error(phase if takes_part else None, folder)
+    for part, takes_part in ((prepare, is_writer), (write, True), (finish, is_writer)):
+        error = _first_error(part if takes_part else None, folder)
         if error is not None:
             if is_writer:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -91,15 +85,17 @@ def save_checkpoint(
             f"beyond checkpoint.keep={keep} could not be deleted, got: {error}; delete them by "
             "hand, resume=auto goes on from it"
         )
-    return final
+    return folder / checkpoint_files.checkpoint_name(step)
 
 
-def _first_error(phase: Callable[[], None] | None, folder: Path) -> str | None:
-    """Do this rank's part; what went wrong with anybody's, the same on every rank. A collective."""
+def _first_error(part: Callable[[], None] | None, folder: Path) -> str | None:
+    """Do this rank's part of the work, if it has one; the first error of any rank, the same on
+    every rank. A collective.
+    """
     error = None
     try:
-        if phase is not None:
-            phase()
+        if part is not None:
+            part()
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as caught:
         # torch's writer says "unexpected pos" where the disk is full
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
@@ -110,43 +106,32 @@ def _first_error(phase: Callable[[], None] | None, folder: Path) -> str | None:
 
 
 def _in_brief(error: BaseException) -> str:
-    """In one line; of torch's collection of all ranks' errors, the first."""
+    """The error in one line; the first one of torch's collection of all ranks' errors."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The folder that `latest` names, or None where no checkpoint was ever completed."""
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text().strip()
-    if Path(name).name != name or not (folder / name / STATE).is_file():
-        raise DataError(f"{pointer}: expected the name of a checkpoint beside it, got {name!r}")
-    return folder / name
-
-
-def load_checkpoint(folder: Path, learner: Learner) -> dict[str, Any]:
+def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
     """Load model, optimizer, schedule and random state, whatever layout saved them; returns the run
-    state.
+    state. A collective over all ranks.
 
-    Learning rate, betas and the other settings of the optimizer are this run's config; the
-    checkpoint says how far the run had come.
+    Learning rate, betas and the other settings of the optimizer are those of this run's config;
+    only how far the run had come is taken from the checkpoint.
 
     Raises:
-        DataError: a missing, truncated or foreign checkpoint.
+        DataError: a checkpoint that is missing, truncated or of another model.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    state = _read_state(folder, learner)
+    state = _read_state(folder, trained)
     try:
-        sharded = _sharded_state(learner, is_loading=True)
+        sharded = _sharded_state(trained, is_loading=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             loaded = dist_checkpointing.load(sharded, str(folder))
-        random_state = _read_random_state(folder, learner, state["world_size"])
+        random_state = _read_random_state(folder, trained, state["world_size"])
     except (
         OSError,
         EOFError,
@@ -161,22 +146,22 @@ def load_checkpoint(folder: Path, learner: Learner) -> dict[str, Any]:
             f"checkpoint {folder}: expected files that can be read, got: {_in_brief(error)}; "
             f"resume from another one (resume=FOLDER), or start anew (resume=never)"
         ) from error
-    learner.model.module.load_state_dict(loaded["model"])
+    trained.model.module.load_state_dict(loaded["model"])
     settings = [
         {key: value for key, value in group.items() if key not in ("params", "step")}
-        for group in learner.optimizer.param_groups
+        for group in trained.optimizer.param_groups
     ]
-    learner.optimizer.load_state_dict(loaded["optimizer"])
-    for group, of_config in zip(learner.optimizer.param_groups, settings, strict=True):
+    trained.optimizer.load_state_dict(loaded["optimizer"])
+    for group, of_config in zip(trained.optimizer.param_groups, settings, strict=True):
         group.update(of_config)
-    learner.scheduler.load_state_dict(state["scheduler"])
+    trained.scheduler.load_state_dict(state["scheduler"])
     _set_random_state(random_state)
     return state["run"]
 
 
-def _sharded_state(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
-    model = learner.model.module.sharded_state_dict()
-    optimizer = learner.optimizer.sharded_state_dict(
+def _sharded_state(trained: TrainingModel, *, is_loading: bool) -> dict[str, Any]:
+    model = trained.model.module.sharded_state_dict()
+    optimizer = trained.optimizer.sharded_state_dict(
         model,
         is_loading=is_loading,
         metadata={"distrib_optim_sharding_type": "fully_reshardable"},
@@ -184,29 +169,31 @@ def _sharded_state(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def _write_parts(folder: Path, learner: Learner) -> None:
+def _write_parts(folder: Path, trained: TrainingModel) -> None:
     from megatron.core import dist_checkpointing
 
     _results_stay_in_process()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        dist_checkpointing.save(_sharded_state(learner, is_loading=False), str(folder))
-    save_file(_random_state(), folder / _random_name(learner))
+        dist_checkpointing.save(_sharded_state(trained, is_loading=False), str(folder))
+    save_file(_random_state(), folder / _random_name(trained))
 
 
-def _write_state(folder: Path, learner: Learner, run_state: dict[str, Any]) -> None:
+def _write_state(folder: Path, trained: TrainingModel, run_state: dict[str, Any]) -> None:
     state = {
-        "world_size": learner.parallel.world_size,
-        "made_by": _kind(learner),
-        "scheduler": learner.scheduler.state_dict(),
+        "world_size": trained.parallel.world_size,
+        "made_by": _kind(trained),
+        "scheduler": trained.scheduler.state_dict(),
         "run": run_state,
         "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
     (folder / STATE).write_text(json.dumps(state, indent=2))
 
 
-def _read_state(folder: Path, learner: Learner) -> dict[str, Any]:
-    """What run_state.json says, once all files are there and it is of this learner's kind."""
+def _read_state(folder: Path, trained: TrainingModel) -> dict[str, Any]:
+    """The contents of run_state.json, after a check that all files are whole and the model is this
+    run's.
+    """
     otherwise = "resume from another one (resume=FOLDER), or start anew (resume=never)"
     try:
         state = json.loads((folder / STATE).read_text())
@@ -223,7 +210,7 @@ def _read_state(folder: Path, learner: Learner) -> dict[str, Any]:
             raise DataError(
                 f"checkpoint {folder}: expected {name} of {size} bytes, got {got}; {otherwise}"
             )
-    for key, expected in _kind(learner).items():
+    for key, expected in _kind(trained).items():
         if kind.get(key) != expected:
             raise DataError(
                 f"checkpoint {folder}: expected one of a model and optimizer as in this run's "
@@ -232,20 +219,19 @@ def _read_state(folder: Path, learner: Learner) -> dict[str, Any]:
     return state
 
 
-def _kind(learner: Learner) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be loaded; the layout need not be."""
-    geometry = asdict(learner.geometry)
+def _kind(trained: TrainingModel) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be loaded; the layout may differ."""
+    geometry = asdict(trained.geometry)
     return geometry | {
-        "dtype": str(learner.model.config.params_dtype),
-        "has_distributed_optimizer": learner.model.ddp_config.use_distributed_optimizer,
+        "dtype": str(trained.model.config.params_dtype),
+        "has_distributed_optimizer": trained.model.ddp_config.use_distributed_optimizer,
     }
 
 
 def _results_stay_in_process() -> None:
     """Megatron keeps the writers' results in a manager process of its own, which would outlive a
-    killed rank
-    (dist_checkpointing/strategies/filesystem_async.py). A synchronous save needs no more than a
-    queue.
+    killed rank (dist_checkpointing/strategies/filesystem_async.py). A queue is enough for a
+    synchronous save.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -253,8 +239,8 @@ def _results_stay_in_process() -> None:
         filesystem_async._results_queue = queue.Queue()
 
 
-def _random_name(learner: Learner) -> str:
-    return f"random_state_rank_{learner.parallel.rank:05d}.safetensors"
+def _random_name(trained: TrainingModel) -> str:
+    return f"random_state_rank_{trained.parallel.rank:05d}.safetensors"
 
 
 def _random_state() -> dict[str, torch.Tensor]:
@@ -267,14 +253,14 @@ def _random_state() -> dict[str, torch.Tensor]:
 
 
 def _read_random_state(
-    folder: Path, learner: Learner, saved_world_size: int
+    folder: Path, trained: TrainingModel, saved_world_size: int
 ) -> dict[str, torch.Tensor]:
-    """Empty on another layout, which starts afresh: nothing random decides a run's course (seeds
-    derive from step and prompt).
+    """Empty on another number of ranks, which then start with new random states. These do not
+    affect the run: its seeds derive from step and prompt.
     """
-    if saved_world_size != learner.parallel.world_size:
+    if saved_world_size != trained.parallel.world_size:
         return {}
-    return load_file(folder / _random_name(learner))
+    return load_file(folder / _random_name(trained))
 
 
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:
@@ -287,51 +273,18 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
         )
 
 
-def _check_space(folder: Path, learner: Learner) -> None:
-    """Fail before writing where the disk surely cannot hold the checkpoint."""
-    num_parameters = sum(torch.Size(shape).numel() for _, shape in learner.tensor_shapes())
-    needed = num_parameters * _bytes_per_parameter(learner)
+def _check_space(folder: Path, trained: TrainingModel) -> None:
+    """OSError, before anything is written, where the disk cannot hold the checkpoint."""
+    num_parameters = sum(torch.Size(shape).numel() for _, shape in tensor_shapes(trained.geometry))
+    needed = num_parameters * _bytes_per_parameter(trained)
     if shutil.disk_usage(folder).free < needed:
         raise OSError(f"{needed / 2**20:.1f} MiB needed")
 
 
-def _bytes_per_parameter(learner: Learner) -> int:
-    """Of a float32 model the plain optimizer steps the weights themselves; otherwise it holds main
-    weights of its own.
+def _bytes_per_parameter(trained: TrainingModel) -> int:
+    """On disk. With a float32 model the plain optimizer steps the weights themselves; otherwise it
+    holds main weights of its own.
     """
-    dtype: torch.dtype = learner.model.config.params_dtype
-    is_main = dtype == torch.float32 and not learner.model.ddp_config.use_distributed_optimizer
+    dtype: torch.dtype = trained.model.config.params_dtype
+    is_main = dtype == torch.float32 and not trained.model.ddp_config.use_distributed_optimizer
     return BYTES_PER_PARAMETER + (0 if is_main else dtype.itemsize)
-
-
-def _sync_to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    """A file's bytes, or a folder's own names, which a rename in it changes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _point_latest_at(folder: Path, name: str) -> None:
-    pointer = folder / f".{LATEST}.partial"
-    with pointer.open("w") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    pointer.rename(folder / LATEST)
-    _sync_entry(folder)
-
-
-def _delete_old(folder: Path, newest: str, keep: int) -> None:
-    """Keep the newest and those before it; what has a later step is of a run that was given up."""
-    by_age = sorted(folder.glob("step_*"), key=lambda path: (path.name <= newest, path.name))
-    for old in by_age[:-keep]:
-        shutil.rmtree(old)
-    for leftover in folder.glob(".partial_step_*"):  # of a run that was killed while it saved
-        shutil.rmtree(leftover)

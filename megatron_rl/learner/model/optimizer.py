@@ -1,4 +1,4 @@
-"""[door: megatron] Megatron's optimizer and learning-rate schedule for a model."""
+"""[imports megatron] Megatron's optimizer and learning-rate schedule for a model."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def build_optimizer(
         max_lr=config.learning_rate,
         min_lr=0.0,
         lr_warmup_steps=config.warmup_steps,
-        # The rate reaches 0 after the last step, not at it. Megatron wants more decay than warm-up
-        # steps, also where nothing decays.
+        # The rate reaches 0 after the last step, not at it. Megatron requires more decay steps than
+        # warm-up steps, even with a constant rate.
         lr_decay_steps=max(num_updates, config.warmup_steps) + 1,
         lr_decay_style=config.decay,
         start_wd=config.weight_decay,

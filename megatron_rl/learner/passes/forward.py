@@ -1,8 +1,9 @@
-"""[door: megatron] A packed row through the model: what both the recomputation and the training
-step do first.
+"""[imports megatron] A packed row through the model: the part that forward-only passes and the
+training step have in common.
 
-In comes a `MicroBatch`, out go the log-probs of its kept labels on the last pipeline stage.
-`run_schedule` drives Megatron's own forward-backward schedule with it, whatever the pipeline.
+A `MicroBatch` comes in, the log-probs of its kept labels go out on the last pipeline stage.
+`run_schedule` runs rows through Megatron's own forward-backward schedule, with or without a
+pipeline; `evaluate_rows` is the forward-only pass on top of it.
 """
 
 from __future__ import annotations
@@ -10,35 +11,65 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.attention import plan_stacks
+from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.ops.entropy import differentiable_entropy
 from megatron_rl.ops.support_logprobs import support_logprobs
-from megatron_rl.records import MicroBatch, Truncation
+from megatron_rl.records import MicroBatch, RecomputedRow, Truncation
+
+Item = TypeVar("Item")
 
 WHOLE = Truncation()  # no token is excluded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowOutput:
-    """What a row gave: [T], 0 and False where the row's loss mask is False."""
+    """The model's output for one row: [T] tensors, 0 and False where the row's loss mask is False.
+
+    Example of two tokens, the first one masked, with top_k=2: `RowOutput(logprobs=[0, -0.98],
+    full_logprobs=[0, -1.2], entropy=[0, 1.03], is_outside_support=[False, False])`.
+    """
 
     logprobs: torch.Tensor  # float32, of the truncated distribution; under gradient in training
-    # float32, of the whole one, which a reference policy is compared with; under gradient too
+    # float32, of the whole distribution, for the comparison with a reference policy; also under
+    # gradient in training
     full_logprobs: torch.Tensor
     # float32, of the whole distribution at temperature T, in nats; under gradient where asked for
     entropy: torch.Tensor
     # bool: a label that the sampler could not have chosen with these logits; it is kept
     is_outside_support: torch.Tensor
 
+    def recomputed_row(self, micro_batch: MicroBatch) -> RecomputedRow:
+        """`recomputed_logprobs` of the row, where the weights are those before the update. Both the
+        separate pass and the update that does without it take them from here.
+        """
+        return RecomputedRow(micro_batch=micro_batch, recomputed_logprobs=self.logprobs.detach())
+
+    def full_row(self, micro_batch: MicroBatch) -> FullRow:
+        """The row with its log-probs over the whole distribution."""
+        return FullRow(micro_batch=micro_batch, full_logprobs=self.full_logprobs.detach())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullRow:
+    """A row with a model's log-probs over the whole distribution, whatever the policy's truncation.
+
+    Example of the row of `MicroBatch`'s example: `FullRow(micro_batch=MicroBatch(...),
+    full_logprobs=[0, -0.4, -0.2, 0, 0, 0, 0, 0])`.
+    """
+
+    micro_batch: MicroBatch
+    full_logprobs: torch.Tensor  # [T] float32, 0 where the row's loss mask is False
+
 
 def packed_seq_params(row: MicroBatch) -> Any:
-    """The row's borders as Megatron's attention layers want them; the padding behind the last
-    sequence is one more.
+    """The borders of the row's sequences in the form that Megatron's attention layers take; the
+    padding after the last sequence counts as one more.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -88,7 +119,7 @@ def row_output(
         row.labels[kept],
         truncation=truncation,
         **place,
-        # A copy that nobody else holds, but for the entropy's own pass.
+        # `kept_logits` is a copy that only the separate pass for the entropy still needs.
         overwrite_logits=not has_entropy_gradient,
     )
     entropy = output.entropy
@@ -101,6 +132,49 @@ def row_output(
         entropy=zeros.index_copy(0, kept, entropy),
         is_outside_support=zeros.bool().index_copy(0, kept, output.is_outside),
     )
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model: torch.nn.Module,
+    rows: Sequence[MicroBatch],
+    take: Callable[[RowOutput, MicroBatch], Item],
+    *,
+    temperature: float,
+    truncation: Truncation,
+    vocab_size: int,
+    parallel: Parallel,
+    name: str,
+) -> list[Item]:
+    """A forward-only pass; a collective over the ranks of a replica.
+
+    Args:
+        take: what to keep of a row's output, such as `RowOutput.recomputed_row`.
+        name: of the pass, for messages.
+    Returns:
+        On the last pipeline stage an item for each row; empty on other stages.
+    Raises:
+        DivergenceError: logits from which no log-prob can be computed. DataError: a label outside
+            the vocabulary.
+    """
+    if not rows:
+        return []
+
+    def on_output(index: int, logits: torch.Tensor) -> Item:
+        output = row_output(
+            logits,
+            rows[index],
+            temperature=temperature,
+            truncation=truncation,
+            vocab_size=vocab_size,
+            parallel=parallel,
+        )
+        return take(output, rows[index])
+
+    items = run_schedule(model, rows, on_output, forward_only=True)
+    # Once for the whole pass, since it synchronises with the device.
+    check_broken_rows(parallel.device, name)
+    return items
 
 
 def run_schedule(
@@ -118,8 +192,8 @@ def run_schedule(
             training it returns Megatron's `(sum, count, anything)`; with `forward_only` it returns
             anything.
     Returns:
-        What `on_output` returned (the third item in training), a row each, on the last stage; empty
-        elsewhere.
+        On the last stage what `on_output` returned for each row (in training the third item); empty
+        on other stages.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 

@@ -1,8 +1,8 @@
-"""[door: megatron] A frozen reference policy beside the learner: a checkpoint's weights in the same
-layout, for the log-probs that a KL term compares with.
+"""[imports megatron] A frozen policy beside the learner, the reference of a KL term: a checkpoint's
+weights in the learner's layout.
 
-It has no gradients, no optimizer and no place in the run's checkpoints; its memory is one copy of
-the weights in the model's dtype.
+It has no gradients and no optimizer, and is not part of the run's checkpoints; its memory is one
+copy of the weights in the model's dtype.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megatron_rl.config import ModelConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.build import DTYPES, build_gpt, load_weights, transformer_config
-from megatron_rl.learner.passes.recompute import recompute_logprobs
+from megatron_rl.learner.passes.forward import WHOLE, FullRow, RowOutput, evaluate_rows
 from megatron_rl.records import MicroBatch
 from megatron_rl.weights.geometry import read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
 
-class Reference:
+class FrozenPolicy:
     """The model of `path` on this rank of `parallel`, never trained."""
 
     def __init__(
@@ -31,7 +29,7 @@ class Reference:
         Args:
             path: Hugging Face checkpoint folder.
             model: for the dtype.
-            temperature: of the policy, at which the log-probs are taken.
+            temperature: at which the log-probs are taken; the learner's.
         """
         dtype = DTYPES[model.dtype]
         geometry = read_geometry(path)
@@ -44,12 +42,17 @@ class Reference:
         load_weights(self._model, geometry, parallel, CheckpointReader(path))
         self._model.to(device=parallel.device, dtype=dtype).requires_grad_(False)
 
-    def logprobs(self, rows: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Of every kept label: on the last stage a [T] float32 a row, elsewhere nothing."""
-        return recompute_logprobs(
+    def full_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
+        """Its log-probs of every kept label, over the whole distribution: on the last pipeline
+        stage a record for each row, elsewhere nothing.
+        """
+        return evaluate_rows(
             self._model,
             rows,
+            RowOutput.full_row,
             temperature=self._temperature,
+            truncation=WHOLE,
             vocab_size=self._vocab_size,
             parallel=self._parallel,
+            name="reference policy",
         )

@@ -1,8 +1,8 @@
-"""Log-probs of a row and the settings in, what of it stays and what it weighs out; and the numbers
-of the whole step that a row's loss needs before the first backward pass.
+"""The correction of one row: which of its tokens are kept, and with which weights; and the numbers
+of the whole step that the loss of a row needs before the first backward pass.
 
-The rules stand in `objective/`; here they are put together, and the sums of the global batch are
-added over the data-parallel ranks.
+The rules are those of `objective/`; this module applies them in the configured order, and adds the
+sums of the global batch over the data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.objective.importance import importance_weights, weight_mean
 from megatron_rl.objective.rejection import rejection_mask, rejection_metrics, veto_mask
 from megatron_rl.observe.metrics import Metric
-from megatron_rl.records import MicroBatch, TrainBatch
+from megatron_rl.records import RecomputedRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class RowCorrection:
     kept=[True, True, False], weights=[0.9, 1.1, 1.3], is_outside=[False] * 3, metrics={...})`.
     """
 
-    kept: torch.Tensor  # [T] bool, what the loss is over
+    kept: torch.Tensor  # [T] bool, the tokens that the loss is over
     weights: torch.Tensor | None  # [T] float32, not yet batch-normalised; None: 1
     is_outside: torch.Tensor | None  # [T] bool, the weight was bounded; None without weights
     metrics: dict[str, Metric]
@@ -43,26 +43,22 @@ class BatchScalars:
 
     weight_mean: float = 1.0  # of the global batch's kept weights
     is_gate_open: bool = True  # the penalty acts in this step
-    baseline: float = 0.0  # what a token's penalised gap is counted from
+    baseline: float = 0.0  # subtracted from the gap of every token that is penalised
 
 
 def needs_batch_scalars(config: ObjectiveConfig) -> bool:
-    """Whether a row's loss waits for sums of the global batch, and so for a recomputation."""
+    """Whether the loss of a row needs sums of the global batch, and so a separate recomputation."""
     constraint = config.constraint
     is_constrained = constraint.gate == "mean" or constraint.baseline == "batch"
     return config.importance.batch_normalize or (constraint.enabled and is_constrained)
 
 
-def correct_row(
-    row: MicroBatch, recomputed: torch.Tensor, config: ObjectiveConfig
-) -> RowCorrection:
-    """Rejection, veto and importance weights of one row.
-
-    Args:
-        recomputed: [T] float32, `recomputed_logprobs`.
-    """
+def correct_row(row: RecomputedRow, config: ObjectiveConfig) -> RowCorrection:
+    """Rejection, veto and importance weights of one row."""
     rejection, importance = config.rejection, config.importance
-    rollout, sampled, ids = row.rollout_logprobs, row.loss_mask, row.sequence_ids
+    micro_batch, recomputed = row.micro_batch, row.recomputed_logprobs
+    rollout, sampled = micro_batch.rollout_logprobs, micro_batch.loss_mask
+    ids = micro_batch.sequence_ids
     kept, metrics = sampled, {}
     if rejection.divergence != "none":
         stays = rejection_mask(
@@ -104,9 +100,8 @@ def correct_row(
 
 
 def batch_scalars(
-    batch: TrainBatch,
-    recomputed: Sequence[Sequence[torch.Tensor]],
-    measured: Sequence[torch.Tensor],
+    rows: Sequence[RecomputedRow],
+    dropped: Sequence[RecomputedRow],
     config: ObjectiveConfig,
     parallel: Parallel,
     *,
@@ -115,49 +110,52 @@ def batch_scalars(
     """Means over every row of the step on every data-parallel rank; a collective of the last stage.
 
     Args:
-        recomputed: a [T] a row a mini-batch.
-        measured: a [T] a row that only the gap is measured on.
-        tolerance: c; what the mean gap is held against, for the gate "mean".
+        rows: of all mini-batches, in order.
+        dropped: rows that count only in the mean gap.
+        tolerance: c, which the mean gap is compared with for the gate "mean".
 
     Raises:
         DivergenceError: a batch without any response token, on every rank.
     """
     sums = torch.zeros(6, dtype=torch.float64)
-    for rows, of_rows in zip(batch.mini_batches, recomputed, strict=True):
-        for row, logprobs in zip(rows, of_rows, strict=True):
-            gap = discrepancy(logprobs, row.rollout_logprobs)
-            correction = correct_row(row, logprobs, config)
-            sums[:2] += _sum_and_count(gap, row.loss_mask)
-            penalised = penalised_gap(gap, config.constraint, tolerance=tolerance)
-            sums[4:] += _sum_and_count(penalised, correction.kept)
-            if correction.weights is not None:
-                mean = weight_mean(
-                    correction.weights,
-                    correction.kept,
-                    row.sequence_ids,
-                    level=config.importance.level,
-                )
-                sums[2] += float(mean.sum)
-                sums[3] += float(mean.count)
-    for row, logprobs in zip(batch.measured, measured, strict=True):
-        sums[:2] += _sum_and_count(discrepancy(logprobs, row.rollout_logprobs), row.loss_mask)
+    for row in rows:
+        gap, correction = gap_of(row), correct_row(row, config)
+        sums[:2] += _sum_and_count(gap, row.micro_batch.loss_mask)
+        penalised = penalised_gap(gap, config.constraint, tolerance=tolerance)
+        sums[4:] += _sum_and_count(penalised, correction.kept)
+        if correction.weights is not None:
+            mean = weight_mean(
+                correction.weights,
+                correction.kept,
+                row.micro_batch.sequence_ids,
+                level=config.importance.level,
+            )
+            sums[2] += float(mean.sum)
+            sums[3] += float(mean.count)
+    for row in dropped:
+        sums[:2] += _sum_and_count(gap_of(row), row.micro_batch.loss_mask)
     is_centered = config.constraint.enabled and config.constraint.baseline == "batch"
     reduced = parallel.reducer()(sums, "sum").tolist()
     gap_sum, gap_count, weight_sum, weight_count, penalised_sum, kept_count = reduced
     if gap_count == 0:
         raise DivergenceError("training step: expected a response token in the batch, got none")
     return BatchScalars(
-        # Nothing kept, or nothing that weighs: there is nothing to normalise.
+        # No kept token, or only weights of 0: there is nothing to normalise.
         weight_mean=weight_sum / weight_count if weight_sum > 0 else 1.0,
         is_gate_open=gap_sum / gap_count > tolerance,
         baseline=penalised_sum / kept_count if is_centered and kept_count else 0.0,
     )
 
 
+def gap_of(row: RecomputedRow) -> torch.Tensor:
+    """The discrepancy of every token of a row, [T] float32."""
+    return discrepancy(row.recomputed_logprobs, row.micro_batch.rollout_logprobs)
+
+
 def penalised_gap(
     gap: torch.Tensor, constraint: ConstraintConfig, *, tolerance: float
 ) -> torch.Tensor:
-    """What the constraint takes of a token's gap [T], under gradient where the gap is."""
+    """The penalised part of every token's gap [T], under gradient where the gap is."""
     return gated_discrepancy(
         gap, gate=constraint.gate, tolerance=tolerance, maximum=constraint.max_discrepancy
     )

@@ -1,12 +1,14 @@
-"""The loss of one packed row, given its output: what Megatron's schedule calls on the last stage.
+"""The loss of one packed row, given the model's output for it: what Megatron's schedule calls on
+the last pipeline stage.
 
-Two masks: `loss_mask` of the row, every response token that was sampled, which the discrepancy and
-the dual step are over; and `kept`, what rejection and veto leave of it, which the loss is over.
+There are two masks: `loss_mask` of the row, every response token that was sampled, which the
+discrepancy and the dual step are over; and `kept`, what rejection and veto leave of it, which the
+loss is over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,37 +20,58 @@ from megatron_rl.learner.update.row_correction import (
     BatchScalars,
     RowCorrection,
     correct_row,
+    gap_of,
     penalised_gap,
 )
 from megatron_rl.objective.constraint import probability_gap, shape_advantages
-from megatron_rl.objective.discrepancy import check_logprobs, discrepancy
+from megatron_rl.objective.discrepancy import DiscrepancySum, check_logprobs
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.objective.importance import weight_metrics
-from megatron_rl.objective.loss import policy_loss
+from megatron_rl.objective.inputs import LossInputs
 from megatron_rl.objective.normalize import normalized_sum
+from megatron_rl.objective.policy import policy_loss_named
+from megatron_rl.objective.policy_loss import policy_loss
 from megatron_rl.objective.regularizers import reference_kl, reference_metrics
 from megatron_rl.objective.rejection import off_policy_sequence_mask, rejection_metrics
 from megatron_rl.observe.metrics import Mean, Metric
-from megatron_rl.records import MicroBatch
+from megatron_rl.records import MicroBatch, RecomputedRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateRow:
+    """A row of a mini-batch with the log-probs that are known before its update.
+
+    Example of a row without a reference policy, whose update does without a separate recomputation:
+    `UpdateRow(micro_batch=MicroBatch(...), recomputed=None, reference_logprobs=None)`.
+    """
+
+    micro_batch: MicroBatch
+    # None: there was no separate pass. Then the policy's own log-probs in the update are taken,
+    # which are the same bits before the first optimizer step, and stand in for them under bypass
+    recomputed: RecomputedRow | None
+    reference_logprobs: torch.Tensor | None  # [T] float32; None: no reference policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowResult:
-    """What one row of a mini-batch gave on the last pipeline stage."""
+    """The results of one row on the last pipeline stage. Example: `RowResult(
+    recomputed=RecomputedRow(...), discrepancy=DiscrepancySum(...), metrics={...})`.
+    """
 
-    recomputed_logprobs: torch.Tensor  # [T] float32, 0 where the loss mask is False
+    recomputed: RecomputedRow
+    discrepancy: DiscrepancySum
     metrics: dict[str, Metric]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSettings:
     """What is the same for every row of a step. Example: `StepSettings(config=ObjectiveConfig(),
-    penalty=0.1, tolerance=0.0037, scalars=BatchScalars(), weight_version=11, place="step 12,
+    dual_value=0.1, tolerance=0.0037, scalars=BatchScalars(), weight_version=11, place="step 12,
     rank 0")`.
     """
 
     config: ObjectiveConfig
-    penalty: float  # lambda, or 0 where nothing is penalised in this step
+    dual_value: float  # lambda, or 0 where nothing is penalised in this step
     tolerance: float
     scalars: BatchScalars
     weight_version: int  # of the weights before the update
@@ -59,42 +82,41 @@ class MiniBatchLoss:
     """`(index of the row, its output) -> (sum, count, RowResult)` for one mini-batch."""
 
     def __init__(
-        self,
-        rows: Sequence[MicroBatch],
-        recomputed: Sequence[torch.Tensor],
-        reference: Sequence[torch.Tensor],
-        settings: StepSettings,
-        *,
-        is_before_update: bool,
+        self, rows: Sequence[UpdateRow], settings: StepSettings, *, is_before_update: bool
     ) -> None:
         """
         Args:
-            recomputed: a [T] a row; empty: the policy's own, detached, are the same bits before
-                the first optimizer step, and stand in for them under bypass.
-            reference: a [T] a row; empty: no reference policy.
+            rows: in the order of the mini-batch.
             is_before_update: no optimizer step of this batch has been done.
+        Raises:
+            ConfigError: `objective.policy_loss` names no policy loss.
         """
         self._rows = rows
-        self._recomputed = recomputed
-        self._reference = reference
         self._settings = settings
         self._is_before_update = is_before_update
+        self._surrogate = policy_loss_named(settings.config.policy_loss)
 
     def __call__(
         self, index: int, output: RowOutput
     ) -> tuple[torch.Tensor, torch.Tensor, RowResult]:
+        """Megatron's contract for one row, and the row's results.
+
+        Raises:
+            DivergenceError: a log-prob or the loss is not finite.
+        """
         row, config = self._rows[index], self._settings.config
-        recomputed = self._recomputed[index] if self._recomputed else output.logprobs.detach()
-        reference = self._reference[index] if self._reference else None
-        _check(row, recomputed, f"{self._settings.place}, row {index}")
-        correction = correct_row(row, recomputed, config)
-        per_token, metrics = self._per_token(row, output, recomputed, reference, correction)
+        micro_batch, recomputed = row.micro_batch, row.recomputed
+        if recomputed is None:
+            recomputed = output.recomputed_row(micro_batch)
+        _check(recomputed, f"{self._settings.place}, row {index}")
+        correction = correct_row(recomputed, config)
+        per_token, metrics = self._per_token(recomputed, output, row.reference_logprobs, correction)
         total, count = normalized_sum(
             per_token,
             correction.kept,
-            row.sequence_ids,
+            micro_batch.sequence_ids,
             normalize=config.normalize,
-            sampled=row.loss_mask,
+            sampled=micro_batch.loss_mask,
             length=config.normalize_length,
         )
         if not bool(torch.isfinite(total)):
@@ -103,16 +125,18 @@ class MiniBatchLoss:
                 "worst token at position "
                 f"{int(per_token.detach().abs().argmax())}; lower learner.optimizer.learning_rate"
             )
-        metrics |= correction.metrics | _gap_metrics(row, recomputed, self._settings)
-        metrics |= self._support_metrics(row, output)
+        gap, of_gap = _gap_metrics(recomputed, self._settings)
+        metrics |= correction.metrics | of_gap
+        metrics |= self._support_metrics(micro_batch, output)
         metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
-        return total, count, RowResult(recomputed_logprobs=recomputed, metrics=metrics)
+        return total, count, RowResult(recomputed=recomputed, discrepancy=gap, metrics=metrics)
 
-    def _support_metrics(self, row: MicroBatch, output: RowOutput) -> dict[str, Metric]:
-        """Tokens outside the support at the weights before the update; after it, they are so
-        because the policy has moved.
+    def _support_metrics(self, micro_batch: MicroBatch, output: RowOutput) -> dict[str, Metric]:
+        """Tokens outside the support at the weights before the update; after an update, tokens are
+        outside because the policy has moved, and are not counted.
         """
-        is_counted = row.loss_mask if self._is_before_update else row.loss_mask & False
+        mask = micro_batch.loss_mask
+        is_counted = mask if self._is_before_update else mask & False
         is_outside = output.is_outside_support & is_counted
         return {
             "discrepancy/outside_support/mean": Mean(
@@ -122,34 +146,34 @@ class MiniBatchLoss:
 
     def _per_token(
         self,
-        row: MicroBatch,
+        row: RecomputedRow,
         output: RowOutput,
-        recomputed: torch.Tensor,
         reference: torch.Tensor | None,
         correction: RowCorrection,
     ) -> tuple[torch.Tensor, dict[str, Metric]]:
         """The loss of every token, 0 where it is not kept, and its metrics."""
         config, kept = self._settings.config, correction.kept
-        old = row.rollout_logprobs if config.old_policy == "rollout" else recomputed
-        advantages, penalty, metrics = self._penalised(row, output, recomputed, kept)
+        is_bypass = config.old_policy == "rollout"
+        old = row.micro_batch.rollout_logprobs if is_bypass else row.recomputed_logprobs
+        advantages, penalty, metrics = self._penalised(row, output, kept)
         if reference is not None:
             metrics |= reference_metrics(output.full_logprobs, reference, kept)
             if config.kl.estimator == "k1":
                 policy = output.full_logprobs.detach()
                 gap = reference_kl(policy, reference, kept, estimator="k1")
                 advantages = advantages - config.kl.coefficient * gap
-        weights, of_weights = self._weights(row, output, old, correction)
-        per_token, of_loss = policy_loss(
-            output.logprobs,
-            old,
-            advantages,
-            kept,
+        weights, of_weights = self._weights(row.micro_batch, output, old, correction)
+        inputs = LossInputs.of(
+            policy_logprobs=output.logprobs,
+            old_logprobs=old,
+            advantages=advantages,
+            mask=kept,
+            sequence_ids=row.micro_batch.sequence_ids,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
-            kind=config.policy_loss,
-            sequence_ids=row.sequence_ids,
-            weights=weights,
-            entropy=output.entropy.detach(),
+        )
+        per_token, of_loss = policy_loss(
+            self._surrogate, inputs, weights=weights, entropy=output.entropy.detach()
         )
         if penalty is not None:
             per_token = per_token + penalty
@@ -163,34 +187,39 @@ class MiniBatchLoss:
         return per_token, metrics | of_weights | of_loss
 
     def _penalised(
-        self, row: MicroBatch, output: RowOutput, recomputed: torch.Tensor, kept: torch.Tensor
+        self, row: RecomputedRow, output: RowOutput, kept: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Metric]]:
-        """The constraint's share: shaped advantages, or a term [T] of the loss."""
+        """The constraint's part of the loss: shaped advantages, or a term [T] of the loss."""
         settings, constraint = self._settings, self._settings.config.constraint
-        measured = discrepancy(recomputed, row.rollout_logprobs)
-        gap = penalised_gap(measured, constraint, tolerance=settings.tolerance)
+        micro_batch = row.micro_batch
+        gap = penalised_gap(gap_of(row), constraint, tolerance=settings.tolerance)
         metrics: dict[str, Metric] = {}
         if constraint.enabled:
-            taken = settings.penalty * gap[kept].double()
+            penalty = settings.dual_value * gap[kept].double()
             metrics = {
-                "constraint/penalty/mean": Mean(sum=taken.sum(), count=taken.numel()),
-                # sum of lambda * delta over sum of |A|, with a baseline too: how much the
-                # constraint has to say
+                "constraint/penalty/mean": Mean(sum=penalty.sum(), count=penalty.numel()),
+                # Sum of lambda * delta over sum of |A|, without the baseline: the weight of the
+                # constraint relative to the reward.
                 "constraint/penalty_share/mean": Mean(
-                    sum=taken.sum(), count=row.advantages[kept].double().abs().sum()
+                    sum=penalty.sum(), count=micro_batch.advantages[kept].double().abs().sum()
                 ),
             }
         if constraint.penalty == "shaping":
             centered = gap - settings.scalars.baseline
-            return shape_advantages(row.advantages, centered, settings.penalty), None, metrics
-        moved = probability_gap(output.logprobs, row.rollout_logprobs, kept)
-        taken = penalised_gap(moved, constraint, tolerance=settings.tolerance)
-        return row.advantages, settings.penalty * taken, metrics
+            shaped = shape_advantages(micro_batch.advantages, centered, settings.dual_value)
+            return shaped, None, metrics
+        moved = probability_gap(output.logprobs, micro_batch.rollout_logprobs, kept)
+        penalised = penalised_gap(moved, constraint, tolerance=settings.tolerance)
+        return micro_batch.advantages, settings.dual_value * penalised, metrics
 
     def _weights(
-        self, row: MicroBatch, output: RowOutput, old: torch.Tensor, correction: RowCorrection
+        self,
+        micro_batch: MicroBatch,
+        output: RowOutput,
+        old: torch.Tensor,
+        correction: RowCorrection,
     ) -> tuple[torch.Tensor | None, dict[str, Metric]]:
-        """What multiplies the surrogate: importance weights, and 0 where OPSM masks."""
+        """The factor of the surrogate: importance weights, and 0 where OPSM masks."""
         config, kept, weights = self._settings.config, correction.kept, correction.weights
         metrics: dict[str, Metric] = {}
         if weights is not None and config.importance.batch_normalize:
@@ -199,47 +228,50 @@ class MiniBatchLoss:
             metrics |= weight_metrics(weights, correction.is_outside, kept)
         threshold = config.rejection.opsm_threshold
         if threshold is not None:
+            ids = micro_batch.sequence_ids
             stays = off_policy_sequence_mask(
-                output.logprobs, old, row.advantages, kept, row.sequence_ids, threshold=threshold
+                output.logprobs, old, micro_batch.advantages, kept, ids, threshold=threshold
             )
-            metrics |= rejection_metrics(stays, kept, row.sequence_ids, name="opsm_masked")
+            metrics |= rejection_metrics(stays, kept, ids, name="opsm_masked")
             weights = stays.float() if weights is None else torch.where(stays, weights, 0.0)
         return weights, metrics
 
 
-def measured_rows(
-    rows: Sequence[MicroBatch], recomputed: Sequence[torch.Tensor], settings: StepSettings
-) -> list[RowResult]:
-    """The gap of rows that nothing is learnt from.
+def dropped_results(rows: Iterable[RecomputedRow], settings: StepSettings) -> list[RowResult]:
+    """The gap of rows that are not learnt from.
 
-    Args:
-        recomputed: a [T] a row; empty on all but the last pipeline stage.
+    Raises:
+        DivergenceError: a log-prob is not finite.
     """
     results = []
-    for index, (row, logprobs) in enumerate(zip(rows, recomputed)):
-        _check(row, logprobs, f"{settings.place}, measured row {index}")
-        metrics = _gap_metrics(row, logprobs, settings)
-        results.append(RowResult(recomputed_logprobs=logprobs, metrics=metrics))
+    for index, row in enumerate(rows):
+        _check(row, f"{settings.place}, dropped row {index}")
+        gap, metrics = _gap_metrics(row, settings)
+        results.append(RowResult(recomputed=row, discrepancy=gap, metrics=metrics))
     return results
 
 
 def _gap_metrics(
-    row: MicroBatch, recomputed: torch.Tensor, settings: StepSettings
-) -> dict[str, Metric]:
+    row: RecomputedRow, settings: StepSettings
+) -> tuple[DiscrepancySum, dict[str, Metric]]:
+    micro_batch = row.micro_batch
     return discrepancy_metrics(
-        recomputed,
-        row.rollout_logprobs,
-        row.loss_mask,
-        row.weight_versions,
+        row.recomputed_logprobs,
+        micro_batch.rollout_logprobs,
+        micro_batch.loss_mask,
+        micro_batch.weight_versions,
         settings.weight_version,
-        sequence_ids=row.sequence_ids,
-        num_sequences=row.cu_seqlens.numel() - 1,
+        sequence_ids=micro_batch.sequence_ids,
+        num_sequences=micro_batch.cu_seqlens.numel() - 1,
     )
 
 
-def _check(row: MicroBatch, recomputed: torch.Tensor, place: str) -> None:
-    for name, logprobs in (("recomputed", recomputed), ("rollout", row.rollout_logprobs)):
+def _check(row: RecomputedRow, place: str) -> None:
+    for name, logprobs in (
+        ("recomputed", row.recomputed_logprobs),
+        ("rollout", row.micro_batch.rollout_logprobs),
+    ):
         try:
-            check_logprobs(logprobs, row.loss_mask, name=f"{name} log-prob")
+            check_logprobs(logprobs, row.micro_batch.loss_mask, name=f"{name} log-prob")
         except DivergenceError as error:
             raise DivergenceError(f"{place}: {error}") from error

@@ -1,24 +1,27 @@
-"""A batch in, new weights and a new lambda out: the RL update with the discrepancy under its
-constraint.
+"""The RL update under the constraint on the discrepancy: a batch comes in, new weights and a new
+lambda go out.
 
 For every kept token, with lambda from before this step (DCMDP, arXiv 2606.08779):
 
     delta = |p_recomputed - p_rollout|,   A' = A - lambda * delta,   loss = surrogate of A'
 
-then `lambda <- clip(lambda + eta * (mean delta - tolerance))` from the mean over the global batch,
-over every token that was sampled: whatever a correction keeps of it (row_loss.py), and also of
-dropped groups and responses (`TrainBatch.measured`). The sums are added over micro-batches and
-data-parallel ranks and sent from the last pipeline stage to the others, so that lambda is the same
-number on every rank.
+then `lambda <- clip(lambda + eta * (mean delta - tolerance))`. The mean is over every sampled token
+of the global batch, including tokens that a correction rejects (row_correction.py) and the dropped
+samples (`TrainBatch.dropped`). Its sum and count are added over rows and data-parallel ranks and
+sent from the last pipeline stage to the others, so that lambda is the same number on every rank.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import operator
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
 from megatron_rl.config import ObjectiveConfig
+from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.update.row_correction import (
     BatchScalars,
@@ -29,11 +32,13 @@ from megatron_rl.learner.update.row_loss import (
     MiniBatchLoss,
     RowResult,
     StepSettings,
-    measured_rows,
+    UpdateRow,
+    dropped_results,
 )
 from megatron_rl.objective.constraint import DualVariable
-from megatron_rl.observe.metrics import Metric, merge, reduce
-from megatron_rl.records import StepReport, TrainBatch
+from megatron_rl.objective.discrepancy import DiscrepancySum
+from megatron_rl.observe.metrics import merge, reduce
+from megatron_rl.records import MicroBatch, RecomputedRow, StepReport, TrainBatch
 
 
 def train_step(
@@ -45,87 +50,106 @@ def train_step(
     step: int,
     weight_version: int,
     should_recompute: bool,
-) -> tuple[StepReport, list[list[torch.Tensor]]]:
+) -> tuple[StepReport, tuple[RecomputedRow, ...]]:
     """One optimizer step for each mini-batch, then one dual step. A collective over all ranks.
 
     Args:
         dual: lambda; stepped here, unless the constraint is off.
-        weight_version: of the learner's present weights, which the ages of the rollouts are counted
-            from.
-        should_recompute: a forward pass of its own for `recomputed_logprobs` also where it can be
-            saved: with one mini-batch, as the policy's log-probs before the first step are the same
-            arithmetic and the same bits; and under bypass, where the policy's of the mini-batch
-            that a sequence is in are taken. What needs sums of the whole batch before its first
-            backward pass always has the pass.
+        weight_version: of the learner's present weights, from which the ages of the rollouts are
+            counted.
+        should_recompute: run a separate forward pass for `recomputed_logprobs` even when it could
+            be skipped. It can be with one mini-batch, since the policy's log-probs before the first
+            optimizer step are the same arithmetic and the same bits; and under bypass, where the
+            policy's log-probs in the update of the row's mini-batch are used instead. It is never
+            skipped where the loss needs sums of the whole batch before its first backward pass.
     Returns:
-        The report, the same on every rank; and `recomputed_logprobs`, a [T] a row a part of the
-        batch, on the last stage.
+        The report, the same on every rank; and the rows of all mini-batches, then the dropped ones,
+        with their recomputed log-probs, on the last pipeline stage; elsewhere none.
     Raises:
         DivergenceError: a log-prob, the loss or the gradient's norm is not finite.
     """
     is_enabled = config.constraint.enabled
-    penalty = dual.penalty if is_enabled else 0.0
-    recomputed: list[list[torch.Tensor]] = [[] for _ in batch.mini_batches]
+    dual_value = dual.effective_value if is_enabled else 0.0
     is_update_off_policy = len(batch.mini_batches) > 1 and config.old_policy == "recomputed"
-    if should_recompute or is_update_off_policy or needs_batch_scalars(config):
-        recomputed = [learner.recompute(rows) for rows in batch.mini_batches]
-    measured = learner.recompute(batch.measured)
-    reference = [learner.reference_logprobs(rows) for rows in batch.mini_batches]
+    is_separate = should_recompute or is_update_off_policy or needs_batch_scalars(config)
+    mini_batches = [_update_rows(learner, rows, is_separate) for rows in batch.mini_batches]
+    dropped = learner.recompute(batch.dropped)
     scalars = BatchScalars()
     if needs_batch_scalars(config) and learner.parallel.is_last_stage:
-        scalars = batch_scalars(
-            batch, recomputed, measured, config, learner.parallel, tolerance=dual.tolerance
-        )
+        known = [row.recomputed for row in chain(*mini_batches)]
+        scalars = batch_scalars(known, dropped, config, learner.parallel, tolerance=dual.tolerance)
     is_gated = config.constraint.gate == "mean"
     settings = StepSettings(
         config=config,
-        penalty=0.0 if is_gated and not scalars.is_gate_open else penalty,
+        dual_value=0.0 if is_gated and not scalars.is_gate_open else dual_value,
         tolerance=dual.tolerance,
         scalars=scalars,
         weight_version=weight_version,
         place=f"step {step}, rank {learner.parallel.rank}",
     )
-    results: list[list[RowResult]] = []
+    results: list[RowResult] = []
     grad_norms = []
-    for number, (rows, known, of_reference) in enumerate(
-        zip(batch.mini_batches, recomputed, reference, strict=True)
+    for number, (micro_batches, rows) in enumerate(
+        zip(batch.mini_batches, mini_batches, strict=True)
     ):
-        loss = MiniBatchLoss(rows, known, of_reference, settings, is_before_update=number == 0)
-        row_results, grad_norm = learner.update(
-            rows, loss, has_entropy_gradient=config.entropy_coefficient > 0
+        loss = MiniBatchLoss(rows, settings, is_before_update=number == 0)
+        of_rows, grad_norm = learner.update(
+            micro_batches, loss, has_entropy_gradient=config.entropy_coefficient > 0
         )
-        results.append(row_results)
+        results += of_rows
         grad_norms.append(grad_norm)
-    if batch.measured:
-        results.append(measured_rows(batch.measured, measured, settings))
-    metrics = _global_metrics(learner, [row.metrics for rows in results for row in rows])
+    results += dropped_results(dropped, settings)
+    metrics, gap = _over_all_ranks(results, learner.parallel)
     metrics |= {
-        "constraint/lambda": penalty,
+        "constraint/lambda": dual_value,
         "learner/grad_norm": sum(grad_norms) / len(grad_norms),
         "learner/learning_rate": learner.learning_rate,
     }
-    metrics |= _dual_step(dual, metrics, is_enabled=is_enabled)
+    metrics |= _dual_step(dual, gap, is_enabled=is_enabled)
     report = StepReport(step=step, dual_value=dual.value, metrics=metrics)
-    return report, [[row.recomputed_logprobs for row in rows] for rows in results]
+    return report, tuple(row.recomputed for row in results)
 
 
-def _dual_step(
-    dual: DualVariable, metrics: dict[str, float], *, is_enabled: bool
-) -> dict[str, float]:
-    """Step lambda, or measure its tolerance, and tell of it."""
+def _update_rows(
+    learner: Learner, micro_batches: Sequence[MicroBatch], is_separate: bool
+) -> list[UpdateRow]:
+    """The rows of a mini-batch, with their log-probs of the separate pass and of the reference
+    policy, where there are any; both are None on all but the last pipeline stage.
+    """
+    nothing = [None] * len(micro_batches)
+    recomputed = learner.recompute(micro_batches) if is_separate else []
+    reference = [row.full_logprobs for row in learner.reference_logprobs(micro_batches)]
+    return [
+        UpdateRow(micro_batch=row, recomputed=known, reference_logprobs=of_reference)
+        for row, known, of_reference in zip(
+            micro_batches, recomputed or nothing, reference or nothing, strict=True
+        )
+    ]
+
+
+def _dual_step(dual: DualVariable, gap: DiscrepancySum, *, is_enabled: bool) -> dict[str, float]:
+    """Step lambda, or calibrate its tolerance; the metrics of both."""
     if is_enabled:
-        # Without a sampled token in the whole batch there is no mean, and the dual step says so.
-        dual.update(metrics.get("discrepancy/mean", math.nan))
-    found = {"constraint/next_lambda": dual.penalty if is_enabled else 0.0}
-    if dual.measured is not None:
-        found["constraint/is_at_rest"] = float(dual.is_at_rest)
+        # NaN where the whole batch holds no sampled token, which the dual step refuses.
+        dual.update(gap.mean)
+    metrics = {"constraint/next_lambda": dual.effective_value if is_enabled else 0.0}
+    if dual.calibration is not None:
+        metrics["constraint/is_at_rest"] = float(dual.is_at_rest)
     if not dual.is_at_rest:
-        found["constraint/tolerance"] = dual.tolerance
-    return found
+        metrics["constraint/tolerance"] = dual.tolerance
+    return metrics
 
 
-def _global_metrics(learner: Learner, of_rows: list[dict[str, Metric]]) -> dict[str, float]:
-    """The metrics of all rows of all ranks, the same floats on every rank."""
-    parallel = learner.parallel
-    reduced = reduce(merge(of_rows), parallel.reducer()) if parallel.is_last_stage else {}
-    return parallel.from_last_stage(reduced)
+def _over_all_ranks(
+    results: Sequence[RowResult], parallel: Parallel
+) -> tuple[dict[str, float], DiscrepancySum]:
+    """The metrics of all rows of all ranks, and the sum that lambda steps on: the same numbers on
+    every rank.
+    """
+    if not parallel.is_last_stage:
+        return parallel.from_last_stage(None)
+    all_reduce = parallel.reducer()
+    metrics = reduce(merge(row.metrics for row in results), all_reduce)
+    gap = functools.reduce(operator.add, (row.discrepancy for row in results))
+    total, num_tokens = all_reduce(torch.stack([gap.total, gap.num_tokens]).cpu(), "sum")
+    return parallel.from_last_stage((metrics, DiscrepancySum(total=total, num_tokens=num_tokens)))

@@ -1,8 +1,8 @@
-"""[door: vllm] What stock vLLM 0.32 leaves wrong when a model is loaded again layer by layer.
+"""[vllm] Repairs of what stock vLLM 0.32 leaves wrong when a model is loaded again layer by layer.
 
-The first function is for every device: it takes back a reload that stopped half way. The rest mends
-the CPU backend, which packs weights into buffers of oneDNN that a reload does not see. Each names
-the vLLM file it answers. Loaded only inside an engine.
+The first function is for every device: it discards a reload that stopped half way. The others are
+for the CPU backend, which packs weights into oneDNN buffers that a reload does not update. Each
+names the vLLM file that makes it necessary. Imported only inside an engine.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 
 def discard_partial_reload(model: torch.nn.Module) -> None:
-    """Put the old tensors back where a reload was begun and not finished, so that a new one starts
-    from nothing.
+    """Restore the old tensors of every layer whose reload was begun and not finished, so that the
+    next reload starts afresh.
 
-    Answers model_executor/model_loader/reload/layerwise.py: `initialize_layerwise_reload` skips a
-    layer that is already waiting, with the tensors of the broken update still queued and counted;
-    the next update would then complete the layer early, with old and new tensors mixed. What a
-    finished layer of the broken update loaded stays: only a complete update makes the model whole.
+    Because of model_executor/model_loader/reload/layerwise.py: `initialize_layerwise_reload` skips
+    a layer that still waits for tensors and keeps those of the broken update queued and counted.
+    The next update would then complete the layer too early, with tensors of both updates. Layers
+    that the broken update did complete keep its tensors; only a complete update replaces them.
     """
     for layer in model.modules():
         waiting = layerwise.get_layerwise_info(layer)
@@ -32,12 +32,12 @@ def discard_partial_reload(model: torch.nn.Module) -> None:
 
 
 def keep_int8_scales_alive(model: torch.nn.Module) -> None:
-    """Hold on to the scale tensor whose address oneDNN keeps. To be called once, before the first
-    reload.
+    """Keep a reference to the scale tensor whose address oneDNN holds. Call it once, before the
+    first reload.
 
-    Answers model_executor/kernels/linear/scaled_mm/cpu.py: `process_weights_for_onednn` gives the
-    layer's scale to `create_onednn_scaled_mm`, which keeps its address; a reload then copies the
-    values elsewhere and frees it (NaN).
+    Because of model_executor/kernels/linear/scaled_mm/cpu.py: `process_weights_for_onednn` passes
+    the layer's scale to `create_onednn_scaled_mm`, which keeps its address. A reload copies the
+    values elsewhere and frees the tensor, and the engine computes NaN.
     """
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 
@@ -59,10 +59,10 @@ def _keep_scale_of(kernel: object) -> None:
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:
-    """Pack a tied lm_head again from the embedding it shares.
+    """Pack a tied lm_head again, from the embedding whose tensor it shares.
 
-    Answers model_executor/layers/vocab_parallel_embedding.py: `UnquantizedEmbeddingMethod` packs
-    the head once; a reload gives the head no tensor of its own, so the packed copy stays as it was.
+    Because of model_executor/layers/vocab_parallel_embedding.py: `UnquantizedEmbeddingMethod` packs
+    the head once. A reload loads no tensor for a tied head, so the packed copy would stay old.
     """
     head = getattr(model, "lm_head", None)
     if not isinstance(head, ParallelLMHead):
@@ -74,8 +74,8 @@ def repack_tied_head(model: torch.nn.Module) -> None:
 def repack_experts(model: torch.nn.Module) -> None:
     """Pack the experts' weights again.
 
-    Answers model_executor/layers/fused_moe/unquantized_fused_moe_method.py: `_setup_kernel` packs
-    only on the first load.
+    Because of model_executor/layers/fused_moe/unquantized_fused_moe_method.py: `_setup_kernel`
+    packs only on the first load.
     """
     for layer in model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)

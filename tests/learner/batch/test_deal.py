@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import distributed
 
-from megatron_rl.learner.batch.deal import deal_batch, recomputed_by_sample
+from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.records import Rollout, Sample
-from tests.distributed import run_ranks
+from megatron_rl.records import MicroBatch, RecomputedRow, Rollout, Sample
+from tests.support.distributed import run_ranks
 
 NUM_PROMPTS, NUM_SAMPLES, TOKENS_PER_ROW = 6, 3, 40
 FIRST_PROMPT = 12
@@ -77,7 +77,7 @@ def _deal(
     first = NUM_PROMPTS * parallel.dp_rank // parallel.dp_size
     last = NUM_PROMPTS * (parallel.dp_rank + 1) // parallel.dp_size
     mine = samples[first * NUM_SAMPLES : last * NUM_SAMPLES] if parallel.is_replica_head else []
-    dealt = deal_batch(
+    batch = deal_batch(
         mine,
         parallel,
         samples_per_prompt=NUM_SAMPLES,
@@ -85,20 +85,23 @@ def _deal(
         tokens_per_row=TOKENS_PER_ROW,
     )
     # Each position's own token in the place of a log-prob: what comes back must be the tokens.
-    as_values = [[row.labels.float() for row in rows] for rows in dealt.batch.parts]
+    recomputed = [
+        RecomputedRow(micro_batch=row, recomputed_logprobs=row.labels.float())
+        for rows in (*batch.mini_batches, batch.dropped)
+        for row in rows
+    ]
     return {
-        "samples": dealt.samples,
-        "num_measured": len(dealt.batch.measured),
-        "num_rows": [len(rows) for rows in dealt.batch.mini_batches],
-        "num_kept": [
-            int(sum(row.loss_mask.sum() for row in rows)) for rows in dealt.batch.mini_batches
-        ],
-        "returned": recomputed_by_sample(dealt, as_values),
+        "samples": [samples_of(rows) for rows in batch.mini_batches],
+        "dropped": samples_of(batch.dropped),
+        "num_dropped_rows": len(batch.dropped),
+        "num_rows": [len(rows) for rows in batch.mini_batches],
+        "num_kept": [int(sum(row.loss_mask.sum() for row in rows)) for rows in batch.mini_batches],
+        "returned": by_sample(recomputed),
     }
 
 
-def flat(samples: Any) -> list[Sample]:
-    return [sample for row in samples for sample in row]
+def samples_of(rows: tuple[MicroBatch, ...]) -> list[Sample]:
+    return [sample for row in rows for sample in row.samples]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +112,7 @@ def test_every_sample_is_dealt_once(
 ) -> None:
     of_ranks = run_ranks(_deal, world_size, world_size, model_size, num_mini_batches)
     heads = of_ranks[::model_size]
-    dealt = [
-        sample for each in heads for mini_batch in each["samples"] for sample in flat(mini_batch)
-    ]
+    dealt = [sample for each in heads for mini_batch in each["samples"] for sample in mini_batch]
     key = lambda sample: (sample.prompt_index, sample.sample_index)  # noqa: E731
     assert sorted(dealt, key=key) == ALL  # each once, and unchanged
     for rank, each in enumerate(of_ranks):
@@ -128,7 +129,7 @@ def test_mini_batches_are_the_same_on_any_number_of_ranks(world_size: int) -> No
         keys = Counter(
             (sample.prompt_index, sample.sample_index)
             for each in of_ranks
-            for sample in flat(each["samples"][number])
+            for sample in each["samples"][number]
         )
         expected = ALL[number * len(ALL) // 3 : (number + 1) * len(ALL) // 3]
         assert keys == Counter((each.prompt_index, each.sample_index) for each in expected)
@@ -136,7 +137,7 @@ def test_mini_batches_are_the_same_on_any_number_of_ranks(world_size: int) -> No
 
 def test_recomputed_values_come_back_to_their_tokens() -> None:
     for each in run_ranks(_deal, 2, 2, 1, 2):
-        assert len(each["returned"]) == sum(len(flat(rows)) for rows in each["samples"])
+        assert len(each["returned"]) == sum(len(samples) for samples in each["samples"])
         for sample, values in each["returned"]:
             tokens = torch.tensor(sample.rollout.token_ids, dtype=torch.float32)
             assert values[0] == 0.0
@@ -148,22 +149,22 @@ def test_what_is_not_kept_stands_in_rows_of_its_own(world_size: int, model_size:
     """The kept groups 0, 3, 4 and 5 fill the mini-batches, two each, on any number of ranks."""
     of_ranks = run_ranks(_deal, world_size, world_size, model_size, 2, PARTLY_KEPT)
     heads = of_ranks[::model_size]
-    assert len({each["num_measured"] for each in of_ranks}) == 1
-    assert of_ranks[0]["num_measured"] > 0
+    assert len({each["num_dropped_rows"] for each in of_ranks}) == 1
+    assert of_ranks[0]["num_dropped_rows"] > 0
     for number, prompts in enumerate(((0, 3), (4, 5))):
-        dealt = [sample for each in heads for sample in flat(each["samples"][number])]
+        dealt = [sample for each in heads for sample in each["samples"][number]]
         expected = [key for key in KEYS if key[0] in prompts and key not in DROPPED]
         keys = sorted((each.prompt_index - FIRST_PROMPT, each.sample_index) for each in dealt)
         assert keys == expected
         assert all(sample.is_kept for sample in dealt)
-    measured = [sample for each in heads for sample in flat(each["samples"][2])]
-    keys = sorted((each.prompt_index - FIRST_PROMPT, each.sample_index) for each in measured)
+    dropped = [sample for each in heads for sample in each["dropped"]]
+    keys = sorted((each.prompt_index - FIRST_PROMPT, each.sample_index) for each in dropped)
     assert keys == sorted(DROPPED)
     returned = sum(len(each["returned"]) for each in heads)
     assert returned == len(ALL)
 
 
-def test_where_everything_is_kept_nothing_is_measured_apart() -> None:
+def test_where_everything_is_kept_nothing_is_dropped() -> None:
     for each in run_ranks(_deal, 2, 2, 1, 2):
-        assert each["num_measured"] == 0
+        assert each["num_dropped_rows"] == 0
         assert len(each["samples"]) == 2

@@ -80,39 +80,39 @@ def test_pack_the_example_of_the_record():
     assert row.sequence_ids.tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
 
 
-def test_pack_two_sequences_with_context_parallelism():
+def test_pack_two_sequences():
     samples = [
         make_sample(0, (5, 6, 7), 1, advantage=-1.0),
         make_sample(1, (9, 8, 7, 6, 5), 4, version=4),
     ]
-    (row,) = pack(samples, tokens_per_row=16, context_parallel=2)
-    # The longer one first, 5 padded to 8; then 3 padded to 4; 4 positions are left.
-    assert row.tokens.tolist() == [9, 8, 7, 6, 5, 0, 0, 0, 5, 6, 7, 0, 0, 0, 0, 0]
-    assert row.labels.tolist() == [8, 7, 6, 5, 0, 0, 0, 0, 6, 7, 0, 0, 0, 0, 0, 0]
-    assert row.loss_mask.nonzero().flatten().tolist() == [3, 8, 9]
-    assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]
-    assert row.sequence_ids.tolist() == [0] * 5 + [-1] * 3 + [1] * 3 + [-1] * 5
+    (row,) = pack(samples, tokens_per_row=12)
+    # The longer one first; 4 positions are left.
+    assert row.tokens.tolist() == [9, 8, 7, 6, 5, 5, 6, 7, 0, 0, 0, 0]
+    assert row.labels.tolist() == [8, 7, 6, 5, 0, 6, 7, 0, 0, 0, 0, 0]
+    assert row.loss_mask.nonzero().flatten().tolist() == [3, 5, 6]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
+    assert row.sequence_ids.tolist() == [0] * 5 + [1] * 3 + [-1] * 4
     assert row.cu_seqlens.tolist() == [0, 5, 8]
-    assert row.cu_seqlens_padded.tolist() == [0, 8, 12]
-    assert row.weight_versions.tolist() == [-1] * 3 + [4] + [-1] * 4 + [3, 3] + [-1] * 6
+    assert row.cu_seqlens_padded.tolist() == [0, 5, 8]
+    assert row.weight_versions.tolist() == [-1] * 3 + [4] + [-1] + [3, 3] + [-1] * 5
+    assert row.samples == (samples[1], samples[0])
 
 
-@pytest.mark.parametrize("context_parallel", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(8))
-def test_pack_keeps_every_prediction_once(seed, context_parallel):
+def test_pack_keeps_every_prediction_once(seed):
     samples = random_samples(seed, 60, 40)
-    rows = pack(samples, tokens_per_row=64, context_parallel=context_parallel)
-    multiple = 2 * context_parallel if context_parallel > 1 else 1
+    rows = pack(samples, tokens_per_row=64)
     seen = []
     for row in rows:
         starts = row.cu_seqlens_padded.tolist()
         assert starts[-1] <= 64
-        assert all(start % multiple == 0 for start in starts)
+        assert len(row.samples) == len(starts) - 1
         for number in range(len(starts) - 1):
             length = int(row.cu_seqlens[number + 1] - row.cu_seqlens[number])
             start = starts[number]
             part = slice(start, start + length)
             sample = samples[int(row.tokens[start]) // 1000]
+            assert row.samples[number] is sample
             rollout = sample.rollout
             seen.append(sample.prompt_index)
             assert row.tokens[part].tolist() == list(rollout.token_ids)
@@ -154,7 +154,7 @@ def test_pack_dtypes():
             "cu_seqlens": torch.int32,
             "cu_seqlens_padded": torch.int32,
         }
-        for name in MicroBatch.__slots__:
+        for name in set(MicroBatch.__slots__) - {"samples"}:
             tensor = getattr(batch, name)
             assert tensor.dtype == expected.get(name, torch.int64), name
             if not name.startswith("cu_"):
@@ -166,10 +166,6 @@ def test_pack_refuses_what_does_not_fit():
         DataError, match=r"prompt 7, sample 2: .*at most 4 tokens, got 5.*tokens_per_micro_batch"
     ):
         pack([make_sample(7, (1, 2, 3, 4, 5), 2, sample_index=2)], tokens_per_row=4)
-    with pytest.raises(DataError, match=r"at most 16 tokens, got 17 \(24 padded\)"):
-        pack([make_sample(7, range(1, 18), 2)], tokens_per_row=16, context_parallel=4)
-    with pytest.raises(DataError, match="multiple of 2 x context parallel = 4, got 10"):
-        pack([], tokens_per_row=10, context_parallel=2)
     with pytest.raises(DataError, match="first token from the prompt"):
         pack([make_sample(7, (1, 2), 0)], tokens_per_row=4)
     broken = Rollout(
@@ -196,6 +192,7 @@ def test_fill_reaches_the_common_count_with_masked_rows():
         assert row.cu_seqlens.tolist() == [0, 1]
         assert row.cu_seqlens_padded.tolist() == [0, 16]
         assert row.sequence_ids.tolist() == [0] + [-1] * 15
+        assert row.samples == ()
     assert len(fill([], 2, 8)) == 2
     with pytest.raises(ValueError, match="at most 0"):
         fill(rows, 0, 16)

@@ -6,7 +6,7 @@ import torch
 from torch import distributed
 
 from megatron_rl.learner.layout.exchange import exchange, gather_from_all
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 WORLD_SIZE = 3
 

@@ -15,20 +15,21 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.errors import DataError
-from megatron_rl.learner.model.checkpoint import LATEST, latest_checkpoint
-from tests.learner.checkpoint_ranks import (
+from megatron_rl.learner.model.checkpoint_files import LATEST
+from tests.learner.support.checkpoint_ranks import (
     KINDS,
     LAYOUTS,
     LEARNING_RATE,
     SAVED_AFTER,
     WARMUP_STEPS,
 )
-from tests.torchrun import ROOT, run_module, torchrun_environment
+from tests.learner.support.single_rank import WEIGHTS
+from tests.support.ranks import ROOT, rank_environment, run_module
 
 FLOAT32_NOISE = 1e-5  # relative norm of a weight after the next step, between layouts
 # Of a bfloat16 weight: one rounding of it, 2^-8, where a sum fell to the other side.
 BFLOAT16_NOISE = 4e-3
+METADATA_BYTES = 300_000  # names, shapes and random state; at the most, for so small a model
 
 Outcomes = dict[str, dict[str, Any]]
 
@@ -54,7 +55,7 @@ def outcomes(tiny_checkpoint: Path, recorded_rollouts: Path, small_disk: Path) -
     (out / "broken").mkdir()
     for world_size in (2, 1):
         run_module(
-            "tests.learner.checkpoint_ranks",
+            "tests.learner.support.checkpoint_ranks",
             tiny_checkpoint,
             recorded_rollouts,
             out,
@@ -173,23 +174,33 @@ def test_a_full_disk_leaves_the_old_checkpoint(outcomes: Outcomes) -> None:
     assert outcomes["full_disk"]["step"] == 1  # and it was loaded
 
 
-def test_latest_must_name_a_checkpoint(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    for name in ("step_000003", "../elsewhere", ""):
-        (tmp_path / LATEST).write_text(f"{name}\n")
-        with pytest.raises(DataError, match="expected the name of a checkpoint beside it"):
-            latest_checkpoint(tmp_path)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_estimate_is_what_a_checkpoint_weighs(
+    kind: tuple[str, bool], single_rank: dict[str, Any]
+) -> None:
+    estimate, num_bytes, num_parameters = single_rank["sizes"][kind]
+    assert estimate == WEIGHTS[kind]
+    assert estimate * num_parameters <= num_bytes < estimate * num_parameters + METADATA_BYTES
+    assert 4 * num_parameters > METADATA_BYTES  # else another estimate would pass too
+
+
+def test_an_old_one_that_stays_is_no_failed_checkpoint(single_rank: dict[str, Any]) -> None:
+    assert "step 2 in" in single_rank["stuck"]
+    assert "it is whole and the latest" in single_rank["stuck"]
+    assert "NotADirectoryError" in single_rank["stuck"]
+    assert "earlier checkpoints are untouched" not in single_rank["stuck"]
+    assert single_rank["latest"] == "step_000002"
 
 
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(
     tiny_checkpoint: Path, recorded_rollouts: Path, tmp_path: Path
 ) -> None:
     """Ranks that save without end are killed at random moments, and their successors go on."""
-    command = [sys.executable, "-m", "tests.learner.kill_while_saving"]
+    command = [sys.executable, "-m", "tests.learner.support.kill_while_saving"]
     finished = subprocess.run(
         [*command, str(tiny_checkpoint), str(recorded_rollouts), str(tmp_path)],
         cwd=ROOT,
-        env=torchrun_environment(),
+        env=rank_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.learner.schedule_rank import LEARNING_RATE, NUM_UPDATES
-from tests.torchrun import ROOT, torchrun_environment
-
-
-@pytest.fixture(scope="module")
-def found(tiny_checkpoint: Path) -> dict[str, Any]:
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.learner.schedule_rank", str(tiny_checkpoint)],
-        cwd=ROOT,
-        env=torchrun_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return json.loads(finished.stdout.splitlines()[-1])
-
+from tests.learner.support.single_rank import LEARNING_RATE, NUM_UPDATES
 
 # Steps count from 1. A warm-up's first step has a rate; a decay reaches 0 one past the last step.
 FACTORS = {
@@ -41,13 +21,13 @@ FACTORS = {
 
 
 @pytest.mark.parametrize("name", list(FACTORS))
-def test_learning_rate_of_every_step(name: str, found: dict[str, Any]) -> None:
-    rates = found[name]["rates"]
+def test_learning_rate_of_every_step(name: str, single_rank: dict[str, Any]) -> None:
+    rates = single_rank["schedules"][name]["rates"]
     assert len(rates) == NUM_UPDATES
     for of_groups, factor in zip(rates, FACTORS[name], strict=True):
         assert of_groups == pytest.approx([LEARNING_RATE * factor] * len(of_groups))
         assert of_groups[0] > 0
 
 
-def test_matrices_decay_and_norms_do_not(found: dict[str, Any]) -> None:
-    assert sorted(found["constant_0"]["decays"]) == [[0.0, [1]], [0.1, [2]]]
+def test_matrices_decay_and_norms_do_not(single_rank: dict[str, Any]) -> None:
+    assert sorted(single_rank["schedules"]["constant_0"]["decays"]) == [(0.0, [1]), (0.1, [2])]

@@ -13,20 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.learner.objective_ranks import CASES, CORRECTED, OBJECTIVES, PLAIN
-from tests.learner.step_ranks import DUAL_VALUE, Case
-from tests.learner.update.test_step import (
+from tests.learner.support.comparison import (
     DISCREPANCY_TOLERANCE,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
+    Outcomes,
     metrics_of,
     relative_difference,
 )
-from tests.torchrun import run_module
+from tests.learner.support.objective_ranks import CASES, CORRECTED, OBJECTIVES, PLAIN
+from tests.learner.support.step_ranks import DUAL_VALUE, Case
+from tests.support.ranks import run_module
 
-FIGURE_TOLERANCE = 2e-6  # of max(1, the figure)
-
-Outcomes = dict[str, dict[str, Any]]
+# Of max(1, the figure): squared ratios of whole sequences amplify the float32 rounding of
+# log-probs, on one kind of CPU more than on another.
+FIGURE_TOLERANCE = 4e-6
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def outcomes(
     out = tmp_path_factory.mktemp("objectives")
     paths = (tiny_checkpoint, reference_checkpoint, recorded_rollouts, out)
     for world_size in (1, 2):
-        run_module("tests.learner.objective_ranks", *paths, ranks=world_size)
+        run_module("tests.learner.support.objective_ranks", *paths, ranks=world_size)
     return {case.name: torch.load(out / f"{case.name}.pt", weights_only=False) for case in CASES}
 
 

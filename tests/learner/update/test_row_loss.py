@@ -23,14 +23,19 @@ from megatron_rl.config import (
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.passes.forward import RowOutput
 from megatron_rl.learner.update.row_correction import BatchScalars, batch_scalars
-from megatron_rl.learner.update.row_loss import MiniBatchLoss, StepSettings
+from megatron_rl.learner.update.row_loss import (
+    MiniBatchLoss,
+    StepSettings,
+    UpdateRow,
+    dropped_results,
+)
 from megatron_rl.observe.metrics import reduce
-from megatron_rl.records import MicroBatch, TrainBatch
+from megatron_rl.records import MicroBatch, RecomputedRow
 
 TRAIN, ROLLOUT = (0.5, 0.25, 0.5), (0.25, 0.25, 0.625)
 REFERENCE = (0.25, 0.25, 0.5)
 ADVANTAGES = (1.0, 1.0, -2.0)
-PENALTY = 0.4
+DUAL_VALUE = 0.4
 FREE = ObjectiveConfig(constraint=ConstraintConfig(enabled=False))
 
 
@@ -48,13 +53,37 @@ def row_of(rollout: tuple[float, ...]) -> MicroBatch:
         sequence_ids=torch.tensor([0, 0, 1, -1]),
         cu_seqlens=torch.tensor([0, 2, 3], dtype=torch.int32),
         cu_seqlens_padded=torch.tensor([0, 2, 3], dtype=torch.int32),
+        samples=(),
+    )
+
+
+def recomputed_row(rollout: tuple[float, ...] = ROLLOUT) -> RecomputedRow:
+    """The row with the learner's log-probs before the update."""
+    logprobs = torch.tensor([*TRAIN, 1.0]).log()
+    return RecomputedRow(micro_batch=row_of(rollout), recomputed_logprobs=logprobs)
+
+
+def settings_of(
+    config: ObjectiveConfig,
+    *,
+    dual_value: float = 0.0,
+    weight_mean: float = 1.0,
+    baseline: float = 0.0,
+) -> StepSettings:
+    return StepSettings(
+        config=config,
+        dual_value=dual_value,
+        tolerance=0.1,
+        scalars=BatchScalars(weight_mean=weight_mean, baseline=baseline),
+        weight_version=0,
+        place="step 1, rank 0",
     )
 
 
 def run(
     config: ObjectiveConfig,
     *,
-    penalty: float = 0.0,
+    dual_value: float = 0.0,
     policy: tuple[float, ...] = TRAIN,
     rollout: tuple[float, ...] = ROLLOUT,
     should_recompute: bool = True,
@@ -64,17 +93,16 @@ def run(
     """Sum, count, gradient of the sum by the three log-probs, metrics."""
     logprobs = torch.tensor([*policy, 1.0]).log().requires_grad_()
     entropy = torch.tensor([1.0, 2.0, 4.0, 99.0])
-    settings = StepSettings(
-        config=config,
-        penalty=penalty,
-        tolerance=0.1,
-        scalars=BatchScalars(weight_mean=weight_mean, baseline=baseline),
-        weight_version=0,
-        place="step 1, rank 0",
+    settings = settings_of(
+        config, dual_value=dual_value, weight_mean=weight_mean, baseline=baseline
     )
-    known = [torch.tensor([*TRAIN, 1.0]).log()] if should_recompute else []
-    reference = [torch.tensor([*REFERENCE, 1.0]).log()] if config.kl.reference else []
-    loss = MiniBatchLoss([row_of(rollout)], known, reference, settings, is_before_update=True)
+    known = recomputed_row(rollout)
+    row = UpdateRow(
+        micro_batch=known.micro_batch,
+        recomputed=known if should_recompute else None,
+        reference_logprobs=torch.tensor([*REFERENCE, 1.0]).log() if config.kl.reference else None,
+    )
+    loss = MiniBatchLoss([row], settings, is_before_update=True)
     output = RowOutput(
         logprobs=logprobs,
         full_logprobs=logprobs,
@@ -84,7 +112,10 @@ def run(
     total, count, result = loss(0, output)
     total.backward()
     assert logprobs.grad[3] == 0
+    assert result.recomputed.micro_batch is row.micro_batch
+    assert not result.recomputed.recomputed_logprobs.requires_grad
     metrics = reduce(result.metrics, lambda tensor, _operation: tensor)
+    assert result.discrepancy.mean == metrics["discrepancy/mean"]
     return total.item(), int(count), logprobs.grad[:3].tolist(), metrics
 
 
@@ -102,20 +133,20 @@ def test_plain():
 def test_shaped_advantages():
     # delta = 1/4, 0, 1/8, times 0.4
     config = ObjectiveConfig()
-    total, _, gradient, metrics = run(config, penalty=PENALTY)
+    total, _, gradient, metrics = run(config, dual_value=DUAL_VALUE)
     assert gradient == close(-0.9, -1.0, 2.05)
     assert total == pytest.approx(0.15, rel=1e-5)
     assert metrics["constraint/penalty/mean"] == pytest.approx(0.05, rel=1e-5)
     assert metrics["constraint/penalty_share/mean"] == pytest.approx(0.15 / 4, rel=1e-5)
     token = replace(config, constraint=ConstraintConfig(gate="token", max_discrepancy=0.2))
     # beyond 0.1, and a gap counts as at most 0.2: 0.1, 0, 0.025
-    assert run(token, penalty=PENALTY)[2] == close(-0.96, -1.0, 2.01)
+    assert run(token, dual_value=DUAL_VALUE)[2] == close(-0.96, -1.0, 2.01)
 
 
 def test_a_baseline_leaves_the_mean_advantage_as_it_was():
     # delta = 1/4, 0, 1/8 counted from their mean of 1/8, times 0.4
     config = ObjectiveConfig(constraint=ConstraintConfig(baseline="batch"))
-    total, _, gradient, metrics = run(config, penalty=PENALTY, baseline=0.125)
+    total, _, gradient, metrics = run(config, dual_value=DUAL_VALUE, baseline=0.125)
     assert gradient == close(-0.95, -1.05, 2.0)
     assert total == pytest.approx(0.0, abs=1e-6)
     assert metrics["constraint/penalty/mean"] == pytest.approx(0.05, rel=1e-5)
@@ -133,20 +164,42 @@ def test_the_baseline_is_the_mean_of_what_is_penalised_over_the_kept_tokens():
 
 def baseline_of(config: ObjectiveConfig) -> float:
     """Of one row, alone in the world, with a tolerance of 0.1."""
-    batch = TrainBatch(mini_batches=((row_of(ROLLOUT),),))
+    return scalars_of([recomputed_row()], [], config).baseline
+
+
+def scalars_of(
+    rows: list[RecomputedRow],
+    dropped: list[RecomputedRow],
+    config: ObjectiveConfig,
+    tolerance: float = 0.1,
+) -> BatchScalars:
     alone = SimpleNamespace(reducer=lambda: lambda tensor, _operation: tensor)
-    recomputed = [[torch.tensor([*TRAIN, 1.0]).log()]]
-    return batch_scalars(batch, recomputed, [], config, alone, tolerance=0.1).baseline
+    return batch_scalars(rows, dropped, config, alone, tolerance=tolerance)
+
+
+def test_dropped_rows_count_in_the_mean_gap_alone():
+    # A mean gap of 1/8 is within 0.13; with a dropped row of 1/2, 1/4 and 1/2 it is not.
+    config = ObjectiveConfig(constraint=ConstraintConfig(gate="mean", baseline="batch"))
+    far = recomputed_row((1.0, 0.5, 1.0))
+    without, with_dropped = (
+        scalars_of([recomputed_row()], each, config, 0.13) for each in ([], [far])
+    )
+    assert (without.is_gate_open, with_dropped.is_gate_open) == (False, True)
+    assert without.baseline == with_dropped.baseline == pytest.approx(0.125, rel=1e-5)
+    [result] = dropped_results([far], settings_of(config))
+    assert result.recomputed is far
+    assert result.discrepancy.mean == pytest.approx(1.25 / 3, rel=1e-6)
+    assert not any(key.startswith("loss/") for key in result.metrics)
 
 
 def test_a_differentiable_penalty():
     # 0.4 |p_theta - p_inf|: up in the loss, gradient 0.4 x sign x p_theta
     config = ObjectiveConfig(constraint=ConstraintConfig(penalty="differentiable"))
-    total, _, gradient, _ = run(config, penalty=PENALTY)
+    total, _, gradient, _ = run(config, dual_value=DUAL_VALUE)
     assert total == pytest.approx(0.4 * 0.375, rel=1e-5)
     assert gradient == close(-1.0 + 0.2, -1.0, 2.0 - 0.2)
     token = replace(config, constraint=replace(config.constraint, gate="token"))
-    total, _, gradient, _ = run(token, penalty=PENALTY)
+    total, _, gradient, _ = run(token, dual_value=DUAL_VALUE)
     assert total == pytest.approx(0.4 * (0.15 + 0.025), rel=1e-5)
     assert gradient == close(-1.0 + 0.2, -1.0, 2.0 - 0.2)
 
@@ -154,7 +207,7 @@ def test_a_differentiable_penalty():
 def test_importance_weights_scale_the_shaped_surrogate():
     # rho = 2, 1, 0.8; bounded to 1.5, 1, 0.8; over a global mean of 1.25: 1.2, 0.8, 0.64
     config = ObjectiveConfig(importance=ImportanceConfig(level="token", upper=1.5))
-    assert run(config, penalty=PENALTY)[2] == close(-0.9 * 1.5, -1.0, 2.05 * 0.8)
+    assert run(config, dual_value=DUAL_VALUE)[2] == close(-0.9 * 1.5, -1.0, 2.05 * 0.8)
     normalized = replace(config, importance=replace(config.importance, batch_normalize=True))
     _, _, gradient, metrics = run(normalized, weight_mean=1.25)
     assert gradient == close(-1.2, -0.8, 2 * 0.64)
@@ -164,7 +217,7 @@ def test_importance_weights_scale_the_shaped_surrogate():
         constraint=ConstraintConfig(penalty="differentiable"),
         importance=ImportanceConfig(level="token", mode="mask", upper=1.5),
     )
-    _, count, gradient, _ = run(masked, penalty=PENALTY)
+    _, count, gradient, _ = run(masked, dual_value=DUAL_VALUE)
     assert gradient == close(0.2, -1.0, 2 * 0.8 - 0.2)
     assert count == 3
 
@@ -193,7 +246,7 @@ def test_bypass_takes_the_engine_as_the_old_policy():
     assert metrics["loss/ratio/max"] == pytest.approx(2.0, rel=1e-5)
     assert metrics["discrepancy/mean"] == pytest.approx(0.125, rel=1e-5)
     constrained = ObjectiveConfig(old_policy="rollout")
-    _, _, gradient, _ = run(constrained, penalty=PENALTY, should_recompute=False)
+    _, _, gradient, _ = run(constrained, dual_value=DUAL_VALUE, should_recompute=False)
     assert gradient == close(0.0, -1.0, 2.05 * 0.8)
 
 
@@ -238,3 +291,5 @@ def test_entropy_is_added_to_what_is_maximised():
 def test_broken_logprobs_are_told_with_step_rank_and_row():
     with pytest.raises(DivergenceError, match=r"step 1, rank 0, row 0: rollout log-prob"):
         run(FREE, rollout=(0.25, math.nan, 0.5))
+    with pytest.raises(DivergenceError, match=r"step 1, rank 0, dropped row 0: rollout log-prob"):
+        dropped_results([recomputed_row((0.25, math.nan, 0.5))], settings_of(FREE))

@@ -16,15 +16,18 @@ import torch
 from megatron_rl.objective.advantage import group_advantages
 from megatron_rl.rollout.recording import read_step
 from tests.learner.recorded import SPARSE_STEP
-from tests.learner.step_ranks import CASES, DUAL_VALUE, TOLERANCE, Case
-from tests.torchrun import run_module
+from tests.learner.support.comparison import (
+    DISCREPANCY_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    Outcomes,
+    metrics_of,
+    relative_difference,
+)
+from tests.learner.support.step_ranks import CASES, DUAL_VALUE, TOLERANCE, Case
+from tests.support.ranks import run_module
 
-LOSS_TOLERANCE = 1e-6  # of mean |A'|
-GRADIENT_TOLERANCE = 1e-5  # relative norm, tensor by tensor
-DISCREPANCY_TOLERANCE = 1e-6
 FIGURE_TOLERANCE = 1e-6  # of max(1, the figure)
-
-Outcomes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +38,13 @@ def outcomes(
     out = tmp_path_factory.mktemp("steps")
     for world_size in (1, 2):
         run_module(
-            "tests.learner.step_ranks", tiny_checkpoint, recorded_rollouts, out, ranks=world_size
+            "tests.learner.support.step_ranks",
+            tiny_checkpoint,
+            recorded_rollouts,
+            out,
+            ranks=world_size,
         )
     return {case.name: torch.load(out / f"{case.name}.pt", weights_only=False) for case in CASES}
-
-
-def relative_difference(left: torch.Tensor, right: torch.Tensor) -> float:
-    difference = (left.double() - right.double()).norm() / right.double().norm()
-    return float(difference)
-
-
-def metrics_of(outcome: dict[str, Any]) -> dict[str, float]:
-    return outcome["reports"][0].metrics
 
 
 compared = pytest.mark.parametrize(
@@ -112,6 +110,8 @@ def test_lambda_steps_by_the_mean_discrepancy(outcomes: Outcomes) -> None:
         stepped = DUAL_VALUE + (metrics["discrepancy/mean"] - TOLERANCE)
         assert outcome["reports"][0].dual_value == pytest.approx(stepped, abs=1e-12)
         assert metrics["constraint/next_lambda"] == outcome["reports"][0].dual_value
+        # To the last bit: the sum that lambda steps on is the one that the metric is made of.
+        assert outcome["reports"][0].dual_value == stepped
 
 
 @pytest.mark.parametrize("layout", ["dp1", "dp2", "tp2", "pp2"])
@@ -146,7 +146,8 @@ def test_row_lengths_and_packing_were_really_different(outcomes: Outcomes) -> No
 
 def test_loss_and_discrepancy_by_definition(outcomes: Outcomes, recorded_rollouts: Path) -> None:
     """One optimizer step: the ratio is 1, so the loss is minus the mean shaped advantage."""
-    groups, scores = read_step(recorded_rollouts, SPARSE_STEP)
+    recorded = read_step(recorded_rollouts, SPARSE_STEP)
+    groups, scores = [each.group for each in recorded], [each.scores for each in recorded]
     outcome = outcomes[Case(is_sparse=True).name]
     metrics = metrics_of(outcome)
     kept = [rollout.num_response_tokens for rollout in groups[1].rollouts]
@@ -155,3 +156,8 @@ def test_loss_and_discrepancy_by_definition(outcomes: Outcomes, recorded_rollout
     mean_advantage = sum(a * n for a, n in zip(advantages, kept)) / sum(kept)
     expected = -(mean_advantage - DUAL_VALUE * metrics["discrepancy/mean"])
     assert metrics["loss/mean"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_batch_without_a_kept_token_is_told(single_rank: dict[str, Any]) -> None:
+    assert "expected a finite mean discrepancy, got nan" in single_rank["empty"]
+    assert "no response token at all" in single_rank["empty"]

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import write_checkpoint
 
+from tests.sync.tiny_checkpoints import write_checkpoint
+
+ROOT = Path(__file__).parents[3]
 VARIANTS = ("untied", "tied", "biased", "moe", "bfloat16", "int8")
 
 
@@ -21,12 +23,14 @@ VARIANTS = ("untied", "tied", "biased", "moe", "bfloat16", "int8")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Two engines a variant, all in one process: vLLM's imports take as long as three loads."""
     root = tmp_path_factory.mktemp("checkpoints")
-    command = [sys.executable, str(Path(__file__).parents[1] / "engine_in_process.py")]
+    command = [sys.executable, "-m", "tests.sync.engine_in_process"]
     for variant in VARIANTS:
         folders = [write_checkpoint(root / f"{variant}{seed}", variant, seed) for seed in (1, 2)]
         command += [variant, *map(str, folders)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if "RESULT" in line]
     return {found["variant"]: found for found in map(json.loads, lines)}
@@ -51,8 +55,8 @@ def test_half_an_update_then_a_whole_one_equals_freshly_loaded(results, variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stock_vllm_still_needs_the_cures(results, variant):
-    """When this fails for a new release, the cure in sync/engine_side/reload.py may go."""
+def test_stock_vllm_still_needs_the_repairs(results, variant):
+    """When this fails for a new release, the repair in sync/engine_side/reload.py may go."""
     found = results[variant]
-    is_right = found["without_cures"] == found["fresh_second"]
+    is_right = found["without_repairs"] == found["fresh_second"]
     assert is_right == (variant not in ("tied", "moe"))

@@ -1,0 +1,68 @@
+"""Every set of choices that a setting has, written once.
+
+A fixed set is a `Literal` type: the settings' dataclasses use it as a field's type, and
+`typing.get_args` gives its members to code that needs them at run time. Where adding a choice means
+adding a file to a folder, the choices are the names of that folder's modules (`modules_in`).
+
+This module imports nothing else of the package, so that any other module can import it.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def modules_in(folder: str, *, support: Collection[str] = ()) -> tuple[str, ...]:
+    """Names of the modules in a folder of megatron_rl, sorted; none of them is imported.
+
+    Args:
+        folder: path below megatron_rl, for instance "reward/verifiers".
+        support: modules of the folder that the choices share and that are no choice themselves.
+            Names that begin with an underscore are left out as well.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    path = _PACKAGE / folder
+    if not path.is_dir():
+        raise FileNotFoundError(f"expected a folder of modules at {path}, found none")
+    names = [module.name for module in pkgutil.iter_modules([str(path)])]
+    return tuple(sorted(n for n in names if not n.startswith("_") and n not in support))
+
+
+# model, learner, data
+DType = Literal["float32", "bfloat16"]
+Decay = Literal["constant", "linear", "cosine"]
+Recompute = Literal["auto", "always"]
+ChatTemplate = Literal["auto", "never", "always"]
+
+# rollout
+QuantizationFormat = Literal["none", "int8", "fp8", "int4", "int8_w8a8"]
+QuantizationStrategy = Literal["channel", "group", "block"]
+TopKTies = Literal["auto", "all", "exact"]
+
+# objective
+OldPolicy = Literal["recomputed", "rollout"]
+Normalize = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+Penalty = Literal["shaping", "differentiable"]
+Gate = Literal["batch", "mean", "token"]
+Baseline = Literal["none", "batch"]
+ImportanceMode = Literal["truncate", "mask"]
+# What a bound applies to: a token's value, or a sequence's sum, mean or maximum of them.
+ImportanceLevel = Literal["token", "sequence_sum", "sequence_mean"]
+RejectionLevel = Literal[ImportanceLevel, "sequence_max"]
+# Estimators of a KL divergence (Schulman 2020, "Approximating KL divergence").
+KLEstimator = Literal["k1", "k2", "k3"]
+POLICY_LOSSES = modules_in("objective/policy")
+
+# reward
+VERIFIERS = modules_in("reward/verifiers")
+GROUP_VERIFIERS = modules_in("reward/group_verifiers")
+
+# sync
+TRANSPORTS = modules_in("sync/transports", support=("transport",))

@@ -1,0 +1,210 @@
+"""A tree of settings in, checked against the dataclasses of `megatron_rl.config`; a Config out.
+
+The tree holds what YAML can hold: mappings, lists, texts, numbers, booleans and null. Every error
+is one line: where the setting came from (`origin`), its key, what was expected and what came.
+
+Not pydantic: in strict mode it makes dataclasses from mappings only when they come as JSON, which
+has neither NaN nor keys that are no texts, and turning its errors into such lines takes more code
+than the checks of the few types that settings have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+
+from megatron_rl.config import Config
+from megatron_rl.config.rules import join_choices
+from megatron_rl.errors import ConfigError
+
+_DESCRIPTIONS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    dict: "a mapping",
+    list: "a list",
+    type(None): "null",
+}
+
+# The path to a setting, outermost key first: ("data", "tasks", "0", "name") is data.tasks[0].name.
+Keys = tuple[str, ...]
+
+
+def list_knobs() -> dict[str, Any]:
+    """Dotted name and default of every setting; items of a list of sections are written `[]`."""
+    return dict(_knobs_of(Config, Config(), ""))
+
+
+def _knobs_of(section: type, defaults: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(section)
+    for knob in dataclasses.fields(section):
+        name, hint = prefix + knob.name, hints[knob.name]
+        if defaults is not None:
+            default = getattr(defaults, knob.name)
+        elif knob.default_factory is not dataclasses.MISSING:
+            default = knob.default_factory()
+        else:
+            default = knob.default
+        if dataclasses.is_dataclass(hint):
+            yield from _knobs_of(hint, default, name + ".")
+            continue
+        yield name, default
+        if get_origin(hint) is list and dataclasses.is_dataclass(get_args(hint)[0]):
+            yield from _knobs_of(get_args(hint)[0], None, name + "[].")
+
+
+def hint_at(keys: Keys, tree: Any, origin: str) -> Any:
+    """The type of a setting that an override changes, `Any` below the free options of a task.
+
+    Args:
+        tree: OmegaConf's tree of the settings so far, in which the items of lists are counted: an
+            override can change the items of a list, and not add any.
+
+    Raises:
+        ConfigError: there is no such key, or no such item.
+    """
+    hint: Any = Config
+    for depth, key in enumerate(keys):
+        above = keys[:depth]
+        if dataclasses.is_dataclass(hint):
+            _check_key(hint, key, above, origin)
+            hint = get_type_hints(hint)[key]
+        elif get_origin(hint) in (list, tuple):
+            items = OmegaConf.select(tree, ".".join(above))
+            if not key.isdigit() or int(key) >= len(items):
+                raise ConfigError(
+                    f"{origin}: {_dotted(above)}: expected the index of one of its "
+                    f"{len(items)} items, got {key!r}"
+                )
+            hint = get_args(hint)[0]
+        elif hint is dict or hint is Any:
+            hint = Any
+        else:
+            raise ConfigError(
+                f"{origin}: {_dotted(keys)}: expected no key below {_dotted(above)}, "
+                f"which is {_describe(hint)}"
+            )
+    return hint
+
+
+def check(hint: Any, value: Any, keys: Keys, origin: str) -> None:
+    """Checks the keys and types of a tree; texts with an interpolation are passed over.
+
+    Args:
+        hint: the type that is expected: a dataclass, or the type of a field of one.
+        value: the tree.
+        keys: where the tree stands in the settings.
+
+    Raises:
+        ConfigError: a key that the dataclass does not have, or a value of another type.
+    """
+    if isinstance(value, str) and "${" in value:
+        return  # checked again when it is resolved
+    if not _is_of_type(hint, value):
+        name = _dotted(keys) or "top level"
+        raise ConfigError(f"{origin}: {name}: expected {_describe(hint)}, got {show(value)}")
+    if dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        for key, inner in value.items():
+            _check_key(hint, key, keys, origin)
+            check(hints[key], inner, (*keys, key), origin)
+    elif get_origin(hint) in (list, tuple):
+        for index, inner in enumerate(value):
+            check(get_args(hint)[0], inner, (*keys, str(index)), origin)
+
+
+def _is_of_type(hint: Any, value: Any) -> bool:
+    """Whether the outermost type is right; `check` calls it for every item and key below."""
+    if get_origin(hint) is types.UnionType:
+        return any(_is_of_type(option, value) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
+    if get_origin(hint) is list:
+        return isinstance(value, list)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and len(value) == len(get_args(hint))
+    if hint is Any:  # within the options of a task, which have no types
+        return True
+    if isinstance(value, bool):  # an integer too, for Python
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and not math.isnan(value)
+    return isinstance(value, hint)
+
+
+def _check_key(section: type, key: Any, above: Keys, origin: str) -> None:
+    valid = [knob.name for knob in dataclasses.fields(section)]
+    if key in valid:
+        return
+    close = difflib.get_close_matches(str(key), valid, n=1)
+    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(list_knobs())}
+    elsewhere = difflib.get_close_matches(str(key), leaves, n=1, cutoff=0.8)
+    if close or not elsewhere:
+        nearest = close or difflib.get_close_matches(str(key), valid, n=1, cutoff=0.0)
+        suggestion = _dotted((*above, nearest[0]))
+    else:
+        suggestion = leaves[elsewhere[0]]
+    raise ConfigError(
+        f"{origin}: {_dotted((*above, str(key)))}: expected a known key, got {str(key)!r}; "
+        f"the nearest valid one is {suggestion}"
+    )
+
+
+def build(hint: Any, value: Any, keys: Keys, origin: str) -> Any:
+    """Makes the dataclasses of a tree that `check` has passed.
+
+    Raises:
+        ConfigError: a rule between keys is broken.
+    """
+    if dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        given = {key: build(hints[key], v, (*keys, key), origin) for key, v in value.items()}
+        try:
+            return hint(**given)
+        except ConfigError as error:
+            section = f"{_dotted(keys)}." if keys else ""
+            raise ConfigError(f"{origin}: {section}{error}") from error
+    if get_origin(hint) in (list, tuple):
+        item = get_args(hint)[0]
+        items = [build(item, v, (*keys, str(i)), origin) for i, v in enumerate(value)]
+        return get_origin(hint)(items)
+    is_number = float in (hint, *get_args(hint)) and not isinstance(value, str)
+    return float(value) if is_number and value is not None else value
+
+
+def _dotted(keys: Keys) -> str:
+    return "".join(f"[{key}]" if key.isdigit() else f".{key}" for key in keys).removeprefix(".")
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is types.UnionType:
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return join_choices(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))} numbers"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping"
+    return _DESCRIPTIONS[get_origin(hint) or hint]
+
+
+def show(value: Any) -> str:
+    """A value as messages quote it: as YAML writes null and booleans, and at most 80 characters."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    text = one_line(repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def one_line(problem: object) -> str:
+    """A message as one line, without the lines on keys and types that OmegaConf adds."""
+    return " ".join(str(problem).partition("\n    full_key:")[0].split())

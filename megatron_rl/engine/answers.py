@@ -1,0 +1,152 @@
+"""JSON bodies of the requests for samples and log-probs, and the checked content of their answers.
+
+The route is `POST /inference/v1/generate` of vLLM 0.32
+(vllm/entrypoints/scale_out/token_in_token_out): token ids in; token ids, log-probs and weight
+versions out. Pure functions; `engine/http_sampling.py` sends and receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_rl.engine.requests import Completion, GenerateRequest
+from megatron_rl.errors import EngineError
+from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB
+
+
+def generate_body(request: GenerateRequest) -> dict[str, Any]:
+    """Body of a request for samples. It states every setting, so that the defaults in the model's
+    generation config never apply.
+    """
+    sampling = request.sampling
+    return {
+        "token_ids": list(request.token_ids),
+        "sampling_params": {
+            "n": request.num_samples,
+            "seed": request.seed,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "max_tokens": sampling.max_tokens,
+            "logprobs": 0,  # of the sampled token only
+            "detokenize": False,
+        },
+    }
+
+
+def score_body(token_ids: Sequence[int]) -> dict[str, Any]:
+    """Body of a request for the log-probs of given tokens. An engine must sample at least one
+    token; it is discarded.
+    """
+    return {
+        "token_ids": list(token_ids),
+        "sampling_params": {
+            "n": 1,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,  # of the given token only
+            "detokenize": False,
+        },
+    }
+
+
+def read_completions(
+    answer: dict[str, Any], request: GenerateRequest, url: str
+) -> tuple[Completion, ...]:
+    """[num_samples] the completions of an answer, by sample index.
+
+    Raises:
+        EngineError: samples are missing, or one of them is invalid.
+    """
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    if [choice["index"] for choice in choices] != list(range(request.num_samples)):
+        raise EngineError(
+            f"engine {url}: expected {request.num_samples} samples for prompt {request.key}, "
+            f"got {len(choices)}"
+        )
+    return tuple(
+        read_completion(choice, url, f"engine {url}, prompt {request.key}, sample {index}")
+        for index, choice in enumerate(choices)
+    )
+
+
+def read_completion(choice: dict[str, Any], url: str, where: str) -> Completion:
+    """One sample of an answer.
+
+    Args:
+        url: of the engine that sampled it.
+        where: how the message of an error begins.
+
+    Raises:
+        EngineError: no tokens, or a token without a valid log-prob or weight version.
+    """
+    token_ids = tuple(choice["token_ids"])
+    content = choice["logprobs"]["content"]
+    if not token_ids or [entry["token_id"] for entry in content] != list(token_ids):
+        raise EngineError(
+            f"{where}: expected a log-prob for each of 1 or more tokens, got {len(content)} "
+            f"log-probs for {len(token_ids)} tokens"
+        )
+    logprobs = tuple(entry["logprob"] for entry in content)
+    check_logprobs(logprobs, token_ids, f"{where}, response")
+    return Completion(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        weight_versions=_versions(choice["weight_versions"], len(token_ids), where),
+        finish_reason=choice["finish_reason"],
+        engine=url,
+    )
+
+
+def read_scores(answer: dict[str, Any], token_ids: Sequence[int], where: str) -> tuple[float, ...]:
+    """The log-probs of given tokens; 0.0 for the first one.
+
+    Args:
+        where: how the message of an error begins.
+
+    Raises:
+        EngineError: a token without a valid log-prob.
+    """
+    entries = (answer["prompt_logprobs"] or [])[1:]  # the first token has none
+    if len(entries) != len(token_ids) - 1:
+        raise EngineError(
+            f"{where}: expected {len(token_ids) - 1} log-probs of given tokens, got {len(entries)}"
+        )
+    logprobs = [
+        entry.get(str(token), {}).get("logprob")
+        for token, entry in zip(token_ids[1:], entries, strict=True)
+    ]
+    check_logprobs(logprobs, token_ids[1:], where)
+    return (0.0, *logprobs)
+
+
+def check_logprobs(logprobs: Sequence[float | None], token_ids: Sequence[int], where: str) -> None:
+    """Raise EngineError, beginning with `where`, for the first value that is not a log-prob."""
+    for position, logprob in enumerate(logprobs):
+        # Written so that NaN fails too.
+        if logprob is None or not MISSING_LOGPROB < logprob <= MAX_LOGPROB_ROUNDING:
+            raise EngineError(
+                f"{where} token {position} (id {token_ids[position]}): expected "
+                f"a log-prob above {MISSING_LOGPROB:g} (how the engine writes NaN) and at most 0, "
+                f"got {logprob}"
+            )
+
+
+def _versions(spans: list[dict[str, Any]] | None, num_tokens: int, where: str) -> tuple[int, ...]:
+    """One version per token. vLLM reports "default" until the first update: version 0."""
+    versions: list[int] = []
+    for span in spans or ():
+        label = span["version"]
+        if span["start"] != len(versions) or not (label == "default" or label.isdigit()):
+            raise EngineError(
+                f"{where}: expected weight versions as whole numbers without gaps, got {spans}"
+            )
+        version = 0 if label == "default" else int(label)
+        versions += [version] * (span["end"] - span["start"])
+    if len(versions) != num_tokens:
+        raise EngineError(
+            f"{where}: expected the weight versions of {num_tokens} tokens, got {spans}"
+        )
+    return tuple(versions)

@@ -1,0 +1,167 @@
+"""The blocking HTTP calls to one vLLM server (readiness, weight updates), and what they share with
+the asynchronous calls of `engine/http_sampling.py`: authorization and the texts of errors.
+
+Every call sends the run's bearer token, except where readiness is checked without it. Bodies and
+answers are those of vLLM 0.32: vllm/entrypoints/rl/online/api_router.py and
+vllm/entrypoints/serve/dev/cache/api_router.py.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from megatron_rl.errors import SyncError
+from megatron_rl.records import EngineAddress
+
+MAX_REASON_CHARACTERS = 600  # of an engine's answer, quoted in an error
+ABANDON_SECONDS = 5.0  # an error is already being raised and must not be held up
+
+
+def authorization(address: EngineAddress) -> dict[str, str]:
+    """The header that carries the run's token."""
+    return {"Authorization": f"Bearer {address.token}"}
+
+
+def reason_of(response: httpx.Response) -> str:
+    """Status and text of an answer, for an error message."""
+    return f"{response.status_code}: {response.text[:MAX_REASON_CHARACTERS]}"
+
+
+class EngineControl:
+    """Blocking client of one engine's weight routes. Not for several threads at a time.
+
+    Raises:
+        SyncError: from every method except `abandon`; names the engine, the phase, and the answer.
+    """
+
+    def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
+        self.url = address.url.rstrip("/")
+        self._timeout_seconds = timeout_seconds
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers=authorization(address),
+            timeout=timeout_seconds,
+            # uvicorn closes the connection after a failed call; the next call must not reuse it.
+            limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=False,  # a proxy from the environment must not see weights or token
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def world_size(self) -> int:
+        """Workers of the engine, over tensor, pipeline and data parallelism."""
+        return int(self._call("connect", "GET", "/get_world_size")["world_size"])
+
+    def initialize(self, values: dict[str, Any]) -> None:
+        """Tell the engine's workers where the weights will come from."""
+        self._call("connect", "POST", "/init_weight_transfer_engine", {"init_info": values})
+
+    def is_paused(self) -> bool:
+        """Whether new requests wait in the engine instead of running."""
+        return bool(self._call("pause", "GET", "/is_paused")["is_paused"])
+
+    def pause(self) -> None:
+        """Let new requests wait in the engine; returns when those in flight are answered."""
+        self._call("pause", "POST", "/pause?mode=wait&clear_cache=true")
+
+    def start(self) -> None:
+        """Begin an update."""
+        self._call("start", "POST", "/start_weight_update")
+
+    def update(self, phase: str, values: dict[str, Any]) -> None:
+        """Send one message of an update; `phase` names it in errors."""
+        self._call(phase, "POST", "/update_weights", {"update_info": values})
+
+    def abandon(self, reason: str) -> None:
+        """End an update that will not be finished. The engine fails it with `reason`; an engine
+        that does not answer is ignored.
+        """
+        try:
+            self._client.post(
+                "/update_weights",
+                json={"update_info": {"abandon": reason}},
+                timeout=min(self._timeout_seconds, ABANDON_SECONDS),
+            )
+        except httpx.HTTPError:
+            return
+
+    def finish(self, version: int) -> None:
+        """Complete an update; the engine labels every token from now on with `version`."""
+        self._call("finish", "POST", "/finish_weight_update", {"weight_version": str(version)})
+
+    def reset_prefix_cache(self) -> None:
+        """Discard the blocks that were computed with the old weights."""
+        answer = self._call("reset prefix cache", "POST", "/reset_prefix_cache")
+        if answer.get("success") is not True:
+            raise SyncError(
+                f"engine {self.url}, reset prefix cache: expected success, got {answer}; "
+                "blocks computed with the old weights are still held"
+            )
+
+    def resume(self) -> None:
+        """Run the requests that wait, and new ones."""
+        self._call("resume", "POST", "/resume")
+
+    def _call(
+        self, phase: str, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        try:
+            response = self._client.request(method, path, json=body)
+        except httpx.TimeoutException as error:
+            raise SyncError(
+                f"engine {self.url}, {phase}: expected an answer within {self._timeout_seconds} s, "
+                f"got none ({type(error).__name__}); change sync.timeout_seconds"
+            ) from error
+        except httpx.HTTPError as error:
+            raise SyncError(
+                f"engine {self.url}, {phase}: expected an answer, got {error!r}"
+            ) from error
+        if response.status_code != httpx.codes.OK:
+            raise SyncError(
+                f"engine {self.url}, {phase}: expected status 200, got {reason_of(response)}"
+            )
+        return response.json()
+
+
+class ReadinessProbe:
+    """Blocking checks whether a server is up and whom it answers; a context manager. A server that
+    cannot be reached counts as one that does not answer.
+    """
+
+    def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
+        self._token = authorization(address)
+        self._client = httpx.Client(base_url=address.url, timeout=timeout_seconds, trust_env=False)
+
+    def __enter__(self) -> ReadinessProbe:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._client.close()
+
+    def is_up(self) -> bool:
+        """Whether the server is ready; asked without the token."""
+        return self._answers("/health", {})
+
+    def answers_anybody(self) -> bool:
+        """Whether the server answers a request without the token."""
+        return self._answers("/version", {})
+
+    def accepts_token(self) -> bool:
+        """Whether the server answers a request with the run's token."""
+        return self._answers("/version", self._token)
+
+    def _answers(self, path: str, headers: dict[str, str]) -> bool:
+        try:
+            return self._client.get(path, headers=headers).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False

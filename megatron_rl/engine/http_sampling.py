@@ -1,0 +1,89 @@
+"""The asynchronous HTTP calls to one vLLM server: samples, and log-probs of given tokens.
+
+Each call is one attempt; retries are in `engine/pool.py`, request bodies and the checks of answers
+in `engine/answers.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.engine.answers import generate_body, read_completions, read_scores, score_body
+from megatron_rl.engine.http import authorization, reason_of
+from megatron_rl.engine.requests import Completion, GenerateRequest
+from megatron_rl.errors import EngineError
+from megatron_rl.records import EngineAddress
+
+GENERATE_ROUTE = "/inference/v1/generate"
+POISONED = "weights_poisoned"  # error type of engine/gate.py; a retry cannot succeed
+
+
+class TransientError(Exception):
+    """A request that failed in a way that a retry may cure; says what happened."""
+
+
+class SamplingClient:
+    """Asynchronous client of one engine, for samples and scores; each call is one attempt.
+
+    Create it and use it inside one event loop. At most `rollout.max_in_flight` requests are open
+    at a time.
+
+    Raises:
+        TransientError: from every call, if the connection broke, the engine answered with a status
+            of 500 or above, or a sample was aborted.
+        EngineError: from every call, if the engine refused the request, is poisoned, sent an
+            invalid answer, or sent none within `rollout.request_timeout_seconds`.
+    """
+
+    def __init__(self, address: EngineAddress, config: RolloutConfig) -> None:
+        self.url = address.url
+        self._timeout_seconds = config.request_timeout_seconds
+        self._in_flight = asyncio.Semaphore(config.max_in_flight)
+        self._client = httpx.AsyncClient(
+            base_url=address.url,
+            headers=authorization(address),
+            timeout=config.request_timeout_seconds,
+            limits=httpx.Limits(max_connections=config.max_in_flight),
+            trust_env=False,  # a proxy from the environment must not see the token
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+        """[num_samples] completions, in the order of their seeds."""
+        answer = await self._ask(generate_body(request), f"prompt {request.key}")
+        return read_completions(answer, request, self.url)
+
+    async def score(self, token_ids: Sequence[int], what: str) -> tuple[float, ...]:
+        """Log-probs of given tokens, 0.0 for the first; `what` names the sequence in errors."""
+        answer = await self._ask(score_body(token_ids), what)
+        return read_scores(answer, token_ids, f"engine {self.url}, {what}")
+
+    async def _ask(self, body: dict[str, Any], what: str) -> dict[str, Any]:
+        try:
+            async with self._in_flight:
+                response = await self._client.post(GENERATE_ROUTE, json=body)
+        except httpx.TimeoutException as error:
+            raise EngineError(
+                f"engine {self.url}, {what}: expected an answer within rollout."
+                f"request_timeout_seconds={self._timeout_seconds:g}, got {type(error).__name__}"
+            ) from error
+        except httpx.TransportError as error:
+            raise TransientError(repr(error)) from error
+        if response.status_code >= 400:
+            reason = f"status {reason_of(response)}"
+            if response.status_code < 500 or POISONED in response.text:
+                raise EngineError(f"engine {self.url}, {what}: {reason}")
+            raise TransientError(reason)
+        answer = response.json()
+        reasons = {choice["finish_reason"] for choice in answer["choices"]}
+        if not reasons <= {"stop", "length"}:  # aborted samples end at an arbitrary token
+            raise TransientError(f"finish reasons {sorted(reasons)}")
+        return answer

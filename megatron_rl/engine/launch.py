@@ -1,0 +1,97 @@
+"""The command line and the environment of a stock vLLM server.
+
+In: the rollout settings, a checkpoint, a port, the run's token. Out: what `engine/server.py`
+starts. The token travels in the environment, never on the command line, which every user of the
+host can read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+
+import torch
+
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.records import TOKEN_VARIABLE
+
+HOST = "127.0.0.1"
+UPDATE_TIMEOUT_VARIABLE = "MEGATRON_RL_UPDATE_TIMEOUT"
+GATE = "megatron_rl.engine.gate.Gate"
+# What torchrun sets for its ranks; an engine is not one of them.
+TORCHRUN_VARIABLES = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OMP_.*"
+)
+
+
+def server_command(
+    config: RolloutConfig, *, model_path: str, port: int, seed: int, weight_backend: str | None
+) -> list[str]:
+    """The command line of one server.
+
+    Args:
+        seed: of the engine's own random state; every request for samples has its own seed.
+        weight_backend: of vLLM's weight-transfer API; None: the weights never change.
+    """
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model_path, "--host", HOST, "--port", str(port), "--seed", str(seed)]
+    command += ["--dtype", config.dtype, "--kv-cache-dtype", config.kv_cache_dtype]
+    command += ["--max-num-seqs", str(config.max_num_seqs)]
+    command += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs"]
+    command += ["--enable-prefix-caching", "--middleware", GATE]
+    command += ["--disable-uvicorn-access-log", "--disable-fastapi-docs"]
+    if config.max_model_len:
+        command += ["--max-model-len", str(config.max_model_len)]
+    if weight_backend is not None:
+        command += ["--weight-transfer-config", json.dumps({"backend": weight_backend})]
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+    else:
+        # Compilation adds half a minute to every start and showed no gain on small models. With an
+        # explicit cache size vLLM skips its warm-up, and does not require most of the host's memory
+        # to be free.
+        cache_bytes = int(config.kv_cache_gib * 2**30)
+        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(cache_bytes)]
+        # After a partial prefill vLLM rewinds a seeded generator, which CPU generators do not
+        # support, so the engine would die (vllm/v1/worker/gpu_model_runner.py, `gen.set_offset`).
+        command += ["--no-enable-chunked-prefill"]
+    return command + list(config.extra_args)
+
+
+def server_environment(
+    config: RolloutConfig, *, token: str, update_timeout_seconds: float
+) -> dict[str, str]:
+    """The environment of one server: ours without torchrun's variables, the token, and settings of
+    vLLM that have no command-line option.
+    """
+    environment = {
+        name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.fullmatch(name)
+    }
+    environment.update(
+        {
+            TOKEN_VARIABLE: token,
+            UPDATE_TIMEOUT_VARIABLE: str(update_timeout_seconds),
+            "VLLM_SERVER_DEV_MODE": "1",  # the weight routes; the gate closes them to others
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "PYTHONUNBUFFERED": "1",  # so that the last output of a dying server reaches its log
+        }
+    )
+    if not torch.cuda.is_available():
+        # Leave one core to the API server and the learner, as vLLM's automatic choice does.
+        num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        environment.update(
+            {
+                # The worker runs inside EngineCore, which saves a process and its 10 s of imports.
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": str(num_threads),
+                # Threads that spin at barriers would take cores from the learner's ranks.
+                "OMP_WAIT_POLICY": "passive",
+                "GOMP_SPINCOUNT": "0",
+            }
+        )
+    return environment

@@ -1,0 +1,163 @@
+"""The engines of a run over HTTP: which engine gets a request, when a request is sent again, and
+what happens when an engine dies meanwhile.
+
+The samples do not depend on the engine that is asked, but for the rounding of logits, which in vLLM
+depends on what else is in the batch.
+
+The retries are our own: httpx retries only connections that cannot be opened, and a request must
+also be sent again after a broken connection, a status of 500 or above, and an aborted sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.engine.http_sampling import SamplingClient, TransientError
+from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
+from megatron_rl.errors import EngineError
+from megatron_rl.records import EngineAddress
+
+CHECK_SECONDS = 0.5  # between checks of the engines' processes
+FIRST_BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 8.0
+
+T = TypeVar("T")
+
+
+def engine_of(engines: Sequence[T], key: int) -> T:
+    """The engine that requests with this key go to."""
+    return engines[key % len(engines)]
+
+
+class HttpEnginePool:
+    """The `EnginePool` of engines that are ready; keeps no connection open between calls.
+
+    Args:
+        addresses: at least one engine.
+        config: timeouts, retries and the bound on open requests.
+        check: raises EngineError if an engine's process has died. It is called while requests are
+            open, so that a dead engine is reported with the end of its log and not as a timeout.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[EngineAddress],
+        config: RolloutConfig,
+        *,
+        check: Callable[[], None],
+    ) -> None:
+        if not addresses:
+            raise EngineError("engine pool: expected at least one engine, got none")
+        self._addresses = tuple(addresses)
+        self._config = config
+        self._check = check
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """One for each engine, in the order of `addresses`."""
+        return tuple(address.url for address in self._addresses)
+
+    def run(self, jobs: Sequence[Callable[[Sampler], Awaitable[T]]]) -> list[T]:
+        """Run all jobs concurrently and return their results in order; blocks until all are done.
+
+        Raises:
+            EngineError: an engine died, refused a request or gave an invalid answer; a request
+                failed more than `rollout.max_retries` times, or had no answer within
+                `rollout.request_timeout_seconds`. The first exception of a job ends the others.
+        """
+        return asyncio.run(self._run(jobs))
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """Log-probs of given tokens, over the whole vocabulary at temperature 1.
+
+        Args:
+            sequences: token ids, at least two each; sequence i goes to engine i modulo their
+                number.
+
+        Returns:
+            For each sequence one log-prob per token; 0.0 for the first token, which has none.
+
+        Raises:
+            EngineError: as `run`.
+        """
+        jobs = [
+            partial(_score, key=number, token_ids=tuple(token_ids))
+            for number, token_ids in enumerate(sequences)
+        ]
+        return asyncio.run(self._run(jobs))
+
+    async def _run(self, jobs: Sequence[Callable[[_RoutedSampler], Awaitable[T]]]) -> list[T]:
+        clients = [SamplingClient(address, self._config) for address in self._addresses]
+        sampler = _RoutedSampler(clients, self._config.max_retries, self._check)
+        tasks = [asyncio.ensure_future(job(sampler)) for job in jobs]
+        results = asyncio.gather(*tasks)
+        watcher = asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait({results, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if watcher.done():
+                watcher.result()  # raises: the watcher never returns
+            return await results
+        finally:
+            for task in (*tasks, watcher):
+                task.cancel()
+            await asyncio.gather(results, *tasks, watcher, return_exceptions=True)
+            for client in clients:
+                await client.close()
+
+    async def _watch(self) -> None:
+        """Raise EngineError as soon as an engine's process has died."""
+        while True:
+            self._check()
+            await asyncio.sleep(CHECK_SECONDS)
+
+
+class _RoutedSampler:
+    """Sends each request to the engine of its key, and again if it fails in a way that may pass."""
+
+    def __init__(
+        self, clients: Sequence[SamplingClient], max_retries: int, check: Callable[[], None]
+    ) -> None:
+        self._clients = tuple(clients)
+        self._max_retries = max_retries
+        self._check = check
+
+    async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+        """As `Sampler.generate`."""
+        client = engine_of(self._clients, request.key)
+        what = f"engine {client.url}, prompt {request.key}"
+        return await self._with_retries(lambda: client.generate(request), what)
+
+    async def score(self, token_ids: Sequence[int], key: int) -> tuple[float, ...]:
+        """Log-probs of the tokens of sequence `key`."""
+        client, name = engine_of(self._clients, key), f"sequence {key}"
+        attempt = partial(client.score, token_ids, name)
+        return await self._with_retries(attempt, f"engine {client.url}, {name}")
+
+    async def _with_retries(self, attempt: Callable[[], Awaitable[T]], what: str) -> T:
+        failure = ""
+        for number in range(self._max_retries + 1):
+            if number:
+                pause = FIRST_BACKOFF_SECONDS * 2 ** (number - 1)
+                await asyncio.sleep(min(pause, MAX_BACKOFF_SECONDS))
+                self._check()
+            try:
+                return await attempt()
+            except TransientError as error:
+                failure = str(error)
+        # Connections break before the guard of a dead engine has noticed: its log says more.
+        await asyncio.sleep(2 * CHECK_SECONDS)
+        self._check()
+        raise EngineError(
+            f"{what}: failed {self._max_retries + 1} times "
+            f"(rollout.max_retries={self._max_retries}), the last time with {failure}"
+        )
+
+
+async def _score(
+    sampler: _RoutedSampler, *, key: int, token_ids: tuple[int, ...]
+) -> tuple[float, ...]:
+    return await sampler.score(token_ids, key)

@@ -1,0 +1,91 @@
+"""What is asked of the rollout engines and what they answer; no HTTP here.
+
+An environment talks to a `Sampler`; whoever drives environments talks to an `EnginePool`, of which
+`engine/pool.py` is the implementation over HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from megatron_rl.config.rollout import SamplingConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """Continuations of one token sequence, sampled in one request.
+
+    Example: `GenerateRequest(token_ids=(1, 23, 14, 22, 32), num_samples=8, seed=1280,
+    sampling=SamplingConfig(max_tokens=64), key=17)`.
+    """
+
+    token_ids: tuple[int, ...]  # everything before the first sampled token
+    num_samples: int
+    seed: int  # sample j is drawn with seed + j
+    sampling: SamplingConfig
+    # Index of the prompt, also in error messages. Requests with the same key go to the same engine,
+    # where the prefix cache holds the earlier turns.
+    key: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled continuation; all its sequences have the same length, at least 1.
+
+    Example: `Completion(token_ids=(26, 2), logprobs=(-0.21, -0.03), weight_versions=(3, 3),
+    finish_reason="stop", engine="http://127.0.0.1:18400")`.
+    """
+
+    token_ids: tuple[int, ...]  # sampled tokens only
+    logprobs: tuple[float, ...]  # of each token, under the distribution it was sampled from
+    weight_versions: tuple[int, ...]  # version of the weights that sampled each token
+    finish_reason: str  # "stop": the model ended; "length": cut at max_tokens
+    engine: str  # url of the engine that sampled it
+
+
+class Sampler(Protocol):
+    """What an environment samples from."""
+
+    async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+        """[num_samples] completions, in the order of their seeds.
+
+        Raises:
+            EngineError: the engine died, refused the request, or gave an invalid answer.
+        """
+        ...
+
+
+class EnginePool(Protocol):
+    """The rollout engines of a run."""
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """One for each engine; `Completion.engine` is one of them."""
+        ...
+
+    def run(self, jobs: Sequence[Callable[[Sampler], Awaitable[T]]]) -> list[T]:
+        """Run all jobs concurrently and return their results in order; blocks until all are done.
+
+        Raises:
+            EngineError: an engine died, refused a request, or gave an invalid answer. The first
+                exception of a job ends the others.
+        """
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """Log-probs of given tokens, over the whole vocabulary at temperature 1.
+
+        Args:
+            sequences: token ids, at least two each; distributed over the engines.
+
+        Returns:
+            For each sequence one log-prob per token; 0.0 for the first token, which has none.
+
+        Raises:
+            EngineError: as `run`.
+        """
+        ...

@@ -1,0 +1,53 @@
+"""[imports megatron] A model stage with what trains it: the state that a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_rl.config import ModelConfig, OptimizerConfig
+from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.learner.model.build import build_model
+from megatron_rl.learner.model.optimizer import build_optimizer
+from megatron_rl.weights.geometry import Geometry
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingModel:
+    """One rank's part of the model in training. Example: `build_training_model(ModelConfig(
+    path="models/tiny"), OptimizerConfig(), geometry, parallel, num_updates=100)`.
+    """
+
+    parallel: Parallel
+    geometry: Geometry
+    model: DistributedDataParallel  # this pipeline stage, in Megatron's DDP; `.module` is the GPT
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler  # of the learning rate
+
+
+def build_training_model(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    geometry: Geometry,
+    parallel: Parallel,
+    *,
+    num_updates: int,
+) -> TrainingModel:
+    """The model of `geometry`, loaded from `model.path`, with a fresh optimizer; a collective.
+
+    Args:
+        num_updates: optimizer steps of the whole run, for a decaying learning rate.
+    Raises:
+        ConfigError: a layout or option that the model cannot have. DataError: a checkpoint that
+            does not fit the geometry.
+    """
+    stage = build_model(model, geometry, parallel, use_distributed_optimizer=optimizer.distributed)
+    built, scheduler = build_optimizer(optimizer, stage, num_updates=num_updates)
+    return TrainingModel(
+        parallel=parallel, geometry=geometry, model=stage, optimizer=built, scheduler=scheduler
+    )

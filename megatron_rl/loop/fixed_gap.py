@@ -1,0 +1,82 @@
+"""How far learner and engines are apart on one fixed set of rollouts.
+
+The gap on a run's own samples shrinks as the policy becomes more certain, whatever is done about
+it: likelier tokens have smaller gaps. On a recorded set (`eval.fixed_rollouts`, the `rollouts/`
+folder of another run) both sides give the probability of the same tokens at every evaluation, so
+that two runs, or two moments of one run, can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_rl.config import Config
+from megatron_rl.engine.requests import EnginePool
+from megatron_rl.learner.batch.deal import unscored_samples
+from megatron_rl.learner.learner import Learner
+from megatron_rl.loop.link import EngineLink
+from megatron_rl.loop.preflight import FIXED_STEP
+from megatron_rl.objective.discrepancy import discrepancy
+from megatron_rl.observe.stopwatch import Phase
+from megatron_rl.records import Sample
+from megatron_rl.rollout.recording import read_step
+
+
+def measure_fixed_gap(
+    learner: Learner, link: EngineLink | None, config: Config, phase: Phase
+) -> dict[str, float]:
+    """The gap on the set at the present weights, which the engines must serve; a collective.
+
+    Args:
+        link: on rank 0; None on every other rank.
+
+    Returns:
+        `eval/fixed_gap/mean` and `/max` of |p_train - p_inf|, and `eval/fixed_logprob/mean`, the
+        learner's mean log-prob, which tells how the policy has moved on the set. The same on every
+        rank; empty without a set, and in a replay, which has no engines.
+
+    Raises:
+        EngineError: an engine did not score what it was given.
+    """
+    if config.replay or not config.eval.fixed_rollouts:
+        return {}
+    with phase("eval"):
+        samples = [] if link is None else _scored_by_engines(link.pool, config)
+        tokens_per_row = config.learner.tokens_per_micro_batch
+        scored = learner.score_samples(samples, tokens_per_row=tokens_per_row)
+        figures = gap_figures(scored) if learner.parallel.is_last_stage else {}
+        return learner.parallel.from_last_stage(figures)
+
+
+def gap_figures(scored: Sequence[tuple[Sample, torch.Tensor]]) -> dict[str, float]:
+    """The figures of `measure_fixed_gap`.
+
+    Args:
+        scored: samples with the engines' log-probs, and the learner's of the same tokens, [L].
+    """
+    gaps, logprobs = [], []
+    for sample, learned in scored:
+        is_sampled = torch.tensor(sample.rollout.loss_mask)
+        served = torch.tensor(sample.rollout.rollout_logprobs)[is_sampled]
+        gaps.append(discrepancy(learned[is_sampled], served).double())
+        logprobs.append(learned[is_sampled].double())
+    return {
+        "eval/fixed_gap/mean": float(torch.cat(gaps).mean()),
+        "eval/fixed_gap/max": float(torch.cat(gaps).max()),
+        "eval/fixed_logprob/mean": float(torch.cat(logprobs).mean()),
+    }
+
+
+def _scored_by_engines(pool: EnginePool, config: Config) -> list[Sample]:
+    """The recorded samples, with the log-probs that the engines give their tokens now."""
+    recorded = read_step(Path(config.eval.fixed_rollouts), FIXED_STEP)
+    samples = unscored_samples([each.group for each in recorded])[: config.eval.num_fixed_rollouts]
+    logprobs = pool.score([sample.rollout.token_ids for sample in samples])
+    return [
+        replace(sample, rollout=replace(sample.rollout, rollout_logprobs=each))
+        for sample, each in zip(samples, logprobs, strict=True)
+    ]

@@ -1,0 +1,54 @@
+"""What rank 0 holds to publish weights and to probe the engines, and the log of its updates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rl.engine.requests import EnginePool
+from megatron_rl.records import Prompt
+from megatron_rl.rollout.environment import Environment
+from megatron_rl.sync.publish import Publisher, PublishReport
+
+SYNC_LOG = "sync.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLink:
+    """What rank 0 needs to publish and to probe.
+
+    Example: `EngineLink(publisher=Publisher(...), pool=HttpEnginePool(...),
+    environment=SingleTurn(...), prompts=stream.prompts, log=Path("runs/a/sync.jsonl"),
+    check_after_failure=...)`.
+    """
+
+    publisher: Publisher
+    pool: EnginePool
+    environment: Environment
+    prompts: Callable[[int, int], Sequence[Prompt]]  # first index and number -> prompts
+    log: Path  # gains one line for each update
+    check_after_failure: Callable[[], None]  # EngineError if a failed call means a dead engine
+
+
+def log_update(path: Path, report: PublishReport) -> None:
+    """Add the line of one update to `sync.jsonl`."""
+    line = {
+        "version": report.version,
+        "bytes": report.num_bytes,
+        "published": report.checksum,
+        "received": report.received,
+        "seconds": report.seconds,
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def cut_sync_log(path: Path, step: int) -> None:
+    """Drop the updates of `step` and of later steps, which are published again, and a last line
+    that a killed process left incomplete.
+    """
+    if path.is_file():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+        path.write_text("".join(line for line in whole if json.loads(line)["version"] < step))

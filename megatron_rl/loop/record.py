@@ -1,0 +1,83 @@
+"""What a step leaves on disk: its rollouts, the learner's log-probs of them, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from megatron_rl.config import Config
+from megatron_rl.learner.batch.deal import by_sample
+from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.model.checkpoint import save_checkpoint
+from megatron_rl.loop.preflight import data_settings
+from megatron_rl.loop.state import LoopState
+from megatron_rl.observe.stopwatch import Phase
+from megatron_rl.records import RecomputedRow, SampledStep
+from megatron_rl.rollout.recording import write_recomputed, write_step
+from megatron_rl.weights.huggingface import write_checkpoint
+
+
+def record_rollouts(
+    sampled: SampledStep,
+    rows: Iterable[RecomputedRow],
+    parallel: Parallel,
+    step: int,
+    config: Config,
+    phase: Phase,
+) -> None:
+    """Write every rollout of the step, and the learner's log-probs of it where they were computed,
+    into `<run_dir>/rollouts`; nothing in a replay.
+
+    Args:
+        rows: of the training step; empty except on the last pipeline stage.
+    """
+    if config.replay:
+        return
+    with phase("record"):
+        _record(sampled, rows, parallel, step, Path(config.run_dir) / "rollouts")
+
+
+def _record(
+    sampled: SampledStep,
+    rows: Iterable[RecomputedRow],
+    parallel: Parallel,
+    step: int,
+    folder: Path,
+) -> None:
+    if parallel.is_replica_head:
+        write_step(folder, step, parallel.dp_rank, sampled.groups, num_ranks=parallel.dp_size)
+    if parallel.is_last_stage and parallel.tp_rank == 0:
+        found = by_sample(rows)
+        write_recomputed(
+            folder,
+            step,
+            parallel.dp_rank,
+            prompt_index=[sample.prompt_index for sample, _ in found],
+            sample_index=[sample.sample_index for sample, _ in found],
+            lengths=[len(logprobs) for _, logprobs in found],
+            recomputed_logprobs=torch.cat([torch.zeros(0), *(logprobs for _, logprobs in found)]),
+        )
+
+
+def save_run(learner: Learner, state: LoopState, config: Config) -> None:
+    """Write a checkpoint of the step that has just ended; a collective."""
+    save_checkpoint(
+        Path(config.run_dir) / "checkpoints",
+        learner.trained,
+        {**state.state_dict(), "data": data_settings(config)},
+        step=state.step,
+        keep=config.checkpoint.keep,
+    )
+
+
+def save_hf_checkpoint(learner: Learner, config: Config) -> None:
+    """The weights as a Hugging Face checkpoint in `<run_dir>/huggingface`; a collective."""
+    if learner.parallel.rank == 0:
+        folder = Path(config.run_dir) / "huggingface"
+        write_checkpoint(folder, learner.full_tensors(), like=config.model.path)
+    else:
+        learner.give_tensors()
+    learner.parallel.barrier()

@@ -1,0 +1,73 @@
+"""What changes from step to step: one small record, the same on every rank, saved with every
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.config import ConstraintConfig
+from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.objective.tolerance import CalibratedTolerance
+
+
+@dataclass(slots=True, kw_only=True)
+class LoopState:
+    """Where the run is.
+
+    Example: in its twelfth step, with weights published after the eleventh: `LoopState(
+    dual=DualVariable(0.104), step=12, next_prompt=704, published_version=11)`.
+    """
+
+    dual: DualVariable
+    step: int = 0  # the one that is running, or the last one that ended
+    next_prompt: int = 0  # index of the first prompt that no step has taken
+    # step after which the weights that the engines serve were published; not saved, because a
+    # resumed run publishes its weights before it samples
+    published_version: int = 0
+
+    def steps(self, num_steps: int) -> Iterator[int]:
+        """Count `step` up to `num_steps` and yield every step that is still to do."""
+        while self.step < num_steps:
+            self.step += 1
+            yield self.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "step": self.step,
+            "next_prompt": self.next_prompt,
+            "dual": self.dual.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a checkpoint was written.
+
+        Raises:
+            DataError: the state of lambda is incomplete.
+        """
+        self.step = state["step"]
+        self.next_prompt = state["next_prompt"]
+        self.dual.load_state_dict(state["dual"])
+
+
+def initial_state(config: ConstraintConfig) -> LoopState:
+    """The state before the first step, with lambda at its initial value."""
+    calibration = None
+    tolerance = config.tolerance
+    if isinstance(tolerance, str):  # "auto"
+        calibration = CalibratedTolerance(config.tolerance_steps, config.tolerance_slack)
+        tolerance = 0.0  # a placeholder until it is calibrated
+    return LoopState(
+        dual=DualVariable(
+            config.initial,
+            config.learning_rate,
+            tolerance,
+            config.minimum,
+            config.maximum,
+            warmup_steps=config.warmup_steps,
+            calibration=calibration,
+        )
+    )

@@ -1,0 +1,23 @@
+"""The policy gradient with a clipped weight, `sg[clip(r)] A log p_theta` with r = p_theta / p_old
+and clip(r) = clip(r, 1 - clip_low, 1 + clip_high): every token keeps a gradient (CISPO, arXiv
+2506.13585).
+"""
+
+from __future__ import annotations
+
+from megatron_rl.objective.inputs import LossInputs, Surrogate
+from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
+
+
+def surrogate(inputs: LossInputs) -> Surrogate:
+    """A bound acts whatever the sign of the advantage."""
+    policy = inputs.policy_logprobs
+    log_ratio = (policy.detach() - inputs.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.double().exp()
+    weight = ratio.clamp(1.0 - inputs.clip_low, 1.0 + inputs.clip_high).float()
+    return Surrogate(
+        values=weight * inputs.advantages * policy,
+        ratio=ratio,
+        is_clipped_low=ratio < 1.0 - inputs.clip_low,
+        is_clipped_high=ratio > 1.0 + inputs.clip_high,
+    )

@@ -1,0 +1,140 @@
+"""Which verifier judges which source, and how a verifier is found by its name.
+
+A name is that of a module in `reward/verifiers/` or `reward/group_verifiers/`, or an import path
+"package.module:function" of a user's own function.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_rl.config import TaskConfig
+from megatron_rl.config.choices import GROUP_VERIFIERS, VERIFIERS
+from megatron_rl.config.rules import is_import_path, join_choices
+from megatron_rl.errors import ConfigError
+from megatron_rl.records import Score
+from megatron_rl.reward.protocols import GroupVerifier, Verifier
+
+# The settings that name a verifier, for messages.
+VERIFIER_KEY, GROUP_VERIFIER_KEY = "data.tasks[].verifier", "reward.group_verifier"
+
+
+def resolve_verifiers(tasks: Sequence[TaskConfig]) -> dict[str, str]:
+    """The verifier of each source, by name: `auto` is the task's own scorer for a reasoning-gym
+    task, and math_verify for a file.
+
+    Raises:
+        ConfigError: one source name with two verifiers, or the scorer of reasoning-gym for a file.
+    """
+    verifiers: dict[str, str] = {}
+    for task in tasks:
+        name = task.verifier
+        if name == "auto":
+            name = "math_verify" if task.path else "reasoning_gym"
+        if name == "reasoning_gym" and task.path:
+            raise ConfigError(
+                f"data.tasks: {task.source}: expected a verifier for the file {task.path}, got "
+                "reasoning_gym, which scores its own tasks only"
+            )
+        if verifiers.setdefault(task.source, name) != name:
+            raise ConfigError(
+                f"data.tasks: expected one verifier for {task.source}, got {name} and "
+                f"{verifiers[task.source]}: give the two sources different names"
+            )
+    return verifiers
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a verifier or group verifier is one of this package."""
+    return not is_import_path(name)
+
+
+def check_verifier(name: str) -> None:
+    """Refuses a verifier that cannot exist, without importing it.
+
+    Raises:
+        ConfigError: an unknown name, or an import path whose module is not found.
+    """
+    _check(name, VERIFIERS, VERIFIER_KEY)
+
+
+def check_group_verifier(name: str) -> None:
+    """Refuses a group verifier that cannot exist, without importing it.
+
+    Raises:
+        ConfigError: as `check_verifier`.
+    """
+    _check(name, GROUP_VERIFIERS, GROUP_VERIFIER_KEY)
+
+
+def load_verifier(name: str) -> Verifier:
+    """Imports a verifier. Only worker processes do so, since some imports take seconds.
+
+    Raises:
+        ConfigError: the module cannot be imported, or has no such function.
+    """
+    function = _load(name, "verifiers", "verify", VERIFIER_KEY)
+
+    def verify(response: str, answer: str, metadata: dict[str, Any], /) -> Score:
+        judged = function(response, answer, metadata)
+        if isinstance(judged, Score):
+            return judged
+        # A number does not say whether an answer could be read; the response was judged, so yes.
+        return Score(reward=float(judged), is_formatted=True, failure=None)
+
+    return verify
+
+
+def load_group_verifier(name: str) -> GroupVerifier:
+    """Imports a group verifier; for worker processes.
+
+    Raises:
+        ConfigError: as `load_verifier`.
+    """
+    return _load(name, "group_verifiers", "group_rewards", GROUP_VERIFIER_KEY)
+
+
+def _check(name: str, choices: tuple[str, ...], key: str) -> None:
+    if is_built_in(name):
+        if name not in choices:
+            expected = join_choices((*choices, '"package.module:function"'))
+            near = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{key}: expected {expected}, got {name!r} (nearest: {near})")
+        return
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.util.find_spec(module) if module and function else None
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ConfigError(
+            f'{key}: expected "package.module:function", got {name!r}, and there is no module '
+            f"{module!r} on the Python path"
+        )
+
+
+def _load(name: str, folder: str, function_name: str, key: str) -> Callable[..., Any]:
+    """A function by its import path, or `function_name` of a module in a folder beside this one."""
+    if is_built_in(name):
+        module_name = f"megatron_rl.reward.{folder}.{name}"
+    else:
+        module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything
+        raise ConfigError(
+            f"{key}: expected a module that can be imported, got {name!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = difflib.get_close_matches(function_name, dir(module), n=1, cutoff=0.0)
+        raise ConfigError(
+            f"{key}: expected a function {function_name!r} in {module_name}, got none "
+            f"(nearest: {near[0] if near else 'nothing'})"
+        )
+    return function

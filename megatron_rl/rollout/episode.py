@@ -1,0 +1,75 @@
+"""Builds one rollout from pieces of context and sampled tokens, in the order in which they come.
+
+episode = Episode()
+episode.say(prompt.token_ids)              the question
+episode.sampled(completion)                the first turn, with a call of a tool
+episode.say(tool_result)                   what the tool returned
+episode.sampled(second_completion)         the second turn
+rollout = episode.rollout(finish_reason="stop", text=text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.engine.requests import Completion
+from megatron_rl.records import Rollout
+
+
+class Episode:
+    """One rollout in the making. Ids, mask, log-probs and versions always have equal lengths."""
+
+    def __init__(self) -> None:
+        self._token_ids: list[int] = []
+        self._loss_mask: list[bool] = []
+        self._logprobs: list[float] = []
+        self._weight_versions: list[int] = []
+        self._engine = ""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Everything so far: the tokens of the next `GenerateRequest`."""
+        return tuple(self._token_ids)
+
+    def say(self, token_ids: Sequence[int]) -> None:
+        """Append tokens that the policy did not choose: a prompt, a tool's result."""
+        self._token_ids += token_ids
+        self._loss_mask += [False] * len(token_ids)
+        self._logprobs += [0.0] * len(token_ids)
+        self._weight_versions += [-1] * len(token_ids)
+
+    def sampled(self, completion: Completion) -> None:
+        """Append tokens that the policy chose.
+
+        Raises:
+            ValueError: a completion without one log-prob and one version for each token.
+        """
+        num_tokens = len(completion.token_ids)
+        for name in ("logprobs", "weight_versions"):
+            if len(getattr(completion, name)) != num_tokens:
+                raise ValueError(
+                    f"completion.{name}: expected one for each of its {num_tokens} tokens, "
+                    f"got {len(getattr(completion, name))}"
+                )
+        self._token_ids += completion.token_ids
+        self._loss_mask += [True] * num_tokens
+        self._logprobs += completion.logprobs
+        self._weight_versions += completion.weight_versions
+        self._engine = completion.engine
+
+    def rollout(self, *, finish_reason: str, text: str) -> Rollout:
+        """The episode so far as a record; its engine is that of the last completion.
+
+        Args:
+            finish_reason: "stop" if the episode came to its own end, "length" if it was cut.
+            text: what the verifier reads.
+        """
+        return Rollout(
+            token_ids=self.token_ids,
+            loss_mask=tuple(self._loss_mask),
+            rollout_logprobs=tuple(self._logprobs),
+            weight_versions=tuple(self._weight_versions),
+            finish_reason=finish_reason,
+            text=text,
+            engine=self._engine,
+        )

@@ -1,0 +1,146 @@
+"""Rollouts sampled from the engines now: prompts in, scored groups out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+from megatron_rl.config.rollout import SamplingConfig
+from megatron_rl.engine.requests import EnginePool, Sampler
+from megatron_rl.errors import EngineError
+from megatron_rl.records import MAX_SAMPLES, Prompt, RolloutGroup, Score, ScoredGroup
+from megatron_rl.rollout.environment import Environment, EpisodeRequest
+from megatron_rl.rollout.seeds import sampling_seed
+from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
+
+
+class LiveSource:
+    """The `RolloutSource` that samples from the engines and scores what it sampled.
+
+    Args:
+        prompts: first index and number of prompts to the prompts.
+        score: groups to the scores of their rollouts, [P] tuples of [G].
+        num_samples: rollouts for each prompt.
+        seed: of the run.
+        share: number of items of all replicas to the first and the number of this replica's.
+        time: name of a phase to a context manager that times it; the phases are "rollout" and
+            "reward".
+    """
+
+    def __init__(
+        self,
+        prompts: Callable[[int, int], Sequence[Prompt]],
+        environment: Environment,
+        pool: EnginePool,
+        score: Callable[[Sequence[RolloutGroup]], Sequence[tuple[Score, ...]]],
+        *,
+        sampling: SamplingConfig,
+        num_samples: int,
+        seed: int,
+        share: Callable[[int], tuple[int, int]],
+        time: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._prompts = prompts
+        self._environment = environment
+        self._pool = pool
+        self._score = score
+        self._sampling = sampling
+        self._num_samples = num_samples
+        self._seed = seed
+        self._share = share
+        self._time = time
+
+    def take(self, request: RolloutRequest) -> TakenRollouts:
+        """This replica's share of `request.num_prompts` prompts, sampled and scored.
+
+        Raises:
+            EngineError: an engine failed, or samples with other weights than requested.
+        """
+        start, count = self._share(request.num_prompts)
+        prompts = self._prompts(request.first_prompt + start, count)
+        with self._time("rollout"):
+            groups = sample_groups(
+                self._pool,
+                self._environment,
+                prompts,
+                self._sampling,
+                num_samples=self._num_samples,
+                seeds=[sampling_seed(self._seed, request.step, each.index) for each in prompts],
+            )
+        check_versions(groups, request.weight_version)
+        with self._time("reward"):
+            scores = self._score(groups)
+        return TakenRollouts(
+            groups=tuple(
+                ScoredGroup(group=group, scores=tuple(of_group))
+                for group, of_group in zip(groups, scores, strict=True)
+            ),
+            num_prompts=request.num_prompts,
+            num_rounds=1,
+        )
+
+
+def sample_groups(
+    pool: EnginePool,
+    environment: Environment,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    num_samples: int,
+    seeds: Sequence[int],
+) -> list[RolloutGroup]:
+    """Sample `num_samples` rollouts for each prompt; blocks until all are there.
+
+    Args:
+        seeds: [P] see `rollout/seeds.py`; rollout j of prompt i is drawn with `seeds[i] + j`.
+
+    Returns:
+        A group for each prompt, in the order of the prompts.
+
+    Raises:
+        EngineError: see `EnginePool.run`.
+        ValueError: wrong arguments, or an environment that returns another number of rollouts.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds: expected one per prompt, {len(prompts)}, got {len(seeds)}")
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise ValueError(f"num_samples: expected 1 to {MAX_SAMPLES}, got {num_samples}")
+    requests = [
+        EpisodeRequest(num_samples=num_samples, seed=seed, sampling=sampling) for seed in seeds
+    ]
+    return pool.run(
+        [
+            partial(_sample_group, environment, prompt, request)
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+    )
+
+
+async def _sample_group(
+    environment: Environment, prompt: Prompt, request: EpisodeRequest, sampler: Sampler
+) -> RolloutGroup:
+    rollouts = await environment.rollouts(prompt, request, sampler)
+    if len(rollouts) != request.num_samples:
+        raise ValueError(
+            f"environment {type(environment).__name__}: expected {request.num_samples} rollouts of "
+            f"prompt {prompt.index}, got {len(rollouts)}"
+        )
+    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
+
+
+def check_versions(groups: Sequence[RolloutGroup], expected: int) -> None:
+    """Check that every token was sampled by the weights that were published last.
+
+    Raises:
+        EngineError: a token was not: an engine was restarted, or another run publishes to it.
+    """
+    for group in groups:
+        for rollout in group.rollouts:
+            strays = {each for each in rollout.weight_versions if each not in (-1, expected)}
+            if strays:
+                raise EngineError(
+                    f"prompt {group.prompt.index}: expected samples of weight version {expected}, "
+                    f"got {sorted(strays)}; was the engine restarted, or published to by another "
+                    "run?"
+                )

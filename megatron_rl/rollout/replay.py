@@ -1,0 +1,65 @@
+"""Rollouts from a recorded run instead of an engine (`replay` in the settings)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_rl.config.loop import LoopConfig
+from megatron_rl.errors import DataError
+from megatron_rl.records import ScoredGroup
+from megatron_rl.rollout.recording import read_step
+from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
+
+
+class ReplaySource:
+    """The `RolloutSource` that reads what another run recorded, with its scores.
+
+    Args:
+        folder: the other run's `rollouts/`.
+        config: the batch that a step of this run expects.
+        share: number of items of all replicas to the first and the number of this replica's.
+    """
+
+    def __init__(
+        self, folder: Path, config: LoopConfig, *, share: Callable[[int], tuple[int, int]]
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._share = share
+
+    def take(self, request: RolloutRequest) -> TakenRollouts:
+        """This replica's share of everything that was recorded for `request.step`. With dynamic
+        sampling that may be more prompts than requested: those of all rounds. The recorded weight
+        versions are not compared with the request's.
+
+        Raises:
+            DataError: the step is missing, damaged, or of another batch than requested.
+        """
+        groups = read_step(self._folder, request.step)
+        self._check(groups, request)
+        start, count = self._share(len(groups))
+        return TakenRollouts(
+            groups=tuple(groups[start : start + count]), num_prompts=len(groups), num_rounds=0
+        )
+
+    def _check(self, scored: Sequence[ScoredGroup], request: RolloutRequest) -> None:
+        config = self._config
+        indices = [each.group.prompt.index for each in scored]
+        sizes = [len(each.group.rollouts) for each in scored]
+        is_dynamic = config.dynamic_sampling.enabled
+        is_right = (
+            indices == list(range(request.first_prompt, request.first_prompt + len(scored)))
+            and all(size == config.samples_per_prompt for size in sizes)
+            and len(scored) >= config.prompts_per_step
+            and (is_dynamic or len(scored) == config.prompts_per_step)
+        )
+        if not is_right:
+            raise DataError(
+                f"replay={self._folder}: expected step {request.step} to hold "
+                f"{config.prompts_per_step} prompts {'or more ' if is_dynamic else ''}from prompt "
+                f"{request.first_prompt} on with {config.samples_per_prompt} samples each "
+                "(loop.prompts_per_step, loop.samples_per_prompt, loop.dynamic_sampling), got "
+                f"{len(scored)} from prompt {indices[0] if indices else 'none'} on with "
+                f"{sizes[0] if sizes else 0}"
+            )

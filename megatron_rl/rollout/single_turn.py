@@ -1,0 +1,44 @@
+"""The environment of one turn: the prompt, and one sampled response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
+from megatron_rl.records import Prompt, Rollout
+from megatron_rl.rollout.environment import EpisodeRequest
+from megatron_rl.rollout.episode import Episode
+
+
+class SingleTurn:
+    """An `Environment` that asks for all samples of a prompt in one request.
+
+    Args:
+        decode: token ids of a response to its text, without special tokens.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+
+    async def rollouts(
+        self, prompt: Prompt, request: EpisodeRequest, sampler: Sampler
+    ) -> tuple[Rollout, ...]:
+        """[num_samples] rollouts; rollout j is drawn with `request.seed + j`."""
+        completions = await sampler.generate(
+            GenerateRequest(
+                token_ids=prompt.token_ids,
+                num_samples=request.num_samples,
+                seed=request.seed,
+                sampling=request.sampling,
+                key=prompt.index,
+            )
+        )
+        return tuple(self._rollout(prompt, completion) for completion in completions)
+
+    def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
+        episode = Episode()
+        episode.say(prompt.token_ids)
+        episode.sampled(completion)
+        return episode.rollout(
+            finish_reason=completion.finish_reason, text=self._decode(completion.token_ids)
+        )

@@ -1,0 +1,49 @@
+"""Where a training step gets its scored rollouts from. `rollout/live.py` samples them,
+`rollout/replay.py` reads recorded ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_rl.records import ScoredGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """The rollouts that a training step asks for.
+
+    Example: `RolloutRequest(step=3, first_prompt=128, num_prompts=64, weight_version=2)`.
+    """
+
+    step: int
+    first_prompt: int  # index in the run's stream of prompts
+    num_prompts: int  # of all replicas together
+    weight_version: int  # of the weights that the engines serve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenRollouts:
+    """One replica's share of the rollouts of a step.
+
+    Example: two replicas, 64 prompts: `TakenRollouts(groups=(ScoredGroup(...), ...),  # 32
+    num_prompts=64, num_rounds=1)`.
+    """
+
+    groups: tuple[ScoredGroup, ...]  # this replica's share, by prompt index
+    num_prompts: int  # of all replicas together
+    num_rounds: int  # 1 if they were sampled, 0 if they were recorded
+
+
+class RolloutSource(Protocol):
+    """Gives the scored rollouts of a step, on the head of each replica."""
+
+    def take(self, request: RolloutRequest) -> TakenRollouts:
+        """This replica's share of the rollouts of a step; blocks until they are scored.
+
+        Raises:
+            EngineError: they could not be sampled, or not from the requested weights.
+            DataError: recorded rollouts are missing, or are not those of the request.
+        """
+        ...

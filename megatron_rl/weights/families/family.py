@@ -1,0 +1,196 @@
+"""What distinguishes one family of models from another, as one record.
+
+Each other module of this folder defines `FAMILY`, and its name is the `model_type` that
+`config.json` has. So a new dense family is one file: `weights/geometry.py` reads its options,
+`weights/rules.py` its tensors, and nothing else asks to which family a model belongs.
+
+The rows below are those of Llama's layers, whose names most families share.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any, Literal
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.weights import families
+
+# How tensor parallelism cuts a Megatron tensor, and how it is made of Hugging Face's:
+#   replicated  every rank holds all       qkv      query, key and value heads by query group, cut
+#   column      cut along dimension 0               by group
+#   row         cut along dimension 1      gate_up  gate rows, then up rows, each cut along them
+#   vocab       cut along dimension 0, after padding with zero rows to 128 x TP
+Kind = Literal["replicated", "column", "row", "vocab", "qkv", "gate_up"]
+# A dimension, by what it counts: columns of the residual stream, of the feed-forward layer, of all
+# query heads, of all key (or value) heads, of one head, and tokens.
+Size = Literal["hidden", "ffn", "query", "key_value", "head", "vocab"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRow:
+    """One Megatron tensor, and the Hugging Face tensors that it is made of. In names, `{layer}`
+    stands for the number of the layer.
+
+    Example: `TensorRow(kind="vocab", hf_names=("lm_head.weight",), hf_shapes=(("vocab",
+    "hidden"),), megatron_names=("output_layer.weight",))`; `layer_row` makes those of a layer.
+    """
+
+    kind: Kind
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[tuple[Size, ...], ...]  # of each of them
+    megatron_names: tuple[str, ...]  # each that one of Megatron's layer specs has for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFamily:
+    """A family of decoders, as far as the learner builds them.
+
+    Example: see `families/llama.py`.
+    """
+
+    model_type: str  # in config.json; the name of the family's module
+    embedding: TensorRow
+    layer: tuple[TensorRow, ...]  # of a decoder layer, in the order in which they are published
+    final_norm: TensorRow
+    head: TensorRow  # left out where the embedding is tied to it
+    # Where config.json has no head_dim; None: hidden_size / num_attention_heads.
+    default_head_dim: int | None
+    # Options of config.json that change the forward pass, each with the values that the learner
+    # builds; an absent or null option is one of them. Any other value is refused.
+    accepted: Mapping[str, tuple[Any, ...]]
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether each query and key head is normalised before attention."""
+        return any("self_attention.q_layernorm.weight" in name for name in self._megatron_names)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have biases."""
+        return any("self_attention.linear_qkv.bias" in name for name in self._megatron_names)
+
+    @property
+    def _megatron_names(self) -> list[str]:
+        return [name for row in self.layer for name in row.megatron_names]
+
+
+def model_types() -> tuple[str, ...]:
+    """The families there are, by `model_type`."""
+    found = (module.name for module in pkgutil.iter_modules(families.__path__))
+    return tuple(sorted(name for name in found if name != "family"))
+
+
+@cache
+def find_family(model_type: str) -> ModelFamily:
+    """The record of a family.
+
+    Raises:
+        ConfigError: no module of this folder has this name, or it describes another family.
+    """
+    if model_type not in model_types():
+        raise ConfigError(
+            f"expected model_type one of {', '.join(model_types())}, got {model_type!r}"
+        )
+    family = importlib.import_module(f"{families.__name__}.{model_type}").FAMILY
+    if family.model_type != model_type:
+        raise ConfigError(
+            f"weights/families/{model_type}.py: expected the family of its name, got "
+            f"{family.model_type!r}"
+        )
+    return family
+
+
+def layer_row(kind: Kind, names: Mapping[str, tuple[Size, ...]], *megatron_names: str) -> TensorRow:
+    """A row of a decoder layer.
+
+    Args:
+        names: Hugging Face names below `model.layers.{layer}.`, each with its shape.
+        megatron_names: below `decoder.layers.{layer}.`.
+    """
+    return TensorRow(
+        kind=kind,
+        hf_names=tuple(f"model.layers.{{layer}}.{name}" for name in names),
+        hf_shapes=tuple(names.values()),
+        megatron_names=tuple(f"decoder.layers.{{layer}}.{name}" for name in megatron_names),
+    )
+
+
+EMBEDDING = TensorRow(
+    kind="vocab",
+    hf_names=("model.embed_tokens.weight",),
+    hf_shapes=(("vocab", "hidden"),),
+    megatron_names=("embedding.word_embeddings.weight",),
+)
+# Megatron's own layers keep the norms apart; Transformer Engine's fuse a norm into the linear layer
+# that follows it.
+ATTENTION_NORM = layer_row(
+    "replicated",
+    {"input_layernorm.weight": ("hidden",)},
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight",
+)
+QKV_WEIGHT = layer_row(
+    "qkv",
+    {
+        "self_attn.q_proj.weight": ("query", "hidden"),
+        "self_attn.k_proj.weight": ("key_value", "hidden"),
+        "self_attn.v_proj.weight": ("key_value", "hidden"),
+    },
+    "self_attention.linear_qkv.weight",
+)
+QKV_BIAS = layer_row(
+    "qkv",
+    {
+        "self_attn.q_proj.bias": ("query",),
+        "self_attn.k_proj.bias": ("key_value",),
+        "self_attn.v_proj.bias": ("key_value",),
+    },
+    "self_attention.linear_qkv.bias",
+)
+QUERY_NORM = layer_row(
+    "replicated", {"self_attn.q_norm.weight": ("head",)}, "self_attention.q_layernorm.weight"
+)
+KEY_NORM = layer_row(
+    "replicated", {"self_attn.k_norm.weight": ("head",)}, "self_attention.k_layernorm.weight"
+)
+ATTENTION_OUTPUT = layer_row(
+    "row", {"self_attn.o_proj.weight": ("hidden", "query")}, "self_attention.linear_proj.weight"
+)
+MLP_NORM = layer_row(
+    "replicated",
+    {"post_attention_layernorm.weight": ("hidden",)},
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight",
+)
+GATE_AND_UP = layer_row(
+    "gate_up",
+    {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
+    "mlp.linear_fc1.weight",
+)
+DOWN = layer_row("row", {"mlp.down_proj.weight": ("hidden", "ffn")}, "mlp.linear_fc2.weight")
+FINAL_NORM = TensorRow(
+    kind="replicated",
+    hf_names=("model.norm.weight",),
+    hf_shapes=(("hidden",),),
+    megatron_names=("decoder.final_layernorm.weight",),
+)
+HEAD = TensorRow(
+    kind="vocab",
+    hf_names=("lm_head.weight",),
+    hf_shapes=(("vocab", "hidden"),),
+    megatron_names=("output_layer.weight",),
+)
+ACCEPTED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "use_sliding_window": (False,),
+        "quantization_config": ({},),
+    }
+)

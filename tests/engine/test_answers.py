@@ -1,0 +1,133 @@
+"""Answers of the engine's route, as it gives them and as it must not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_rl.config import SamplingConfig
+from megatron_rl.engine.answers import (
+    generate_body,
+    read_completion,
+    read_completions,
+    read_scores,
+    score_body,
+)
+from megatron_rl.engine.requests import GenerateRequest
+from megatron_rl.errors import EngineError
+
+REQUEST = GenerateRequest(
+    token_ids=(1, 9),
+    num_samples=2,
+    seed=512,
+    sampling=SamplingConfig(temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, max_tokens=12),
+    key=4,
+)
+
+
+def choice(**changes: Any) -> dict[str, Any]:
+    content = [{"token_id": 7, "logprob": -0.5}, {"token_id": 2, "logprob": -0.25}]
+    return {
+        "index": 0,
+        "token_ids": [7, 2],
+        "finish_reason": "stop",
+        "logprobs": {"content": content},
+        "weight_versions": [{"version": "default", "start": 0, "end": 2}],
+    } | changes
+
+
+def test_every_setting_is_sent() -> None:
+    assert generate_body(REQUEST) == {
+        "token_ids": [1, 9],
+        "sampling_params": {
+            "n": 2,
+            "seed": 512,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 7,
+            "min_p": 0.1,
+            "max_tokens": 12,
+            "logprobs": 0,
+            "detokenize": False,
+        },
+    }
+    assert score_body((1, 9))["sampling_params"]["prompt_logprobs"] == 0
+
+
+def test_completions_come_by_sample_index_and_name_their_engine() -> None:
+    second = choice(index=1, finish_reason="length")
+    completions = read_completions({"choices": [second, choice()]}, REQUEST, "http://a")
+    assert [each.finish_reason for each in completions] == ["stop", "length"]
+    assert completions[0].token_ids == (7, 2)
+    assert completions[0].logprobs == (-0.5, -0.25)
+    assert completions[0].weight_versions == (0, 0)  # "default": before the first update
+    assert {each.engine for each in completions} == {"http://a"}
+
+
+@pytest.mark.parametrize("indices", [[], [0], [1], [0, 0], [0, 1, 2]])
+def test_missing_choices_are_an_error(indices: list[int]) -> None:
+    answer = {"choices": [choice(index=index) for index in indices]}
+    expected = f"engine http://a: expected 2 samples for prompt 4, got {len(indices)}"
+    with pytest.raises(EngineError, match=expected):
+        read_completions(answer, REQUEST, "http://a")
+
+
+def test_a_bad_sample_is_named_whole() -> None:
+    answer = {"choices": [choice(), choice(index=1, token_ids=[7])]}
+    with pytest.raises(EngineError, match="engine http://a, prompt 4, sample 1: expected a log-pr"):
+        read_completions(answer, REQUEST, "http://a")
+
+
+def test_versions_are_kept_per_token() -> None:
+    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]
+    completion = read_completion(choice(weight_versions=spans), "http://a", "")
+    assert completion.weight_versions == (3, 4)
+    assert completion.logprobs == (-0.5, -0.25)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        None,
+        [],
+        [{"version": "v3", "start": 0, "end": 2}],
+        [{"version": "3", "start": 0, "end": 1}],
+        [{"version": "3", "start": 1, "end": 2}],
+    ],
+)
+def test_versions_that_do_not_cover_the_tokens(spans) -> None:
+    with pytest.raises(EngineError, match=r"engine A: expected (the )?weight versions"):
+        read_completion(choice(weight_versions=spans), "http://a", "engine A")
+
+
+@pytest.mark.parametrize("logprob", [-9999.0, -10000.0, float("nan"), 2e-3, None])
+def test_a_logprob_that_is_none_is_an_error(logprob) -> None:
+    content = [{"token_id": 7, "logprob": -0.5}, {"token_id": 2, "logprob": logprob}]
+    with pytest.raises(EngineError, match=r"engine A, response token 1 \(id 2\): expected a log-"):
+        read_completion(choice(logprobs={"content": content}), "http://a", "engine A")
+
+
+def test_missing_logprobs_are_an_error() -> None:
+    content = [{"token_id": 7, "logprob": -0.5}]
+    with pytest.raises(EngineError, match="1 log-probs for 2 tokens"):
+        read_completion(choice(logprobs={"content": content}), "http://a", "engine A")
+
+
+def test_a_sample_without_tokens_is_an_error() -> None:
+    empty = choice(token_ids=[], logprobs={"content": []})
+    with pytest.raises(EngineError, match="0 log-probs for 0 tokens"):
+        read_completion(empty, "http://a", "engine A")
+
+
+def test_scores_of_given_tokens() -> None:
+    entries = [None, {"9": {"logprob": -1.5}}, {"4": {"logprob": -0.5}, "8": {"logprob": -0.1}}]
+    assert read_scores({"prompt_logprobs": entries}, (1, 9, 4), "A") == (0.0, -1.5, -0.5)
+    for wrong, message in (
+        (None, "A: expected 2 log-probs of given tokens, got 0"),
+        (entries[:2], "A: expected 2 log-probs of given tokens, got 1"),
+        ([None, {"9": {"logprob": -1.5}}, {}], r"A token 1 \(id 4\): expected a log-prob"),
+        ([None, {"9": {"logprob": -9999.0}}, entries[2]], r"A token 0 \(id 9\): expected a log-pr"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            read_scores({"prompt_logprobs": wrong}, (1, 9, 4), "A")

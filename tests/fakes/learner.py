@@ -1,0 +1,79 @@
+"""A learner and a layout that need no process group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_rl.observe.metrics import AllReduce
+from megatron_rl.records import Sample
+
+
+@dataclass(kw_only=True)
+class FakeParallel:
+    """One rank of a layout: the head of its replica and its last stage, unless told otherwise.
+
+    `others` is what the other replicas add to every sum; `log` notes the collectives.
+    """
+
+    rank: int = 0
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_rank: int = 0
+    is_replica_head: bool = True
+    is_last_stage: bool = True
+    others: float = 0.0
+    head_value: Any = None  # what the head sends, on a rank that is none
+    log: list[str] = field(default_factory=list)
+
+    def from_replica_head(self, value: Any) -> Any:
+        self.log.append("from_replica_head")
+        return value if self.is_replica_head else self.head_value
+
+    def from_last_stage(self, value: Any) -> Any:
+        self.log.append("from_last_stage")
+        return value
+
+    def barrier(self) -> None:
+        self.log.append("barrier")
+
+    def share(self, count: int) -> tuple[int, int]:
+        start = count * self.dp_rank // self.dp_size
+        return start, count * (self.dp_rank + 1) // self.dp_size - start
+
+    def reducer(self) -> AllReduce:
+        def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
+            return values + self.others if operation == "sum" else values
+
+        return reduce
+
+
+@dataclass(kw_only=True)
+class FakeLearner:
+    """Holds one tensor, and gives every token the log-prob `logprob`."""
+
+    parallel: FakeParallel = field(default_factory=FakeParallel)
+    logprob: float = -0.5
+    log: list[str] = field(default_factory=list)
+
+    def tensor_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [("model.norm.weight", (4,))]
+
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.log.append("full_tensors")
+        yield "model.norm.weight", torch.arange(4.0)
+
+    def give_tensors(self) -> None:
+        self.log.append("give_tensors")
+
+    def score_samples(
+        self, samples: Sequence[Sample], *, tokens_per_row: int
+    ) -> list[tuple[Sample, torch.Tensor]]:
+        self.log.append(f"score_samples {len(samples)}")
+        return [
+            (sample, torch.full((len(sample.rollout.token_ids),), self.logprob))
+            for sample in samples
+        ]

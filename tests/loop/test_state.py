@@ -1,0 +1,56 @@
+"""The record of what changes from step to step: counted, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_rl.config import ConstraintConfig
+from megatron_rl.errors import DataError
+from megatron_rl.loop.state import initial_state
+
+
+def test_it_starts_with_the_settings_of_the_constraint() -> None:
+    state = initial_state(ConstraintConfig(initial=0.3, learning_rate=0.5, tolerance=0.01))
+    assert (state.step, state.next_prompt, state.published_version) == (0, 0, 0)
+    assert (state.dual.value, state.dual.tolerance) == (0.3, 0.01)
+    assert state.dual.update(0.03) == pytest.approx(0.3 + 0.5 * 0.02)
+
+
+def test_a_tolerance_is_calibrated_over_the_first_steps() -> None:
+    state = initial_state(
+        ConstraintConfig(initial=0.3, tolerance="auto", tolerance_steps=2, tolerance_slack=0.0)
+    )
+    assert state.dual.is_at_rest
+    state.dual.update(0.01)
+    state.dual.update(0.03)
+    assert not state.dual.is_at_rest
+    assert state.dual.tolerance == pytest.approx(0.02)
+    assert state.dual.value == 0.3
+
+
+def test_steps_are_counted_once() -> None:
+    state = initial_state(ConstraintConfig())
+    assert [state.step for _ in state.steps(3)] == [1, 2, 3]
+    assert list(state.steps(3)) == []
+    assert list(state.steps(5)) == [4, 5]
+
+
+def test_it_comes_back_from_a_checkpoint() -> None:
+    state = initial_state(ConstraintConfig())
+    next(state.steps(9))
+    state.next_prompt = 64
+    state.dual.update(0.5)
+    saved = json.loads(json.dumps(state.state_dict()))
+    assert saved.keys() == {"step", "next_prompt", "dual"}
+    found = initial_state(ConstraintConfig())
+    found.load_state_dict(saved)
+    assert (found.step, found.next_prompt, found.dual.value) == (1, 64, state.dual.value)
+    assert list(found.steps(2)) == [2]
+
+
+def test_a_checkpoint_without_lambda_is_refused() -> None:
+    state = initial_state(ConstraintConfig())
+    with pytest.raises(DataError, match="expected a checkpoint with a finite 'value'"):
+        state.load_state_dict({"step": 1, "next_prompt": 1, "dual": {}})

@@ -1,0 +1,57 @@
+"""Prompts and judged groups for the tests of this folder."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from megatron_rl.records import JudgedGroup, Prompt, Rollout, RolloutGroup, Score
+
+
+def make_prompt(index: int) -> Prompt:
+    """A prompt of three tokens, with everything that is hard to write to a file."""
+    return Prompt(
+        index=index,
+        source="sum",
+        text='say "ü"\n',
+        token_ids=(1, 5 + index, 9),
+        answer="7",
+        metadata={"difficulty": {"digits": 2}, "list": [1, 2.5, None]},
+    )
+
+
+def make_group(index: int, num_samples: int = 3) -> JudgedGroup:
+    """Random tokens, float32 log-probs, a failed verifier, an advantage for each rollout."""
+    chance = random.Random(index)
+    prompt = make_prompt(index)
+    rollouts = []
+    for sample in range(num_samples):
+        length = chance.randrange(1, 6)
+        float32 = torch.tensor([-chance.random() for _ in range(length)]).tolist()
+        rollouts.append(
+            Rollout(
+                token_ids=prompt.token_ids + tuple(chance.randrange(128) for _ in range(length)),
+                loss_mask=(False,) * 3 + (True,) * length,
+                rollout_logprobs=(0.0,) * 3 + tuple(float32),
+                weight_versions=(-1,) * 3 + (4,) * length,
+                finish_reason="length",
+                text="line\u2028one\r\n日本 \ud800"[: length + 9],
+                engine=f"http://127.0.0.1:{18400 + sample}",
+            )
+        )
+    return JudgedGroup(
+        group=RolloutGroup(prompt=prompt, rollouts=tuple(rollouts)),
+        scores=tuple(
+            Score(
+                reward=chance.random(),
+                is_formatted=sample != 1,
+                failure="timeout" if sample else None,
+                group_reward=chance.uniform(-1, 1),
+            )
+            for sample in range(num_samples)
+        ),
+        overlong_penalties=(0.0,) * num_samples,
+        advantages=tuple(chance.gauss(0, 1) for _ in range(num_samples)),
+        is_kept=(True,) * num_samples,
+    )
