@@ -19,7 +19,7 @@ GROUPS = {"test_serve.py": "e2e", "tools": "e2e"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers (pytest-xdist, --dist loadgroup) a folder's tests stay on one of them."""
+    """With several workers (pytest-xdist, --dist loadgroup), a folder is one worker's."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             top = item.path.relative_to(TESTS).parts[0]
