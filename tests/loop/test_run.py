@@ -1,0 +1,227 @@
+"""Which rank of a run holds what, and what is ended when: with stand-ins for the engine, the
+learner and the process groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rl.config import Config, DataConfig, LoopConfig, ModelConfig, TaskConfig
+from megatron_rl.errors import ConfigError
+from megatron_rl.loop import run as loop_run
+from megatron_rl.loop.preflight import data_settings
+from megatron_rl.loop.run import start_run
+from megatron_rl.process.command import Progress
+from megatron_rl.records import EngineAddress
+from megatron_rl.rollout.live import LiveSource
+from megatron_rl.rollout.replay import ReplaySource
+from tests.fakes.learner import FakeParallel
+
+ADDRESS = EngineAddress(url="http://127.0.0.1:1", token="secret")
+
+
+@dataclass(kw_only=True)
+class RankParallel(FakeParallel):
+    """Also hands rank 0's value on, as the other ranks see it."""
+
+    device: Any = field(default_factory=lambda: SimpleNamespace(type="cpu"))
+    first_value: Any = None
+
+    def from_first_rank(self, value: Any) -> Any:
+        return value if self.rank == 0 else self.first_value
+
+
+class FakeEngine:
+    address = ADDRESS
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def wait_ready(self) -> None:
+        self._log.append("ready")
+
+    def check(self) -> None:
+        self._log.append("check")
+
+    def stop(self) -> None:
+        self._log.append("stop")
+
+
+class FakeContext:
+    """Stands in for scorer and publisher."""
+
+    def __init__(self, *positional: Any, **keywords: Any) -> None:
+        self.positional, self.keywords = positional, keywords
+
+    def __enter__(self) -> FakeContext:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def score(self, groups: Any, *, with_group_verifier: bool = False) -> list:
+        return []
+
+    score_texts = score
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a start did, in order."""
+    log: list[str] = []
+
+    def note(name: str, result: Any = None) -> Any:
+        def call(*positional: Any, **keywords: Any) -> Any:
+            log.append(name)
+            return result
+
+        return call
+
+    monkeypatch.setattr(loop_run, "start_engines_of", note("engines", [FakeEngine(log)]))
+    monkeypatch.setattr(loop_run, "register_cleanup", note("cleanup"))
+    monkeypatch.setattr(loop_run, "shut_down_parallel", note("shut down"))
+    monkeypatch.setattr(
+        loop_run,
+        "Learner",
+        note("learner", SimpleNamespace(logprob_backend="C++ (test)", trained=object())),
+    )
+    monkeypatch.setattr(loop_run, "Scorer", FakeContext)
+    monkeypatch.setattr(loop_run, "Publisher", FakeContext)
+    return log
+
+
+def make_config(folder: Path, model: Path, **changes: Any) -> Config:
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text('{"question": "1+1=", "answer": "2"}\n')
+    config = Config(
+        run_dir=str(folder / "run"),
+        model=ModelConfig(path=str(model)),
+        data=DataConfig(tasks=[TaskConfig(path=str(prompts), verifier="exact")], num_held_out=0),
+        loop=LoopConfig(num_steps=3),
+    )
+    rollout = replace(config.rollout, sampling=replace(config.rollout.sampling, max_tokens=32))
+    evaluation = replace(config.eval, sampling=replace(config.eval.sampling, max_tokens=32))
+    return replace(config, **({"rollout": rollout, "eval": evaluation} | changes))
+
+
+def start_as(
+    monkeypatch: pytest.MonkeyPatch, config: Config, parallel: RankParallel
+) -> loop_run.Run:
+    """Start and end at once; what was held in between."""
+    monkeypatch.setenv("RANK", str(parallel.rank))
+    monkeypatch.setattr(loop_run, "initialize_parallel", lambda *_, **__: parallel)
+    with start_run(config, Progress()) as run:
+        return run
+
+
+def test_rank_0_starts_the_engines_and_holds_everything(
+    log: list[str], monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tiny_checkpoint)
+    run = start_as(monkeypatch, config, RankParallel())
+    # Before the learner, so that both load at once; and they end last.
+    assert log == ["engines", "cleanup", "learner", "ready", "shut down", "stop"]
+    assert isinstance(run.source, LiveSource)
+    assert run.engine_urls == (ADDRESS.url,)
+    assert run.link is not None and run.link.pool.urls == run.engine_urls
+    assert run.evaluator is not None and run.evaluator.held_out == ()
+    assert (run.was_resumed, run.state.step) == (False, 0)
+    assert run.sources == ("prompts",)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("is_head", [True, False])
+def test_other_ranks_start_no_engine(
+    is_head: bool,
+    log: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    parallel = RankParallel(rank=1, is_replica_head=is_head, first_value=[ADDRESS])
+    run = start_as(monkeypatch, make_config(tmp_path, tiny_checkpoint), parallel)
+    assert "engines" not in log
+    assert run.engine_urls == (ADDRESS.url,)  # known to every rank, for the probe's errors
+    assert run.link is None
+    assert (run.source is not None, run.evaluator is not None) == (is_head, is_head)
+
+
+def test_a_replay_has_no_engines(
+    log: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    recorded_rollouts: Path,
+    tmp_path: Path,
+) -> None:
+    config = make_config(tmp_path, tiny_checkpoint, replay=str(recorded_rollouts))
+    run = start_as(monkeypatch, config, RankParallel())
+    assert log == ["learner", "shut down"]
+    assert isinstance(run.source, ReplaySource)
+    assert (run.evaluator, run.link, run.engine_urls) == (None, None, ())
+
+
+def test_an_error_ends_the_engines_and_leaves_the_groups(
+    log: list[str], monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The other ranks would report a closed connection before this rank's own error."""
+    parallel = RankParallel()
+    monkeypatch.setattr(loop_run, "initialize_parallel", lambda *_, **__: parallel)
+    with (
+        pytest.raises(RuntimeError, match="in a step"),
+        start_run(make_config(tmp_path, tiny_checkpoint), Progress()),
+    ):
+        raise RuntimeError("in a step")
+    assert log[-1] == "stop" and "shut down" not in log
+
+
+def test_wrong_settings_are_found_before_a_process_is_started(
+    log: list[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tiny_checkpoint, replay=str(tmp_path / "nowhere"))
+    expected = pytest.raises(ConfigError, match="replay: expected a run's rollouts/ folder")
+    with expected, start_run(config, Progress()):
+        pass
+    assert log == []
+
+
+def test_a_resumed_run_takes_the_state_and_forgets_later_steps(
+    log: list[str], monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tiny_checkpoint)
+    run_dir = tmp_path / "run"
+    step = run_dir / "checkpoints" / "step_000002"
+    step.mkdir(parents=True)
+    (step / "run_state.json").write_text("{}")
+    (run_dir / "checkpoints" / "latest").write_text("step_000002\n")
+    (run_dir / "sync.jsonl").write_text('{"version": 1}\n{"version": 2}\n')
+    saved = {
+        "step": 2,
+        "next_prompt": 128,
+        "dual": {"value": 0.7, "num_updates": 2},
+        "data": data_settings(config),
+    }
+    monkeypatch.setattr(loop_run, "load_checkpoint", lambda folder, trained: saved)
+    run = start_as(monkeypatch, config, RankParallel())
+    assert run.was_resumed
+    assert (run.state.step, run.state.next_prompt, run.state.dual.value) == (2, 128, 0.7)
+    assert (run_dir / "sync.jsonl").read_text() == '{"version": 1}\n'
+    saved["data"] = saved["data"] | {"seed": 7}
+    with pytest.raises(ConfigError, match=r"others in data\.seed: 7 became 0"):
+        start_as(monkeypatch, config, RankParallel())
+
+
+def test_the_last_words_say_where_the_run_is(
+    log: list[str], monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    progress, parallel = Progress(), RankParallel()
+    monkeypatch.setattr(loop_run, "initialize_parallel", lambda *_, **__: parallel)
+    with start_run(make_config(tmp_path, tiny_checkpoint), progress) as run:
+        next(run.state.steps(3))
+        with run.stopwatch.time("learner"):
+            words = progress.describe()
+    assert words == "in step 1, phase learner; no checkpoint was written yet"
