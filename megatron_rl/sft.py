@@ -125,7 +125,7 @@ def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
 
     results, grad_norm = learner.update(rows, row_loss)
     parallel = learner.parallel
-    reduced = reduce(merge(results), parallel.reducer()) if parallel.is_last_stage else {}
+    reduced = reduce(merge(results), parallel.batch_reducer()) if parallel.is_last_stage else {}
     metrics = parallel.from_last_stage(reduced)
     return metrics | {
         "learner/grad_norm": grad_norm,

@@ -33,7 +33,9 @@ def train(config: Config, progress: Progress) -> None:
         publish = partial(publish_weights, learner, run.link, run.engine_urls, state, config, phase)
         evaluate = partial(evaluate_held_out, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
-        report = partial(write_metrics, run.recorder, run.stopwatch, learner.parallel, run.sources)
+        report = partial(
+            write_metrics, run.recorder, run.stopwatch, learner.parallel, run.task_names
+        )
         parity = publish()
         if run.was_resumed:
             run.stopwatch.take()  # the seconds of the start belong to no step
@@ -42,7 +44,7 @@ def train(config: Config, progress: Progress) -> None:
         else:
             report(0, parity)
         for step in state.steps(config.loop.num_steps):
-            sampled = collect_step(run.source, learner.parallel, state, config)
+            sampled = collect_step(run.source, learner.parallel, state, config, phase)
             with phase("learner"):
                 batch = deal_batch(
                     sampled.samples(),

@@ -46,7 +46,7 @@ LEARNER_ORDER = ("layout", "batch", "model", "passes", "learner", "update")
 DOORS = {
     "megatron": {"learner"},
     "transformer_engine": {"learner"},
-    "vllm": {"engine.server", "sync.engine_side"},
+    "vllm": {"sync.engine_side"},
     "tensorboard": {"observe.tensorboard"},
     "torch.utils.tensorboard": {"observe.tensorboard"},
 }
@@ -332,7 +332,7 @@ def test_the_reader_of_arrows_sees_them(module, source, wrong):
     [
         ("engine.http", "def f():\n    from vllm import LLM", True),
         ("engine.http", "import importlib\nimportlib.import_module('vllm.config')", True),
-        ("engine.server", "import vllm", False),
+        ("sync.engine_side.plugin", "import vllm", False),
         ("learner.model.build", "from megatron.core import tensor_parallel", False),
         ("objective.constraint", "import megatron.core", True),
         ("observe.console", "from torch.utils.tensorboard import SummaryWriter", True),

@@ -10,20 +10,29 @@ This module imports nothing else of the package, so that any other module can im
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
 _PACKAGE = Path(__file__).parents[1]
 
 
+def module_names(folders: Iterable[str], *, support: Collection[str] = ()) -> tuple[str, ...]:
+    """Names of the modules in folders, such as a package's `__path__`, sorted; none is imported.
+
+    Args:
+        support: modules that the others share, which are left out. So are names that begin with an
+            underscore.
+    """
+    names = {module.name for module in pkgutil.iter_modules(list(folders))}
+    return tuple(sorted(n for n in names if not n.startswith("_") and n not in support))
+
+
 def modules_in(folder: str, *, support: Collection[str] = ()) -> tuple[str, ...]:
-    """Names of the modules in a folder of megatron_rl, sorted; none of them is imported.
+    """`module_names` of a folder of megatron_rl.
 
     Args:
         folder: path below megatron_rl, for instance "reward/verifiers".
-        support: modules of the folder that the choices share and that are no choice themselves.
-            Names that begin with an underscore are left out as well.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -31,8 +40,7 @@ def modules_in(folder: str, *, support: Collection[str] = ()) -> tuple[str, ...]
     path = _PACKAGE / folder
     if not path.is_dir():
         raise FileNotFoundError(f"expected a folder of modules at {path}, found none")
-    names = [module.name for module in pkgutil.iter_modules([str(path)])]
-    return tuple(sorted(n for n in names if not n.startswith("_") and n not in support))
+    return module_names([str(path)], support=support)
 
 
 # model, learner, data
@@ -59,6 +67,8 @@ RejectionLevel = Literal[ImportanceLevel, "sequence_max"]
 # Estimators of a KL divergence (Schulman 2020, "Approximating KL divergence").
 KLEstimator = Literal["k1", "k2", "k3"]
 POLICY_LOSSES = modules_in("objective/policy")
+SEQUENCE_LOSSES = ("gspo",)  # whose ratio is a sequence's, so that no token of it can be corrected
+ABSOLUTE_BOUND_LOSSES = ("cispo", "dppo_tv")  # for which clip_low=1 means no lower bound
 
 # reward
 VERIFIERS = modules_in("reward/verifiers")

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_rl.config.choices import (
+    ABSOLUTE_BOUND_LOSSES,
     POLICY_LOSSES,
+    SEQUENCE_LOSSES,
     Baseline,
     Gate,
     ImportanceLevel,
@@ -200,7 +202,7 @@ class ObjectiveConfig:
             "normalize_length: expected at least 1 with normalize=constant and 0 otherwise, got "
             f"{self.normalize_length} with normalize={self.normalize}",
         )
-        largest = "1]" if self.policy_loss in ("cispo", "dppo_tv") else "1)"
+        largest = "1]" if self.policy_loss in ABSOLUTE_BOUND_LOSSES else "1)"
         require(
             0 <= self.clip_low < 1 or (largest == "1]" and self.clip_low == 1),
             f"clip_low: expected in [0, {largest}, got {self.clip_low:g}",
@@ -227,12 +229,12 @@ class ObjectiveConfig:
             "pass that the mean gap comes from, got batch",
         )
         require(
-            self.policy_loss != "gspo" or self.importance.level != "token",
+            self.policy_loss not in SEQUENCE_LOSSES or self.importance.level != "token",
             "importance.level: expected sequence_mean or sequence_sum with policy_loss=gspo, whose "
             "ratio is the sequence's, got token",
         )
         require(
-            self.policy_loss != "gspo"
+            self.policy_loss not in SEQUENCE_LOSSES
             or self.rejection.divergence == "none"
             or self.rejection.level != "token",
             "rejection.level: expected one of a sequence with policy_loss=gspo, whose ratio is the "

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 
 from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.errors import DivergenceError
@@ -129,9 +128,8 @@ class Learner:
             on the CPU, aligned with its tokens, 0.0 where its loss mask is False; elsewhere
             nothing.
         """
-        box = [samples]
-        dist.broadcast_object_list(box, src=0, device=self.parallel.device)
-        rows = pack_rows(box[0], self.parallel, tokens_per_row, min_rows=1)
+        samples = self.parallel.from_first_rank(samples)
+        rows = pack_rows(samples, self.parallel, tokens_per_row, min_rows=1)
         return [
             pair
             for row in self.full_logprobs(rows)
@@ -183,7 +181,7 @@ class Learner:
         if grad_norm != grad_norm or grad_norm == float("inf"):
             raise DivergenceError(
                 f"optimizer step: expected a finite gradient norm, got {grad_norm}; lower "
-                "learner.optimizer.learning_rate, or go on from the last checkpoint"
+                "learner.optimizer.learning_rate, or continue from the last checkpoint"
             )
         return results, grad_norm
 

@@ -20,6 +20,7 @@ from megatron_rl.config import Config, ObjectiveConfig
 from megatron_rl.loop.replicas import Replicas
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.advantage import group_advantages
+from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import JudgedGroup, SampledStep, Score, ScoredGroup
 from megatron_rl.reward.overlong import overlong_penalty
 from megatron_rl.reward.score import rewards_of
@@ -27,7 +28,11 @@ from megatron_rl.rollout.source import RolloutRequest, RolloutSource
 
 
 def collect_step(
-    source: RolloutSource | None, replicas: Replicas, state: LoopState, config: Config
+    source: RolloutSource | None,
+    replicas: Replicas,
+    state: LoopState,
+    config: Config,
+    phase: Phase,
 ) -> SampledStep:
     """The rollouts of `state.step` with their rewards and advantages; a collective.
 
@@ -46,34 +51,41 @@ def collect_step(
             num_prompts=loop.prompts_per_step - num_kept,
             weight_version=state.published_version,
         )
-        of_round, counts = _take(source, replicas, request, config)
+        of_round, counts, is_whole_step = _take(source, replicas, request, config, phase)
         groups += of_round
         num_prompts += counts[0]
         num_rounds += counts[1]
         num_kept += counts[2]
-        is_recorded = counts[1] == 0  # a recorded step holds all of its rounds
-        if is_recorded or not dynamic.enabled:
+        if is_whole_step or not dynamic.enabled:
             break
     return SampledStep(groups=tuple(groups), num_prompts=num_prompts, num_rounds=num_rounds)
 
 
 def _take(
-    source: RolloutSource | None, replicas: Replicas, request: RolloutRequest, config: Config
-) -> tuple[list[JudgedGroup], tuple[int, int, int]]:
+    source: RolloutSource | None,
+    replicas: Replicas,
+    request: RolloutRequest,
+    config: Config,
+    phase: Phase,
+) -> tuple[list[JudgedGroup], tuple[int, int, int], bool]:
     """This replica's groups of one round; and on every rank the prompts, rounds and kept groups of
-    all replicas together.
+    all replicas together, and whether these are all groups of the step.
 
     Every round ends in a collective, so that no rank waits in one for longer than a round takes.
     """
     groups: list[JudgedGroup] = []
-    counts = (0, 0, 0)
+    counts, is_whole_step = (0, 0, 0), False
     if source is not None:
         taken = source.take(request)
         groups = [judge(scored, config) for scored in taken.groups]
-        num_kept = torch.tensor([sum(any(each.is_kept) for each in groups)], dtype=torch.float64)
-        total = int(replicas.reducer()(num_kept, "sum"))
-        counts = (taken.num_prompts, taken.num_rounds, total)
-    return groups, replicas.from_replica_head(counts)
+        counts = (taken.num_prompts, taken.num_rounds, sum(any(each.is_kept) for each in groups))
+        is_whole_step = taken.is_whole_step
+    with phase("rollout"):  # the seconds in which a replica waits for the slowest one
+        if source is not None:
+            num_kept = torch.tensor([counts[2]], dtype=torch.float64)
+            counts = (*counts[:2], int(replicas.reducer()(num_kept, "sum")))
+        counts, is_whole_step = replicas.from_replica_head((counts, is_whole_step))
+    return groups, counts, is_whole_step
 
 
 def judge(scored: ScoredGroup, config: Config) -> JudgedGroup:

@@ -98,8 +98,8 @@ def _evaluate(
     )
     figures = reduce(evaluation_metrics(scored, num_samples), evaluator.all_reduce)
     if with_constant_answer and evaluator.replica == 0:
-        _, share = best_constant_answer(evaluator.held_out, evaluator.score_texts)
-        figures["eval/best_constant_answer"] = share
+        _, accuracy = best_constant_answer(evaluator.held_out, evaluator.score_texts)
+        figures["eval/best_constant_answer"] = accuracy
     return figures
 
 

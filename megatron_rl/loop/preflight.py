@@ -19,7 +19,11 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.records import Truncation
-from megatron_rl.reward.registry import resolve_verifiers
+from megatron_rl.reward.registry import (
+    check_group_verifier,
+    check_verifier,
+    resolve_verifiers,
+)
 from megatron_rl.weights.geometry import Geometry, read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader
 
@@ -50,6 +54,10 @@ def preflight(config: Config) -> Preflight:
     geometry, tokenizer, stream = prepare_data(config)
     check_world_size(config.parallel)
     verifiers = resolve_verifiers(config.data.tasks)
+    for name in verifiers.values():
+        check_verifier(name)
+    if config.reward.group_verifier:
+        check_group_verifier(config.reward.group_verifier)
     check_replay(config)
     check_engine_place(config)
     check_fixed_rollouts(config)

@@ -52,9 +52,9 @@ class Run:
     """The parts of a run on one rank; what a rank has no use for is None.
 
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
-    state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...), sources=("chain_sum",),
-    engine_urls=("http://127.0.0.1:18400",), was_resumed=False, source=None, evaluator=None,
-    link=None)`.
+    state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...),
+    task_names=("chain_sum",), engine_urls=("http://127.0.0.1:18400",), was_resumed=False,
+    source=None, evaluator=None, link=None)`.
     """
 
     config: Config
@@ -62,7 +62,7 @@ class Run:
     state: LoopState
     recorder: Recorder  # writes on rank 0 alone
     stopwatch: Stopwatch
-    sources: tuple[str, ...]  # names of the tasks and files that prompts come from
+    task_names: tuple[str, ...]  # of the tasks and files that prompts come from
     engine_urls: tuple[str, ...]  # on every rank; empty in a replay
     was_resumed: bool  # from a checkpoint
     source: RolloutSource | None  # on the heads of the replicas
@@ -81,6 +81,9 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
     checked = preflight(config)
     run_dir, is_first = Path(config.run_dir), int(os.environ.get("RANK", "0")) == 0
     state = initial_state(config.objective.constraint)
+    # No phase is entered before there is a recorder.
+    stopwatch = Stopwatch(on_enter=lambda phase: recorder.phase(phase))
+    progress.describe = partial(_describe, run_dir, state, stopwatch)
     with ExitStack() as stack:
         engines: list[Engine] = []
         if is_first:
@@ -104,11 +107,13 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
                 last_step=-1 if checked.checkpoint is None else state.step,
             )
         )
-        stopwatch = Stopwatch(on_enter=recorder.phase)
-        progress.describe = partial(_describe, run_dir, state, stopwatch)
+        scorer = None
+        if parallel.is_replica_head and not config.replay:
+            # Its processes import their verifiers while the engines load.
+            scorer = stack.enter_context(Scorer(config.reward, checked.verifiers))
         addresses = _addresses(config, engines, parallel)
         source, evaluator, link = _connect(
-            config, checked, parallel, stopwatch, addresses, engines=engines, stack=stack
+            config, checked, parallel, stopwatch, scorer, addresses, engines=engines, stack=stack
         )
         recorder.say(f"log-probs: {learner.logprob_backend}")
         yield Run(
@@ -117,7 +122,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             state=state,
             recorder=recorder,
             stopwatch=stopwatch,
-            sources=tuple(checked.verifiers),
+            task_names=tuple(checked.verifiers),
             engine_urls=tuple(address.url for address in addresses),
             was_resumed=checked.checkpoint is not None,
             source=source,
@@ -165,16 +170,17 @@ def _connect(
     checked: Preflight,
     parallel: Parallel,
     stopwatch: Stopwatch,
+    scorer: Scorer | None,
     addresses: Sequence[EngineAddress],
     *,
     engines: Sequence[Engine],
     stack: ExitStack,
 ) -> tuple[RolloutSource | None, Evaluator | None, EngineLink | None]:
     """What this rank asks the engines with."""
-    if not parallel.is_replica_head:
-        return None, None, None
-    if config.replay:
+    if config.replay and parallel.is_replica_head:
         return ReplaySource(Path(config.replay), config.loop, share=parallel.share), None, None
+    if scorer is None:
+        return None, None, None
 
     def check_engines() -> None:
         for engine in engines:
@@ -185,7 +191,6 @@ def _connect(
 
     pool = HttpEnginePool(addresses, config.rollout, check=check_engines)
     environment = SingleTurn(decode)
-    scorer = stack.enter_context(Scorer(config.reward, checked.verifiers))
     source = LiveSource(
         checked.stream.prompts,
         environment,

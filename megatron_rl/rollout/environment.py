@@ -14,7 +14,7 @@ from typing import Protocol
 
 from megatron_rl.config.rollout import SamplingConfig
 from megatron_rl.engine.requests import Sampler
-from megatron_rl.records import Prompt, Rollout
+from megatron_rl.records import MAX_SAMPLES, Prompt, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +25,23 @@ class EpisodeRequest:
     """
 
     num_samples: int
-    # The prompt owns the records.MAX_SAMPLES seeds from this one on. Rollout j samples its first
-    # turn with seed + j; a later turn needs another seed of these, e.g. turn t the one at
-    # seed + j + t * num_samples, or its random numbers would repeat those of the first turn.
-    seed: int
+    seed: int  # the prompt owns the MAX_SAMPLES seeds from this one on; see `seed_of`
     sampling: SamplingConfig  # max_tokens bounds each request
+
+    def seed_of(self, sample: int, turn: int) -> int:
+        """The seed of one turn of one rollout. No two are equal: the random numbers of a later turn
+        do not repeat those of the first one.
+
+        Raises:
+            ValueError: more turns than the prompt has seeds for.
+        """
+        offset = sample + turn * self.num_samples
+        if not 0 <= offset < MAX_SAMPLES:
+            raise ValueError(
+                f"turn {turn} of sample {sample}: expected samples x turns of at most "
+                f"{MAX_SAMPLES}, the seeds of a prompt, got {self.num_samples} samples"
+            )
+        return self.seed + offset
 
 
 class Environment(Protocol):

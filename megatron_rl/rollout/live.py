@@ -78,6 +78,7 @@ class LiveSource:
             ),
             num_prompts=request.num_prompts,
             num_rounds=1,
+            is_whole_step=False,
         )
 
 

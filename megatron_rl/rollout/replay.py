@@ -40,7 +40,10 @@ class ReplaySource:
         self._check(groups, request)
         start, count = self._share(len(groups))
         return TakenRollouts(
-            groups=tuple(groups[start : start + count]), num_prompts=len(groups), num_rounds=0
+            groups=tuple(groups[start : start + count]),
+            num_prompts=len(groups),
+            num_rounds=0,
+            is_whole_step=True,
         )
 
     def _check(self, scored: Sequence[ScoredGroup], request: RolloutRequest) -> None:

@@ -28,12 +28,13 @@ class TakenRollouts:
     """One replica's share of the rollouts of a step.
 
     Example: two replicas, 64 prompts: `TakenRollouts(groups=(ScoredGroup(...), ...),  # 32
-    num_prompts=64, num_rounds=1)`.
+    num_prompts=64, num_rounds=1, is_whole_step=False)`.
     """
 
     groups: tuple[ScoredGroup, ...]  # this replica's share, by prompt index
     num_prompts: int  # of all replicas together
-    num_rounds: int  # 1 if they were sampled, 0 if they were recorded
+    num_rounds: int  # of sampling: 1, or 0 if they were recorded
+    is_whole_step: bool  # the source has nothing further for this step
 
 
 class RolloutSource(Protocol):

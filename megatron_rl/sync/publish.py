@@ -273,14 +273,23 @@ class Publisher:
         try:
             meanwhile()
         except SyncError:
-            _answers(futures)
+            _wait_for(futures)
+            _results(futures)
             raise
-        return _answers(futures)
+        except BaseException:
+            # No engine may be called again before these calls have returned.
+            _wait_for(futures)
+            raise
+        _wait_for(futures)
+        return _results(futures)
 
 
-def _answers(futures: Sequence[Future]) -> list:
+def _wait_for(futures: Sequence[Future]) -> None:
     for future in futures:
         future.exception()
+
+
+def _results(futures: Sequence[Future]) -> list:
     return [future.result() for future in futures]
 
 

@@ -38,7 +38,7 @@ class TwoTurns:
                 GenerateRequest(
                     token_ids=episode.token_ids,
                     num_samples=1,
-                    seed=request.seed + sample + turn * request.num_samples,
+                    seed=request.seed_of(sample, turn),
                     sampling=request.sampling,
                     key=prompt.index,
                 )

@@ -46,6 +46,7 @@ class FakeParallel:
 
     def reducer(self) -> AllReduce:
         def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
+            self.log.append(f"reduce {operation}")
             return values + self.others if operation == "sum" else values
 
         return reduce

@@ -4,6 +4,7 @@ which groups have signal.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -20,7 +21,7 @@ from megatron_rl.config import (
 from megatron_rl.loop.collect import collect_step, has_signal, judge
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.constraint import DualVariable
-from megatron_rl.records import JudgedGroup, ScoredGroup
+from megatron_rl.records import JudgedGroup, SampledStep, ScoredGroup
 from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
 from tests.fakes.groups import make_group, make_rollout, make_scores, scored
 from tests.fakes.learner import FakeParallel
@@ -118,16 +119,30 @@ class FakeSource:
             scored(index, 1.0, 1.0 if index in self._without_signal else 0.0)
             for index in range(first, first + count)
         )
-        return TakenRollouts(groups=groups, num_prompts=count, num_rounds=self._num_rounds)
+        return TakenRollouts(
+            groups=groups,
+            num_prompts=count,
+            num_rounds=self._num_rounds,
+            is_whole_step=self._num_rounds == 0,
+        )
+
+
+def phase(name: str) -> contextlib.AbstractContextManager[None]:
+    assert name == "rollout"
+    return contextlib.nullcontext()
 
 
 def make_state() -> LoopState:
     return LoopState(dual=DualVariable(0.1), step=3, next_prompt=8, published_version=2)
 
 
+def collect(source: FakeSource, **settings: float) -> SampledStep:
+    return collect_step(source, FakeParallel(), make_state(), make_config(**settings), phase)
+
+
 def test_one_round_takes_the_prompts_of_a_step() -> None:
     source, state = FakeSource([8]), make_state()
-    sampled = collect_step(source, FakeParallel(), state, make_config())
+    sampled = collect_step(source, FakeParallel(), state, make_config(), phase)
     assert source.requests == [
         RolloutRequest(step=3, first_prompt=8, num_prompts=4, weight_version=2)
     ]
@@ -139,7 +154,9 @@ def test_one_round_takes_the_prompts_of_a_step() -> None:
 
 def test_rounds_go_on_until_enough_groups_have_signal() -> None:
     source = FakeSource([8, 9, 12])
-    sampled = collect_step(source, FakeParallel(), make_state(), make_config(is_dynamic=True))
+    sampled = collect_step(
+        source, FakeParallel(), make_state(), make_config(is_dynamic=True), phase
+    )
     asked = [(request.first_prompt, request.num_prompts) for request in source.requests]
     assert asked == [(8, 4), (12, 2), (14, 1)]
     assert (sampled.num_prompts, sampled.num_rounds, len(sampled.groups)) == (7, 3, 7)
@@ -148,28 +165,31 @@ def test_rounds_go_on_until_enough_groups_have_signal() -> None:
 
 def test_what_other_replicas_kept_counts() -> None:
     source, parallel = FakeSource([8, 9]), FakeParallel(others=2.0)
-    sampled = collect_step(source, parallel, make_state(), make_config(is_dynamic=True))
+    sampled = collect_step(source, parallel, make_state(), make_config(is_dynamic=True), phase)
     assert len(source.requests) == 1  # two groups here and two elsewhere
+    assert parallel.log == ["reduce sum", "from_replica_head"]
     assert sampled.num_rounds == 1
 
 
 def test_rounds_end_at_their_bound() -> None:
     source = FakeSource(range(100))
     config = make_config(is_dynamic=True, max_rounds=3)
-    sampled = collect_step(source, FakeParallel(), make_state(), config)
+    sampled = collect_step(source, FakeParallel(), make_state(), config, phase)
     assert (len(source.requests), sampled.num_prompts) == (3, 12)
     assert not any(any(each.is_kept) for each in sampled.groups)
 
 
 def test_a_recorded_step_is_taken_whole() -> None:
     source = FakeSource([8, 9], num_rounds=0)
-    sampled = collect_step(source, FakeParallel(), make_state(), make_config(is_dynamic=True))
+    sampled = collect_step(
+        source, FakeParallel(), make_state(), make_config(is_dynamic=True), phase
+    )
     assert len(source.requests) == 1
     assert sampled.num_rounds == 0
 
 
 def test_a_rank_that_is_no_head_learns_the_counts() -> None:
-    parallel = FakeParallel(is_replica_head=False, head_value=(4, 1, 4))
-    sampled = collect_step(None, parallel, make_state(), make_config(is_dynamic=True))
+    parallel = FakeParallel(is_replica_head=False, head_value=((4, 1, 4), False))
+    sampled = collect_step(None, parallel, make_state(), make_config(is_dynamic=True), phase)
     assert (sampled.groups, sampled.num_prompts, sampled.num_rounds) == ((), 4, 1)
     assert parallel.log == ["from_replica_head"]

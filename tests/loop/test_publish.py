@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import Config, SyncConfig
+from megatron_rl.engine.pool import engine_of
 from megatron_rl.errors import EngineError, SyncError
 from megatron_rl.loop.link import EngineLink, cut_sync_log, log_update
 from megatron_rl.loop.publish import PROBE_PROMPTS, PROBE_SAMPLES, publish_weights
@@ -63,7 +64,7 @@ class ProbedEnvironment:
         self, prompt: Prompt, request: EpisodeRequest, sampler: Any
     ) -> tuple[Rollout, ...]:
         self.asked.append(request)
-        url = self._urls[prompt.index % len(self._urls)]
+        url = engine_of(self._urls, prompt.index)
         rollout = make_rollout(request.sampling.max_tokens, logprob=self._logprobs[url])
         return tuple(replace(rollout, engine=url) for _ in range(request.num_samples))
 

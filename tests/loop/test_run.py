@@ -90,7 +90,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "Learner",
         note("learner", SimpleNamespace(logprob_backend="C++ (test)", trained=object())),
     )
-    monkeypatch.setattr(loop_run, "Scorer", FakeContext)
+    monkeypatch.setattr(loop_run, "Scorer", note("scorer", FakeContext()))
     monkeypatch.setattr(loop_run, "Publisher", FakeContext)
     return log
 
@@ -125,13 +125,13 @@ def test_rank_0_starts_the_engines_and_holds_everything(
     config = make_config(tmp_path, tiny_checkpoint)
     run = start_as(monkeypatch, config, RankParallel())
     # Before the learner, so that both load at once; and they end last.
-    assert log == ["engines", "cleanup", "learner", "ready", "shut down", "stop"]
+    assert log == ["engines", "cleanup", "learner", "scorer", "ready", "shut down", "stop"]
     assert isinstance(run.source, LiveSource)
     assert run.engine_urls == (ADDRESS.url,)
     assert run.link is not None and run.link.pool.urls == run.engine_urls
     assert run.evaluator is not None and run.evaluator.held_out == ()
     assert (run.was_resumed, run.state.step) == (False, 0)
-    assert run.sources == ("prompts",)
+    assert run.task_names == ("prompts",)
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 
@@ -184,6 +184,22 @@ def test_wrong_settings_are_found_before_a_process_is_started(
 ) -> None:
     config = make_config(tmp_path, tiny_checkpoint, replay=str(tmp_path / "nowhere"))
     expected = pytest.raises(ConfigError, match="replay: expected a run's rollouts/ folder")
+    with expected, start_run(config, Progress()):
+        pass
+    assert log == []
+
+
+@pytest.mark.parametrize("changes", [{"verifier": "no_such.module:f"}, {"group": "no_such"}])
+def test_an_unknown_verifier_is_found_before_a_process_is_started(
+    changes: dict[str, str], log: list[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tiny_checkpoint)
+    if "verifier" in changes:
+        task = replace(config.data.tasks[0], verifier=changes["verifier"])
+        config = replace(config, data=replace(config.data, tasks=[task]))
+    else:
+        config = replace(config, reward=replace(config.reward, group_verifier="no_such.module:f"))
+    expected = pytest.raises(ConfigError, match=r"verifier: expected .* no module 'no_such.module'")
     with expected, start_run(config, Progress()):
         pass
     assert log == []

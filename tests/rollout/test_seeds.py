@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 
+from megatron_rl.config import SamplingConfig
 from megatron_rl.records import MAX_SAMPLES
+from megatron_rl.rollout.environment import EpisodeRequest
 from megatron_rl.rollout.seeds import sampling_seed
 
 
@@ -31,3 +34,11 @@ def test_seeds_stay_what_they_were() -> None:
     """Recorded runs can be sampled again."""
     assert sampling_seed(0, 1, 0) == 8_944_392_749_622_110_464
     assert sampling_seed(7, -1, 123) == 8_579_740_627_110_681_344
+
+
+def test_the_seeds_of_turns_differ_and_stay_the_prompts_own() -> None:
+    request = EpisodeRequest(num_samples=8, seed=256, sampling=SamplingConfig())
+    seeds = [request.seed_of(sample, turn) for turn in range(32) for sample in range(8)]
+    assert seeds == list(range(256, 512))  # all that the prompt owns, each once
+    with pytest.raises(ValueError, match="samples x turns of at most 256"):
+        request.seed_of(0, 32)

@@ -1,7 +1,7 @@
 """[imports megatron] Context parallelism, of which no other module knows.
 
-Not used yet: every rank holds its sequences whole. What depends on it already is which ranks share
-a global batch.
+It is not used yet: every rank holds its sequences whole. One thing depends on it already: the ranks
+over which the sums of a global batch are added.
 """
 
 from __future__ import annotations

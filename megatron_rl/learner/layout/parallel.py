@@ -31,7 +31,8 @@ class Parallel:
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup  # the ranks that share a global batch, one of every replica
+    dp_group: dist.ProcessGroup  # one rank of every replica: among them sequences are dealt
+    batch_group: dist.ProcessGroup  # the ranks over which sums of a global batch are added
     model_group: dist.ProcessGroup  # TP x PP: the ranks that hold one replica of the model
 
     @property
@@ -109,14 +110,23 @@ class Parallel:
         return start, count * (self.dp_rank + 1) // self.dp_size - start
 
     def reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
-        """`(float64 tensor, "sum" | "max") -> reduced over the data-parallel ranks`, for
-        metrics.
+        """`(float64 tensor, "sum" | "max") -> reduced over the replicas`, for what one rank of each
+        replica holds whole, such as its samples.
         """
+        return self._reducer(self.dp_group)
+
+    def batch_reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
+        """`(float64 tensor, "sum" | "max") -> reduced over the global batch`, for sums over the
+        tokens that a rank of the last pipeline stage computes.
+        """
+        return self._reducer(self.batch_group)
+
+    def _reducer(self, group: dist.ProcessGroup) -> Callable[[torch.Tensor, str], torch.Tensor]:
         operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
         def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
             on_device = values.to(self.device)
-            dist.all_reduce(on_device, op=operations[operation], group=self.dp_group)
+            dist.all_reduce(on_device, op=operations[operation], group=group)
             return on_device.to(values.device)
 
         return reduce
@@ -175,7 +185,8 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=global_batch_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        batch_group=global_batch_group(),
         model_group=parallel_state.get_model_parallel_group(),
     )
 

@@ -135,7 +135,7 @@ def batch_scalars(
     for row in dropped:
         sums[:2] += _sum_and_count(gap_of(row), row.micro_batch.loss_mask)
     is_centered = config.constraint.enabled and config.constraint.baseline == "batch"
-    reduced = parallel.reducer()(sums, "sum").tolist()
+    reduced = parallel.batch_reducer()(sums, "sum").tolist()
     gap_sum, gap_count, weight_sum, weight_count, penalised_sum, kept_count = reduced
     if gap_count == 0:
         raise DivergenceError("training step: expected a response token in the batch, got none")

@@ -89,12 +89,12 @@ def train_step(
     )
     results: list[RowResult] = []
     grad_norms = []
-    for number, (micro_batches, rows) in enumerate(
-        zip(batch.mini_batches, mini_batches, strict=True)
-    ):
+    for number, rows in enumerate(mini_batches):
         loss = MiniBatchLoss(rows, settings, is_before_update=number == 0)
         of_rows, grad_norm = learner.update(
-            micro_batches, loss, has_entropy_gradient=config.entropy_coefficient > 0
+            [row.micro_batch for row in rows],
+            loss,
+            has_entropy_gradient=config.entropy_coefficient > 0,
         )
         results += of_rows
         grad_norms.append(grad_norm)
@@ -148,7 +148,7 @@ def _over_all_ranks(
     """
     if not parallel.is_last_stage:
         return parallel.from_last_stage(None)
-    all_reduce = parallel.reducer()
+    all_reduce = parallel.batch_reducer()
     metrics = reduce(merge(row.metrics for row in results), all_reduce)
     gap = functools.reduce(operator.add, (row.discrepancy for row in results))
     total, num_tokens = all_reduce(torch.stack([gap.total, gap.num_tokens]).cpu(), "sum")

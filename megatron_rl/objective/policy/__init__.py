@@ -7,16 +7,15 @@ when it is asked for, so that a new loss is one new file here, and its test.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 
+from megatron_rl.config.choices import module_names
 from megatron_rl.errors import ConfigError
 from megatron_rl.objective.inputs import PolicyLoss
 
 
 def policy_losses() -> tuple[str, ...]:
     """The names of the losses in this folder, sorted."""
-    names = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(name for name in names if not name.startswith("_")))
+    return module_names(__path__)
 
 
 def policy_loss_named(name: str) -> PolicyLoss:

@@ -27,13 +27,13 @@ workers only after `send`. Every wait of a transport ends with SyncError after `
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from megatron_rl.config.choices import module_names
 from megatron_rl.errors import SyncError
 from megatron_rl.sync import transports
 
@@ -155,8 +155,7 @@ class Receiver(Protocol):
 
 def transport_names() -> tuple[str, ...]:
     """The transports there are: the modules of this folder but this one."""
-    found = (module.name for module in pkgutil.iter_modules(transports.__path__))
-    return tuple(sorted(name for name in found if name != "transport"))
+    return module_names(transports.__path__, support=("transport",))
 
 
 def sender_class(name: str) -> type[Sender]:

@@ -10,13 +10,13 @@ The rows below are those of Llama's layers, whose names most families share.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal
 
+from megatron_rl.config.choices import module_names
 from megatron_rl.errors import ConfigError
 from megatron_rl.weights import families
 
@@ -81,8 +81,7 @@ class ModelFamily:
 
 def model_types() -> tuple[str, ...]:
     """The families there are, by `model_type`."""
-    found = (module.name for module in pkgutil.iter_modules(families.__path__))
-    return tuple(sorted(name for name in found if name != "family"))
+    return module_names(families.__path__, support=("family",))
 
 
 @cache

@@ -66,6 +66,7 @@ def gloo_parallel(rank: int, world_size: int, model_size: int) -> Parallel:
         tp_group=model_group,
         pp_group=alone,
         dp_group=dp_groups[rank % model_size],
+        batch_group=dp_groups[rank % model_size],
         model_group=model_group,
     )
 

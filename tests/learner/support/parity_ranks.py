@@ -261,7 +261,7 @@ def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> d
 
 def place_of(parallel: Parallel) -> dict[str, Any]:
     """What this rank's `Parallel` says, and what its exchanges give."""
-    reduce = parallel.reducer()
+    reduce = parallel.batch_reducer()
     ranks = torch.tensor([float(parallel.rank)], dtype=torch.float64)
     return {
         "place": (parallel.tp_rank, parallel.pp_rank, parallel.dp_rank),
