@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.learner.support.comparison import (
     DISCREPANCY_TOLERANCE,
+    FIGURE_TOLERANCE,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     Outcomes,
@@ -24,10 +25,6 @@ from tests.learner.support.comparison import (
 from tests.learner.support.objective_ranks import CASES, CORRECTED, OBJECTIVES, PLAIN
 from tests.learner.support.step_ranks import DUAL_VALUE, Case
 from tests.support.ranks import run_module
-
-# Of max(1, the figure): squared ratios of whole sequences amplify the float32 rounding of
-# log-probs, on one kind of CPU more than on another.
-FIGURE_TOLERANCE = 4e-6
 
 
 @pytest.fixture(scope="module")

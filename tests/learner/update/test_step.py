@@ -18,6 +18,7 @@ from megatron_rl.rollout.recording import read_step
 from tests.learner.recorded import SPARSE_STEP
 from tests.learner.support.comparison import (
     DISCREPANCY_TOLERANCE,
+    FIGURE_TOLERANCE,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     Outcomes,
@@ -26,8 +27,6 @@ from tests.learner.support.comparison import (
 )
 from tests.learner.support.step_ranks import CASES, DUAL_VALUE, TOLERANCE, Case
 from tests.support.ranks import run_module
-
-FIGURE_TOLERANCE = 1e-6  # of max(1, the figure)
 
 
 @pytest.fixture(scope="module")
