@@ -1,10 +1,10 @@
-"""An environment makes rollouts of a prompt: it decides what is sampled, and what comes before,
-between and after it.
+"""The interface of an environment, which produces the rollouts of a prompt: it decides which turns
+are sampled, and which tokens come before, between and after them.
 
 `rollout/single_turn.py` samples one response. An environment with tools samples a turn, runs the
 tool, appends its result and samples again; `rollout/episode.py` keeps token ids, mask, log-probs
-and versions aligned. Token ids go in and come out, so that what is learnt from is exactly what was
-sampled.
+and versions aligned. Requests and completions consist of token ids, not text, so that the learner
+trains on exactly the tokens that were sampled.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from megatron_rl.records import Prompt, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeRequest:
-    """How a prompt's rollouts are to be sampled.
+    """The number, seed and sampling settings of a prompt's rollouts.
 
     Example: `EpisodeRequest(num_samples=8, seed=1280, sampling=SamplingConfig(max_tokens=64))`.
     """
 
     num_samples: int
-    # The prompt owns the records.MAX_SAMPLES seeds from this one on. Rollout j samples its first
-    # turn with seed + j; a later turn needs another seed of these, e.g. turn t the one at
-    # seed + j + t * num_samples, or its random numbers would repeat those of the first turn.
+    # The prompt owns records.MAX_SAMPLES consecutive seeds, starting with this one. Rollout j
+    # samples its first turn with seed + j. Each later turn needs a different one of these seeds,
+    # e.g. seed + j + t * num_samples for turn t; otherwise it would repeat the random numbers of
+    # the first turn.
     seed: int
     sampling: SamplingConfig  # max_tokens bounds each request
 
 
 class Environment(Protocol):
-    """Makes the rollouts of a prompt from an engine's samples."""
+    """Builds the rollouts of a prompt from an engine's samples."""
 
     async def rollouts(
         self, prompt: Prompt, request: EpisodeRequest, sampler: Sampler
@@ -43,6 +44,6 @@ class Environment(Protocol):
         Every `GenerateRequest` should have `key=prompt.index`, so that all turns reach one engine.
 
         Raises:
-            EngineError: passed on from the sampler.
+            EngineError: raised by the sampler.
         """
         ...
