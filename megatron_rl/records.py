@@ -145,7 +145,7 @@ class Score:
     reward: float
     is_formatted: bool  # an answer could be read from the response, right or wrong
     failure: str | None  # "timeout", "crash", or None if the verifier judged the response
-    group_reward: float = 0.0  # what the group verifier adds to the reward in training
+    group_reward: float = 0.0  # added by the group verifier, in training only
 
     @property
     def is_correct(self) -> bool:

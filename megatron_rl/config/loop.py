@@ -16,7 +16,7 @@ class DynamicSamplingConfig:
     """
 
     enabled: bool = False
-    # rounds of sampling in a step, at most; the step trains on what was kept by then
+    # largest number of sampling rounds in a step; then the step trains on the groups kept so far
     max_rounds: int = 10
 
     def __post_init__(self) -> None:

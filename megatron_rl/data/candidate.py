@@ -68,7 +68,7 @@ def read_messages(record: dict[str, Any], layout: Layout, where: str) -> Message
     """The prompt of a record as chat messages; a plain text becomes one message of the user.
 
     Raises:
-        DataError: as `read_candidate`.
+        DataError: see `read_candidate`.
     """
     value = _lookup(record, layout.prompt_column, layout.prompt_key, where)
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value

@@ -64,7 +64,7 @@ class PromptFormat:
         self._is_chat = has_template and chat_template != "never"
 
     def text(self, messages: Messages) -> str:
-        """The text of a prompt; without a chat template, the contents of the messages alone."""
+        """The text of a prompt; without a chat template, only the contents of the messages."""
         if not self._is_chat:
             return "\n\n".join(content for _, content in messages)
         return self._tokenizer.apply_chat_template(

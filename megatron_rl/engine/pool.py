@@ -83,7 +83,7 @@ class HttpEnginePool:
             predicts.
 
         Raises:
-            EngineError: as `run`.
+            EngineError: see `run`.
         """
         jobs = [
             partial(_score, key=number, token_ids=tuple(token_ids))

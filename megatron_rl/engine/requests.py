@@ -87,6 +87,6 @@ class EnginePool(Protocol):
             predicts.
 
         Raises:
-            EngineError: as `run`.
+            EngineError: see `run`.
         """
         ...

@@ -59,7 +59,7 @@ class Run:
     config: Config
     learner: Learner
     state: LoopState
-    recorder: Recorder  # writes on rank 0 alone
+    recorder: Recorder  # writes only on rank 0
     stopwatch: Stopwatch
     sources: tuple[str, ...]  # names of the tasks and files that prompts come from
     engine_urls: tuple[str, ...]  # on every rank; empty in a replay

@@ -69,8 +69,8 @@ def token_logprobs(
         incoming gradient must be the same on every rank.
 
     Raises:
-        DataError: a label outside the vocabulary. DivergenceError: a row with NaN or +inf, or whose
-            largest logit lies outside +-2^21 after division by the temperature (also if all are
+        DataError: a label is outside the vocabulary. DivergenceError: a row has NaN or +inf, or its
+            largest logit is outside +-2^21 after division by the temperature (also if all are
             -inf). Both name the row and are raised on every rank: at once on the CPU; on a CUDA
             device the log-prob of the row is NaN, and the next `broken_rows.check_broken_rows`
             raises, so that the host need not wait here.

@@ -57,7 +57,7 @@ def check_verifier(name: str) -> None:
     """Refuses a verifier that cannot exist, without importing it.
 
     Raises:
-        ConfigError: an unknown name, or an import path whose module is not found.
+        ConfigError: the name is unknown, or the module of an import path is not found.
     """
     _check(name, VERIFIERS, VERIFIER_KEY)
 
@@ -66,7 +66,7 @@ def check_group_verifier(name: str) -> None:
     """Refuses a group verifier that cannot exist, without importing it.
 
     Raises:
-        ConfigError: as `check_verifier`.
+        ConfigError: see `check_verifier`.
     """
     _check(name, GROUP_VERIFIERS, GROUP_VERIFIER_KEY)
 
@@ -94,7 +94,7 @@ def load_group_verifier(name: str) -> GroupVerifier:
     """Imports a group verifier. Only worker processes do so.
 
     Raises:
-        ConfigError: as `load_verifier`.
+        ConfigError: see `load_verifier`.
     """
     return _load(name, "group_verifiers", "group_rewards", GROUP_VERIFIER_KEY)
 
@@ -119,7 +119,7 @@ def _check(name: str, choices: tuple[str, ...], key: str) -> None:
 
 
 def _load(name: str, folder: str, function_name: str, key: str) -> Callable[..., Any]:
-    """A function by its import path, or `function_name` of a module in a folder beside this one."""
+    """A function by its import path, or `function_name` of a module in a subfolder of reward/."""
     if is_built_in(name):
         module_name = f"megatron_rl.reward.{folder}.{name}"
     else:

@@ -42,7 +42,7 @@ class Episode:
         """Append tokens that the policy chose.
 
         Raises:
-            ValueError: a completion without one log-prob and one version for each token.
+            ValueError: the completion does not have one log-prob and one version for each token.
         """
         num_tokens = len(completion.token_ids)
         for name in ("logprobs", "weight_versions"):

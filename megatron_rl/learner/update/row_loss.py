@@ -151,7 +151,7 @@ class MiniBatchLoss:
         reference: torch.Tensor | None,
         correction: RowCorrection,
     ) -> tuple[torch.Tensor, dict[str, Metric]]:
-        """The loss of every token, 0 where it is not kept, and its metrics."""
+        """The loss of every token, which is 0 for tokens that are not kept, and the metrics."""
         config, kept = self._settings.config, correction.kept
         is_bypass = config.old_policy == "rollout"
         old = row.micro_batch.rollout_logprobs if is_bypass else row.recomputed_logprobs
