@@ -13,7 +13,8 @@ This tool does not import the package. It depends only on the interface that use
 megatron_rl.train CONFIG` on every rank, the keys of the settings, and the run folder. The first
 commit records the rollouts once, with a real engine (--rollouts and --model select an existing
 record). The work folder keeps the record, the native code by its sources, and every finished run by
-its commit and settings; none of these is made again."""
+its commit and settings; none of these is made twice. Worktrees are removed at the end.
+"""
 
 from __future__ import annotations
 

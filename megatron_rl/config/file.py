@@ -60,7 +60,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _preset(
     from_file: dict[str, Any], changes: Sequence[tuple[str, Keys, Any]], origin: str
 ) -> dict[str, Any]:
-    """The settings of the preset, which the last override that names one or the file selects."""
+    """The settings of the preset that the last override of `objective.preset`, or the file, names.
+
+    Raises:
+        ConfigError: there is no preset of this name.
+    """
     objective = from_file.get("objective")
     name = objective.get("preset", "") if isinstance(objective, dict) else ""
     for override, keys, value in changes:

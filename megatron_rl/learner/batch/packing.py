@@ -52,7 +52,8 @@ def pack(samples: Sequence[Sample], *, tokens_per_row: int) -> list[MicroBatch]:
         Rows as described in `MicroBatch`; none if there are no samples. Positions restart at 0 in
         the padding of the row; each token of a sequence carries the sequence's advantage.
     Raises:
-        DataError: a sequence is longer than the budget, or its fields have different lengths.
+        DataError: a sequence is empty or longer than the budget, its fields have different lengths,
+            or its first token was sampled by the policy.
     """
     lengths = [_checked_length(sample, tokens_per_row) for sample in samples]
     return [
