@@ -1,5 +1,5 @@
-"""The errors that a user can meet. Each message says what was expected, what came, and where to
-change it.
+"""The errors that a user can meet. Each message says what was expected, what was found, and where
+to change it.
 """
 
 
@@ -16,8 +16,8 @@ class EngineError(RuntimeError):
 
 
 class SyncError(RuntimeError):
-    """Weights that did not arrive whole in a rollout engine; the engine is poisoned until published
-    to again.
+    """Weights did not arrive completely in a rollout engine. The engine is poisoned (it refuses to
+    answer) until a later publish succeeds.
     """
 
 

@@ -1,9 +1,9 @@
 """The records that one phase of a step hands to the next.
 
 Legend of shapes, used in every docstring of the package:
-`P` prompts, `G` samples a prompt (the group), `L` tokens of one sequence, `T` tokens of one packed
-row, `S` packed sequences in a row, `M` micro-batches, `V` vocabulary (the local shard where said),
-`H` hidden size.
+`P` prompts, `G` samples per prompt (the group), `L` tokens of one sequence, `T` tokens of one
+packed row, `S` packed sequences in a row, `M` micro-batches, `V` vocabulary size (of the local
+shard where a docstring says so), `H` hidden size.
 
 Three policies, three names, never shortened:
 `rollout_logprobs` (the engine's, when it sampled), `recomputed_logprobs` (the learner's at the
@@ -21,9 +21,10 @@ if TYPE_CHECKING:  # reward workers and the launcher read these records without 
 
 # How the engines' HTTP routes write a log-prob that is NaN or -inf.
 MISSING_LOGPROB = -9999.0
-# A log-prob this little above 0 is rounding: a logit less a float32 log-sum-exp beside it.
+# A log-prob of at most this much above 0 is a rounding error: it is the difference between a logit
+# and a float32 log-sum-exp of nearly the same size.
 MAX_LOGPROB_ROUNDING = 1e-3
-SAMPLE_BITS = 8  # low bits of a seed: vLLM seeds sample i of a prompt with seed + i
+SAMPLE_BITS = 8  # low bits of a seed, left free: vLLM seeds sample i of a prompt with seed + i
 MAX_SAMPLES = 2**SAMPLE_BITS
 TOKEN_VARIABLE = "MEGATRON_RL_TOKEN"  # environment variable that carries the run's bearer token
 # The name under which sync/engine_side/plugin.py registers with vLLM's weight transfer.
@@ -41,9 +42,9 @@ class Prompt:
 
     index: int
     source: str  # which task or file it came from, for metrics by source
-    text: str  # what the tokenizer was given, chat template included
+    text: str  # the tokenizer's input, chat template included
     token_ids: tuple[int, ...]
-    answer: str  # what the verifier compares with
+    answer: str  # the reference that the verifier compares the response with
     metadata: dict[str, Any] = field(
         default_factory=dict
     )  # the task's own record, for its verifier; plain JSON values
@@ -51,7 +52,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One sampled sequence; what `loss_mask` keeps is the response, wherever it stands.
+    """One sampled sequence. The tokens where `loss_mask` is True are the response, wherever they
+    are in the sequence.
 
     Example: prompt "4+3=" and the answer "7<eos>": `Rollout(token_ids=(1, 23, 14, 22, 32, 26, 2),
     loss_mask=(False,) * 5 + (True, True), rollout_logprobs=(0.0,) * 5 + (-0.21, -0.03),
@@ -67,7 +69,7 @@ class Rollout:
     weight_versions: tuple[
         int, ...
     ]  # [L] version of the weights that sampled the token, -1 where the mask is False
-    finish_reason: str  # "stop": the model ended; "length": cut at max_tokens
+    finish_reason: str  # "stop": the model ended the response; "length": it reached max_tokens
     text: str  # the response, decoded without special tokens
     engine: str = ""  # url of the engine that sampled it (the last one of an episode); "": unknown
 
@@ -78,14 +80,14 @@ class Rollout:
 
     @property
     def is_truncated(self) -> bool:
-        """Cut at max_tokens."""
+        """Whether the response was cut at max_tokens."""
         return self.finish_reason == "length"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncation:
-    """Which tokens the engine's sampler may choose, in the order in which vLLM decides: min_p of
-    the largest probability, then top_k, then top_p of what is left.
+    """Which tokens the engine's sampler may choose. vLLM applies the rules in this order: min_p
+    times the largest probability as a lower bound, then top_k, then top_p of the remaining mass.
 
     Example: `Truncation(top_k=20, top_p=0.9, ties="all")`.
     """
@@ -93,7 +95,7 @@ class Truncation:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
-    ties: str = "all"  # of equal logits at rank k: "all" stay, or as many as make "exact"ly k
+    ties: str = "all"  # equal logits at rank k: "all" are kept, or only until there are "exact"ly k
 
     def __post_init__(self) -> None:
         is_sound = self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p < 1
@@ -122,7 +124,7 @@ class EngineAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """A prompt and the `G` rollouts sampled for it; scored whole, on one rank.
+    """A prompt and the `G` rollouts sampled for it. One rank scores the whole group.
 
     Example: `RolloutGroup(prompt=Prompt(index=17, ...), rollouts=(Rollout(...), Rollout(...)))`.
     """
@@ -133,7 +135,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """How one response was judged.
+    """A verifier's judgement of one response.
 
     Example: `Score(reward=1.0, is_formatted=True, failure=None)`; a verifier that ran out of time
     gives `Score(reward=0.0, is_formatted=False, failure="timeout")`, which is counted separately
@@ -143,7 +145,7 @@ class Score:
     reward: float
     is_formatted: bool  # an answer could be read from the response, right or wrong
     failure: str | None  # "timeout", "crash", or None if the verifier judged the response
-    group_reward: float = 0.0  # what the group verifier adds to the reward in training
+    group_reward: float = 0.0  # added by the group verifier, in training only
 
     @property
     def is_correct(self) -> bool:
@@ -153,7 +155,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sequence on its way to the learner: a rollout, and what was made of its group's rewards.
+    """One sequence for the learner: a rollout with its reward and advantage.
 
     Example: `Sample(prompt_index=17, sample_index=2, rollout=Rollout(...), reward=1.0,
     advantage=0.98)`.
@@ -164,7 +166,7 @@ class Sample:
     rollout: Rollout
     reward: float
     advantage: float
-    # False: the discrepancy is measured on it, and nothing is learnt from it
+    # False: the sample's discrepancy is measured, but the learner does not train on it
     is_kept: bool = True
 
 
@@ -176,7 +178,7 @@ class ScoredGroup:
     Score(reward=0.0, ...)))`.
 
     Raises:
-        ValueError: not one score for each rollout.
+        ValueError: the number of scores differs from the number of rollouts.
     """
 
     group: RolloutGroup
@@ -186,8 +188,8 @@ class ScoredGroup:
         _check_group_size(self.group, scores=self.scores)
 
     def without_judgement(self) -> JudgedGroup:
-        """The group as it is recorded when nothing is learnt from it: no penalty, advantages of 0,
-        everything kept.
+        """The group in the form in which it is recorded when the learner does not train on it: no
+        penalties, advantages of 0, every rollout kept.
         """
         zeros = (0.0,) * len(self.scores)
         return JudgedGroup(
@@ -201,14 +203,14 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedGroup:
-    """A scored group and what the learner makes of it.
+    """A scored group with penalties, advantages, and which of its rollouts the learner trains on.
 
-    Example: two responses, of which the second was cut and is not learnt from: `JudgedGroup(
+    Example: two responses, of which the second was cut and is not trained on: `JudgedGroup(
     group=RolloutGroup(...), scores=(Score(...), Score(...)), overlong_penalties=(0.0, -0.5),
     advantages=(1.0, -1.0), is_kept=(True, False))`.
 
     Raises:
-        ValueError: a field that does not hold one value for each rollout.
+        ValueError: a field does not hold exactly one value for each rollout.
     """
 
     group: RolloutGroup
@@ -227,7 +229,7 @@ class JudgedGroup:
         )
 
     def samples(self) -> tuple[Sample, ...]:
-        """[G], one sample for each rollout, in order."""
+        """[G] one sample for each rollout, in order."""
         columns = zip(self.group.rollouts, self.scores, self.advantages, self.is_kept, strict=True)
         return tuple(
             Sample(
@@ -254,15 +256,16 @@ def _check_group_size(group: RolloutGroup, **columns: Sequence[Any]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledStep:
-    """The rollouts of one step: on the head of each replica its own share, no groups elsewhere.
+    """The rollouts of one step. The head of each replica holds that replica's share; on all other
+    ranks `groups` is empty.
 
-    Example: one prompt, sampled at once: `SampledStep(groups=(JudgedGroup(...),), num_prompts=1,
-    num_rounds=1)`.
+    Example: one prompt, sampled in one round: `SampledStep(groups=(JudgedGroup(...),),
+    num_prompts=1, num_rounds=1)`.
     """
 
     groups: tuple[JudgedGroup, ...]  # by prompt index
     num_prompts: int  # sampled by all replicas together, whether kept or not
-    num_rounds: int  # of sampling; 0 where the rollouts were recorded
+    num_rounds: int  # of sampling; 0 if the rollouts were read from a recording
 
     def samples(self) -> list[Sample]:
         """All rollouts of this replica, group after group."""
@@ -271,9 +274,9 @@ class SampledStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A packed row of a fixed token budget, and the samples that are packed in it. Every `[T]`
-    tensor is aligned with the *prediction*: position t of the row predicts `labels[t]`, which is
-    the sequence's next token; nothing is shifted later.
+    """A packed row with a fixed token budget, and the samples that it contains. Every `[T]` tensor
+    is aligned with the *prediction*: position t of the row predicts `labels[t]`, the next token of
+    the sequence, so no later code shifts anything.
 
     Example: the sequence (1, 32, 26, 2) with response (26, 2), padded to 4 of T=8:
     `tokens=[1,32,26,2,0,0,0,0]`, `labels=[32,26,2,0,0,0,0,0]`, `loss_mask=[F,T,T,F,F,F,F,F]`,
@@ -292,28 +295,28 @@ class MicroBatch:
     sequence_ids: torch.Tensor  # [T] int64, 0 to S-1, -1 on padding
     cu_seqlens: torch.Tensor  # [S+1] int32, real lengths, cumulated
     cu_seqlens_padded: torch.Tensor  # [S+1] int32, where each sequence starts in the row
-    samples: tuple[Sample, ...]  # [S] the sequences in their order in the row; () in a filler row
+    samples: tuple[Sample, ...]  # [S] in the order of the row; () in a filler row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """This rank's share of a global batch, with one optimizer step for each mini-batch. In each
-    mini-batch every data-parallel rank holds the same number of micro-batches, filled up with fully
-    masked ones.
+    """This rank's share of a global batch; each mini-batch is one optimizer step. In each
+    mini-batch, all data-parallel ranks hold the same number of micro-batches; fully masked ones are
+    added where a rank has fewer.
 
     Example: one optimizer step on two rows, and no dropped samples: `TrainBatch(
     mini_batches=((MicroBatch(...), MicroBatch(...)),), dropped=())`.
     """
 
     mini_batches: tuple[tuple[MicroBatch, ...], ...]
-    # rows of samples whose discrepancy is measured but that are not learnt from; the same number on
-    # every rank, mostly 0
+    # rows of samples whose discrepancy is measured but on which the learner does not train; the
+    # same number on every rank, usually 0
     dropped: tuple[MicroBatch, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecomputedRow:
-    """A row with the learner's log-probs at the weights before the update.
+    """A row with the learner's log-probs, computed at the weights before the update.
 
     Example: the row of `MicroBatch`'s example: `RecomputedRow(micro_batch=MicroBatch(...),
     recomputed_logprobs=[0, -0.3, -0.1, 0, 0, 0, 0, 0])`.

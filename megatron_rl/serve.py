@@ -1,10 +1,10 @@
-"""`python -m megatron_rl.serve CONFIG [key=value ...]`: one rollout engine for a run that is given
-its engines, with the config of that run.
+"""`python -m megatron_rl.serve CONFIG [key=value ...]`: starts one rollout engine for a run that
+does not start its own. CONFIG is the config of that run.
 
-It is the engine that a run would start itself (engine/server.py), on `rollout.port`, and it lasts
-until Ctrl-C. The run then names it: `rollout.num_engines=0 rollout.urls=[http://127.0.0.1:PORT]`,
-with the token in MEGATRON_RL_TOKEN. Weights travel through the memory of one host, so it listens on
-loopback alone.
+The engine is the same that a run would start (engine/server.py). It listens on `rollout.port` and
+runs until Ctrl-C. To use it, start the run with `rollout.num_engines=0
+rollout.urls=[http://127.0.0.1:PORT]` and the token in MEGATRON_RL_TOKEN. Weights are sent through
+the shared memory of one host, so the engine listens on loopback only.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import TOKEN_VARIABLE
 
 TOKEN_FILE = "engine_token"
-CHECK_SECONDS = 0.5  # between looks at the engine's process
+CHECK_SECONDS = 0.5  # between checks of the engine's process
 
 
 def serve(config: Config, progress: Progress) -> None:
-    """Start the engine and watch it; returns by an error alone, a signal ends the process."""
+    """Start the engine and watch it. Never returns: it raises, or a signal ends the process."""
     if config.rollout.port == 0:
         raise ConfigError(
             "rollout.port: expected the port that rollout.urls of the run will name, got 0"
@@ -53,8 +53,8 @@ def serve(config: Config, progress: Progress) -> None:
 
 
 def token_in(path: Path) -> str:
-    """The token of a file that nobody else may read; made, and drawn at random, where there is
-    none.
+    """The token in a file that only its owner may read. If there is no file, it is created with a
+    random token.
 
     Raises:
         ConfigError: others may read the file, or it is empty.

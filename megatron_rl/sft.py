@@ -1,7 +1,7 @@
 """`python -m megatron_rl.sft CONFIG [key=value ...]` under torchrun: supervised warm start.
 
-Pairs of prompt and response in, a Hugging Face checkpoint out, through the same learner as RL: the
-loss is the mean negative log-prob of the response's tokens over the global batch.
+Reads pairs of prompt and response, trains on them with the same learner as RL, and writes a Hugging
+Face checkpoint. The loss is the mean negative log-prob of the response tokens of the global batch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from megatron_rl.records import MicroBatch, Rollout, Sample
 from megatron_rl.weights.geometry import read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader, write_checkpoint
 
-NUM_RECENT_LOSSES = 20  # whose mean decides on `warm_start.stop_loss`
+NUM_RECENT_LOSSES = 20  # their mean is compared with `warm_start.stop_loss`
 
 
 def warm_start(config: Config, progress: Progress) -> None:
-    """Train on the responses, save the checkpoint; see the head of this file."""
+    """Train on the responses and save the checkpoint; see the docstring of this module."""
     settings = config.warm_start
     folder = Path(config.run_dir) / "warm_start"
     geometry = read_geometry(config.model.path)
@@ -84,7 +84,7 @@ def warm_start(config: Config, progress: Progress) -> None:
 
 
 def as_samples(pairs: Sequence[Pair], first_index: int) -> list[Sample]:
-    """Pairs in the form that is packed: the response is what the mask keeps."""
+    """Pairs as samples that can be packed; the mask keeps the response tokens."""
     samples = []
     for index, (prompt_ids, response_ids) in enumerate(pairs):
         length = len(prompt_ids) + len(response_ids)
@@ -109,7 +109,7 @@ def as_samples(pairs: Sequence[Pair], first_index: int) -> list[Sample]:
 
 
 def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
-    """One optimizer step on the mean negative log-prob of the kept tokens; its metrics."""
+    """Take one optimizer step on the mean negative log-prob of the kept tokens; return metrics."""
 
     def row_loss(index: int, output: RowOutput) -> tuple[torch.Tensor, torch.Tensor, dict]:
         row = rows[index]

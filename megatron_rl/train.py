@@ -3,8 +3,9 @@
     prompt -> rollout -> reward -> advantage -> pack -> recomputed logprobs -> discrepancy -> loss
            -> optimizer step -> weight sync
 
-Every rank runs this loop. The heads of the replicas (first rank of TP x PP) ask the engines and
-score; global rank 0 publishes the weights and writes the metrics.
+Every rank runs this loop. The head of each replica (the first of its TP x PP ranks) requests
+samples from the engines and scores them; global rank 0 publishes the weights and writes the
+metrics.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron_rl.process.command import Progress, run_command
 
 
 def train(config: Config, progress: Progress) -> None:
-    """Run all steps that are still to do; see the head of this file."""
+    """Run all remaining steps; see the docstring of this module."""
     with start_run(config, progress) as run:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
         publish = partial(publish_weights, learner, run.link, run.engine_urls, state, config, phase)
@@ -38,7 +39,7 @@ def train(config: Config, progress: Progress) -> None:
         )
         parity = publish()
         if run.was_resumed:
-            run.stopwatch.take()  # the seconds of the start belong to no step
+            run.stopwatch.take()  # discard the seconds of the start; they belong to no step
         elif config.eval.at_start:
             report(0, parity, evaluate(with_constant_answer=True), fixed_gap())
         else:
@@ -66,8 +67,8 @@ def train(config: Config, progress: Progress) -> None:
             parity = publish() if should_publish(config, step) else {}
             record_rollouts(sampled, rows, learner.parallel, step, config, phase)
             figures = evaluate() | fixed_gap() if should_evaluate(config, step) else {}
-            # The line comes before the checkpoint: a step that a run resumes after has its line,
-            # and a step that is done again loses it.
+            # The line is written before the checkpoint: then every step up to a checkpoint has its
+            # line, and a resumed run removes the lines of the steps that it repeats.
             report(step, update.metrics, parity, figures, sampled=sampled)
             if should_save(config, step):
                 with phase("checkpoint"):

@@ -35,7 +35,7 @@ def compare(config: Config, progress: Progress) -> None:
     """Run one forward pass over the recorded step and print the gaps.
 
     Raises:
-        ConfigError: no recorded rollouts, or more than one rank.
+        ConfigError: there are no recorded rollouts, or there is more than one rank.
     """
     if not config.replay or config.parallel.tensor * config.parallel.pipeline > 1:
         raise ConfigError(

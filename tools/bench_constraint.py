@@ -1,4 +1,4 @@
-"""Measures what the constraint and the metrics of the discrepancy cost per step.
+"""Measures the cost per step of the constraint and of the metrics of the discrepancy.
 
     NPROC=2 launch/torchrun.sh tools.bench_constraint configs/quickstart.yaml \\
         run_dir=runs/bench_constraint loop.num_steps=200
@@ -80,7 +80,7 @@ def bench(config: Config, progress: Progress) -> None:
     """Run the training, and print the cost on rank 0.
 
     Raises:
-        ConfigError: too few steps, or the constraint is disabled.
+        ConfigError: there are too few steps, or the constraint is disabled.
     """
     if config.loop.num_steps < MIN_STEPS or not config.objective.constraint.enabled:
         raise ConfigError(

@@ -9,9 +9,9 @@ Prints a Markdown table for every shape, of the forward pass, and of the forward
 to the logits. Times are medians of warm runs, alternating between the functions, so that a load on
 the machine affects all of them. "times" is the speed relative to the first row. "read" is a plain
 sum over the memory of the logits, and "share" is the time of that read divided by the time of the
-forward pass. "memory" is the peak of forward and backward pass, without the logits and without what
-is kept between runs (on the CPU, one gradient of megatron_rl of at most 512 MiB). On a GPU the
-cache is flushed before every run.
+forward pass. "memory" is the peak of forward and backward pass, without the logits and without
+memory that is kept between runs (on the CPU, one gradient of megatron_rl of at most 512 MiB). On a
+GPU the cache is flushed before every run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Example: `Timing(forward=0.019, both=0.046, extra_mebibytes=0.0, error=3.3e-8)`."""
+    """The measurements of one function. Example: `Timing(forward=0.019, both=0.046,
+    extra_mebibytes=0.0, error=3.3e-8)`.
+    """
 
     forward: float  # seconds
     both: float  # seconds of forward and backward pass
@@ -242,7 +244,7 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
 
 @cache
 def cache_filler(device: torch.device) -> torch.Tensor:
-    """256 MiB, more than the cache of any GPU; kept, so that it is part of no peak."""
+    """256 MiB, more than the cache of any GPU. It is kept, so that no measured peak includes it."""
     return torch.empty(2**28, dtype=torch.uint8, device=device)
 
 
@@ -273,7 +275,7 @@ def error_of(function: Function, logits: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def machine(device: torch.device) -> str:
-    """What was measured on, in words: threads or GPU, torch, and the backend of megatron_rl."""
+    """A description of the machine: threads or GPU, torch, and the backend of megatron_rl."""
     what = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)

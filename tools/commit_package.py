@@ -1,8 +1,8 @@
-"""A commit's own package, ready to run: a worktree of it, with its native code built in place.
+"""Prepares the package of a commit: a worktree of the commit, with its native code built in place.
 
-Whatever is installed in the running environment, commands run with the worktree's package; this is
-checked before the first one. Native code is kept by its sources, and built once for all commits
-that share them.
+Commands run with the worktree's package, independently of the packages installed in the running
+environment; this is checked before the first command. Built native code is stored by its sources,
+so that commits with the same sources share one build.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 TAIL_LINES = 25
-CHECK_SECONDS, BUILD_SECONDS = 120.0, 1800.0  # after which something hangs
+CHECK_SECONDS, BUILD_SECONDS = 120.0, 1800.0  # time limits; a longer process is considered hung
 NATIVE_SOURCES = ("setup.py", "pyproject.toml", "*.cpp", "*.cc", "*.h", "*.cu", "*.cuh")
 
 
 class CompareError(Exception):
-    """What keeps the comparison from being made, in a line or with the end of a log."""
+    """The comparison cannot be made; the message is the reason, possibly with the end of a log."""
 
 
 class Source:
-    """A commit's own package, ready to run: its worktree, made on first use, with native code."""
+    """The package of a commit, ready to run: a worktree, created on first use, and native code."""
 
     def __init__(self, repository: Path, commit: str, work: Path, native: Path) -> None:
         self.commit = commit
@@ -39,7 +39,9 @@ class Source:
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, arguments: Sequence[object], log: Path, seconds: float) -> None:
-        """`python ARGUMENTS` with this commit's package; CompareError with its last words."""
+        """Run `python ARGUMENTS` with this commit's package. If it fails, raises CompareError with
+        the end of its output.
+        """
         self._prepare()
         with log.open("w") as file:
             try:
@@ -62,12 +64,14 @@ class Source:
         return f"{log}: expected {self.commit[:10]} to exit 0, got {code}:\n{tail}"
 
     def torchrun(self, module: str, config: Path, log: Path, seconds: float) -> None:
-        """`module` with the settings of `config` on two ranks."""
+        """Run `module` with the settings of `config` on two ranks."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         self.run([*launcher, "-m", f"megatron_rl.{module}", config], log, seconds)
 
     def run_ranks(self, module: str, config: Path, log: Path, seconds: float) -> None:
-        """As `torchrun`, but on ranks that are forked with the libraries' imports behind them."""
+        """Like `torchrun`, but the ranks are forked from a process that has already imported the
+        libraries.
+        """
         self._prepare()
         if self._server is None:
             with (self._work / "warm_ranks.log").open("w") as errors:
@@ -100,14 +104,14 @@ class Source:
             raise CompareError(self._last_words(log, codes))
 
     def close(self) -> None:
-        """End the ranks' server, and take the worktree away."""
+        """End the process that forks the ranks, and remove the worktree."""
         if self._server is not None:
             self._server.stdin.close()
             self._server.wait()
         self._remove()
 
     def _remove(self) -> None:
-        """Also what a killed comparison left."""
+        """Remove the worktree, also one that a killed comparison left."""
         if self._folder.exists():
             git(self._repository, "worktree", "remove", "--force", "--force", str(self._folder))
         git(self._repository, "worktree", "prune")
@@ -128,7 +132,7 @@ class Source:
         git(self._repository, "worktree", "add", "--detach", str(self._folder), self.commit)
         built = self._native / self._native_key()
         if not built.is_dir():
-            # egg_info: the engine finds this commit's plug-in by the entry points beside it
+            # egg_info: the engine finds this commit's plug-in through the entry points in it
             steps = ["egg_info", "build_ext", "--inplace"]
             self.run(["setup.py", "-q", *steps], self._work / "build.log", BUILD_SECONDS)
             partial = built.with_name(f"{built.name}.partial.{os.getpid()}")
@@ -136,7 +140,7 @@ class Source:
                 target = partial / path.relative_to(self._folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, target)
-            if built.is_dir():  # another comparison's, with the same folder of native code
+            if built.is_dir():  # built by another comparison that shares the folder of native code
                 shutil.rmtree(partial)
             else:
                 partial.rename(built)
@@ -144,7 +148,9 @@ class Source:
         self._check_package()
 
     def _native_key(self) -> str:
-        """Of the native sources, where they lie, what describes the package, and torch."""
+        """A key computed from the native sources with their paths, the package's description, and
+        the versions of torch and Python.
+        """
         listed = git(self._repository, "ls-tree", "-r", self.commit)
         kept = [
             line
@@ -154,9 +160,11 @@ class Source:
         return digest([kept, torch.__version__, sys.version])
 
     def _check_package(self) -> None:
-        """The editable install of another checkout has a finder of its own, which must lose."""
+        """Check that this commit's package is imported, because the import finder of another
+        checkout's editable install could take precedence.
+        """
         log = self._work / "package.log"
-        # -P: without the current folder, which is the worktree and would hide what else is found
+        # -P leaves out the current folder, which is the worktree and would hide other packages
         code = "import megatron_rl; print(megatron_rl.__file__)"
         self.run(["-P", "-c", code], log, CHECK_SECONDS)
         found = Path(log.read_text().strip())
@@ -168,7 +176,7 @@ class Source:
 
 
 def git(repository: Path, *arguments: str) -> str:
-    """What git printed; CompareError with what it complained of."""
+    """The output of a git command. If it fails, raises CompareError with git's error message."""
     command = ["git", "-C", str(repository), *arguments]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode != 0:
@@ -177,5 +185,5 @@ def git(repository: Path, *arguments: str) -> str:
 
 
 def digest(value: Any) -> str:
-    """A short name for plain values."""
+    """A short hash of plain values, used as a name."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

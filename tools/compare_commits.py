@@ -1,19 +1,20 @@
-"""Do two commits train alike, bit for bit? For a refactor, which may change no number.
+"""Checks that two commits train identically, bit for bit, for refactors that must change no number.
 
     python tools/compare_commits.py main HEAD --work runs/compare
     python tools/compare_commits.py main HEAD --work runs/compare --layouts tp2 --objectives gspo
     python tools/compare_commits.py HEAD HEAD --work runs/compare --again      is a run repeatable?
 
-For each layout, dtype and objective both commits train a few steps on the same recorded rollouts,
-on two ranks of this machine. Then everything in the two run folders is compared by its bits: the
-settings, the metrics, weights, moments and state of the checkpoint, and the Hugging Face export.
-The exit status is 1 where anything differs.
+For each layout, dtype and objective, both commits train a few steps on the same recorded rollouts,
+on two ranks of this machine. Then all contents of the two run folders are compared by their bits:
+the settings, the metrics, the weights, moments and state of the checkpoint, and the Hugging Face
+export. The exit status is 1 if anything differs.
 
-It stands on what users of the package stand on, and imports none of it: `python -m
-megatron_rl.train CONFIG` on every rank, the settings' keys, and the run folder. The record is made
-once, by the first commit, with a real engine (--rollouts and --model give another one). In the work
-folder stay the record, the native code by its sources, and every finished run by its commit and
-settings: none of these is X"""
+This tool does not import the package. It depends only on the interface that users see: `python -m
+megatron_rl.train CONFIG` on every rank, the keys of the settings, and the run folder. The first
+commit records the rollouts once, with a real engine (--rollouts and --model select an existing
+record). The work folder keeps the record, the native code by its sources, and every finished run by
+its commit and settings; none of these is made twice. Worktrees are removed at the end.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +36,12 @@ from typing import Any
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, to find its neighbour
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a script finds tools/
 from tools.commit_package import CompareError, Source, digest, git
 from tools.compare_runs import compare_runs, report_lines, tensors_of
 
 ROOT = Path(__file__).parents[1]
-OBJECTIVES = (  # presets
+OBJECTIVES = (  # names of presets
     "dc_grpo",
     "dc_grpo_penalty",
     "gspo",
@@ -52,7 +53,7 @@ OBJECTIVES = (  # presets
 )
 LAYOUTS = {"tp2": 2, "dp2": 1}  # parallel.tensor, on two ranks
 DTYPES = ("float32", "bfloat16")
-RUN_SECONDS, RECORD_SECONDS = 600.0, 1800.0  # after which something hangs
+RUN_SECONDS, RECORD_SECONDS = 600.0, 1800.0  # time limits; a longer process is considered hung
 TINY_MODEL = {
     "--hidden": 64,
     "--layers": 2,
@@ -61,7 +62,8 @@ TINY_MODEL = {
     "--head-dim": 32,
     "--initializer-range": 0.1,
 }
-# Sums of two digits, which a short warm start teaches in part: some samples of a group are right.
+# Sums of two digits. A short warm start teaches them partly, so that some samples of a group are
+# correct and others are not.
 RECORDING: dict[str, Any] = {
     "parallel": {"tensor": 2},
     "data": {
@@ -87,8 +89,8 @@ RECORDING: dict[str, Any] = {
     "loop": {"prompts_per_step": 16, "samples_per_prompt": 8},
     "eval": {"at_start": False, "at_end": False},
 }
-# Two updates a step, at a rate that takes the policy away from the rollouts within five steps, so
-# that clips, masks and lambda have something to do.
+# Two updates per step, with a learning rate that moves the policy away from the rollouts within
+# five steps, so that clips, masks and lambda take effect.
 REPLAY: dict[str, Any] = {
     "learner": {
         "mini_batches_per_step": 2,
@@ -102,8 +104,8 @@ REPLAY: dict[str, Any] = {
     "checkpoint": {"every": 0},
     "eval": {"at_start": False, "at_end": False},
 }
-# Nearer bounds than the presets' own, so that both clips and the mask have something to do; those
-# of gspo and icepop are near enough.
+# Tighter bounds than those of the presets, so that both clips and the mask take effect. The bounds
+# of gspo and icepop are tight enough.
 CLIP = {"clip_low": 0.05, "clip_high": 0.06}
 BOUNDS = {
     "gspo": {},
@@ -115,7 +117,9 @@ CONSTRAINT = {"initial": 0.5, "learning_rate": 10.0, "tolerance": 0.002}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
-    """Example: `Combination(layout="tp2", dtype="float32", objective="gspo")`."""
+    """One configuration to compare. Example: `Combination(layout="tp2", dtype="float32",
+    objective="gspo")`.
+    """
 
     layout: str
     dtype: str
@@ -127,8 +131,9 @@ class Combination:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Example: `Record(rollouts=Path("w/recorded/run/rollouts"), model=Path("w/recorded/model"))`;
-    the run's config.yaml stands beside its rollouts.
+    """Recorded rollouts and the model that they start from. Example: `Record(
+    rollouts=Path("w/recorded/run/rollouts"), model=Path("w/recorded/model"))`; the run's
+    config.yaml is next to its rollouts.
     """
 
     rollouts: Path
@@ -183,7 +188,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
-    """One comparison at a time in a work folder."""
+    """Lock the work folder, so that only one comparison uses it at a time."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as file:
         try:
@@ -194,7 +199,7 @@ def locked(work: Path) -> Iterator[None]:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Make what is missing and compare it; how many combinations differ."""
+    """Make the missing runs and compare all; returns the number of combinations that differ."""
     work, repository = options.work, options.repository
     commits = [resolve(repository, name) for name in (options.before, options.after)]
     of_commit = {commit: Source(repository, commit, work, options.native) for commit in commits}
@@ -237,7 +242,9 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def find_record(options: argparse.Namespace, source: Source) -> Record:
-    """The given record, the kept one, or a new one by `source`; CompareError where it is no use."""
+    """The given record, the kept one, or a new one made by `source`; CompareError if it cannot be
+    used.
+    """
     folder = options.work / "recorded"
     if options.rollouts is None:
         record = Record(rollouts=folder / "run" / "rollouts", model=folder / "warm")
@@ -253,8 +260,8 @@ def find_record(options: argparse.Namespace, source: Source) -> Record:
 
 
 def check_signal(rollouts: Path, step: int) -> None:
-    """CompareError where the step is not recorded, or all rewards of each group are equal: then all
-    advantages are 0.
+    """Raise CompareError if the step is not recorded, or if the rewards are equal within every
+    group, so that all advantages are 0.
     """
     paths = sorted(rollouts.glob(f"step_{step:06d}.rank*.jsonl"))
     if not paths:
@@ -271,7 +278,7 @@ def check_signal(rollouts: Path, step: int) -> None:
 
 
 def make_record(folder: Path, record: Record, source: Source, num_steps: int) -> None:
-    """A random model, a short warm start, and a run with an engine."""
+    """Make a random model, train it with a short warm start, and record a run with an engine."""
     print(f"recording {num_steps} steps with {source.commit[:10]}", flush=True)
     folder.mkdir(parents=True)
     settings = RECORDING | {
@@ -293,7 +300,7 @@ def make_record(folder: Path, record: Record, source: Source, num_steps: int) ->
 
 
 def record_key(record: Record) -> str:
-    """Of the bytes of model and rollouts, wherever they lie."""
+    """A key computed from the bytes of model and rollouts, independent of their location."""
     paths = [path for each in (record.rollouts, record.model) for path in sorted(each.rglob("*"))]
     return digest(
         [
@@ -313,7 +320,7 @@ def replay(
     *,
     is_again: bool,
 ) -> Path:
-    """The folder of the finished run; what is kept is not run again."""
+    """The folder of the finished run. A kept run is not repeated."""
     settings = replay_settings(combination, record, options.steps)
     packages = [importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")]
     of_all = digest([settings, key, packages, torch.backends.cpu.get_cpu_capability()])
@@ -326,7 +333,7 @@ def replay(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     prompts = folder / "prompts.jsonl"
-    prompts.write_text('{"question": "1+1=", "answer": "2"}\n')  # asked for, and not used
+    prompts.write_text('{"question": "1+1=", "answer": "2"}\n')  # required, but not used
     settings |= {
         "run_dir": str(folder / "run"),
         "replay": str(record.rollouts),
@@ -341,7 +348,7 @@ def replay(
 
 
 def replay_settings(combination: Combination, record: Record, num_steps: int) -> dict[str, Any]:
-    """The run's settings, but for paths; of the recorded run what its rollouts must meet again."""
+    """The run's settings without paths, with those of the recorded run that its rollouts need."""
     objective = combination.objective
     config = record.rollouts.parent / "config.yaml"
     if not config.is_file():
@@ -360,14 +367,16 @@ def replay_settings(combination: Combination, record: Record, num_steps: int) ->
 
 
 def check_moved(run_dir: Path, record: Record) -> None:
-    """CompareError where a run learnt nothing, and its equality would say nothing."""
+    """Raise CompareError if a run did not change the weights, because its equality would then prove
+    nothing.
+    """
     start, end = tensors_of(record.model), tensors_of(run_dir / "huggingface")
     if all(torch.equal(tensor, end[name].to(tensor.dtype)) for name, tensor in start.items()):
         raise CompareError(f"{run_dir}: expected weights that moved, got those of {record.model}")
 
 
 def resolve(repository: Path, name: str) -> str:
-    """The full hash; CompareError where it is checked out with changes that no commit holds."""
+    """The full hash; CompareError if the commit is checked out with uncommitted changes."""
     commit = git(repository, "rev-parse", "--verify", f"{name}^{{commit}}")
     is_here = commit == git(repository, "rev-parse", "HEAD")
     changed = git(repository, "status", "--porcelain")

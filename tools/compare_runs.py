@@ -1,15 +1,16 @@
-"""Are two runs the same, bit for bit? Compares all that their folders hold, but for times.
+"""Compares two runs bit for bit: all contents of their folders except times.
 
     python tools/compare_runs.py runs/first runs/second
 
-Settings, metrics, the checkpoints' tensors and state, and the Hugging Face export: floats by their
-bits, metrics by the digits that metrics.jsonl has of them (which tell every float64 from every
-other), files of the export by their bytes too. What only one run has is a difference, except a
-setting, which only one of two commits may know; such settings are listed.
+It compares settings, metrics, the checkpoints' tensors and state, and the Hugging Face export.
+Floats are compared by their bits, metrics by their digits in metrics.jsonl (which distinguish all
+float64 values), and files of the export also by their bytes. An item that only one run has is a
+difference. Settings are an exception, because only one of two commits may have a setting; such
+settings are listed.
 
-A metric is a time where its key begins with `speed/`, or one of its words is `time`, `second`,
-`seconds`, `ms` or `duration`. Not compared either: the settings that name places, in config.yaml
-and in the checkpoint's run_state.json, and the sizes of files in the latter.
+A metric is a time if its key begins with `speed/`, or if one of its words is `time`, `second`,
+`seconds`, `ms` or `duration`. Settings that contain paths, in config.yaml and in the checkpoint's
+run_state.json, and the file sizes in the latter are not compared either.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PLACES = re.compile(
 )
 TIME_WORDS = {"time", "second", "seconds", "ms", "duration"}
 ABSENT = "absent"
-MAX_NAMES = 8  # of a part's differences in the report
+MAX_NAMES = 8  # largest number of differences that the report names in each part
 
 Value = torch.Tensor | bytes | tuple[str, ...]
 Contents = dict[str, Value]
@@ -44,8 +45,8 @@ Contents = dict[str, Value]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Example: `Difference(name="metrics/loss/mean", place="line 3", before="0.5", after="0.6")`;
-    the place is "" where the whole is missing or of another kind.
+    """One difference. Example: `Difference(name="metrics/loss/mean", place="line 3", before="0.5",
+    after="0.6")`; the place is "" if the whole value is missing or of a different kind.
     """
 
     name: str
@@ -60,8 +61,9 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Example: `Comparison(differences=(), num_tensors=61, num_metrics=80, num_others=300,
-    times=("speed/seconds/learner",), new_settings=("sync.transport",))`.
+    """The result of a comparison. Example: `Comparison(differences=(), num_tensors=61,
+    num_metrics=80, num_others=300, times=("speed/seconds/learner",),
+    new_settings=("sync.transport",))`.
     """
 
     differences: tuple[Difference, ...]
@@ -73,7 +75,7 @@ class Comparison:
 
     @property
     def summary(self) -> str:
-        """Example: `same bits: 61 tensors, 80 metrics, 300 other values`."""
+        """The result in one line, e.g. `same bits: 61 tensors, 80 metrics, 300 other values`."""
         of_all = f"{self.num_tensors} tensors, {self.num_metrics} metrics, {self.num_others} others"
         if not self.differences:
             return f"same bits: {of_all}"
@@ -81,7 +83,7 @@ class Comparison:
 
 
 def compare_runs(before: Path, after: Path) -> Comparison:
-    """Everything in two run folders that is not a time."""
+    """Compare all contents of two run folders except times."""
     first, second = read_run(before), read_run(after)
     times = sorted({name for each in (first, second) for name in each if is_time(name)})
     new = [name for name in first.keys() ^ second.keys() if name.startswith("settings/")]
@@ -105,14 +107,14 @@ def compare_runs(before: Path, after: Path) -> Comparison:
 
 
 def is_time(name: str) -> bool:
-    """Whether `metrics/<key>` is one that a clock gave; see the head of this file."""
+    """Whether `metrics/<key>` is a time; see the docstring of this module."""
     part, _, key = name.partition("/")
     words = re.split(r"[^a-z]+", key.lower())
     return part == "metrics" and (key.startswith("speed/") or not TIME_WORDS.isdisjoint(words))
 
 
 def report_lines(comparison: Comparison) -> list[str]:
-    """Of each part of the run folder the first difference, and the names of further ones."""
+    """For each part of the run folder, the first difference and the names of further ones."""
     parts: dict[str, list[Difference]] = {}
     for each in comparison.differences:
         parts.setdefault(each.name.split("/")[0], []).append(each)
@@ -120,7 +122,7 @@ def report_lines(comparison: Comparison) -> list[str]:
     for part, found in parts.items():
         lines.append(str(found[0]))
         names = [each.name for each in found[1 : MAX_NAMES + 1]]
-        # What is missing on one side is always named: it may have another name there.
+        # Items that are missing on one side are always named, because they may have been renamed.
         one_sided = [each for each in found[MAX_NAMES + 1 :] if ABSENT in (each.before, each.after)]
         names += [each.name for each in one_sided]
         more = len(found) - 1 - len(names)
@@ -131,8 +133,8 @@ def report_lines(comparison: Comparison) -> list[str]:
 
 
 def differences(before: Mapping[str, Value], after: Mapping[str, Value]) -> list[Difference]:
-    """In the order of the contents, but metrics by the line where they first differ, and behind
-    them those of one side.
+    """The differences in the order of the contents. Metrics are sorted by the line in which they
+    first differ, followed by metrics that only one side has.
     """
     found = []
     for name in dict(before) | dict(after):
@@ -149,7 +151,7 @@ def differences(before: Mapping[str, Value], after: Mapping[str, Value]) -> list
 
 
 def _line_of(difference: Difference) -> tuple[int, int]:
-    """Sorts metrics among themselves, after the settings and before all else."""
+    """A sort key: settings first, then metrics by line, then everything else."""
     part = difference.name.split("/")[0]
     rank = {"settings": 0, "metrics": 1}.get(part, 2)
     line = re.fullmatch(r"line (\d+)", difference.place)
@@ -157,7 +159,7 @@ def _line_of(difference: Difference) -> tuple[int, int]:
 
 
 def first_difference(name: str, before: Value, after: Value) -> Difference | None:
-    """Where two values of one name first differ; None where all their bits are equal."""
+    """The first difference between two values of one name; None if all their bits are equal."""
     if kind_of(before) != kind_of(after):
         return Difference(name=name, place="", before=kind_of(before), after=kind_of(after))
     if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
@@ -184,19 +186,19 @@ def _first_in_tensor(name: str, before: torch.Tensor, after: torch.Tensor) -> Di
     where = f"[{', '.join(str(int(each)) for each in place)}]"
     share = f"{int(is_other.sum())} of {len(is_other)} elements, first {where}"
     values = [repr(each.reshape(-1)[index].item()) for each in (before, after)]
-    if values[0] == values[1]:  # NaNs of other bits
+    if values[0] == values[1]:  # NaNs with different bits
         values = [bytes(each[index].tolist()).hex() for each in (one, other)]
     return Difference(name=name, place=share, before=values[0], after=values[1])
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """[elements, bytes of one] uint8."""
+    """The bytes of a tensor: [number of elements, bytes per element] uint8."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).reshape(flat.numel(), tensor.element_size())
 
 
 def kind_of(value: Value) -> str:
-    """What must be equal before values can be compared item by item."""
+    """The type and shape, which must be equal before values can be compared item by item."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, bytes):
@@ -205,7 +207,7 @@ def kind_of(value: Value) -> str:
 
 
 def read_run(run_dir: Path) -> Contents:
-    """Name to value of all that is compared: settings, metrics, checkpoints, export."""
+    """All compared values by name: settings, metrics, checkpoints, export."""
     contents = flat("settings", yaml.safe_load((run_dir / "config.yaml").read_text()))
     contents |= read_metrics(run_dir / "metrics.jsonl")
     for name in ("checkpoints", "huggingface"):
@@ -216,7 +218,7 @@ def read_run(run_dir: Path) -> Contents:
 
 
 def read_metrics(path: Path) -> Contents:
-    """`metrics/<key>` to its text in every line."""
+    """The text of each metric in every line, by `metrics/<key>`."""
     lines = [
         json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
         for line in path.read_text().splitlines()
@@ -226,7 +228,7 @@ def read_metrics(path: Path) -> Contents:
 
 
 def read_folder(folder: Path, name: str) -> Contents:
-    """All files below; a distributed checkpoint by its tensors, put together from their shards."""
+    """All files in the folder. A distributed checkpoint is represented by its full tensors."""
     contents: Contents = {}
     for path in sorted(folder.iterdir()):
         below = f"{name}/{path.name}"
@@ -235,7 +237,7 @@ def read_folder(folder: Path, name: str) -> Contents:
         elif path.name == ".metadata":
             contents |= read_shards(folder, name)
         elif path.suffix == ".distcp":
-            pass  # the shards of the above
+            pass  # the shards of a checkpoint that has been read
         elif path.suffix == ".pt":
             contents |= flat(below, torch.load(path, map_location="cpu", weights_only=False))
         elif path.name == "run_state.json":
@@ -249,7 +251,7 @@ def read_folder(folder: Path, name: str) -> Contents:
 
 
 def read_shards(folder: Path, name: str) -> Contents:
-    """Weights, main weights, moments and what else a distributed checkpoint holds, by name."""
+    """The contents of a distributed checkpoint by name: weights, main weights, moments and more."""
     state: dict[str, Any] = {}
     _load_state_dict(
         state,
@@ -261,7 +263,7 @@ def read_shards(folder: Path, name: str) -> Contents:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a Hugging Face checkpoint."""
+    """The tensors of a Hugging Face checkpoint, by name."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
@@ -269,7 +271,9 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def flat(name: str, value: Any) -> Contents:
-    """Nested dicts and lists as one dict, of `name/dotted.key`; what is no tensor, by its repr."""
+    """Flatten nested dicts and lists to one dict with keys `name/dotted.key`. Values that are not
+    tensors are represented by their repr.
+    """
     return {f"{name}/{key.removeprefix('.')}": inner for key, inner in _dotted("", value).items()}
 
 

@@ -10,8 +10,8 @@ consecutive runs, so the shares add up to the total. The first run reads the eng
 if these differ from what the engine samples from; a training run never reads them.
 
 Every run trains `sync.every` steps, and its gap is measured in the last one. Writes explain.json
-and explain.png beside the runs; finished runs are not repeated. Finally prints what the arithmetic
-of log-probs changes on its own, from the same logits (tools/arithmetic_gap.py).
+and explain.png next to the runs; finished runs are not repeated. Finally prints the effect of the
+arithmetic of log-probs alone, from the same logits (tools/arithmetic_gap.py).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def explain(config_path: str, overrides: Sequence[str], output: Path) -> list[Ga
     """The gap with the given settings, then with one cause less each time.
 
     Raises:
-        ConfigError: settings that do not load, or finished runs of other settings in `output`.
+        ConfigError: the settings cannot be loaded, or `output` holds finished runs with other ones.
         EngineError: a run failed.
     """
     config = load_config(config_path, overrides)

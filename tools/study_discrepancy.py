@@ -3,10 +3,10 @@
     python tools/study_discrepancy.py run configs/studies/discrepancy.yaml --jobs 2 model.path=MODEL
     python tools/study_discrepancy.py report configs/studies/discrepancy.yaml
 
-`run` goes through engines x seeds x arms, `--jobs` real training runs at a time. Each job has a
-rollout engine of its own, which serves its runs one after another. It can be stopped and called
-again: finished runs are not repeated. `report` writes discrepancy-study.md, one PNG per engine, and
-the raw figures of every step as CSV, from the runs that are finished.
+`run` iterates over engines x seeds x arms, with `--jobs` concurrent training runs. Each job has its
+own rollout engine, which serves the job's runs one after another. The command can be stopped and
+started again; finished runs are not repeated. `report` writes discrepancy-study.md, one PNG per
+engine, and the raw figures of every step as CSV, from the runs that are finished.
 """
 
 from __future__ import annotations

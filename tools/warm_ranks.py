@@ -1,12 +1,12 @@
-"""Runs of a module on a few ranks each, from one process that has imported the libraries already.
+"""Runs a module on a few ranks, which are forked from a process that has imported the libraries.
 
     PYTHONPATH=$PWD python tools/warm_ranks.py < JOBS
 
-A job is a line of JSON; its answer is a line of JSON with the ranks' exit codes, once all have
-ended. Of a small run most is the import of torch; here every rank is forked from a process that has
-it, and then does what `torchrun -m MODULE ARGUMENTS` has it do, its own package's import included;
-that package has to be the one in the current folder. Megatron-Core is not imported before: without
-CUDA, a package has to prepare its import.
+A job is a line of JSON. Its answer, printed after all ranks have ended, is a line of JSON with
+their exit codes. A small run spends most of its time importing torch; here every rank is forked
+from a process that has already imported it. The rank then does the same as under `torchrun -m
+MODULE ARGUMENTS`, including the import of the package, which must be the one in the current folder.
+Megatron-Core is not imported in advance, because without CUDA the package must prepare its import.
 """
 
 from __future__ import annotations
@@ -39,19 +39,21 @@ PRELOADED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Example: `Job(module="megatron_rl.train", arguments=["run.yaml"], log="run.log",
-    num_ranks=2, seconds=300)`.
+    """One run of a module. Example: `Job(module="megatron_rl.train", arguments=["run.yaml"],
+    log="run.log", num_ranks=2, seconds=300)`.
     """
 
     module: str
     arguments: list[str]
-    log: str  # gets the output of all ranks
+    log: str  # file for the output of all ranks
     num_ranks: int
-    seconds: float  # after which the ranks are killed
+    seconds: float  # time limit, after which the ranks are killed
 
 
 def run(job: Job) -> list[int | None]:
-    """Every rank's exit code; where one fails or the time is over the others are killed."""
+    """Run a job and return every rank's exit code. If a rank fails, or after the time limit, the
+    other ranks are killed.
+    """
     context = multiprocessing.get_context("fork")
     port = free_port()
     ranks = [
@@ -75,7 +77,9 @@ def run(job: Job) -> list[int | None]:
 
 
 def be_rank(job: Job, rank: int, port: int) -> None:
-    """In the forked process: what torchrun would have set up, and the module as `__main__`."""
+    """In the forked process: set up the environment like torchrun, and run the module as
+    `__main__`.
+    """
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
@@ -102,10 +106,10 @@ def free_port() -> int:
 
 
 def main() -> int:
-    sys.path.pop(0)  # this file's folder, which `python -m` would not have
+    sys.path.pop(0)  # this file's folder, which `python -m` would not add
     for name in PRELOADED:
         importlib.import_module(name)
-    gc.freeze()  # so that the ranks' collections copy none of its pages
+    gc.freeze()  # so that garbage collection in the ranks copies no pages
     for line in sys.stdin:
         print(json.dumps(run(Job(**json.loads(line)))), flush=True)
     return 0

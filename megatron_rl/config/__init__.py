@@ -6,8 +6,8 @@ a wrong type or a broken rule between keys is a ConfigError of one line that nam
 nearest valid one, before any process is started. `objective.preset=NAME` applies the settings of a
 published method.
 
-A rule within a section names its keys without the section; the loader adds the section in front of
-them. Rules between sections are in this file, beside `Config`.
+A rule within a section names its keys without the section; the loader adds the section's name as a
+prefix. Rules between sections are in this file, next to `Config`.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def _check_lengths(
 def _check_batches(
     loop: LoopConfig, rollout: RolloutConfig, evaluation: EvalConfig, learner: LearnerConfig
 ) -> None:
-    """A step must have enough sequences for its mini-batches, and an engine room for a group."""
+    """A step must have enough sequences for its mini-batches, and an engine must be able to hold a
+    group in flight.
+    """
     sequences = loop.prompts_per_step * loop.samples_per_prompt
     require(
         learner.mini_batches_per_step <= sequences,
@@ -153,7 +155,7 @@ def _check_batches(
 
 
 def _check_timeouts(rollout: RolloutConfig, parallel: ParallelConfig) -> None:
-    """A collective must outlast whatever other ranks do meanwhile."""
+    """The timeout of a collective must be longer than anything other ranks do in the meantime."""
     for key in ("startup_timeout_seconds", "request_timeout_seconds"):
         seconds = getattr(rollout, key)
         require(
@@ -164,7 +166,7 @@ def _check_timeouts(rollout: RolloutConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_updates(objective: ObjectiveConfig, learner: LearnerConfig, loop: LoopConfig) -> None:
-    """Rules that depend on the number of optimizer updates, of a step and of the run."""
+    """Rules that depend on the number of optimizer updates in a step and in the run."""
     require(
         objective.rejection.opsm_threshold is None
         or objective.old_policy == "rollout"

@@ -1,10 +1,10 @@
-"""Every set of choices that a setting has, written once.
+"""All sets of choices that settings have, each defined once.
 
 A fixed set is a `Literal` type: the settings' dataclasses use it as a field's type, and
-`typing.get_args` gives its members to code that needs them at run time. Where adding a choice means
-adding a file to a folder, the choices are the names of that folder's modules (`modules_in`).
+`typing.get_args` returns its members at run time. If a choice is added by adding a file to a
+folder, the choices are the names of that folder's modules (`modules_in`).
 
-This module imports nothing else of the package, so that any other module can import it.
+This module imports no other module of the package, so that any module can import it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Penalty = Literal["shaping", "differentiable"]
 Gate = Literal["batch", "mean", "token"]
 Baseline = Literal["none", "batch"]
 ImportanceMode = Literal["truncate", "mask"]
-# What a bound applies to: a token's value, or a sequence's sum, mean or maximum of them.
+# The value that a bound applies to: a token's, or the sum, mean or maximum over a sequence.
 ImportanceLevel = Literal["token", "sequence_sum", "sequence_mean"]
 RejectionLevel = Literal[ImportanceLevel, "sequence_max"]
 # Estimators of a KL divergence (Schulman 2020, "Approximating KL divergence").

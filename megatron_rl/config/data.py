@@ -80,7 +80,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class OverlongConfig:
     """How training treats responses near rollout.sampling.max_tokens (DAPO, arXiv 2503.14476).
-    Evaluation scores them as they are.
+    Evaluation scores such responses without a penalty.
     """
 
     # the last tokens before max_tokens, over which a penalty grows from 0 to `penalty`; 0: none
@@ -100,10 +100,10 @@ class RewardConfig:
     num_workers: int = 2  # scoring processes
     # for one response, or for one group; a longer one counts as "timeout", not as wrong
     timeout_seconds: float = 10.0
-    # reward of a response that was cut at max_tokens; null: whatever the verifier gives
+    # reward of a response that was cut at max_tokens; null: the verifier's score
     truncated_reward: float | None = None
-    # what adds to the rewards of a whole group in training: a module of reward/group_verifiers/,
-    # or an import path "package.module:function"; "": nothing
+    # a verifier whose values are added to the rewards of a group in training: a module of
+    # reward/group_verifiers/, or an import path "package.module:function"; "": none
     group_verifier: str = ""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 

@@ -1,8 +1,8 @@
-"""A YAML file and `key=value` overrides in, a checked `Config` out.
+"""Reads a checked `Config` from a YAML file and `key=value` overrides.
 
 OmegaConf reads the YAML (so that `1e-6` is a number) and the overrides, merges them over the
-defaults and resolves `${...}`. Keys and types are checked by `config/schema.py`: OmegaConf itself
-would quietly turn `"50"` into 50, `no` into the text "False" and 1 into True.
+defaults and resolves `${...}`. `config/schema.py` checks keys and types, because OmegaConf would
+silently turn `"50"` into 50, `no` into the text "False" and 1 into True.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's settings.
 
     Args:
-        path: YAML file; settings that it does not give keep the defaults of `megatron_rl.config`.
-        overrides: `key=value` texts that win over the file, e.g. `loop.num_steps=50`,
+        path: YAML file; settings missing from it have the defaults of `megatron_rl.config`.
+        overrides: `key=value` texts that take precedence over the file, e.g. `loop.num_steps=50`,
             `data.tasks.0.weight=2`, `learner.optimizer.betas=[0.9,0.99]`. An empty value is "".
 
     Raises:
-        ConfigError: one line that names the file or the override, the key, what was expected, what
-            came and, for an unknown key, the nearest valid one.
+        ConfigError: in one line that names the file or the override, the key, the expected and the
+            actual value, and, for an unknown key, the nearest valid one.
     """
     from_file = _read_yaml(Path(path))
     check(Config, from_file, (), str(path))
@@ -60,7 +60,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _preset(
     from_file: dict[str, Any], changes: Sequence[tuple[str, Keys, Any]], origin: str
 ) -> dict[str, Any]:
-    """The settings that `objective.preset` stands for, in the last override of it or the file."""
+    """The settings of the preset that the last override of `objective.preset`, or the file, names.
+
+    Raises:
+        ConfigError: there is no preset of this name.
+    """
     objective = from_file.get("objective")
     name = objective.get("preset", "") if isinstance(objective, dict) else ""
     for override, keys, value in changes:

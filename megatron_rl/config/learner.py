@@ -43,8 +43,9 @@ class LearnerConfig:
 
     tokens_per_micro_batch: int = 4096  # T, the number of tokens of a packed row
     mini_batches_per_step: int = 1  # optimizer updates on one batch of rollouts
-    # the separate forward pass that recomputes log-probs before the update. auto: skipped when a
-    # batch has one update, whose own forward pass gives the same numbers; always: never skipped
+    # the separate forward pass that recomputes log-probs before the update. auto: skipped if a
+    # batch has one update, because the update's forward pass gives the same numbers; always: never
+    # skipped
     recompute: Recompute = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

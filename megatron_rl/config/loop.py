@@ -16,7 +16,7 @@ class DynamicSamplingConfig:
     """
 
     enabled: bool = False
-    # rounds of sampling in a step, at most; the step trains on what was kept by then
+    # largest number of sampling rounds in a step; then the step trains on the groups kept so far
     max_rounds: int = 10
 
     def __post_init__(self) -> None:
@@ -44,13 +44,13 @@ class LoopConfig:
 class SyncConfig:
     """How the learner's weights reach the engines."""
 
-    # steps between two publications: rollouts are sampled with weights that are 0 to every - 1
-    # steps old. checkpoint.every, eval.every and loop.num_steps must be multiples of it, so that
-    # checkpoints, evaluations and the last step coincide with a publication
+    # steps between two publications of weights; rollouts are sampled with weights that are 0 to
+    # every - 1 steps old. checkpoint.every, eval.every and loop.num_steps must be multiples of it,
+    # so that checkpoints, evaluations and the last step coincide with a publication
     every: int = 1
     transport: str = "shared_memory"  # a module of sync/transports/
     bucket_mib: float = 64.0  # memory of one bucket; the peak extra memory of an update
-    # of each call of an update; an engine that stays half-updated for longer is poisoned
+    # timeout of each call of an update; an engine that is half-updated for longer is poisoned
     timeout_seconds: float = 120.0
     probe_num_tokens: int = 48  # tokens of the parity probe after each sync; 0: no probe
     # largest mean |p_learner - p_engine| of the probe; 0: a bound that depends on the precision

@@ -1,4 +1,4 @@
-"""Settings of the model, and of how its tensors are split over ranks."""
+"""Settings of the model and of its parallel layout."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the learner's parallel groups; data parallelism takes the rest of the world size."""
+    """Sizes of the learner's parallel groups. The data-parallel size is the world size divided by
+    them.
+    """
 
     tensor: int = 1
     pipeline: int = 1
-    # of every collective. Ranks that talk to no engine wait in a collective while other ranks
-    # start engines, sample, score and evaluate
+    # timeout of every collective. Ranks that do not use the engines wait in a collective while
+    # other ranks start engines, sample, score and evaluate
     timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:

@@ -168,14 +168,14 @@ class KLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What an update maximises. The defaults are DC-GRPO's."""
+    """The objective that an update maximises. The defaults are those of DC-GRPO."""
 
     # a published method (config/presets.py): a named set of the settings below and of others.
-    # Settings that the file or the command line gives win over it; "": none
+    # Settings in the file or on the command line take precedence over it; "": none
     preset: str = ""
     policy_loss: str = "ppo_clip"  # a module of objective/policy/
-    # the policy that the ratio is taken to. recomputed: the learner before the update; rollout: the
-    # engine (bypass), which needs no forward pass before the update
+    # the policy in the denominator of the ratio. recomputed: the learner before the update;
+    # rollout: the engine (bypass), which needs no forward pass before the update
     old_policy: OldPolicy = "recomputed"
     clip_low: float = 0.2  # for dppo_tv both are differences of probabilities
     clip_high: float = 0.24

@@ -1,9 +1,9 @@
 """`objective.preset`: published methods as sets of settings.
 
 `load_config` applies a preset over the defaults; settings from the YAML file or the command line
-win over it. A preset holds only the settings that define the method; batch sizes, learning rates
-and lengths are the run's own. Presets without "dc" in their name switch the constraint off, so that
-the gap is measured and not constrained.
+take precedence over it. A preset contains only the settings that define the method; batch sizes,
+learning rates and lengths are left to the run. Presets without "dc" in their name switch the
+constraint off, so that the gap is measured but not constrained.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     # arXiv 2503.14476: clip-higher, the token mean, and dynamic sampling (below); its penalty on
     # over-long responses needs a length: reward.overlong.buffer_tokens
     "dapo": {"constraint": _NO_CONSTRAINT, "clip_low": 0.2, "clip_high": 0.28},
-    # arXiv 2503.20783: a token's weight depends neither on the length nor on the deviation
+    # arXiv 2503.20783: a token's weight does not depend on the length or the standard deviation
     "dr_grpo": {
         "constraint": _NO_CONSTRAINT,
         "clip_low": 0.2,

@@ -29,7 +29,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """The format that the learner's weights are rounded to at every sync, before they are sent."""
+    """The format to which the learner's weights are rounded at every sync, before they are sent."""
 
     # none; int8, fp8, int4: only the weights, sent in rollout.dtype; int8_w8a8: activations too
     format: QuantizationFormat = "none"
@@ -48,7 +48,7 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """The engines: those that the run starts, or those that are running already."""
+    """The engines, which the run starts or which are already running."""
 
     num_engines: int = 1  # servers that the run starts; 0 with `urls`
     # servers that are running already; their token comes from MEGATRON_RL_TOKEN
@@ -66,8 +66,9 @@ class RolloutConfig:
     request_timeout_seconds: float = 300.0
     max_retries: int = 3
     max_in_flight: int = 64  # requests, per engine
-    # how many of the equal logits at rank top_k the engine keeps. all: all of them (vLLM's torch
-    # path); exact: as many as make exactly k (its Triton path); auto: all on a CPU, exact on CUDA
+    # how many of several equal logits at rank top_k the engine keeps. all: all of them (vLLM's
+    # torch path); exact: only enough for exactly k (its Triton path); auto: all on a CPU, exact on
+    # CUDA
     top_k_ties: TopKTies = "auto"
     extra_args: list[str] = field(default_factory=list)  # appended to the server's command line
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -119,7 +120,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """When the held-out prompts are answered, and how."""
+    """When and how the run evaluates on the held-out prompts."""
 
     every: int = 0  # steps between evaluations; 0: only before the first and after the last step
     num_samples: int = 8  # k of avg@k and pass@k

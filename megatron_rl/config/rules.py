@@ -1,6 +1,6 @@
 """The kinds of rules that the settings follow.
 
-Each raises a ConfigError whose message names the key, what was expected and what came.
+Each function raises a ConfigError whose message names the key, the expected and the actual value.
 """
 
 from __future__ import annotations

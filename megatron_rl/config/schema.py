@@ -1,11 +1,11 @@
-"""A tree of settings in, checked against the dataclasses of `megatron_rl.config`; a Config out.
+"""Checks a tree of settings against the dataclasses of `megatron_rl.config` and builds a Config.
 
-The tree holds what YAML can hold: mappings, lists, texts, numbers, booleans and null. Every error
-is one line: where the setting came from (`origin`), its key, what was expected and what came.
+The tree holds the values of YAML: mappings, lists, texts, numbers, booleans and null. Every error
+is one line with the origin of the setting (`origin`), its key, the expected and the actual value.
 
-Not pydantic: in strict mode it makes dataclasses from mappings only when they come as JSON, which
-has neither NaN nor keys that are no texts, and turning its errors into such lines takes more code
-than the checks of the few types that settings have.
+pydantic is not used. In strict mode it builds dataclasses from mappings only if they are JSON,
+which has no NaN and no keys other than texts. Converting its errors to such lines would also take
+more code than checking the few types that settings have.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def _knobs_of(section: type, defaults: Any, prefix: str) -> Iterator[tuple[str, 
 
 
 def hint_at(keys: Keys, tree: Any, origin: str) -> Any:
-    """The type of a setting that an override changes, `Any` below the free options of a task.
+    """The type of a setting that an override changes; `Any` within the free options of a task.
 
     Args:
-        tree: OmegaConf's tree of the settings so far, in which the items of lists are counted: an
-            override can change the items of a list, and not add any.
+        tree: OmegaConf's tree of the settings so far. It gives the lengths of lists: an override
+            can change the items of a list but not add items.
 
     Raises:
         ConfigError: there is no such key, or no such item.
@@ -95,15 +95,15 @@ def hint_at(keys: Keys, tree: Any, origin: str) -> Any:
 
 
 def check(hint: Any, value: Any, keys: Keys, origin: str) -> None:
-    """Checks the keys and types of a tree; texts with an interpolation are passed over.
+    """Checks the keys and types of a tree; texts with an interpolation are skipped.
 
     Args:
-        hint: the type that is expected: a dataclass, or the type of a field of one.
+        hint: the expected type: a dataclass, or the type of a field of one.
         value: the tree.
-        keys: where the tree stands in the settings.
+        keys: the path of the tree in the settings.
 
     Raises:
-        ConfigError: a key that the dataclass does not have, or a value of another type.
+        ConfigError: the dataclass does not have a key, or a value has the wrong type.
     """
     if isinstance(value, str) and "${" in value:
         return  # checked again when it is resolved
@@ -160,7 +160,7 @@ def _check_key(section: type, key: Any, above: Keys, origin: str) -> None:
 
 
 def build(hint: Any, value: Any, keys: Keys, origin: str) -> Any:
-    """Makes the dataclasses of a tree that `check` has passed.
+    """Builds the dataclasses of a tree that `check` has accepted.
 
     Raises:
         ConfigError: a rule between keys is broken.
@@ -198,7 +198,7 @@ def _describe(hint: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as messages quote it: as YAML writes null and booleans, and at most 80 characters."""
+    """A value in the form used in messages: null and booleans as in YAML, at most 80 characters."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     text = one_line(repr(value))

@@ -1,1 +1,1 @@
-"""Settings in, tokenized prompts out; no process group, no model, no engine."""
+"""Provides tokenized prompts according to the settings, without process group, model or engine."""

@@ -1,4 +1,4 @@
-"""A record of a file or a task in, a question and its answer out, before tokenization."""
+"""Reads a question and its answer from a record of a file or a task, before tokenization."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Layout:
     template: str = "{prompt}"
     prompt_key: str = "data.tasks[].prompt_column"
     answer_key: str = "data.tasks[].answer_column"
-    is_final_answer: bool = True  # read "why ... #### 42" as the answer 42
+    is_final_answer: bool = True  # whether to read "why ... #### 42" as the answer 42
 
 
 def read_candidate(
@@ -52,7 +52,7 @@ def read_candidate(
 
     Args:
         where: names the record in an error, for instance "train.jsonl, line 3".
-        metadata: becomes the candidate's.
+        metadata: the candidate's metadata.
 
     Raises:
         DataError: a column is missing or not a text; names the nearest column.
@@ -68,7 +68,7 @@ def read_messages(record: dict[str, Any], layout: Layout, where: str) -> Message
     """The prompt of a record as chat messages; a plain text becomes one message of the user.
 
     Raises:
-        DataError: as `read_candidate`.
+        DataError: see `read_candidate`.
     """
     value = _lookup(record, layout.prompt_column, layout.prompt_key, where)
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value

@@ -1,7 +1,8 @@
-"""A JSONL or Parquet file in, candidates out: every row once per epoch, in a new order each epoch.
+"""The stream of candidates from a JSONL or Parquet file: every row once per epoch, in a new order
+in each epoch.
 
-The order of an epoch is a function of (seed, epoch). With N rows, position p of the stream is place
-p mod N of epoch p div N.
+The order of an epoch is a function of (seed, epoch). With N rows, position p of the stream is
+position p mod N of epoch p div N.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class FileSource:
     start of a run.
 
     Raises:
-        DataError: the file is missing, empty, of another kind or malformed, or a row lacks a column
-            or has no text in it (the message names file and line).
+        DataError: the file is missing, empty, malformed or of an unsupported kind, or a row lacks a
+            column or its text (the message names file and line).
     """
 
     def __init__(self, path: str, layout: Layout) -> None:
@@ -146,5 +147,5 @@ def _permutation(num_rows: int, seed: int) -> np.ndarray:
 
 
 def _as_json(record: dict[str, Any]) -> dict[str, Any]:
-    # Parquet has dates, decimals and bytes; verifiers get their metadata as JSON.
+    # Parquet contains dates, decimals and bytes, but verifiers get their metadata as JSON.
     return json.loads(json.dumps(record, default=str))

@@ -1,7 +1,7 @@
-"""Which task the prompt of an index comes from, and how many prompts of that task precede it.
+"""Determines the task of each prompt index, and the number of earlier prompts of the same task.
 
-Both are functions of (seed, index) alone, through the mixer of splitmix64 (Steele, Lea and Flood
-2014). There is no generator state, so the next index is all that a run needs to continue.
+Both are functions of (seed, index) only, through the mixer of splitmix64 (Steele, Lea and Flood
+2014). There is no generator state, so a run needs only the next index to continue.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Mixture:
         return int(self._block(index // _BLOCK)[index % _BLOCK])
 
     def rank(self, index: int) -> int:
-        """How many prompts below `index` come from the same task."""
+        """The number of prompts below `index` that come from the same task."""
         number, offset = divmod(index, _BLOCK)
         block = self._block(number)
         task = block[offset]

@@ -1,4 +1,4 @@
-"""Settings in, pairs of prompt and response out, for the supervised warm start."""
+"""The stream of pairs of prompt and response for the supervised warm start."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _WARM_START = 1  # makes its draws differ from those of the RL run with the same
 
 
 class PairStream:
-    """The pairs of a warm start: of `warm_start.path`, or prompts and answers of `data.tasks`.
+    """The pairs of a warm start, from `warm_start.path` or from the prompts and answers of
+    `data.tasks`.
 
     Pair number i is a function of (data.seed, i). No pair has a held-out prompt of `data.tasks`. If
     `data.max_prompt_tokens` is 0, a prompt may be as long as the learner's row.
 
     Raises:
-        ConfigError, DataError: as `PromptStream`.
+        ConfigError, DataError: see `PromptStream`.
     """
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -45,7 +46,7 @@ class PairStream:
         """The pairs `start` to `start + count - 1`; every response ends with eos.
 
         Raises:
-            DataError: a pair longer than a row, or a prompt without one answer to imitate.
+            DataError: a pair is longer than a row, or a prompt does not have exactly one answer.
         """
         return [self._pair(index) for index in range(start, start + count)]
 

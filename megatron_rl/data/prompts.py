@@ -1,7 +1,7 @@
-"""Settings in, prompts out: the stream that a run trains on, and the prompts held out of it.
+"""The stream of prompts that a run trains on, and the prompts that are held out of it.
 
-Prompt number i is a function of (data.seed, i): the next index is all that a run needs to continue,
-and neither the number of ranks nor earlier calls change a prompt.
+Prompt i is a function of (data.seed, i). A run therefore needs only the next index to continue, and
+a prompt depends neither on the number of ranks nor on earlier calls.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class PromptStream:
         max_prompt_tokens: the longest prompt; the caller resolves `data.max_prompt_tokens` = 0.
 
     Raises:
-        ConfigError: no task, an unknown one, or options that it does not accept.
-        DataError: a file with a row that cannot be read or is too long, or too few distinct prompts
-            to hold out.
+        ConfigError: there is no task, a task is unknown, or it does not accept its options.
+        DataError: a row of a file cannot be read or is too long, or there are too few distinct
+            prompts to hold out.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any, max_prompt_tokens: int) -> None:
@@ -66,8 +66,8 @@ class PromptStream:
         """The training prompts `start` to `start + count - 1`.
 
         Raises:
-            DataError: a prompt that is too long, a row without the columns, or a task whose every
-                question is held out.
+            DataError: a prompt is too long, a row lacks a column, or every question of a task is
+                held out.
         """
         return [self._prompt(index) for index in range(start, start + count)]
 
@@ -88,7 +88,8 @@ class PromptStream:
 
     def _is_for_training(self, messages: Messages, where: str) -> bool:
         text = self._format.text(messages)
-        # A token of nearly all tokenizers is a byte or more, so most rows need no tokenization.
+        # In nearly all tokenizers a token covers at least one byte, so most rows need not be
+        # tokenized to check their length.
         if len(text.encode()) > self._max_prompt_tokens:
             self._check_length(self._format.token_ids(text), text, where)
         return text not in self._held_out_texts
@@ -102,7 +103,7 @@ class PromptStream:
         for index in range(self._config.num_held_out):
             number = mixture.task(index)
             source = self._sources[number]
-            # Every row of a file is tried once; of a task, as many questions as should be enough.
+            # Every row of a file is tried once; for a task, a number of draws that should suffice.
             limit = (
                 len(source)
                 if isinstance(source, FileSource)

@@ -1,7 +1,7 @@
-"""A reasoning-gym task in, candidates out: an endless stream, a function of (seed, position).
+"""An endless stream of candidates from a reasoning-gym task, as a function of (seed, position).
 
-A data set of reasoning-gym has one seed and a fixed size. So positions are divided into chunks, and
-each chunk is a data set with a seed of its own.
+A data set of reasoning-gym has one seed and a fixed size. Positions are therefore divided into
+chunks, and each chunk is a data set with a separate seed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class ReasoningSource:
     """A reasoning-gym task with its options.
 
     Raises:
-        ConfigError: an unknown task or option (the message names the nearest valid one), or options
-            that the task does not accept.
+        ConfigError: the task or an option is unknown (the message names the nearest valid one), or
+            the task does not accept the options.
     """
 
     def __init__(self, task: TaskConfig) -> None:
@@ -59,11 +59,11 @@ class ReasoningSource:
         """
         chunk, place = divmod(position, _CHUNK)
         dataset = self._dataset(derive_seed(seed, chunk, attempt))
-        # Recorded rollouts are JSON, which turns tuples into lists. Do so here too, so that live
-        # and replayed prompts are equal.
+        # Recorded rollouts are JSON, which turns tuples into lists. The same is done here, so that
+        # live and replayed prompts are equal.
         entry = json.loads(json.dumps(dataset[place]))
         metadata = {"task": self._name, "options": self._options, "entry": entry}
-        # A task with many correct answers names none.
+        # A task with several correct answers does not give an answer.
         record = {**entry, "answer": "" if entry["answer"] is None else entry["answer"]}
         return read_candidate(record, self._layout, f"task {self._name}", metadata)
 

@@ -18,7 +18,7 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
         vocab_size: number of rows of the model's embedding (`vocab_size` of its config.json).
 
     Raises:
-        DataError: no folder, no tokenizer in it, or a token id beyond the model's embedding.
+        DataError: the folder or its tokenizer is missing, or a token id is beyond the embedding.
     """
     from transformers import AutoTokenizer
 
@@ -50,7 +50,7 @@ class PromptFormat:
         chat_template: "auto", "always" or "never" (`data.chat_template`).
 
     Raises:
-        ConfigError: "always", and the tokenizer has no chat template.
+        ConfigError: the value is "always", but the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: Any, chat_template: str) -> None:
@@ -64,7 +64,7 @@ class PromptFormat:
         self._is_chat = has_template and chat_template != "never"
 
     def text(self, messages: Messages) -> str:
-        """The text of a prompt; without a chat template, the contents of the messages alone."""
+        """The text of a prompt; without a chat template, only the contents of the messages."""
         if not self._is_chat:
             return "\n\n".join(content for _, content in messages)
         return self._tokenizer.apply_chat_template(

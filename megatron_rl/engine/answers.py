@@ -1,8 +1,8 @@
-"""JSON bodies of the requests for samples and log-probs, and the checked content of their answers.
+"""Builds the JSON bodies of requests for samples and log-probs, and checks and parses the answers.
 
 The route is `POST /inference/v1/generate` of vLLM 0.32
-(vllm/entrypoints/scale_out/token_in_token_out): token ids in; token ids, log-probs and weight
-versions out. Pure functions; `engine/http_sampling.py` sends and receives.
+(vllm/entrypoints/scale_out/token_in_token_out). It takes token ids and returns token ids, log-probs
+and weight versions. All functions here are pure; `engine/http_sampling.py` sends and receives.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def generate_body(request: GenerateRequest) -> dict[str, Any]:
 
 
 def score_body(token_ids: Sequence[int]) -> dict[str, Any]:
-    """Body of a request for the log-probs of given tokens. An engine must sample at least one
-    token; it is discarded.
+    """Body of a request for the log-probs of given tokens. An engine always samples at least one
+    token, which is discarded.
     """
     return {
         "token_ids": list(token_ids),
@@ -55,7 +55,7 @@ def score_body(token_ids: Sequence[int]) -> dict[str, Any]:
 def read_completions(
     answer: dict[str, Any], request: GenerateRequest, url: str
 ) -> tuple[Completion, ...]:
-    """[num_samples] the completions of an answer, by sample index.
+    """[num_samples] the completions of an answer, sorted by sample index.
 
     Raises:
         EngineError: samples are missing, or one of them is invalid.
@@ -73,14 +73,14 @@ def read_completions(
 
 
 def read_completion(choice: dict[str, Any], url: str, where: str) -> Completion:
-    """One sample of an answer.
+    """Parse one sample of an answer.
 
     Args:
-        url: of the engine that sampled it.
-        where: how the message of an error begins.
+        url: the engine that sampled it.
+        where: the beginning of an error message.
 
     Raises:
-        EngineError: no tokens, or a token without a valid log-prob or weight version.
+        EngineError: the sample has no tokens, or a token has no valid log-prob or weight version.
     """
     token_ids = tuple(choice["token_ids"])
     content = choice["logprobs"]["content"]
@@ -104,10 +104,10 @@ def read_scores(answer: dict[str, Any], token_ids: Sequence[int], where: str) ->
     """The log-probs of given tokens; 0.0 for the first one.
 
     Args:
-        where: how the message of an error begins.
+        where: the beginning of an error message.
 
     Raises:
-        EngineError: a token without a valid log-prob.
+        EngineError: a token has no valid log-prob.
     """
     entries = (answer["prompt_logprobs"] or [])[1:]  # the first token has none
     if len(entries) != len(token_ids) - 1:
@@ -125,7 +125,7 @@ def read_scores(answer: dict[str, Any], token_ids: Sequence[int], where: str) ->
 def check_logprobs(logprobs: Sequence[float | None], token_ids: Sequence[int], where: str) -> None:
     """Raise EngineError, beginning with `where`, for the first value that is not a log-prob."""
     for position, logprob in enumerate(logprobs):
-        # Written so that NaN fails too.
+        # The comparison is written so that NaN fails it too.
         if logprob is None or not MISSING_LOGPROB < logprob <= MAX_LOGPROB_ROUNDING:
             raise EngineError(
                 f"{where} token {position} (id {token_ids[position]}): expected "
@@ -135,7 +135,7 @@ def check_logprobs(logprobs: Sequence[float | None], token_ids: Sequence[int], w
 
 
 def _versions(spans: list[dict[str, Any]] | None, num_tokens: int, where: str) -> tuple[int, ...]:
-    """One version per token. vLLM reports "default" until the first update: version 0."""
+    """One version per token. Until the first update vLLM reports "default", which is version 0."""
     versions: list[int] = []
     for span in spans or ():
         label = span["version"]

@@ -1,9 +1,9 @@
-"""The checkpoint that an engine starts from, given the learner's checkpoint.
+"""Provides the checkpoint that an engine starts from, given the learner's checkpoint.
 
-It is the same one, unless the engine stores its weights in another format than the learner
-(`rollout.quantization.format=int8_w8a8`): then a checkpoint in that format is written once, before
-the engine starts. In either case the weights that the engine serves arrive later, by the weight
-sync.
+The engine uses the learner's checkpoint, unless it stores its weights in a different format
+(`rollout.quantization.format=int8_w8a8`). In that case a checkpoint in the engine's format is
+written once, before the engine starts. In both cases the weight sync later sends the weights that
+the engine actually serves.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """ASGI middleware in front of a vLLM server: requires the run's token, and refuses to answer from
 weights that are being updated or may be incomplete.
 
-In: every request to the server, by `--middleware megatron_rl.engine.gate.Gate`. Out: the server's
-answer, or a refusal in JSON, `{"error": {"type": ..., "message": ...}}`. Imports no vLLM: it knows
-the routes of vLLM 0.32 by name (vllm/entrypoints/rl/online/api_router.py).
+`--middleware megatron_rl.engine.gate.Gate` passes every request to the server through the gate. The
+client gets the server's answer, or a refusal in JSON, `{"error": {"type": ..., "message": ...}}`.
+The gate does not import vLLM; it knows the routes of vLLM 0.32 by name
+(vllm/entrypoints/rl/online/api_router.py).
 
-vLLM loads weights in place. So between the start of an update and its successful finish no request
-may be answered from them (409 weights_updating). After an update that failed, or was left
-unfinished for MEGATRON_RL_UPDATE_TIMEOUT seconds, the engine is *poisoned* (503 weights_poisoned)
-until a later update has succeeded from start to finish. Poisoned is the server's state; the model
-in its worker is then *incomplete* (sync/receive.py). vLLM alone does neither: its /pause keeps
-requests waiting without an answer, and it accepts a finish after half an update.
+vLLM loads weights in place. Therefore no request may be answered between the start of an update and
+its successful finish (409 weights_updating). If an update fails, or is left unfinished for
+MEGATRON_RL_UPDATE_TIMEOUT seconds, the engine is *poisoned* (503 weights_poisoned) until a later
+update succeeds from start to finish. "Poisoned" describes the server; the model in its worker is
+then *incomplete* (sync/receive.py). vLLM alone provides neither refusal: its /pause keeps requests
+waiting without an answer, and it accepts a finish after half an update.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ class Gate:
     MEGATRON_RL_UPDATE_TIMEOUT (seconds) when it is created.
 
     Raises:
-        RuntimeError: there is no token; a server that anybody on the host can control must not
+        RuntimeError: there is no token. A server that anybody on the host could control must not
             start.
     """
 
     def __init__(self, app: App) -> None:
-        # Removed from the environment, so that no report of the environment shows it.
+        # The token is removed from the environment, so that no dump of the environment shows it.
         token = os.environ.pop(TOKEN_VARIABLE, "")
         if not token:
             raise RuntimeError(f"gate: expected the run's token in {TOKEN_VARIABLE}, it is not set")
@@ -117,14 +118,15 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # Before the caller gets the answer, so that its next request meets the new state.
+                # Called before the caller gets the answer, so that its next request sees the new
+                # state.
                 self._weights.end(path, status)
             await send(message)
 
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            if status == 0:  # raised or cancelled: the weights may be in any state
+            if status == 0:  # an exception or a cancellation: the weights may be in any state
                 self._weights.end(path, 500)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,7 +137,7 @@ class Gate:
         is_refused = False
 
         async def send_if_whole(message: Message) -> None:
-            # Checked again: an update may have started while the answer was computed.
+            # Checked again, because an update may have started while the answer was computed.
             nonlocal is_refused
             refusal = self._weights.refusal()
             if message["type"] == "http.response.start" and refusal is not None:
@@ -148,14 +150,14 @@ class Gate:
 
 
 class WeightState:
-    """Whether the weights are served, updated or poisoned, derived from the calls of the update
-    routes. Times are monotonic seconds.
+    """The state of the weights (serving, updating or poisoned), derived from the calls of the
+    update routes. Times are in monotonic seconds.
     """
 
     def __init__(self, timeout_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout_seconds = timeout_seconds
         self._clock = clock
-        self._last_call: float | None = None  # of the update under way
+        self._last_call: float | None = None  # of the update in progress
         self._poison: str | None = None
 
     def refusal(self) -> tuple[int, str, str] | None:
@@ -169,25 +171,27 @@ class WeightState:
         return None
 
     def begin(self, path: str) -> str | None:
-        """Called when an update route is requested. None lets it through, a text says why not."""
+        """Called when an update route is requested. Returns None to let the request through, or the
+        reason for refusing it.
+        """
         self._expire()
         if path not in START_ROUTES and self._last_call is None:
             if self._poison is None:
                 return f"{path}: expected /start_weight_update before it; the weights are unchanged"
             if path == FINISH_ROUTE:
                 return f"{path}: {self._poison}; start again"
-            return None  # how a sender abandons its update; the engine is poisoned already
+            return None  # a sender abandons its update in this way; the engine is poisoned already
         self._last_call = self._clock()
         return None
 
     def end(self, path: str, status: int) -> None:
-        """Called when that request is answered with `status`."""
+        """Called when the request of an update route is answered with `status`."""
         self._expire()
         if status >= 400:
             self._last_call = None
             self._poison = f"{path} failed with status {status}"
         elif self._last_call is None:
-            return  # too late: it timed out and poisoned the engine
+            return  # too late: the update has timed out and poisoned the engine
         elif path == FINISH_ROUTE:
             self._last_call = self._poison = None
         else:

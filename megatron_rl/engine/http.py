@@ -1,8 +1,8 @@
-"""The blocking HTTP calls to one vLLM server (readiness, weight updates), and what they share with
-the asynchronous calls of `engine/http_sampling.py`: authorization and the texts of errors.
+"""The blocking HTTP calls to one vLLM server (readiness, weight updates). Authorization and the
+texts of errors are shared with the asynchronous calls of `engine/http_sampling.py`.
 
-Every call sends the run's bearer token, except where readiness is checked without it. Bodies and
-answers are those of vLLM 0.32: vllm/entrypoints/rl/online/api_router.py and
+Every call sends the run's bearer token, except the readiness checks that deliberately omit it. The
+formats of bodies and answers are those of vLLM 0.32: vllm/entrypoints/rl/online/api_router.py and
 vllm/entrypoints/serve/dev/cache/api_router.py.
 """
 
@@ -17,7 +17,7 @@ from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
 
 MAX_REASON_CHARACTERS = 600  # of an engine's answer, quoted in an error
-ABANDON_SECONDS = 5.0  # an error is already being raised and must not be held up
+ABANDON_SECONDS = 5.0  # short, because an error is already being raised and must not be delayed
 
 
 def authorization(address: EngineAddress) -> dict[str, str]:
@@ -31,10 +31,11 @@ def reason_of(response: httpx.Response) -> str:
 
 
 class EngineControl:
-    """Blocking client of one engine's weight routes. Not for several threads at a time.
+    """Blocking client of one engine's weight routes. Not thread-safe.
 
     Raises:
-        SyncError: from every method except `abandon`; names the engine, the phase, and the answer.
+        SyncError: from every method except `abandon`; the message names the engine, the phase and
+            the answer.
     """
 
     def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
@@ -54,11 +55,11 @@ class EngineControl:
         self._client.close()
 
     def world_size(self) -> int:
-        """Workers of the engine, over tensor, pipeline and data parallelism."""
+        """The number of workers of the engine, over tensor, pipeline and data parallelism."""
         return int(self._call("connect", "GET", "/get_world_size")["world_size"])
 
     def initialize(self, values: dict[str, Any]) -> None:
-        """Tell the engine's workers where the weights will come from."""
+        """Tell the engine's workers where to read the weights."""
         self._call("connect", "POST", "/init_weight_transfer_engine", {"init_info": values})
 
     def is_paused(self) -> bool:
@@ -66,7 +67,7 @@ class EngineControl:
         return bool(self._call("pause", "GET", "/is_paused")["is_paused"])
 
     def pause(self) -> None:
-        """Let new requests wait in the engine; returns when those in flight are answered."""
+        """Make new requests wait in the engine; returns when those in flight are answered."""
         self._call("pause", "POST", "/pause?mode=wait&clear_cache=true")
 
     def start(self) -> None:
@@ -78,8 +79,8 @@ class EngineControl:
         self._call(phase, "POST", "/update_weights", {"update_info": values})
 
     def abandon(self, reason: str) -> None:
-        """End an update that will not be finished. The engine fails it with `reason`; an engine
-        that does not answer is ignored.
+        """End an update that will not be finished. The engine marks it as failed with `reason`. If
+        the engine does not answer, nothing is raised.
         """
         try:
             self._client.post(
@@ -91,11 +92,11 @@ class EngineControl:
             return
 
     def finish(self, version: int) -> None:
-        """Complete an update; the engine labels every token from now on with `version`."""
+        """Complete an update; from now on the engine labels every token with `version`."""
         self._call("finish", "POST", "/finish_weight_update", {"weight_version": str(version)})
 
     def reset_prefix_cache(self) -> None:
-        """Discard the blocks that were computed with the old weights."""
+        """Discard the cached blocks that were computed with the old weights."""
         answer = self._call("reset prefix cache", "POST", "/reset_prefix_cache")
         if answer.get("success") is not True:
             raise SyncError(
@@ -104,7 +105,7 @@ class EngineControl:
             )
 
     def resume(self) -> None:
-        """Run the requests that wait, and new ones."""
+        """Run the waiting requests, and accept new ones."""
         self._call("resume", "POST", "/resume")
 
     def _call(
@@ -129,8 +130,8 @@ class EngineControl:
 
 
 class ReadinessProbe:
-    """Blocking checks whether a server is up and whom it answers; a context manager. A server that
-    cannot be reached counts as one that does not answer.
+    """Blocking checks of whether a server is ready and which requests it answers; a context
+    manager. A server that cannot be reached counts as one that does not answer.
     """
 
     def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
@@ -149,7 +150,7 @@ class ReadinessProbe:
         self._client.close()
 
     def is_up(self) -> bool:
-        """Whether the server is ready; asked without the token."""
+        """Whether the server is ready; the request is sent without the token."""
         return self._answers("/health", {})
 
     def answers_anybody(self) -> bool:

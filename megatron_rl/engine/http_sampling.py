@@ -1,7 +1,7 @@
-"""The asynchronous HTTP calls to one vLLM server: samples, and log-probs of given tokens.
+"""The asynchronous HTTP calls to one vLLM server, for samples and for log-probs of given tokens.
 
-Each call is one attempt; retries are in `engine/pool.py`, request bodies and the checks of answers
-in `engine/answers.py`.
+Each call is one attempt. `engine/pool.py` does the retries; `engine/answers.py` builds the request
+bodies and checks the answers.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ POISONED = "weights_poisoned"  # error type of engine/gate.py; a retry cannot su
 
 
 class TransientError(Exception):
-    """A request that failed in a way that a retry may cure; says what happened."""
+    """A request failed, but a retry may succeed; the message says what happened."""
 
 
 class SamplingClient:
     """Asynchronous client of one engine, for samples and scores; each call is one attempt.
 
-    Create it and use it inside one event loop. At most `rollout.max_in_flight` requests are open
-    at a time.
+    It must be created and used inside one event loop. At most `rollout.max_in_flight` requests are
+    open at a time.
 
     Raises:
         TransientError: from every call, if the connection broke, the engine answered with a status
             of 500 or above, or a sample was aborted.
         EngineError: from every call, if the engine refused the request, is poisoned, sent an
-            invalid answer, or sent none within `rollout.request_timeout_seconds`.
+            invalid answer, or did not answer within `rollout.request_timeout_seconds`.
     """
 
     def __init__(self, address: EngineAddress, config: RolloutConfig) -> None:

@@ -1,8 +1,8 @@
-"""The command line and the environment of a stock vLLM server.
+"""Builds the command line and the environment of a stock vLLM server.
 
-In: the rollout settings, a checkpoint, a port, the run's token. Out: what `engine/server.py`
-starts. The token travels in the environment, never on the command line, which every user of the
-host can read.
+They follow from the rollout settings, a checkpoint, a port and the run's token; `engine/server.py`
+starts the process. The token is passed in the environment, never on the command line, which every
+user of the host can read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rl.records import TOKEN_VARIABLE
 HOST = "127.0.0.1"
 UPDATE_TIMEOUT_VARIABLE = "MEGATRON_RL_UPDATE_TIMEOUT"
 GATE = "megatron_rl.engine.gate.Gate"
-# What torchrun sets for its ranks; an engine is not one of them.
+# Variables that torchrun sets for its ranks; an engine is not a rank and must not inherit them.
 TORCHRUN_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OMP_.*"
 )
@@ -32,8 +32,8 @@ def server_command(
     """The command line of one server.
 
     Args:
-        seed: of the engine's own random state; every request for samples has its own seed.
-        weight_backend: of vLLM's weight-transfer API; None: the weights never change.
+        seed: for the engine's own random state; every request for samples has its own seed.
+        weight_backend: backend of vLLM's weight-transfer API; None if the weights never change.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model_path, "--host", HOST, "--port", str(port), "--seed", str(seed)]
@@ -49,13 +49,13 @@ def server_command(
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
     else:
-        # Compilation adds half a minute to every start and showed no gain on small models. With an
-        # explicit cache size vLLM skips its warm-up, and does not require most of the host's memory
-        # to be free.
+        # Compilation adds half a minute to every start and gave no speed-up on small models. With
+        # an explicit cache size vLLM skips its warm-up and does not require most of the host's
+        # memory to be free.
         cache_bytes = int(config.kv_cache_gib * 2**30)
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(cache_bytes)]
-        # After a partial prefill vLLM rewinds a seeded generator, which CPU generators do not
-        # support, so the engine would die (vllm/v1/worker/gpu_model_runner.py, `gen.set_offset`).
+        # After a partial prefill vLLM rewinds a seeded generator. CPU generators do not support
+        # this, so the engine would die (vllm/v1/worker/gpu_model_runner.py, `gen.set_offset`).
         command += ["--no-enable-chunked-prefill"]
     return command + list(config.extra_args)
 
@@ -63,8 +63,8 @@ def server_command(
 def server_environment(
     config: RolloutConfig, *, token: str, update_timeout_seconds: float
 ) -> dict[str, str]:
-    """The environment of one server: ours without torchrun's variables, the token, and settings of
-    vLLM that have no command-line option.
+    """The environment of one server: this process's environment without torchrun's variables, plus
+    the token and the settings of vLLM that have no command-line option.
     """
     environment = {
         name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.fullmatch(name)
@@ -73,7 +73,7 @@ def server_environment(
         {
             TOKEN_VARIABLE: token,
             UPDATE_TIMEOUT_VARIABLE: str(update_timeout_seconds),
-            "VLLM_SERVER_DEV_MODE": "1",  # the weight routes; the gate closes them to others
+            "VLLM_SERVER_DEV_MODE": "1",  # enables the weight routes; the gate requires the token
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
@@ -81,7 +81,7 @@ def server_environment(
         }
     )
     if not torch.cuda.is_available():
-        # Leave one core to the API server and the learner, as vLLM's automatic choice does.
+        # One core is left to the API server and the learner, as in vLLM's automatic choice.
         num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
         environment.update(
             {
@@ -89,7 +89,7 @@ def server_environment(
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "OMP_NUM_THREADS": str(num_threads),
-                # Threads that spin at barriers would take cores from the learner's ranks.
+                # Threads that spin at barriers would take CPU time from the learner's ranks.
                 "OMP_WAIT_POLICY": "passive",
                 "GOMP_SPINCOUNT": "0",
             }

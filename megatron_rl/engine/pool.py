@@ -1,11 +1,11 @@
-"""The engines of a run over HTTP: which engine gets a request, when a request is sent again, and
-what happens when an engine dies meanwhile.
+"""The engines of a run over HTTP: routes requests to engines, repeats failed requests, and reports
+an engine that dies while requests are open.
 
-The samples do not depend on the engine that is asked, but for the rounding of logits, which in vLLM
-depends on what else is in the batch.
+Samples do not depend on the engine that produced them, except through the rounding of logits, which
+in vLLM depends on the other requests in the batch.
 
-The retries are our own: httpx retries only connections that cannot be opened, and a request must
-also be sent again after a broken connection, a status of 500 or above, and an aborted sample.
+httpx retries only connections that cannot be opened. A request must also be repeated after a broken
+connection, a status of 500 or above, or an aborted sample, so the retries are implemented here.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 
 def engine_of(engines: Sequence[T], key: int) -> T:
-    """The engine that requests with this key go to."""
+    """The engine to which requests with this key are sent."""
     return engines[key % len(engines)]
 
 
 class HttpEnginePool:
-    """The `EnginePool` of engines that are ready; keeps no connection open between calls.
+    """An `EnginePool` over engines that are ready; keeps no connection open between calls.
 
     Args:
         addresses: at least one engine.
@@ -58,16 +58,16 @@ class HttpEnginePool:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """One for each engine, in the order of `addresses`."""
+        """The URL of each engine, in the order of `addresses`."""
         return tuple(address.url for address in self._addresses)
 
     def run(self, jobs: Sequence[Callable[[Sampler], Awaitable[T]]]) -> list[T]:
         """Run all jobs concurrently and return their results in order; blocks until all are done.
 
         Raises:
-            EngineError: an engine died, refused a request or gave an invalid answer; a request
-                failed more than `rollout.max_retries` times, or had no answer within
-                `rollout.request_timeout_seconds`. The first exception of a job ends the others.
+            EngineError: an engine died, refused a request or gave an invalid answer; or a request
+                failed more than `rollout.max_retries` times, or was not answered within
+                `rollout.request_timeout_seconds`. The first exception of a job cancels the others.
         """
         return asyncio.run(self._run(jobs))
 
@@ -75,14 +75,15 @@ class HttpEnginePool:
         """Log-probs of given tokens, over the whole vocabulary at temperature 1.
 
         Args:
-            sequences: token ids, at least two each; sequence i goes to engine i modulo their
-                number.
+            sequences: token ids, at least two in each sequence; sequence i is sent to engine i
+                modulo the number of engines.
 
         Returns:
-            For each sequence one log-prob per token; 0.0 for the first token, which has none.
+            For each sequence one log-prob per token; 0.0 for the first token, which nothing
+            predicts.
 
         Raises:
-            EngineError: as `run`.
+            EngineError: see `run`.
         """
         jobs = [
             partial(_score, key=number, token_ids=tuple(token_ids))
@@ -116,7 +117,7 @@ class HttpEnginePool:
 
 
 class _RoutedSampler:
-    """Sends each request to the engine of its key, and again if it fails in a way that may pass."""
+    """Sends each request to the engine of its key, and repeats it after a transient failure."""
 
     def __init__(
         self, clients: Sequence[SamplingClient], max_retries: int, check: Callable[[], None]
@@ -126,7 +127,7 @@ class _RoutedSampler:
         self._check = check
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
-        """As `Sampler.generate`."""
+        """See `Sampler.generate`."""
         client = engine_of(self._clients, request.key)
         what = f"engine {client.url}, prompt {request.key}"
         return await self._with_retries(lambda: client.generate(request), what)
@@ -148,7 +149,8 @@ class _RoutedSampler:
                 return await attempt()
             except TransientError as error:
                 failure = str(error)
-        # Connections break before the guard of a dead engine has noticed: its log says more.
+        # Connections break before the guard notices that its engine is dead. The guard's report is
+        # preferred, because it quotes the engine's log.
         await asyncio.sleep(2 * CHECK_SECONDS)
         self._check()
         raise EngineError(

@@ -1,7 +1,7 @@
-"""What is asked of the rollout engines and what they answer; no HTTP here.
+"""The requests to the rollout engines and their answers, independent of HTTP.
 
-An environment talks to a `Sampler`; whoever drives environments talks to an `EnginePool`, of which
-`engine/pool.py` is the implementation over HTTP.
+An environment uses a `Sampler`. The code that runs environments uses an `EnginePool`, which
+`engine/pool.py` implements over HTTP.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class GenerateRequest:
     num_samples: int
     seed: int  # sample j is drawn with seed + j
     sampling: SamplingConfig
-    # Index of the prompt, also in error messages. Requests with the same key go to the same engine,
-    # where the prefix cache holds the earlier turns.
+    # Index of the prompt, also used in error messages. Requests with the same key are sent to the
+    # same engine, whose prefix cache holds the earlier turns.
     key: int
 
 
@@ -43,12 +43,12 @@ class Completion:
     token_ids: tuple[int, ...]  # sampled tokens only
     logprobs: tuple[float, ...]  # of each token, under the distribution it was sampled from
     weight_versions: tuple[int, ...]  # version of the weights that sampled each token
-    finish_reason: str  # "stop": the model ended; "length": cut at max_tokens
+    finish_reason: str  # "stop": the model ended the text; "length": it reached max_tokens
     engine: str  # url of the engine that sampled it
 
 
 class Sampler(Protocol):
-    """What an environment samples from."""
+    """The interface from which an environment samples."""
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         """[num_samples] completions, in the order of their seeds.
@@ -64,7 +64,7 @@ class EnginePool(Protocol):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """One for each engine; `Completion.engine` is one of them."""
+        """The URL of each engine; `Completion.engine` is one of them."""
         ...
 
     def run(self, jobs: Sequence[Callable[[Sampler], Awaitable[T]]]) -> list[T]:
@@ -72,7 +72,7 @@ class EnginePool(Protocol):
 
         Raises:
             EngineError: an engine died, refused a request, or gave an invalid answer. The first
-                exception of a job ends the others.
+                exception of a job cancels the others.
         """
         ...
 
@@ -80,12 +80,13 @@ class EnginePool(Protocol):
         """Log-probs of given tokens, over the whole vocabulary at temperature 1.
 
         Args:
-            sequences: token ids, at least two each; distributed over the engines.
+            sequences: token ids, at least two in each sequence; distributed over the engines.
 
         Returns:
-            For each sequence one log-prob per token; 0.0 for the first token, which has none.
+            For each sequence one log-prob per token; 0.0 for the first token, which nothing
+            predicts.
 
         Raises:
-            EngineError: as `run`.
+            EngineError: see `run`.
         """
         ...

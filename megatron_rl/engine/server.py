@@ -1,14 +1,14 @@
 """Start, supervise and stop stock vLLM servers on this host.
 
-In: rollout settings, a checkpoint folder, the run's token. Out: `Engine`s with an address. vLLM
-runs in processes of its own and is never imported here. Each server runs under a guard
-(process/guard.py) and behind a gate (engine/gate.py):
+`start_engines` takes the rollout settings, a checkpoint folder and the run's token, and returns
+`Engine`s with an address. vLLM runs in separate processes and is never imported here. Each server
+runs under a guard (process/guard.py) and behind a gate (engine/gate.py):
 
     rank -> guard -> API server -> EngineCore (-> one worker per device, if there are several)
 
-Starting a server does not wait for it, so that the learner can initialise meanwhile;
-`Engine.wait_ready` does. Servers that were started elsewhere (`rollout.urls`) are checked once, by
-`check_given`.
+Starting a server does not wait until it is ready, so that the learner can initialise in the
+meantime; `Engine.wait_ready` waits. Servers that were started elsewhere (`rollout.urls`) are
+checked once, by `check_given`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from megatron_rl.records import TOKEN_VARIABLE, WEIGHT_BACKEND, EngineAddress
 
 TAIL_LINES = 20
 STOP_SECONDS = 8.0
-PROBE_TIMEOUT_SECONDS = 5.0  # of one question to a server that is starting
-GIVEN_TIMEOUT_SECONDS = 10.0  # of one question to a given server
-# "(EngineCore pid=17) ERROR 11-22 20:14:19 [core.py:133] " before a line of vLLM's log
+PROBE_TIMEOUT_SECONDS = 5.0  # for one request to a server that is starting
+GIVEN_TIMEOUT_SECONDS = 10.0  # for one request to a given server
+# The prefix of a line of vLLM's log: "(EngineCore pid=17) ERROR 11-22 20:14:19 [core.py:133] "
 LOG_PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]+\] ?)?")
 REASON = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt): .+|^\S+: error: .+")
 
@@ -63,7 +63,8 @@ class Engine:
         self._name = f"engine {index} ({address.url})"
         self._startup_timeout_seconds = startup_timeout_seconds
         self._started_at = time.monotonic()
-        # Bound but not listening: nobody else gets the port until the server has bound it too.
+        # The socket is bound but not listening, so that no other process can take the port before
+        # the server binds it too.
         self._reservation = reservation
         self._port: int = reservation.getsockname()[1]
         self._is_ready = False
@@ -74,11 +75,13 @@ class Engine:
 
     @property
     def pid(self) -> int:
-        """Process id of the guard, of which all processes of the server are descendants."""
+        """Process id of the guard. All processes of the server are its descendants."""
         return self._guard.pid
 
     def check(self) -> None:
-        """Raise EngineError with exit code and last log lines if the server died. Cheap."""
+        """Raise EngineError with the exit code and the last log lines if the server has died.
+        Cheap enough to be called often.
+        """
         code = self._guard.poll()
         if code is None or self._is_stopped:
             return
@@ -99,8 +102,8 @@ class Engine:
         """Return when the server accepts the token.
 
         Raises:
-            EngineError: it died, was not ready within `rollout.startup_timeout_seconds`, or
-                another process answers on its port.
+            EngineError: the server died or was not ready within `rollout.startup_timeout_seconds`,
+                or another process answers on its port.
         """
         deadline = self._started_at + self._startup_timeout_seconds
         with ReadinessProbe(self.address, PROBE_TIMEOUT_SECONDS) as probe:
@@ -114,7 +117,8 @@ class Engine:
                         f"it is not{self._reason()}\n{self._tail()}"
                     )
                 time.sleep(0.1)
-            # Before the token is sent: another server that took the port must not get it.
+            # Checked before the token is sent, because another server may have taken the port and
+            # must not receive the token.
             self.check()
             if not listens(self._guard.pid, self._port) or not probe.accepts_token():
                 self.stop()
@@ -126,10 +130,10 @@ class Engine:
         self._is_ready = True
 
     def stop(self) -> None:
-        """End the server and everything under its guard; returns when they are gone."""
+        """End the server and all processes under its guard; returns when they have ended."""
         self._is_stopped = True
         self._reservation.close()
-        self._guard.stdin.close()  # tells the guard that its parent is done
+        self._guard.stdin.close()  # the guard ends the server when its stdin closes
         try:
             self._guard.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -152,7 +156,7 @@ class Engine:
         return f"last lines of {self.log_path}:\n" + "\n".join(lines[-TAIL_LINES:])
 
     def _reason(self) -> str:
-        """The error in the log that ended a start; vLLM's own last error only refers to it."""
+        """The error in the log that made the start fail. vLLM's last error only refers to it."""
         lines = [LOG_PREFIX.sub("", line) for line in self._log_lines()]
         reason = ""
         for line, next_line in zip(lines, [*lines[1:], ""]):
@@ -177,18 +181,18 @@ def start_engines(
     update_timeout_seconds: float,
     weight_backend: str | None = WEIGHT_BACKEND,
 ) -> list[Engine]:
-    """Start `config.num_engines` servers concurrently, without waiting for them; none with
-    `config.urls`. A failed start shows in `Engine.wait_ready`.
+    """Start `config.num_engines` servers concurrently, without waiting for them. With `config.urls`
+    none is started. `Engine.wait_ready` reports a start that failed.
 
     Args:
         token: the run's bearer token.
-        seed: of the engine's own random state; every request for samples has its own seed.
-        update_timeout_seconds: an update left unfinished for this long poisons the engine
+        seed: for the engine's own random state; every request for samples has its own seed.
+        update_timeout_seconds: an update that is unfinished for this long poisons the engine
             (sync.timeout_seconds).
-        weight_backend: of vLLM's weight-transfer API; None: the weights never change.
+        weight_backend: backend of vLLM's weight-transfer API; None if the weights never change.
 
     Raises:
-        EngineError: a port is taken.
+        EngineError: a port is already in use.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     engines: list[Engine] = []
@@ -236,10 +240,10 @@ def given_addresses(config: RolloutConfig) -> list[EngineAddress]:
 
 
 def check_given(addresses: Sequence[EngineAddress]) -> None:
-    """Check that every given server is up, requires a token, and accepts the run's.
+    """Check that every given server is ready, requires a token, and accepts the run's token.
 
     Raises:
-        EngineError: names the url of the first server that does not.
+        EngineError: a check failed; the message names the URL of the first such server.
     """
     for address in addresses:
         with ReadinessProbe(address, GIVEN_TIMEOUT_SECONDS) as probe:
@@ -269,14 +273,14 @@ def _start_guard(
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        # Ctrl-C in the terminal must reach only the ranks, which then stop the engines.
+        # A session of its own: Ctrl-C must reach only the ranks, which then stop the engines.
         start_new_session=True,
     )
 
 
 def _reserve_port(port: int) -> socket.socket:
-    """A bound socket that does not listen. With SO_REUSEADDR, which vLLM's server sets too, the
-    server can bind the same port.
+    """A bound socket that does not listen. Both this socket and vLLM's server set SO_REUSEADDR, so
+    that the server can bind the same port.
     """
     reservation = socket.socket()
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -295,4 +299,4 @@ def _end_group(group: int) -> None:
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
-        return  # no process was left
+        return  # no process is left in the group

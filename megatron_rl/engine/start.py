@@ -1,5 +1,5 @@
-"""Start the rollout engines of a config: for a training run, for `serve`, and for several runs that
-share engines.
+"""Starts the rollout engines of a config: for a training run, for `serve`, and for several runs
+that share engines.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def start_engines_of(
     """Start `config.rollout.num_engines` engines, without waiting for them.
 
     Args:
-        folder: of the run; a checkpoint that has to be written for the engines goes there.
-        log_dir: None: `folder`/logs.
-        token: "": the one in MEGATRON_RL_TOKEN, or a random one.
+        folder: the run folder; a checkpoint for the engines is written there if they need one.
+        log_dir: folder of the engines' logs; None means `folder`/logs.
+        token: the bearer token; "" means the one in MEGATRON_RL_TOKEN, or a random one.
 
     Raises:
         DataError: the checkpoint cannot be read.
-        EngineError: a port is taken.
+        EngineError: a port is already in use.
     """
     rollout = config.rollout
     return start_engines(

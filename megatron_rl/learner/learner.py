@@ -1,7 +1,7 @@
-"""[imports megatron] One rank of the learner: a model stage, its optimizer, and the passes over a
-batch.
+"""[imports megatron] One rank of the learner: a pipeline stage of the model, its optimizer, and the
+passes over a batch.
 
-`Learner` is what the loops in train.py and sft.py hold; the work is done by the modules beside it.
+The loops in train.py and sft.py use `Learner`, which calls the other modules of this package.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.records import MicroBatch, RecomputedRow, Sample, Truncation
 from megatron_rl.weights.geometry import Geometry
 
-# Given a row's number and its output: Megatron's contract (sum, count), and anything to hand back.
+# Takes a row's index and the model's output for it; returns the sum and the count that Megatron's
+# loss contract requires, and any object, which `Learner.update` returns to its caller.
 RowLoss = Callable[[int, RowOutput], tuple[torch.Tensor, torch.Tensor, object]]
 
 
 class Learner:
-    """A model of `geometry`, loaded from `model.path`, on this rank of `parallel`."""
+    """The part of the model of `geometry` that this rank of `parallel` holds, loaded from
+    `model.path`.
+    """
 
     def __init__(
         self,
@@ -52,9 +55,9 @@ class Learner:
         """
         Args:
             num_updates: optimizer steps of the whole run, for a decaying learning rate.
-            temperature: of the policy, at which every log-prob of the learner is taken.
-            reference_path: checkpoint of a frozen reference policy; "": none.
-            truncation: of the policy: recomputed and policy log-probs are taken over its support.
+            temperature: the policy's; the learner computes every log-prob at this temperature.
+            reference_path: checkpoint of a frozen reference policy; "" for none.
+            truncation: the policy's; recomputed and policy log-probs are computed over its support.
         """
         self.geometry = geometry
         self.parallel = parallel
@@ -69,20 +72,20 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the last optimizer step."""
+        """The learning rate of the last optimizer step."""
         return self.trained.optimizer.param_groups[0]["lr"]
 
     @property
     def logprob_backend(self) -> str:
-        """The implementation that computes log-probs here, in words: `C++ (avx512)`."""
+        """A description of the implementation that computes log-probs here: `C++ (avx512)`."""
         return kernels.backend(self.parallel.device)
 
     def recompute(self, rows: Sequence[MicroBatch]) -> list[RecomputedRow]:
-        """`recomputed_logprobs` at the present weights: on the last pipeline stage a record for
-        each row, elsewhere nothing. A collective over the ranks of a replica.
+        """`recomputed_logprobs` at the current weights: a record for each row on the last pipeline
+        stage, an empty list on the others. A collective over the ranks of a replica.
 
         Raises:
-            DivergenceError: logits from which no log-prob can be computed. DataError: a label
+            DivergenceError: no log-prob can be computed from the logits. DataError: a label is
                 outside the vocabulary.
         """
         return evaluate_rows(
@@ -97,8 +100,8 @@ class Learner:
         )
 
     def full_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
-        """Log-probs over the whole distribution, whatever the policy's truncation; otherwise as
-        `recompute`.
+        """Like `recompute`, but with log-probs over the whole distribution, even if the policy
+        truncates it.
         """
         return evaluate_rows(
             self.trained.model,
@@ -112,21 +115,21 @@ class Learner:
         )
 
     def reference_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
-        """The full log-probs of the frozen reference policy; nothing where there is none."""
+        """The full log-probs of the frozen reference policy; empty if there is no reference."""
         return [] if self._reference is None else self._reference.full_logprobs(rows)
 
     def score_samples(
         self, samples: Sequence[Sample], *, tokens_per_row: int
     ) -> list[tuple[Sample, torch.Tensor]]:
-        """Full log-probs of samples that global rank 0 holds; a collective over all ranks, in which
-        every replica computes all of them.
+        """Full log-probs of samples that global rank 0 holds. A collective over all ranks; every
+        replica computes the log-probs of all samples.
 
         Args:
-            samples: on rank 0; ignored elsewhere.
+            samples: read on rank 0, ignored on the other ranks.
         Returns:
-            On the last pipeline stage of every replica each sample with its log-probs [L] float32
-            on the CPU, aligned with its tokens, 0.0 where its loss mask is False; elsewhere
-            nothing.
+            On the last pipeline stage of every replica, each sample with its log-probs, [L] float32
+            on the CPU, aligned with its tokens, 0.0 where its loss mask is False. Empty on the
+            other stages.
         """
         samples = self.parallel.from_first_rank(samples)
         rows = pack_rows(samples, self.parallel, tokens_per_row, min_rows=1)
@@ -144,14 +147,15 @@ class Learner:
         Args:
             rows: this rank's micro-batches; the same number on every DP rank.
             row_loss: called on the last stage for each row.
-            has_entropy_gradient: the output's entropy is under gradient, which costs another pass
-                over the logits.
+            has_entropy_gradient: whether the output's entropy is under gradient, which costs
+                another pass over the logits.
         Returns:
-            What `row_loss` handed back for each row (on the last stage; empty elsewhere), and the
-            gradient's norm before clipping.
+            The third value that `row_loss` returned for each row (on the last stage; empty on the
+            others), and the gradient's norm before clipping.
         Raises:
-            DivergenceError: the gradient's norm is not finite (on every rank), or logits from which
-                no log-prob can be computed. DataError: a label outside the vocabulary.
+            DivergenceError: the gradient's norm is not finite (raised on every rank), or no
+                log-prob can be computed from the logits. DataError: a label is outside the
+                vocabulary.
         """
 
         def on_output(
@@ -166,7 +170,7 @@ class Learner:
                 parallel=self.parallel,
                 has_entropy_gradient=has_entropy_gradient,
             )
-            # The row's loss synchronises with the device anyway, so this costs no further wait.
+            # The row's loss has synchronised with the device already, so this adds no wait.
             check_broken_rows(logits.device, f"micro-batch {index}")
             return row_loss(index, output)
 
@@ -174,7 +178,7 @@ class Learner:
         trained.model.zero_grad_buffer()
         trained.optimizer.zero_grad()
         results = run_schedule(trained.model, rows, on_output, forward_only=False)
-        # Before the optimizer's step, so that the first step of a warm-up has a rate above 0.
+        # Done before the optimizer's step, so that the first step of a warm-up has a rate above 0.
         trained.scheduler.step(1)
         _, grad_norm, _ = trained.optimizer.step()
         grad_norm = float(grad_norm)
@@ -190,10 +194,12 @@ class Learner:
         return tensor_shapes(self.geometry)
 
     def give_tensors(self) -> None:
-        """Take part in rank 0's `full_tensors`; to be called on every other rank."""
+        """Contribute this rank's shards to rank 0's `full_tensors`; every other rank must call this
+        method.
+        """
         for _ in self.full_tensors():
             pass
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights as Hugging Face tensors, on global rank 0; a collective (export.py)."""
+        """The weights as Hugging Face tensors, on global rank 0. A collective (see export.py)."""
         return full_tensors(self.trained.model.module, self.geometry, self.parallel)

@@ -1,12 +1,12 @@
-"""The first phases of a step: prompts, rollouts, rewards and advantages, on the heads of the
-replicas, each for its own share of the prompts.
+"""The first phases of a step: prompts, rollouts, rewards and advantages. They run on the head of
+each replica, for that replica's share of the prompts.
 
-With dynamic sampling (DAPO, arXiv 2503.14476) a group without signal, in which all kept responses
-have an advantage of 0, is dropped, and as many further prompts are sampled, round after round,
-until `loop.prompts_per_step` groups are kept or `loop.dynamic_sampling.max_rounds` is reached; the
-step then learns from fewer. Which prompts a round takes depends on how many groups all replicas
-kept together, never on which replica kept them. What was dropped still counts for the mean
-discrepancy.
+With dynamic sampling (DAPO, arXiv 2503.14476), a group without signal, that is, one whose kept
+responses all have an advantage of 0, is dropped, and another prompt is sampled in its place. Rounds
+of sampling continue until `loop.prompts_per_step` groups are kept or
+`loop.dynamic_sampling.max_rounds` is reached; in the second case the step learns from fewer groups.
+The prompts of a round depend only on the total number of groups that all replicas kept, never on
+which replica kept them. Dropped groups still count towards the mean discrepancy.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def collect_step(
     config: Config,
     phase: Phase,
 ) -> SampledStep:
-    """The rollouts of `state.step` with their rewards and advantages; a collective.
+    """The rollouts of `state.step` with their rewards and advantages. A collective over all ranks.
 
     The caller advances `state.next_prompt` by the `num_prompts` of the result.
 
     Args:
-        source: where the rollouts come from; None on every rank but the heads of the replicas.
+        source: provides the rollouts; None on ranks that are not the head of a replica.
     """
     loop, dynamic = config.loop, config.loop.dynamic_sampling
     groups: list[JudgedGroup] = []
@@ -68,10 +68,10 @@ def _take(
     config: Config,
     phase: Phase,
 ) -> tuple[list[JudgedGroup], tuple[int, int, int], bool]:
-    """This replica's groups of one round; and on every rank the prompts, rounds and kept groups of
-    all replicas together, and whether these are all groups of the step.
+    """This replica's groups of one round, and, on every rank, the numbers of prompts, rounds and
+    kept groups over all replicas, and whether these are all groups of the step.
 
-    Every round ends in a collective, so that no rank waits in one for longer than a round takes.
+    Every round ends with a collective, so that no rank waits in one for longer than a round takes.
     """
     groups: list[JudgedGroup] = []
     counts, is_whole_step = (0, 0, 0), False
@@ -89,10 +89,11 @@ def _take(
 
 
 def judge(scored: ScoredGroup, config: Config) -> JudgedGroup:
-    """Over-long penalties, advantages, and which responses are kept.
+    """Compute a group's over-long penalties and advantages, and decide which responses are kept.
 
-    Everything is kept except responses that were cut, where `reward.overlong.mask_truncated` says
-    so, and whole groups without signal under dynamic sampling.
+    Every response is kept, with two exceptions: truncated responses if
+    `reward.overlong.mask_truncated` is set, and all responses of a group without signal under
+    dynamic sampling.
     """
     overlong, max_tokens = config.reward.overlong, config.rollout.sampling.max_tokens
     rollouts, scores = scored.group.rollouts, scored.scores

@@ -1,4 +1,4 @@
-"""avg@k and pass@k on the held-out prompts, shared among the replicas, on their heads."""
+"""avg@k and pass@k on the held-out prompts. The head of each replica evaluates its own share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megatron_rl.rollout.live import check_versions, sample_groups
 from megatron_rl.rollout.recording import write_step
 from megatron_rl.rollout.seeds import sampling_seed
 
-# The seeds of an evaluation do not depend on the step: two evaluations differ by the weights alone.
+# All evaluations use the seeds of this step, so that two of them differ only in the weights.
 EVAL_STEP = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluator:
-    """What the head of a replica needs to evaluate.
+    """Everything that the head of a replica needs for an evaluation.
 
     Example: `Evaluator(pool=HttpEnginePool(...), environment=SingleTurn(...), score=scorer.score,
     score_texts=scorer.score_texts, held_out=(Prompt(...),), folder=Path("runs/a/rollouts/eval"),
@@ -55,14 +55,14 @@ def evaluate_held_out(
 
     Args:
         evaluator: on the heads of the replicas; None elsewhere, and in a replay.
-        with_constant_answer: on the first replica, add `eval/best_constant_answer`: how often one
-            and the same answer would be right, at best.
+        with_constant_answer: on the first replica, add `eval/best_constant_answer`: the share of
+            prompts that the best single answer, given to all of them, would solve.
 
     Returns:
         The figures of `evaluation_metrics`; empty without an evaluator or held-out prompts.
 
     Raises:
-        EngineError: an engine failed, or serves other weights than those published last.
+        EngineError: an engine failed, or does not serve the weights that were published last.
     """
     if evaluator is None or not evaluator.held_out:
         return {}
@@ -104,9 +104,10 @@ def _evaluate(
 
 
 def evaluation_metrics(scored: Sequence[ScoredGroup], num_samples: int) -> dict[str, Metric]:
-    """avg@k and pass@k of one replica's share of the held-out prompts, and its rates.
+    """avg@k, pass@k and the rates of one replica's share of the held-out prompts.
 
-    What a verifier could not score counts as a failure, and in no other rate.
+    A response that a verifier could not score counts as a failure and enters no other rate except
+    the truncation rate.
     """
     rollouts = [rollout for each in scored for rollout in each.group.rollouts]
     every = [score for each in scored for score in each.scores]

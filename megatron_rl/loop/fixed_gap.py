@@ -1,9 +1,9 @@
-"""How far learner and engines are apart on one fixed set of rollouts.
+"""The discrepancy between learner and engines on one fixed set of rollouts.
 
-The gap on a run's own samples shrinks as the policy becomes more certain, whatever is done about
-it: likelier tokens have smaller gaps. On a recorded set (`eval.fixed_rollouts`, the `rollouts/`
-folder of another run) both sides give the probability of the same tokens at every evaluation, so
-that two runs, or two moments of one run, can be compared.
+The gap on a run's own samples shrinks as the policy becomes more certain, with or without a
+constraint, because likelier tokens have smaller gaps. On a recorded set (`eval.fixed_rollouts`, the
+`rollouts/` folder of another run), learner and engines compute the probabilities of the same tokens
+at every evaluation, so that two runs, or two steps of one run, can be compared.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from megatron_rl.rollout.recording import read_step
 def measure_fixed_gap(
     learner: Learner, link: EngineLink | None, config: Config, phase: Phase
 ) -> dict[str, float]:
-    """The gap on the set at the present weights, which the engines must serve; a collective.
+    """The gap on the fixed set at the current weights. A collective over all ranks; the engines
+    must already serve these weights.
 
     Args:
         link: on rank 0; None on every other rank.
 
     Returns:
         `eval/fixed_gap/mean` and `/max` of |p_train - p_inf|, and `eval/fixed_logprob/mean`, the
-        learner's mean log-prob, which tells how the policy has moved on the set. The same on every
-        rank; empty without a set, and in a replay, which has no engines.
+        learner's mean log-prob, which shows how the policy has moved on the set. The figures are
+        the same on every rank. Empty if there is no set, or in a replay, which has no engines.
 
     Raises:
-        EngineError: an engine did not score what it was given.
+        EngineError: an engine did not score the sequences that it was sent.
     """
     if config.replay or not config.eval.fixed_rollouts:
         return {}
@@ -56,7 +57,8 @@ def gap_figures(scored: Sequence[tuple[Sample, torch.Tensor]]) -> dict[str, floa
     """The figures of `measure_fixed_gap`.
 
     Args:
-        scored: samples with the engines' log-probs, and the learner's of the same tokens, [L].
+        scored: samples with the engines' log-probs, each with the learner's log-probs of the same
+            tokens, [L].
     """
     gaps, logprobs = [], []
     for sample, learned in scored:
@@ -72,7 +74,7 @@ def gap_figures(scored: Sequence[tuple[Sample, torch.Tensor]]) -> dict[str, floa
 
 
 def _scored_by_engines(pool: EnginePool, config: Config) -> list[Sample]:
-    """The recorded samples, with the log-probs that the engines give their tokens now."""
+    """The recorded samples, with the log-probs that the engines assign to their tokens now."""
     recorded = read_step(Path(config.eval.fixed_rollouts), FIXED_STEP)
     samples = unscored_samples([each.group for each in recorded])[: config.eval.num_fixed_rollouts]
     logprobs = pool.score([sample.rollout.token_ids for sample in samples])

@@ -1,4 +1,4 @@
-"""What rank 0 holds to publish weights and to probe the engines, and the log of its updates."""
+"""The objects with which rank 0 publishes weights and probes the engines, and the update log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SYNC_LOG = "sync.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLink:
-    """What rank 0 needs to publish and to probe.
+    """Everything that rank 0 needs to publish weights and to run the parity probe.
 
     Example: `EngineLink(publisher=Publisher(...), pool=HttpEnginePool(...),
     environment=SingleTurn(...), prompts=stream.prompts, log=Path("runs/a/sync.jsonl"),
@@ -46,8 +46,8 @@ def log_update(path: Path, report: PublishReport) -> None:
 
 
 def cut_sync_log(path: Path, step: int) -> None:
-    """Drop the updates of `step` and of later steps, which are published again, and a last line
-    that a killed process left incomplete.
+    """Remove the updates of `step` and of later steps, because they are published again, and also a
+    last line that a killed process left incomplete.
     """
     if path.is_file():
         whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]

@@ -1,7 +1,7 @@
-"""What can be wrong with a run, found before any process is started: the settings are compared with
-the model, the data, the checkpoints and the hosts that are there.
+"""Checks that run before any process is started: they compare the settings with the model, the
+data, the checkpoints and the hosts that the run will use.
 
-Rules between settings alone stand in `config/`.
+Rules that involve nothing but settings are in `config/`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FIXED_STEP = 1  # the step of eval.fixed_rollouts that is scored
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """What a run starts from, once it was checked.
+    """The checked inputs of a run.
 
     Example: `Preflight(geometry=Geometry(...), tokenizer=..., stream=PromptStream(...),
     verifiers={"chain_sum": "exact"}, checkpoint=Path("runs/a/checkpoints/step_000012"))`.
@@ -106,8 +106,8 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
 
 
 def check_reference(config: Config, geometry: Geometry) -> None:
-    """ConfigError or DataError where objective.kl.reference is no whole model of this vocabulary
-    and layout.
+    """Raise ConfigError or DataError unless `objective.kl.reference` is a complete checkpoint whose
+    vocabulary matches the model's and which allows the run's layout.
     """
     path = config.objective.kl.reference
     if not path:
@@ -123,7 +123,7 @@ def check_reference(config: Config, geometry: Geometry) -> None:
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint that `resume` names: none, the run's latest, or a given folder."""
+    """The checkpoint that `resume` selects: none, the run's latest one, or a given folder."""
     if config.resume == "never":
         if latest_checkpoint(Path(config.run_dir) / "checkpoints"):
             raise ConfigError(
@@ -140,7 +140,7 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 
 def check_replay(config: Config) -> None:
-    """ConfigError where `replay` names no recorded run, or this run itself."""
+    """Raise ConfigError if `replay` is not a folder of recorded rollouts, or is this run's own."""
     if not config.replay:
         return
     folder = Path(config.replay)
@@ -154,7 +154,7 @@ def check_replay(config: Config) -> None:
 
 
 def check_fixed_rollouts(config: Config) -> None:
-    """ConfigError where `eval.fixed_rollouts` cannot be scored with these settings."""
+    """Raise ConfigError if `eval.fixed_rollouts` cannot be scored with these settings."""
     folder, sampling = config.eval.fixed_rollouts, config.rollout.sampling
     if not folder:
         return
@@ -174,7 +174,7 @@ def check_fixed_rollouts(config: Config) -> None:
 
 
 def check_same_data(saved: dict[str, Any], config: Config, folder: Path) -> None:
-    """ConfigError where a checkpoint's cursor would point into another stream of prompts."""
+    """Raise ConfigError if a checkpoint's cursor would point into a different stream of prompts."""
     present = data_settings(config)
     changed = [key for key in present if saved.get(key) != present[key]]
     if changed:
@@ -185,9 +185,10 @@ def check_same_data(saved: dict[str, Any], config: Config, folder: Path) -> None
 
 
 def data_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide which prompt an index stands for, and its seed; plain JSON values.
+    """The settings that determine which prompt an index refers to, and its seed, as plain JSON
+    values.
 
-    A checkpoint keeps them, because its cursor is an index into that stream of prompts.
+    A checkpoint stores them, because its cursor is an index into that stream of prompts.
     """
     settings = asdict(config.data) | {"sampling_seed": config.loop.seed}
     del settings["max_prompt_tokens"]
@@ -195,7 +196,7 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 
 def check_engine_place(config: Config) -> None:
-    """ConfigError where the run would start engines that ranks on other hosts cannot reach."""
+    """Raise ConfigError if the run would start engines that ranks on other hosts cannot reach."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     num_replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
@@ -209,10 +210,10 @@ def check_engine_place(config: Config) -> None:
 
 
 def truncation_of(rollout: RolloutConfig, device: str) -> Truncation:
-    """What the engines' sampler excludes, as the learner must know it.
+    """The truncation that the engines' sampler applies, in the form that the learner needs.
 
     Args:
-        device: "cpu" or "cuda": the learner's, which is the engines' too.
+        device: "cpu" or "cuda", the learner's device type; the engines use the same.
     """
     sampling, ties = rollout.sampling, rollout.top_k_ties
     if ties == "auto":

@@ -1,7 +1,7 @@
-"""The weight sync: the learner's weights into every engine, then the parity probe.
+"""The weight sync: send the learner's weights to every engine, then run the parity probe.
 
-Rank 0 sends, every rank of the first replica gives its shards, and all ranks compute the probe.
-Nothing is sampled before `publish_weights` has returned on every rank.
+Rank 0 sends the weights, every rank of the first replica contributes its shards, and all ranks take
+part in the probe. No rank samples before `publish_weights` has returned on every rank.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from megatron_rl.rollout.seeds import sampling_seed
 from megatron_rl.sync.probe import check_engines, engine_precision
 from megatron_rl.sync.source import weight_stream
 
-PROBE_PROMPTS = 4  # an engine
-PROBE_SAMPLES = 2  # a prompt
+PROBE_PROMPTS = 4  # per engine
+PROBE_SAMPLES = 2  # per prompt
 
 
 def publish_weights(
@@ -43,11 +43,11 @@ def publish_weights(
         urls: of all engines.
 
     Returns:
-        The probe's figures, the same on every rank; empty with `sync.probe_num_tokens=0`, and in a
+        The probe's figures, the same on every rank. Empty with `sync.probe_num_tokens=0`, or in a
         replay, which has no engines.
 
     Raises:
-        SyncError: an engine did not receive, or does not serve, what the learner holds.
+        SyncError: an engine did not receive the learner's weights, or does not serve them.
     """
     if config.replay:
         return {}
@@ -56,7 +56,7 @@ def publish_weights(
             _publish(learner, link, state.step, config)
         else:
             learner.give_tensors()
-        # Replicas that give no shards arrive early, and must not sample before the update.
+        # Replicas that send no shards arrive here early, but must not sample before the update.
         learner.parallel.barrier()
         state.published_version = state.step
         if not config.sync.probe_num_tokens:
@@ -81,11 +81,11 @@ def _publish(learner: Learner, link: EngineLink, version: int, config: Config) -
 
 
 def _probe_samples(link: EngineLink, version: int, config: Config) -> list[Sample]:
-    """Short samples of the first prompts, as many from every engine.
+    """Short samples of the first prompts, the same number from every engine.
 
-    They are drawn from the whole distribution. Where the run's sampling truncates it, rounding may
-    move a token over the edge of the support, and then all log-probs of that position change by
-    more than rounding.
+    They are drawn from the whole distribution, even if the run's sampling truncates it: rounding
+    may move a token across the edge of a truncated support, and then all log-probs at that position
+    would change by more than rounding.
     """
     num_tokens = math.ceil(config.sync.probe_num_tokens / (PROBE_PROMPTS * PROBE_SAMPLES))
     sampling = config.rollout.sampling
@@ -114,7 +114,7 @@ def _probe(
     version: int,
     config: Config,
 ) -> dict[str, float]:
-    """Compare the engines' log-probs of their samples with the learner's of the same tokens."""
+    """Compare the engines' log-probs of their samples with the learner's for the same tokens."""
     scored = learner.score_samples(samples, tokens_per_row=config.learner.tokens_per_micro_batch)
     figures: dict[str, float] = {}
     if learner.parallel.is_last_stage:

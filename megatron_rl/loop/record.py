@@ -1,4 +1,4 @@
-"""What a step leaves on disk: its rollouts, the learner's log-probs of them, checkpoints."""
+"""Writes the files of a step: its rollouts, the learner's log-probs of them, and checkpoints."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def record_rollouts(
     config: Config,
     phase: Phase,
 ) -> None:
-    """Write every rollout of the step, and the learner's log-probs of it where they were computed,
-    into `<run_dir>/rollouts`; nothing in a replay.
+    """Write every rollout of the step to `<run_dir>/rollouts`, with the learner's log-probs if they
+    were computed. A replay writes nothing.
 
     Args:
         rows: of the training step; empty except on the last pipeline stage.
@@ -63,7 +63,7 @@ def _record(
 
 
 def save_run(learner: Learner, state: LoopState, config: Config) -> None:
-    """Write a checkpoint of the step that has just ended; a collective."""
+    """Write a checkpoint of the step that has just ended. A collective over all ranks."""
     save_checkpoint(
         Path(config.run_dir) / "checkpoints",
         learner.trained,
@@ -74,7 +74,9 @@ def save_run(learner: Learner, state: LoopState, config: Config) -> None:
 
 
 def save_hf_checkpoint(learner: Learner, config: Config) -> None:
-    """The weights as a Hugging Face checkpoint in `<run_dir>/huggingface`; a collective."""
+    """Write the weights as a Hugging Face checkpoint to `<run_dir>/huggingface`. A collective over
+    all ranks.
+    """
     if learner.parallel.rank == 0:
         folder = Path(config.run_dir) / "huggingface"
         write_checkpoint(folder, learner.full_tensors(), like=config.model.path)

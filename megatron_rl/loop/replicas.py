@@ -1,4 +1,6 @@
-"""What the loop needs to know of the layout; `learner.layout.parallel.Parallel` provides it."""
+"""The interface through which the loop sees the layout; `learner.layout.parallel.Parallel`
+implements it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from megatron_rl.observe.metrics import AllReduce
 
 
 class Replicas(Protocol):
-    """The model replicas of a run, as one rank sees them. The head of a replica is its first rank,
-    which talks to the engines.
+    """The model replicas of a run, seen from one rank. The head of a replica is its first rank; it
+    is the one that sends requests to the engines.
     """
 
     @property
@@ -18,9 +20,9 @@ class Replicas(Protocol):
         ...
 
     def from_replica_head(self, value: Any) -> Any:
-        """The head's value on every rank of the replica; a collective of the replica."""
+        """Broadcast the head's value to the ranks of the replica. A collective over the replica."""
         ...
 
     def reducer(self) -> AllReduce:
-        """Reduces over the heads of all replicas."""
+        """A function that reduces over the heads of all replicas."""
         ...

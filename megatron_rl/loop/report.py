@@ -1,7 +1,8 @@
-"""One line of metrics a step: what is known already, and what the rollouts and scores amount to.
+"""Writes one line of metrics per step: figures that are already final, and the metrics of rollouts
+and scores.
 
-What a verifier could not score (a timeout, a crash) is counted as a failure and left out of every
-other rate: it is neither wrong nor badly formatted.
+A response that a verifier could not score (a timeout, a crash) is counted as a failure and left out
+of the reward and the format rate: it is neither wrong nor badly formatted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.records import SampledStep
 
 NOTHING_SAMPLED = SampledStep(groups=(), num_prompts=0, num_rounds=0)
-# The phases that a step consists of; evaluations and checkpoints do not count against its speed.
+# The phases whose time counts towards tokens per second; evaluations and checkpoints do not count.
 STEP_PHASES = ("rollout", "reward", "learner", "sync")
 
 
@@ -28,15 +29,14 @@ def write_metrics(
     *known: Mapping[str, float],
     sampled: SampledStep = NOTHING_SAMPLED,
 ) -> None:
-    """Record the metrics of a step; a collective over the heads of the replicas, from which rank 0
-    writes.
+    """Record the metrics of a step. A collective over the heads of the replicas; rank 0 writes.
 
     Args:
-        stopwatch: gives the seconds by phase since the last line. A checkpoint is written after its
-            step's line, so its seconds stand in the next one.
-        sources: names of all tasks and files; with several, the reward of each is told.
-        known: figures that are final already, the same on every head.
-        sampled: this replica's rollouts; nothing for an evaluation before the first step.
+        stopwatch: measures the seconds of each phase since the last line. A checkpoint is written
+            after the line of its step, so its seconds appear in the next line.
+        sources: names of all tasks and files; if there are several, the reward of each is recorded.
+        known: figures that are already final and the same on every head.
+        sampled: this replica's rollouts; without groups for an evaluation before the first step.
     """
     if not replicas.is_replica_head:
         return
@@ -55,8 +55,8 @@ def write_metrics(
 
 def rollout_metrics(sampled: SampledStep, *, sources: Collection[str]) -> dict[str, Metric]:
     """Rewards, advantages, lengths and rates of one replica's groups, to be reduced over the
-    replicas. They are over everything that was sampled; `rollout/kept_rate/mean` is the share that
-    is learnt from.
+    replicas. They cover all sampled responses; `rollout/kept_rate/mean` is the share of them that
+    the learner trains on.
     """
     groups = sampled.groups
     rollouts = [rollout for each in groups for rollout in each.group.rollouts]

@@ -1,9 +1,8 @@
-"""Start a run: engines, learner, prompts, scorer, publisher and recorder, each on the ranks that
+"""Starts a run: engines, learner, prompts, scorer, publisher and recorder, each on the ranks that
 need it.
 
-What can be wrong with the settings, the data and the checkpoint is found before any process is
-started (preflight.py). The engines start first and load their model while the learner loads its
-own.
+Settings, data and checkpoint are checked before any process is started (preflight.py). The engines
+start first and load their model while the learner loads its own.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ from megatron_rl.rollout.single_turn import SingleTurn
 from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.sync.publish import Publisher
 
-# Until a guard has noticed the death of its server; the connection breaks earlier.
+# Time within which a guard notices that its server has died; the connection breaks earlier.
 DEATH_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The parts of a run on one rank; what a rank has no use for is None.
+    """The parts of a run on one rank; parts that this rank does not need are None.
 
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
     state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...),
@@ -60,7 +59,7 @@ class Run:
     config: Config
     learner: Learner
     state: LoopState
-    recorder: Recorder  # writes on rank 0 alone
+    recorder: Recorder  # writes only on rank 0
     stopwatch: Stopwatch
     task_names: tuple[str, ...]  # of the tasks and files that prompts come from
     engine_urls: tuple[str, ...]  # on every rank; empty in a replay
@@ -75,7 +74,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
     """Start what this rank needs and end it afterwards.
 
     Raises:
-        ConfigError, DataError: settings, data or a checkpoint that cannot work.
+        ConfigError, DataError: the settings, the data or the checkpoint cannot be used.
         EngineError: an engine does not start.
     """
     checked = preflight(config)
@@ -159,7 +158,7 @@ def _resume(folder: Path, learner: Learner, state: LoopState, config: Config) ->
 
 
 def _forget_later_steps(run_dir: Path, step: int) -> None:
-    """Delete what an interrupted process recorded of steps that are done again."""
+    """Delete the records that an interrupted process left of steps that are now repeated."""
     truncate_after(run_dir / "rollouts", step)
     truncate_after(run_dir / "rollouts" / "eval", step)
     cut_sync_log(run_dir / SYNC_LOG, step)
@@ -176,7 +175,9 @@ def _connect(
     engines: Sequence[Engine],
     stack: ExitStack,
 ) -> tuple[RolloutSource | None, Evaluator | None, EngineLink | None]:
-    """What this rank asks the engines with."""
+    """The source, evaluator and link with which this rank talks to the engines; None where the rank
+    does not need one.
+    """
     if config.replay and parallel.is_replica_head:
         return ReplaySource(Path(config.replay), config.loop, share=parallel.share), None, None
     if scorer is None:
@@ -239,8 +240,8 @@ def _connect(
 def _addresses(
     config: Config, engines: Sequence[Engine], parallel: Parallel
 ) -> Sequence[EngineAddress]:
-    """Of the engines that this run started, once they answer, and of those it was given; a
-    collective.
+    """The addresses of the engines that this run started and of those that it was given. A
+    collective over all ranks; it returns when all engines answer.
     """
     addresses: list[EngineAddress] = []
     if parallel.rank == 0 and not config.replay:
@@ -253,7 +254,7 @@ def _addresses(
 
 
 def _describe(run_dir: Path, state: LoopState, stopwatch: Stopwatch) -> str:
-    """Where the run was, for the last line that a signal leaves."""
+    """The progress of the run, for the last line that is printed when a signal ends it."""
     latest = latest_checkpoint(run_dir / "checkpoints")
     if latest is None:
         outlook = "no checkpoint was written yet"

@@ -1,4 +1,4 @@
-"""Which steps publish, evaluate and save."""
+"""Decides which steps publish weights, evaluate and save a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def should_publish(config: Config, step: int) -> bool:
 
 
 def should_evaluate(config: Config, step: int) -> bool:
-    """Every `eval.every` steps, and after the last one where `eval.at_end` says so."""
+    """Every `eval.every` steps, and after the last step if `eval.at_end` is set."""
     is_due = config.eval.every > 0 and step % config.eval.every == 0
     return is_due or (config.eval.at_end and step == config.loop.num_steps)
 

@@ -1,5 +1,5 @@
-"""What changes from step to step: one small record, the same on every rank, saved with every
-checkpoint.
+"""The state of the loop that changes from step to step: one small record, the same on every rank,
+saved with every checkpoint.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from megatron_rl.objective.tolerance import CalibratedTolerance
 
 @dataclass(slots=True, kw_only=True)
 class LoopState:
-    """Where the run is.
+    """The progress of a run.
 
     Example: in its twelfth step, with weights published after the eleventh: `LoopState(
     dual=DualVariable(0.104), step=12, next_prompt=704, published_version=11)`.
     """
 
     dual: DualVariable
-    step: int = 0  # the one that is running, or the last one that ended
-    next_prompt: int = 0  # index of the first prompt that no step has taken
-    # step after which the weights that the engines serve were published; not saved, because a
-    # resumed run publishes its weights before it samples
+    step: int = 0  # the running step, or the last one that ended
+    next_prompt: int = 0  # index of the first prompt that no step has used yet
+    # the step after which the engines' current weights were published; not saved, because a resumed
+    # run publishes its weights before it samples
     published_version: int = 0
 
     def steps(self, num_steps: int) -> Iterator[int]:
-        """Count `step` up to `num_steps` and yield every step that is still to do."""
+        """Increment `step` up to `num_steps` and yield each remaining step."""
         while self.step < num_steps:
             self.step += 1
             yield self.step
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The state as plain JSON values."""
         return {
             "step": self.step,
             "next_prompt": self.next_prompt,
@@ -43,7 +43,7 @@ class LoopState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a checkpoint was written.
+        """Restore the state that was saved with a checkpoint.
 
         Raises:
             DataError: the state of lambda is incomplete.

@@ -1,1 +1,3 @@
-"""Rewards and log-probs to a loss: torch functions without collectives, config or logging."""
+"""Computes the loss from rewards and log-probs: torch functions without collectives, config or
+logging.
+"""

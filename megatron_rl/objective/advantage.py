@@ -1,9 +1,9 @@
-"""The rewards of one group come in, its advantages go out.
+"""Computes the advantages of one group from its rewards.
 
     A[i] = (R[i] - mean) / (std + epsilon)
 
-Source: GRPO (arXiv 2402.03300), with the population standard deviation, as DC-GRPO (arXiv
-2606.08779) uses it; Dr. GRPO (arXiv 2503.20783) leaves the division out.
+Source: GRPO (arXiv 2402.03300), with the population standard deviation that DC-GRPO (arXiv
+2606.08779) uses; Dr. GRPO (arXiv 2503.20783) omits the division.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ def group_advantages(
     """Advantages of the `G` responses to one prompt, relative to each other.
 
     Args:
-        rewards: [G], any real dtype, finite. A group of one, and a group of equal rewards, gives
-            exact zeros.
+        rewards: [G], any real dtype, finite. A group of one response, or of equal rewards, has
+            advantages of exactly 0.
         epsilon: added to the standard deviation, in units of the reward.
-        should_scale: divide by the standard deviation.
+        should_scale: whether to divide by the standard deviation.
 
     Returns:
         [G] float32; computed in float64 and rounded once.
 
     Raises:
-        ValueError: not one-dimensional. DataError: a reward that is not finite.
+        ValueError: `rewards` is not one-dimensional. DataError: a reward is not finite.
     """
     if rewards.dim() != 1:
         raise ValueError(
@@ -40,8 +40,8 @@ def group_advantages(
             f"group_advantages: expected finite rewards, got {rewards.tolist()}; "
             "look at the verifier named in data.tasks"
         )
-    # Relative to the first one, equal rewards are exact zeros, which their mean (a rounded sum)
-    # need not keep.
+    # The first reward is subtracted first, so that equal rewards become exact zeros. Subtracting
+    # their mean would not guarantee that, because the mean is a rounded sum.
     shifted = rewards - rewards[:1]
     centered = shifted - shifted.mean()
     if not should_scale:

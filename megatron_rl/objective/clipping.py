@@ -1,4 +1,4 @@
-"""PPO's clipped surrogate of a given ratio, which more than one policy loss is made of."""
+"""PPO's clipped surrogate of a given ratio, which several policy losses use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from megatron_rl.objective.inputs import LossInputs, Surrogate
 def clipped_surrogate(
     ratio: torch.Tensor, log_ratio: torch.Tensor, inputs: LossInputs
 ) -> Surrogate:
-    """`min(r A, clip(r) A)`, clip(r) = clip(r, 1 - clip_low, 1 + clip_high): both bounds act only
-    where they lower it.
+    """`min(r A, clip(r) A)` with clip(r) = clip(r, 1 - clip_low, 1 + clip_high). A bound acts only
+    where it lowers the surrogate.
 
     Args:
         ratio: [T] float32, under gradient.
-        log_ratio: [T] float, its logarithm, no gradient; the metrics are taken from it in float64.
+        log_ratio: [T] float, the logarithm of `ratio`, without gradient; the metrics are computed
+            from it in float64.
     """
     advantages = inputs.advantages
     clipped = ratio.clamp(1.0 - inputs.clip_low, 1.0 + inputs.clip_high)

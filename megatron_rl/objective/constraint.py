@@ -1,21 +1,22 @@
-"""The constraint on the discrepancy, its dual variable lambda and the penalty that lambda weighs
-(DCMDP, arXiv 2606.08779).
+"""The constraint on the discrepancy, its dual variable lambda, and the penalty whose coefficient is
+lambda (DCMDP, arXiv 2606.08779).
 
-Maximise reward subject to `E[delta] <= c`. Its Lagrangian has one dual variable,
-`lambda <- clip(lambda + eta * (delta_bar - c), lambda_min, lambda_max)`, stepped once a training
-step. Lambda weighs a penalty on every token, in one of two forms:
+The problem is to maximise the reward subject to `E[delta] <= c`. Its Lagrangian has one dual
+variable, which is updated once per training step:
+`lambda <- clip(lambda + eta * (delta_bar - c), lambda_min, lambda_max)`. Lambda is the coefficient
+of a penalty on every token, which has one of two forms:
 
     shaping:         A'[t] = A[t] - lambda * g(delta[t]),   delta = |p_train - p_inf|, no gradient
     differentiable:  loss[t] + lambda * g(|p_theta - p_inf|), gradient through p_theta
 
-with g(delta) = delta, or max(delta - c, 0) with gate=token. The lambda that weighs a batch's
-penalty is the one from before that batch's dual step.
+where g(delta) = delta, or max(delta - c, 0) with gate=token. The penalty of a batch uses the lambda
+from before that batch's dual step.
 
-Shaping lowers the advantages by lambda * mean g. On the policy's own samples that has no gradient
-in expectation; on samples of other weights it pushes the policy away from them. A baseline, which
-replaces g(delta[t]) by g(delta[t]) - mean g, removes that push. It does not change that delta has
-no sign: shaping lowers a token's probability even where p_train is already below p_inf, while the
-differentiable penalty raises it there.
+Shaping lowers the advantages by lambda * mean g on average. On the policy's own samples this offset
+has no gradient in expectation; on samples from other weights it pushes the policy away from them. A
+baseline, which replaces g(delta[t]) by g(delta[t]) - mean g, removes this push. Even with a
+baseline, delta has no sign: shaping lowers a token's probability even where p_train is already
+below p_inf, while the differentiable penalty raises it there.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ _WHERE = "change it under objective.constraint"
 
 
 class DualVariable:
-    """lambda: a Python float, so ranks that update with the same mean hold the same bits.
+    """The dual variable lambda. It is a Python float, so that ranks which update it with the same
+    mean hold the same bits.
 
-    While its tolerance is being calibrated it is at rest: `effective_value` is 0, and `update`
-    passes the mean to the calibration and leaves lambda as it is.
+    While its tolerance is being calibrated, lambda is at rest: `effective_value` is 0, and `update`
+    passes the mean to the calibration and does not change lambda.
     """
 
     def __init__(
@@ -56,12 +58,12 @@ class DualVariable:
             value: lambda before the first step, within [minimum, maximum].
             learning_rate: eta, at least 0 (0 keeps lambda fixed).
             tolerance: c, the mean gap in probability that is allowed, at least 0.
-            minimum, maximum: where lambda is projected to; 0 <= minimum <= maximum.
+            minimum, maximum: the interval that lambda is projected to; 0 <= minimum <= maximum.
             warmup_steps: dual steps over which eta rises linearly to `learning_rate`; 0: none.
             calibration: replaces `tolerance` by one that is calibrated over the first steps.
 
         Raises:
-            ConfigError: a value outside these.
+            ConfigError: a value is outside its range.
         """
         for name, number in (
             ("initial", value),
@@ -88,24 +90,24 @@ class DualVariable:
         self.maximum = float(maximum)
         self.warmup_steps = warmup_steps
         self.calibration = calibration
-        self.num_updates = 0  # dual steps, not counting updates at rest
+        self.num_updates = 0  # dual steps so far, without the updates at rest
 
     @property
     def is_at_rest(self) -> bool:
-        """The tolerance is still being calibrated."""
+        """Whether the tolerance is still being calibrated."""
         return self.calibration is not None and self.calibration.value is None
 
     @property
     def effective_value(self) -> float:
-        """The weight of the next batch's penalty: lambda, or 0 at rest."""
+        """The coefficient of the next batch's penalty: lambda, or 0 at rest."""
         return 0.0 if self.is_at_rest else self.value
 
     def update(self, mean_discrepancy: float) -> float:
-        """One dual step from the global batch's mean gap, or at rest one step of the calibration;
-        returns the new lambda.
+        """Take one dual step with the global batch's mean gap, or, at rest, one step of the
+        calibration. Returns the new lambda.
 
         Raises:
-            DivergenceError: the mean is not finite; lambda is left as it was.
+            DivergenceError: the mean is not finite; lambda is unchanged.
         """
         mean_discrepancy = float(mean_discrepancy)
         if not math.isfinite(mean_discrepancy):
@@ -127,19 +129,19 @@ class DualVariable:
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes while training, as plain JSON values; the rest comes from the config."""
+        """The values that change during training, as plain JSON; the rest comes from the config."""
         state: dict[str, Any] = {"value": self.value, "num_updates": self.num_updates}
         if self.calibration is not None:
             state["tolerance"] = self.calibration.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take lambda from a checkpoint, projected to the bounds of this run's config, and the
+        """Restore lambda from a checkpoint, projected to the bounds of this run's config, and the
         calibration of the tolerance.
 
         Raises:
-            DataError: no value, or one that is not finite; or this run has a warm-up or a
-                calibrated tolerance and the checkpoint holds no state of it.
+            DataError: lambda is missing or not finite; or this run has a warm-up or a calibrated
+                tolerance, and the checkpoint does not contain its state.
         """
         value = float(state.get("value", math.nan))
         if not math.isfinite(value):
@@ -196,15 +198,15 @@ def gated_discrepancy(
     tolerance: float = 0.0,
     maximum: float = 1.0,
 ) -> torch.Tensor:
-    """The part of a token's gap that is penalised; under gradient where delta is.
+    """The part of a token's gap that is penalised; under gradient if delta is.
 
     Args:
-        discrepancy: [T] float, from 0 up.
-        gate: "batch" and "mean": all of it ("mean" also sets lambda to 0 in a step whose mean gap
-            is within the tolerance, which is up to the caller); "token": what exceeds the
-            tolerance.
+        discrepancy: [T] float, at least 0.
+        gate: "batch" and "mean" penalise the whole gap; with "mean" the caller also sets lambda to
+            0 in a step whose mean gap is within the tolerance. "token" penalises the part of the
+            gap above the tolerance.
         tolerance: c, for "token".
-        maximum: a larger gap counts as this; 1: no limit.
+        maximum: larger gaps are clipped to this value; 1: no limit.
 
     Returns:
         [T], discrepancy's dtype.
@@ -226,8 +228,8 @@ def probability_gap(
         policy_logprobs, rollout_logprobs: [T] float32. mask: [T] bool.
 
     Returns:
-        [T] float32, computed in float64; value and gradient are exactly 0 where the mask is False,
-        and the gradient where both are equal.
+        [T] float32, computed in float64. Value and gradient are exactly 0 where the mask is False;
+        the gradient is also 0 where both probabilities are equal.
     """
     policy = torch.where(mask, policy_logprobs.double(), 0.0)
     rollout = torch.where(mask, rollout_logprobs.detach().double(), 0.0)

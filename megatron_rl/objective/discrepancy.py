@@ -1,11 +1,11 @@
-"""The gap between learner and engine on every sampled token, and its sum, which lambda steps on.
+"""The gap between learner and engine on every sampled token, and the sum that drives the dual step.
 
     delta[t] = |exp(recomputed_logprobs[t]) - exp(rollout_logprobs[t])|     (arXiv 2606.08779)
 
-An absolute difference of probabilities: between 0 and 1, and without a ratio that explodes where
-both are small. Its mean is over every response token that was sampled, before anything is rejected
-or masked: masking the tokens with a large gap must not make the gap look small. The other metrics
-of the gap are in gap_metrics.py.
+It is an absolute difference of probabilities: it lies between 0 and 1, and does not explode like a
+ratio where both probabilities are small. Its mean is over all sampled response tokens, before any
+rejection or masking, because masking the tokens with a large gap must not make the gap look small.
+The other metrics of the gap are in gap_metrics.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscrepancySum:
-    """Sum and count whose quotient is the mean discrepancy: the control signal of lambda. Sums of
-    rows, and then of ranks, are added; only the mean of the global batch is of use.
+    """Sum and count whose quotient is the mean discrepancy, the control signal of lambda. The sums
+    of rows and then of ranks are added; only the mean over the global batch is meaningful.
 
     Example of two tokens with gaps of 0.01 and 0.03: `DiscrepancySum(total=0.04, num_tokens=2.0)`.
     """
@@ -37,7 +37,7 @@ class DiscrepancySum:
 
     @property
     def mean(self) -> float:
-        """Mean delta; NaN without a token."""
+        """The mean of delta; NaN if there is no token."""
         num_tokens = float(self.num_tokens)
         return float(self.total) / num_tokens if num_tokens else math.nan
 
@@ -50,9 +50,9 @@ def discrepancy(recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tenso
         rollout_logprobs: same shape, float; the engine's, when it sampled.
 
     Returns:
-        Same shape, float32, exactly 0 where both are equal. Computed in float64: two probabilities
-        near 1 that differ in the seventh digit would leave one digit of their difference in
-        float32.
+        Same shape, float32, exactly 0 where both are equal. It is computed in float64: if two
+        probabilities near 1 differ in the seventh digit, their difference in float32 would have
+        only one correct digit.
     """
     if recomputed_logprobs.shape != rollout_logprobs.shape:
         raise ValueError(
@@ -63,15 +63,16 @@ def discrepancy(recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tenso
 
 
 def check_logprobs(logprobs: torch.Tensor, mask: torch.Tensor, *, name: str = "log-prob") -> None:
-    """Stop before a broken number enters the loss; the caller adds step and rank.
+    """Raise an error if an invalid log-prob would enter the loss. The caller adds step and rank to
+    the message.
 
     Args:
         logprobs: [T] float. mask: [T] bool; positions where it is False are not checked.
-        name: which policy's, for the message.
+        name: which policy's log-probs they are, for the message.
 
     Raises:
-        DivergenceError: a kept log-prob that is NaN, -9999 or below, or above 0; names the worst
-            position.
+        DivergenceError: a kept log-prob is NaN, -9999 or below, or above 0; the message names the
+            worst position.
     """
     if logprobs.shape != mask.shape:
         raise ValueError(
@@ -79,11 +80,11 @@ def check_logprobs(logprobs: torch.Tensor, mask: torch.Tensor, *, name: str = "l
             f"got {tuple(logprobs.shape)}"
         )
     logprobs = logprobs.detach().float()
-    # Written so that NaN, which compares false with everything, counts as broken.
+    # Written so that NaN, for which every comparison is false, counts as broken.
     is_broken = mask & ~((logprobs > MISSING_LOGPROB) & (logprobs <= MAX_LOGPROB_ROUNDING))
     if not bool(is_broken.any()):
         return
-    # NaN counts as the worst, then what is farthest from 0; -1 excludes sound positions.
+    # NaN counts as the worst, followed by the value farthest from 0; -1 excludes valid positions.
     badness = torch.where(is_broken, logprobs.abs().nan_to_num(nan=torch.inf, posinf=3e38), -1.0)
     position = int(badness.argmax())
     raise DivergenceError(

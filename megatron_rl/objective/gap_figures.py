@@ -1,4 +1,5 @@
-"""The sums and maxima of gap_metrics.py, reduced over all ranks, come in; the metrics go out.
+"""Computes the metrics of the gap from the sums and maxima of gap_metrics.py, after these have been
+reduced over all ranks.
 
 discrepancy/mean, max, std                       of delta = |p_train - p_inf|; q50, q90, q99
 discrepancy/age_0/mean, ...                      delta by age of the sampling weights
@@ -46,13 +47,14 @@ PROBABILITIES = _names(
     "rollout_probability", PROBABILITY_EDGES, f"{PROBABILITY_EDGES[-1]:g}_to_1", are_integers=False
 )
 
-# A variance below this fraction of the mean square is rounding: then there is no correlation.
+# A variance below this fraction of the mean square is a rounding error, and no correlation is
+# reported.
 _NO_VARIANCE = 1e-13
 
 
 def finish(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
-    """The metrics that the head of this file lists; none without a token, and no mean of an empty
-    bin.
+    """The metrics listed in the docstring of this module. Without a token there are none; the mean
+    of an empty bin is left out.
     """
     num_tokens, num_sequences = sums["tokens"], sums["sequences"]
     if not num_tokens:
@@ -112,18 +114,18 @@ def finish(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]
 
 
 def _deviation(mean: float, mean_square: float) -> float:
-    """The population's standard deviation."""
+    """The population standard deviation."""
     return math.sqrt(max(0.0, mean_square - mean * mean))
 
 
 def _chi_square(means: dict[str, float], excess: str) -> float:
-    """Mean rho^2 - 1, from rho - 1."""
+    """The mean of rho^2 - 1, computed from the sums of rho - 1."""
     return 2 * means[excess] + means[f"{excess}^2"]
 
 
 def _correlation(means: dict[str, float]) -> float | None:
-    """Pearson's correlation of p_train and p_inf, which equals that of 1 - p_train and 1 - p_inf;
-    None where one of them does not vary.
+    """Pearson's correlation of p_train and p_inf, computed as that of 1 - p_train and 1 - p_inf,
+    which is equal. None if one of them does not vary.
     """
     rest, difference = means["rollout_rest"], means["difference"]
     variance = means["rollout_rest^2"] - rest * rest

@@ -1,5 +1,5 @@
-"""The log-probs of a row's response tokens come in; the sums that the metrics of the gap are made
-of go out, and among them the sum that lambda steps on.
+"""Computes the sums for the metrics of the gap from the log-probs of a row's response tokens. One
+of them is the sum that drives the dual step of lambda.
 
 With `p_train = exp(recomputed_logprobs)`, `p_inf = exp(rollout_logprobs)` and the raw ratio
 `rho = p_train / p_inf`, before any truncation or masking:
@@ -9,15 +9,16 @@ With `p_train = exp(recomputed_logprobs)`, `p_inf = exp(rollout_logprobs)` and t
     effective sample size = 1 / mean((rho / mean rho)^2)  a share of the samples, 1 where rho is 1
     perplexity = exp(-mean log-prob of the sequence)      then the mean over sequences
     JSD = (KL(p_train || m) + KL(p_inf || m)) / 2         of the two Bernoulli distributions "this
-                                                          token or another", m their middle, nats
+                                                          token or another", m their mean, nats
 
-A sequence's ratio is named after what is done with its log-ratios: "sequence sum" is the product of
-its tokens' rho, "sequence mean" their geometric mean. Log-ratios are clamped to +-20 before exp.
-Definitions as in verl's rollout correction metrics. Deviations are of the population.
+The ratio of a sequence is named after the operation on its log-ratios: "sequence sum" is the
+product of its tokens' rho, "sequence mean" their geometric mean. Log-ratios are clamped to +-20
+before exp. The definitions are those of verl's rollout correction metrics. Standard deviations are
+population standard deviations.
 
-Everything is a sum or a maximum in float64; gap_figures.py makes metrics of them once they are
-reduced over all ranks. Besides rho its excess over 1 is summed, so that small deviations keep their
-digits.
+All results are sums or maxima in float64; gap_figures.py computes the metrics from them after they
+have been reduced over all ranks. In addition to rho, rho - 1 is summed, so that small deviations
+from 1 keep their digits.
 """
 
 from __future__ import annotations
@@ -56,21 +57,22 @@ def discrepancy_metrics(
     sequence_ids: torch.Tensor,
     num_sequences: int,
 ) -> tuple[DiscrepancySum, dict[str, Metric]]:
-    """Sums of this micro-batch, to be added over micro-batches and ranks; the host synchronises
-    with the device once, for the number of kept tokens.
+    """The sums of this micro-batch, to be added over micro-batches and ranks. The host synchronises
+    with the device once, to learn the number of kept tokens.
 
     Args:
         recomputed_logprobs, rollout_logprobs: [T] float32.
         mask: [T] bool, every response token that was sampled.
         weight_versions: [T] int64, version of the weights that sampled the token.
-        current_version: of the weights that recomputed; age = current_version - weight_versions.
-        sequence_ids: [T] int64, ascending from 0, -1 on padding; a sequence stands whole in a row.
-        num_sequences: S, more than any id.
+        current_version: version of the weights that recomputed the log-probs; age =
+            current_version - weight_versions.
+        sequence_ids: [T] int64, ascending from 0, -1 on padding; each sequence is whole in the row.
+        num_sequences: S, greater than every id.
 
     Returns:
-        The sum of delta and the number of tokens: the same numbers that `discrepancy/mean` is made
-        of. And the metrics: the figures that gap_figures.py lists, and the quantiles of delta. The
-        keys are the same for every input, an empty mask included.
+        The sum of delta and the number of tokens, from which `discrepancy/mean` is computed too;
+        and the metrics, that is, the figures listed in gap_figures.py and the quantiles of delta.
+        The keys are the same for every input, including an empty mask.
     """
     for name, tensor in (
         ("recomputed_logprobs", recomputed_logprobs),
@@ -117,15 +119,15 @@ def discrepancy_metrics(
 def _token_terms(
     recomputed: torch.Tensor, rollout: torch.Tensor, age: torch.Tensor
 ) -> tuple[Terms, Terms]:
-    """The terms that are summed over tokens, and those whose maximum is taken: [N] float64 each."""
+    """The terms that are summed over tokens, and the terms that are maximised: [N] float64 each."""
     difference = recomputed.exp() - rollout.exp()
-    # Rounded to float32 as the delta that shapes the advantages, so that the mean is of the same
-    # numbers.
+    # Rounded to float32 like the delta that shapes the advantages, so that the mean is taken over
+    # the same numbers.
     delta = difference.abs().float().double()
     log_ratio = recomputed - rollout
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio, excess = clamped.exp(), clamped.expm1()  # rho and rho - 1
-    # 1 - p, whose digits near p = 1 the probability itself would lose.
+    # 1 - p is computed directly, because p itself would lose these digits near p = 1.
     rollout_rest, recomputed_rest = -rollout.expm1(), -recomputed.expm1()
     age = age.double()
     sums = {
@@ -155,8 +157,9 @@ def _token_terms(
 def _bernoulli_jsd(one_rest: torch.Tensor, other_rest: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon divergence of two Bernoulli distributions, in nats, from 1 - p of each.
 
-    With middle m and half difference d: `m * g(d / m) + (1 - m) * g(d / (1 - m))`, where
-    `g(x) = ((1 + x) log(1 + x) + (1 - x) log(1 - x)) / 2`, so that no near numbers are subtracted.
+    With mean m and half difference d it is `m * g(d / m) + (1 - m) * g(d / (1 - m))`, where
+    `g(x) = ((1 + x) log(1 + x) + (1 - x) log(1 - x)) / 2`. This form does not subtract numbers that
+    are nearly equal.
     """
     middle, half = (one_rest + other_rest) / 2, (one_rest - other_rest).abs() / 2
 
@@ -177,7 +180,7 @@ def _sequence_sums(
 
 
 def _sequence_terms(sums: Terms) -> tuple[Terms, Terms]:
-    """The terms that are summed over sequences, and those whose maximum is taken: [S] float64 each.
+    """The terms that are summed over sequences, and the terms that are maximised: [S] float64 each.
     A sequence without a kept token does not count.
     """
     is_kept = sums["tokens"] > 0
@@ -218,13 +221,13 @@ def _sequence_terms(sums: Terms) -> tuple[Terms, Terms]:
 
 
 def _positions(sequence: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-    """[N] each kept token's number among those of its sequence, from 0."""
-    before = num_tokens.long().cumsum(0) - num_tokens.long()  # in the sequences ahead
+    """[N] the index of each kept token among the kept tokens of its sequence, from 0."""
+    before = num_tokens.long().cumsum(0) - num_tokens.long()  # in the preceding sequences
     return torch.arange(len(sequence), device=sequence.device) - before[sequence]
 
 
 def _bin(values: torch.Tensor, edges: tuple[float, ...]) -> torch.Tensor:
-    """[N] 0 below the first edge, 1 from the first on, and so on."""
+    """[N] the bin of each value: 0 below the first edge, 1 from the first edge on, and so on."""
     inner = torch.tensor(edges, dtype=values.dtype, device=values.device)
     return torch.bucketize(values, inner, right=True)
 
@@ -232,7 +235,7 @@ def _bin(values: torch.Tensor, edges: tuple[float, ...]) -> torch.Tensor:
 def _grouped(
     delta: torch.Tensor, bins: dict[tuple[str, ...], torch.Tensor]
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Sum of delta and number of tokens in each bin of each grouping, all at once."""
+    """The sum of delta and the number of tokens in each bin of each grouping, in one operation."""
     names: list[str] = []
     index = []
     for own_names, own_bin in bins.items():
@@ -251,5 +254,5 @@ def _sums(terms: Terms) -> torch.Tensor:
 
 def _maxima(terms: Terms) -> torch.Tensor:
     stacked = torch.stack(tuple(terms.values()))
-    # Padded by one, since torch refuses the maximum of an empty tensor.
+    # Padded by one element, because torch raises an error for the maximum of an empty tensor.
     return torch.nn.functional.pad(stacked, (0, 1), value=-torch.inf).amax(1)

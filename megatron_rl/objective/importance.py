@@ -1,15 +1,16 @@
-"""Recomputed and rollout log-probs come in, importance weights of the kept tokens go out.
+"""Computes importance weights of the kept tokens from recomputed and rollout log-probs.
 
     rho[t] = p_train[t] / p_inf[t]
     token:          rho[t]
     sequence_sum:   product of the sequence's rho (sum of log-ratios), on each of its tokens
-    sequence_mean:  their geometric mean (mean of log-ratios), on each of its tokens
+    sequence_mean:  geometric mean of the sequence's rho (mean of log-ratios), on each of its tokens
 
-then bounded: `truncate` clips to [lower, upper], `mask` sets what lies outside to 0. The weight
-multiplies a token's surrogate, without gradient; a masked token still counts as a kept one.
-Sources: truncated importance sampling is token, truncate, upper 2 (Yao et al. 2025, verl);
-IcePop is token, mask, 0.5 to 5 (arXiv 2510.18855); TRL's sequence mask is sequence_sum, upper 3.
-Where others say "sequence", verl and TRL mean the sum, ms-swift the mean.
+The weights are then bounded: `truncate` clips them to [lower, upper], `mask` sets weights outside
+the bounds to 0. The weight multiplies a token's surrogate and has no gradient; a masked token still
+counts as a kept one. Sources: truncated importance sampling is token, truncate, upper 2 (Yao et al.
+2025, verl); IcePop is token, mask, 0.5 to 5 (arXiv 2510.18855); TRL's sequence mask is
+sequence_sum, mask, upper 3. Other libraries call a level "sequence": verl and TRL mean the sum,
+ms-swift means the mean.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ def importance_weights(
     lower: float,
     upper: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounded weights.
+    """Compute the bounded weights.
 
     Args:
         recomputed_logprobs, rollout_logprobs: [T] float32.
         mask: [T] bool, every response token that was sampled.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding; whole sequences.
-        level, mode: see the head of this file.
+        level, mode: see the docstring of this module.
         lower, upper: 0 <= lower <= 1 <= upper.
 
     Returns:
-        weights [T] float32, exactly 1 where p_train = p_inf, 0 where the mask is False; and
-        [T] bool, True where the weight lay outside the bounds before it was bounded.
+        The weights, [T] float32, exactly 1 where p_train = p_inf and 0 where the mask is False; and
+        [T] bool, True where the weight was outside the bounds before it was bounded.
     """
     log_ratio = log_ratios(recomputed_logprobs, rollout_logprobs, mask)
     if level == "sequence_sum":
@@ -83,11 +84,11 @@ def importance_weights(
 def weight_mean(
     weights: torch.Tensor, kept: torch.Tensor, sequence_ids: torch.Tensor, *, level: str
 ) -> Mean:
-    """Sum and count of the kept weights, whose global mean batch normalisation divides by.
+    """Sum and count of the kept weights; batch normalisation divides by their global mean.
 
     Args:
-        weights: [T] float32, of `importance_weights`. kept: [T] bool.
-        level: at a sequence's level a sequence with a kept token counts once, as in verl.
+        weights: [T] float32, from `importance_weights`. kept: [T] bool.
+        level: at a sequence level, every sequence with a kept token counts once, as in verl.
     """
     if level == "token":
         values = weights[kept].double()
@@ -103,12 +104,12 @@ def weight_metrics(
     """Metrics of the kept tokens' weights, as they multiply the surrogate.
 
     Returns:
-        `correction/weight`, which is finished as `correction/weight/mean`, `/std`, `/min`, `/max`,
+        `correction/weight`, reported as `correction/weight/mean`, `/std`, `/min`, `/max`,
         `correction/effective_sample_size` (of the tokens' weights, as a share of the tokens), and
         `correction/outside_bounds/mean`, the share of weights that were bounded.
     """
     values = torch.where(kept, weights.detach().double(), 1.0)
-    # Sums of the excess over 1, so that the variance keeps its digits where all weights are near 1.
+    # Sums of weight - 1, so that the variance keeps its digits when all weights are close to 1.
     excess = values - 1.0
     sums = (kept.double(), excess, excess.square(), (is_outside & kept).double())
     maxima = [torch.where(kept, each, -math.inf).amax() for each in (values, -values)]
@@ -124,7 +125,7 @@ def weight_metrics(
 
 
 def _finish_weights(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
-    """The figures of `weight_metrics`; none without a kept token."""
+    """The figures of `weight_metrics`; empty if there is no kept token."""
     count = sums["tokens"]
     if not count:
         return {}

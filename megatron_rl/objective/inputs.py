@@ -1,4 +1,4 @@
-"""What every policy loss is given, and what it returns: the seam between `policy_loss.py`, which
+"""The input and output types of every policy loss: the interface between `policy_loss.py`, which
 masks, weights and reports, and the surrogates in `policy/`, one file each.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """The tokens of one packed row. Every [T] tensor of floats holds 0 where the mask is False.
+    """The tokens of one packed row. Every [T] float tensor is 0 where the mask is False.
 
     Example of two tokens, the second one masked: `LossInputs(policy_logprobs=[-0.7, 0.0],
     old_logprobs=[-0.9, 0.0], advantages=[1.5, 0.0], mask=[True, False], sequence_ids=[0, 0],
@@ -20,13 +20,13 @@ class LossInputs:
     """
 
     policy_logprobs: torch.Tensor  # [T] float32, under gradient
-    # [T] float32, no gradient: of the policy that the ratio is taken against, which is the learner
-    # before the update (recomputed_logprobs), or the engine (rollout_logprobs)
+    # [T] float32, no gradient: of the policy in the ratio's denominator, which is the learner
+    # before the update (recomputed_logprobs) or the engine (rollout_logprobs)
     old_logprobs: torch.Tensor
     advantages: torch.Tensor  # [T] float32, no gradient: shaped by the constraint
     mask: torch.Tensor  # [T] bool, True where the token is kept
     sequence_ids: torch.Tensor  # [T] int64, 0 to S-1, -1 on padding
-    clip_low: float  # how far down and up the policy may move; in ratio unless the loss says so
+    clip_low: float  # how far the policy may move down and up, in ratio unless the loss says so
     clip_high: float
 
     @classmethod
@@ -41,15 +41,15 @@ class LossInputs:
         clip_low: float,
         clip_high: float,
     ) -> LossInputs:
-        """Masks the tensors and detaches what takes no gradient.
+        """Mask the tensors and detach those without gradient.
 
         Args:
-            policy_logprobs, old_logprobs, advantages: [T], any float dtype. What they hold where
-                the mask is False has no effect, NaN and infinities included.
+            policy_logprobs, old_logprobs, advantages: [T], any float dtype. Their values where the
+                mask is False have no effect, including NaN and infinities.
             mask: [T] bool. sequence_ids: [T] int64.
 
         Raises:
-            ValueError: a tensor of another shape than the mask.
+            ValueError: the shape of a tensor differs from that of the mask.
         """
         for name, tensor in (
             ("policy_logprobs", policy_logprobs),
@@ -58,8 +58,8 @@ class LossInputs:
             ("sequence_ids", sequence_ids),
         ):
             check_shape(name, tensor, mask)
-        # Selected before the exponential: 0 * inf in its backward pass is NaN, also where the mask
-        # is False.
+        # Masked before the exponential: otherwise its backward pass would compute 0 * inf = NaN
+        # even where the mask is False.
         return cls(
             policy_logprobs=torch.where(mask, policy_logprobs.float(), 0.0),
             old_logprobs=torch.where(mask, old_logprobs.detach().float(), 0.0),
@@ -73,15 +73,15 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surrogate:
-    """What a policy loss returns: the surrogate of every token, to be maximised.
+    """The result of a policy loss: the surrogate of every token, to be maximised.
 
     Example of one token, r = 2, A = 3, bounds 0.8 to 1.2: `Surrogate(values=[3.6],
     ratio=[2.0], is_clipped_low=[False], is_clipped_high=[True])`.
     """
 
     values: torch.Tensor  # [T] float32, under gradient
-    ratio: torch.Tensor  # [T] float64, no gradient: what was clipped, a sequence's for gspo
-    is_clipped_low: torch.Tensor  # [T] bool, the lower bound acted on the token
+    ratio: torch.Tensor  # [T] float64, no gradient: the clipped ratio; for gspo the sequence's
+    is_clipped_low: torch.Tensor  # [T] bool, True where the lower bound acted
     is_clipped_high: torch.Tensor  # [T] bool
 
 
@@ -89,7 +89,7 @@ PolicyLoss = Callable[[LossInputs], Surrogate]
 
 
 def check_shape(name: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
-    """ValueError where a tensor of the policy loss has another shape than the mask."""
+    """Raise ValueError if the shape of a tensor of the policy loss differs from the mask's."""
     if tensor.shape != mask.shape:
         raise ValueError(
             f"policy loss: expected {name} of the mask's shape {tuple(mask.shape)}, "

@@ -1,6 +1,4 @@
-"""The log-probs that two policies give the same tokens come in, `log rho = log p_one - log p_other`
-goes out.
-"""
+"""Computes `log rho = log p_one - log p_other` from two policies' log-probs of the same tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ MAX_LOG_RATIO = 20.0  # log-ratios are clamped to +-20 before exp, so that ratio
 def log_ratios(
     recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """`log rho` of the learner's to the engine's probability, or of any other two policies.
+    """`log rho`, the log of the learner's probability over the engine's; also for other policies.
 
     Args:
         recomputed_logprobs, rollout_logprobs: [T] float32; no gradient flows through either.

@@ -1,9 +1,10 @@
-"""Per-token losses come in, Megatron's loss contract `(weighted sum, integer count)` goes out.
+"""Normalises per-token losses into the pair `(weighted sum, integer count)` that Megatron's loss
+contract requires.
 
-Under `calculate_per_token_loss` Megatron adds both over micro-batches and over every data-parallel
-rank, and divides the gradients by the count once
-(megatron/core/distributed/finalize_model_grads.py). So all weighting is part of the sum, and with
-the weights below the result does not depend on which micro-batch or rank a sequence falls to:
+With `calculate_per_token_loss`, Megatron adds both over micro-batches and over all data-parallel
+ranks, and divides the gradients by the count once
+(megatron/core/distributed/finalize_model_grads.py). Therefore all weighting is part of the sum, and
+with the weights below the result does not depend on the micro-batch or rank of a sequence:
 
     token_mean:     weight 1,        count = kept tokens             -> mean over all kept tokens
     sequence_mean:  weight 1 / n_s,  count = sequences with n_s > 0  -> mean of sequences' means
@@ -11,10 +12,10 @@ the weights below the result does not depend on which micro-batch or rank a sequ
     constant:       weight 1 / L,    count = sequences that were sampled
                                      -> sum over tokens / (sequences x L)
 
-`n_s` is the number of kept tokens of sequence s; sequences are whole in a row.
-token_mean is DAPO's (arXiv 2503.14476), sequence_mean GRPO's and GSPO's, constant is Dr. GRPO's
-(arXiv 2503.20783) with L the longest response that may be sampled: a token's weight depends neither
-on the length of its response nor on what is rejected.
+`n_s` is the number of kept tokens of sequence s; each sequence is whole in a row.
+token_mean is the normalisation of DAPO (arXiv 2503.14476), sequence_mean that of GRPO and GSPO, and
+constant that of Dr. GRPO (arXiv 2503.20783), where L is the maximum response length. With constant,
+a token's weight depends neither on the length of its response nor on which tokens are rejected.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MODES = get_args(Normalize)
 def kept_tokens_per_sequence(
     mask: torch.Tensor, sequence_ids: torch.Tensor, num_sequences: int
 ) -> torch.Tensor:
-    """How many tokens of each sequence the mask keeps.
+    """The number of tokens of each sequence that the mask keeps.
 
     Args:
         mask: [T] bool.
@@ -45,19 +46,19 @@ def kept_tokens_per_sequence(
     """
     _check_same_shape(mask=mask, sequence_ids=sequence_ids)
     counts = torch.zeros(num_sequences + 1, dtype=torch.int64, device=mask.device)
-    # Slot 0 takes the padding, whose id is -1.
+    # Index 0 collects the padding, whose id is -1.
     counts.index_add_(0, sequence_ids + 1, mask.long())
     return counts[1:]
 
 
 def token_weights(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every kept token weighs 1.
+    """Give every kept token a weight of 1.
 
     Args:
         mask: [T] bool, the kept tokens.
 
     Returns:
-        weights [T] float32, 0 where masked; count [] int32, the kept tokens.
+        weights [T] float32, 0 where masked; count [] int32, the number of kept tokens.
     """
     return mask.float(), mask.sum(dtype=torch.int32)
 
@@ -67,21 +68,22 @@ def sequence_weights(
     sequence_ids: torch.Tensor,
     num_kept_tokens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept tokens of a sequence weigh 1 together.
+    """Give the kept tokens of each sequence equal weights that add up to 1.
 
     Args:
         mask: [T] bool, the kept tokens.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
-        num_kept_tokens: [S] int64, of `kept_tokens_per_sequence`.
+        num_kept_tokens: [S] int64, from `kept_tokens_per_sequence`.
 
     Returns:
-        weights [T] float32, 0 where masked; count [] int32, the sequences with a kept token.
+        weights [T] float32, 0 where masked; count [] int32, the number of sequences with a kept
+        token.
     """
     _check_same_shape(mask=mask, sequence_ids=sequence_ids)
     if num_kept_tokens.numel() == 0:
         return torch.zeros_like(mask, dtype=torch.float32), mask.new_zeros((), dtype=torch.int32)
     per_token = num_kept_tokens[sequence_ids.clamp(min=0)].clamp(min=1).float()
-    # The mask should exclude padding (id -1); where it does not, padding has no weight either.
+    # The mask should exclude padding (id -1); if it does not, padding still has no weight.
     is_kept = mask & (sequence_ids >= 0)
     weights = torch.where(is_kept, per_token.reciprocal(), 0.0)
     count = (num_kept_tokens > 0).sum(dtype=torch.int32)
@@ -103,17 +105,16 @@ def normalized_sum(
         per_token_loss: [T] float32, 0 where masked (`objective.policy_loss`).
         mask: [T] bool, the kept tokens.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
-        normalize: one of `MODES`, see the head of this file.
-        sampled: [T] bool, for "constant": every token that was sampled, whatever the mask keeps;
-            None: the mask.
-        length: for "constant": L, at least 1.
+        normalize: one of `MODES`, see the docstring of this module.
+        sampled: [T] bool, used by "constant": all sampled tokens, kept or not; None: the mask.
+        length: L, used by "constant", at least 1.
 
     Returns:
-        sum [] float32, under gradient and attached to the graph also when every token is masked (a
-        rank that skipped the backward pass would hang the others); count [] int32.
+        sum [] float32, under gradient, and attached to the graph even if every token is masked (a
+        rank that skipped the backward pass would make the others hang); count [] int32.
 
     Raises:
-        ConfigError: an unknown `normalize`.
+        ConfigError: `normalize` is unknown.
     """
     _check_same_shape(per_token_loss=per_token_loss, mask=mask, sequence_ids=sequence_ids)
     if normalize == "token_mean":
@@ -132,7 +133,8 @@ def normalized_sum(
         raise ConfigError(
             f"objective.normalize: expected one of {', '.join(MODES)}, got {normalize!r}"
         )
-    # Advantages cancel over a group: added in float64, the small sum that is left keeps its digits.
+    # The advantages of a group cancel. The sum is taken in float64, so that the small remainder
+    # keeps its digits.
     return (per_token_loss.double() * weights.double()).sum().float(), count
 
 

@@ -1,8 +1,8 @@
-"""Policy and old log-probs and shaped advantages come in, the loss of every token goes out.
+"""Computes the loss of every token from the policy's and the old log-probs and the advantages.
 
     loss[t] = -weight[t] * surrogate(p_theta[t] / p_old[t], A'[t])
 
-The surrogates, PPO's clipped one among them, are the modules of `objective/policy/`.
+The surrogates, including PPO's clipped one, are the modules of `objective/policy/`.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ def policy_loss(
     weights: torch.Tensor | None,
     entropy: torch.Tensor,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
-    """The surrogate's loss per token, to be minimised; goes on to `objective.normalize`.
+    """The surrogate's loss per token, to be minimised; `objective.normalize` reduces it.
 
     Args:
-        surrogate: of `objective.policy.policy_loss_named`.
-        inputs: masked, as `LossInputs.of` makes them.
-        weights: [T] float32, importance weights of the tokens; None: 1. No gradient flows.
-        entropy: [T] float32 of the policy's distribution, only for the metric.
+        surrogate: from `objective.policy.policy_loss_named`.
+        inputs: masked by `LossInputs.of`.
+        weights: [T] float32, importance weights of the tokens; None: 1. They have no gradient.
+        entropy: [T] float32, of the policy's distribution; used only for the metric.
 
     Returns:
         loss [T] float32, exactly 0 in value and gradient where the mask is False; and the metrics
-        of the kept tokens: `loss/clip_fraction_low/mean` (ratio below the lower bound, advantage
-        negative: the clip stopped a decrease; for cispo whatever the advantage),
+        of the kept tokens: `loss/clip_fraction_low/mean` (the ratio is below the lower bound and
+        the advantage negative, so the clip stopped a decrease; for cispo with any advantage),
         `loss/clip_fraction_high/mean`, `loss/ratio/mean`, `loss/ratio/max`, `loss/update_kl/mean`
         (k3 estimate of KL(old || policy), in nats), `loss/shaped_advantage/mean`, and
         `loss/entropy/mean`.
 
     Raises:
-        ValueError: weights or entropy of another shape than the mask.
+        ValueError: the shape of weights or entropy differs from that of the mask.
     """
     mask = inputs.mask
     check_shape("entropy", entropy, mask)
@@ -64,7 +64,7 @@ def _metrics(found: Surrogate, inputs: LossInputs, entropy: torch.Tensor) -> dic
         "loss/clip_fraction_low/mean": found.is_clipped_low[mask],
         "loss/clip_fraction_high/mean": found.is_clipped_high[mask],
         "loss/ratio/mean": ratio,
-        # KL(old || policy) from the old policy's samples: E[r - 1 - log r].
+        # KL(old || policy), estimated from the old policy's samples: E[r - 1 - log r].
         "loss/update_kl/mean": torch.expm1(log_ratio) - log_ratio,
         "loss/shaped_advantage/mean": inputs.advantages[mask].double(),
         "loss/entropy/mean": entropy[mask],

@@ -1,13 +1,14 @@
-"""Log-probs of the policy and of the reference policy come in; a term of every token's loss, or of
-its advantage, goes out. Both are log-probs over the whole distribution.
+"""Computes the KL term of every token's loss, or of its advantage, from the log-probs of the policy
+and of the reference policy. Both are log-probs over the whole distribution.
 
 With `d = log p_ref - log p_theta` (Schulman 2020, "Approximating KL divergence"):
 
     k1 = -d,   k2 = d^2 / 2,   k3 = exp(d) - 1 - d        estimates of KL(p_theta || p_ref)
 
-k3 is GRPO's term in the loss (arXiv 2402.03300); the gradient of k2 is that of the KL on the
-policy's own samples. The gradient of k1 in the loss has mean 0, so k1 goes into the advantages, at
-the policy's present log-probs, as in PPO's reward (arXiv 2203.02155): `A' = A - coefficient * k1`.
+k3 is GRPO's term in the loss (arXiv 2402.03300). On the policy's own samples, the expected gradient
+of k2 is the gradient of the KL. The expected gradient of k1 in the loss is 0, so k1 is subtracted
+from the advantages instead, as in PPO's reward (arXiv 2203.02155): `A' = A - coefficient * k1`,
+with k1 at the policy's current log-probs.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Rules that reject tokens, or whole sequences, on which learner and engine are too far apart: the
-log-probs of both come in, a mask of the tokens that stay goes out.
+"""Rules that reject tokens, or whole sequences, on which learner and engine differ too much. They
+compute a mask of the kept tokens from the log-probs of both.
 
 With `rho = p_train / p_inf`, per token (Schulman 2020, verl's rollout correction):
 
     k1 = -log rho,   k2 = (log rho)^2 / 2,   k3 = rho - 1 - log rho
 
-With level=token each token is judged alone; with a sequence level all tokens of a sequence are
-rejected where the sum, the mean or the largest of its values is out of bounds. The bounds of k1 are
-written as ratios, lower <= exp(-k1) <= upper, as verl and the papers do (geometric: sequence_mean
-of 0.999 to 1.001); those of k2 and k3 are an upper bound in nats.
+With level=token each token is judged alone. With a sequence level all tokens of a sequence are
+rejected if the sum, the mean or the largest of its values is out of bounds. The bounds of k1 are
+given as ratios, lower <= exp(-k1) <= upper, as in verl and the papers (geometric: sequence_mean
+with 0.999 to 1.001); k2 and k3 have only an upper bound, in nats.
 
-A rejected token counts neither in the numerator nor in the denominator of the loss; it still counts
-in the mean discrepancy.
+A rejected token counts neither in the numerator nor in the denominator of the loss, but it still
+counts in the mean discrepancy.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ def rejection_mask(
     lower: float,
     upper: float,
 ) -> torch.Tensor:
-    """The sampled tokens that a rule keeps.
+    """The mask of the sampled tokens that a rule keeps.
 
     Args:
         recomputed_logprobs, rollout_logprobs: [T] float32.
         mask: [T] bool, every response token that was sampled.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding; whole sequences.
-        divergence, level: see the head of this file.
-        lower, upper: of the ratio for k1, 0 <= lower <= 1 <= upper; for k2 and k3 `upper` alone
-            counts, in nats.
+        divergence, level: see the docstring of this module.
+        lower, upper: for k1 the bounds of the ratio, 0 <= lower <= 1 <= upper; for k2 and k3 only
+            `upper` is used, in nats.
 
     Returns:
-        [T] bool, False where the mask is.
+        [T] bool, False where the mask is False.
     """
     log_ratio = log_ratios(recomputed_logprobs, rollout_logprobs, mask)
     if divergence == "k1":
@@ -76,7 +76,7 @@ def rejection_mask(
         )
     if level == "token":
         return mask & (values >= low) & (values <= high)
-    if level == "sequence_max":  # the token that is farthest out
+    if level == "sequence_max":  # judged by the token with the largest deviation
         is_outside = (values < low) | (values > high)
         has_outside = max_by_sequence(is_outside, mask, sequence_ids) > 0
         return mask & ~to_tokens(has_outside, sequence_ids)
@@ -98,14 +98,14 @@ def veto_mask(
     ratio: float,
     probability: float,
 ) -> torch.Tensor:
-    """Rejects a whole sequence for one token that the learner would hardly have chosen.
+    """Reject a whole sequence if it contains a token that the learner would hardly have chosen.
 
     Args:
-        ratio: p_train / p_inf below it is a veto (verl, slime: 1e-4); 0: never.
-        probability: p_train below it is a veto; 0: never.
+        ratio: a token with p_train / p_inf below this value is a veto (verl, slime: 1e-4); 0: off.
+        probability: a token with p_train below this value is a veto; 0: off.
 
     Returns:
-        [T] bool, False where the mask is.
+        [T] bool, False where the mask is False.
     """
     log_ratio = log_ratios(recomputed_logprobs, rollout_logprobs, mask)
     is_vetoed = torch.zeros_like(mask)
@@ -126,17 +126,17 @@ def off_policy_sequence_mask(
     *,
     threshold: float,
 ) -> torch.Tensor:
-    """Off-policy sequence masking (OPSM, DeepSeek-V3.2, arXiv 2512.02556): masks a
-    sequence with a negative advantage that the policy has moved away from,
+    """Off-policy sequence masking (OPSM, DeepSeek-V3.2, arXiv 2512.02556): masks a sequence with a
+    negative advantage if the policy has moved away from it, that is, if
     `mean(log p_old - log p_theta) > threshold`.
 
     Args:
-        policy_logprobs, old_logprobs: [T] float32; no gradient flows.
+        policy_logprobs, old_logprobs: [T] float32; no gradient flows through them.
         advantages: [T] float32, the group's, before any shaping.
-        mask: [T] bool, the tokens that the mean is over.
+        mask: [T] bool, the tokens over which the mean is taken.
 
     Returns:
-        [T] bool, False where the mask is.
+        [T] bool, False where the mask is False.
     """
     moved = mean_by_sequence(log_ratios(old_logprobs, policy_logprobs, mask), mask, sequence_ids)
     is_far = to_tokens(moved > threshold, sequence_ids)
@@ -146,12 +146,12 @@ def off_policy_sequence_mask(
 def rejection_metrics(
     kept: torch.Tensor, mask: torch.Tensor, sequence_ids: torch.Tensor, *, name: str
 ) -> dict[str, Metric]:
-    """How much a rule rejected.
+    """The shares of tokens and sequences that a rule rejected.
 
     Returns:
-        `correction/<name>_tokens/mean`, share of the sampled tokens that it does not keep;
-        `correction/<name>_sequences/mean`, share of the sequences with a sampled token that lost
-        one or more.
+        `correction/<name>_tokens/mean`, the share of sampled tokens that the rule does not keep;
+        `correction/<name>_sequences/mean`, the share of sequences that lost at least one token,
+        among those with a sampled token.
     """
     is_taken = mask & ~kept
     has_tokens = max_by_sequence(mask, mask, sequence_ids) > 0

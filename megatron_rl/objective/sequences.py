@@ -1,5 +1,5 @@
-"""From the tokens of a packed row to one number a sequence, and back. All in float64, without
-gradient.
+"""Reduces the tokens of a packed row to one number per sequence, and expands such numbers again.
+All functions compute in float64, without gradient.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 
 
 def num_sequences(sequence_ids: torch.Tensor) -> int:
-    """S of a row; ids [T] int64, 0 to S-1, -1 on padding."""
+    """The number of sequences S of a row, from its ids [T] int64, 0 to S-1, -1 on padding."""
     return int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
 
 
 def sum_by_sequence(
     values: torch.Tensor, mask: torch.Tensor, sequence_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of the kept tokens' values.
+    """The sum of the kept tokens' values, for each sequence.
 
     Args:
         values: [T] any real dtype. mask: [T] bool; values where it is False have no effect.
@@ -28,14 +28,14 @@ def sum_by_sequence(
     """
     kept = torch.where(mask, values.detach().double(), 0.0)
     sums = kept.new_zeros(num_sequences(sequence_ids) + 1)
-    # Slot 0 takes the padding, whose id is -1.
+    # Index 0 collects the padding, whose id is -1.
     return sums.index_add_(0, sequence_ids + 1, kept)[1:]
 
 
 def max_by_sequence(
     values: torch.Tensor, mask: torch.Tensor, sequence_ids: torch.Tensor
 ) -> torch.Tensor:
-    """As `sum_by_sequence`, the largest value; -inf for a sequence without a kept token."""
+    """Like `sum_by_sequence`, but the largest value; -inf for a sequence without a kept token."""
     kept = torch.where(mask, values.detach().double(), -math.inf)
     largest = kept.new_full((num_sequences(sequence_ids) + 1,), -math.inf)
     return largest.scatter_reduce_(0, sequence_ids + 1, kept, "amax")[1:]
@@ -44,13 +44,13 @@ def max_by_sequence(
 def mean_by_sequence(
     values: torch.Tensor, mask: torch.Tensor, sequence_ids: torch.Tensor
 ) -> torch.Tensor:
-    """[S] float64 mean over the kept tokens; 0 for a sequence without one."""
+    """[S] float64, the mean over the kept tokens; 0 for a sequence without one."""
     sums = sum_by_sequence(values, mask, sequence_ids)
     counts = sum_by_sequence(torch.ones_like(values), mask, sequence_ids)
     return sums / counts.clamp(min=1.0)
 
 
 def to_tokens(of_sequences: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
-    """[S] numbers or booleans on each token of their sequences, [T]; 0 on padding."""
+    """Expand [S] numbers or booleans to the tokens of their sequences, [T]; 0 on padding."""
     padded = torch.cat([of_sequences.new_zeros(1), of_sequences])
     return padded[sequence_ids + 1]

@@ -1,9 +1,10 @@
 """The tolerance of the constraint, calibrated from the mean gaps of the first steps.
 
-    c = mean(delta_bar) + slack * s / sqrt(K),   s: standard deviation of the K means (K - 1)
+    c = mean(delta_bar) + slack * s / sqrt(K)
 
-over the first K steps, in which lambda is at rest and nothing acts on the gap; then c is frozen.
-The paper (arXiv 2606.08779) gives c by hand for each model and leaves the automatic choice open.
+The mean is over the first K steps; s is the standard deviation of the K means, with K - 1 in the
+denominator. During these steps lambda is at rest and nothing acts on the gap; then c is frozen. The
+paper (arXiv 2606.08779) sets c by hand for each model and leaves the automatic choice open.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from megatron_rl.errors import ConfigError, DataError
 
 
 class CalibratedTolerance:
-    """c, known once `num_steps` means were added; ranks that add the same floats hold the same
-    bits.
+    """The tolerance c, which is known after `num_steps` means have been added. Ranks that add the
+    same floats hold the same bits.
     """
 
     def __init__(self, num_steps: int, slack: float) -> None:
@@ -33,14 +34,14 @@ class CalibratedTolerance:
             )
         self.num_steps = num_steps
         self.slack = float(slack)
-        self.value: float | None = None  # c; None until enough means were added
+        self.value: float | None = None  # c; None until enough means have been added
         self._means: list[float] = []
 
     def add(self, mean_discrepancy: float) -> None:
-        """Add one step's global mean gap; the last one freezes the tolerance.
+        """Add one step's global mean gap. The last of the `num_steps` means freezes the tolerance.
 
         Raises:
-            ValueError: the tolerance is frozen already.
+            ValueError: the tolerance is already frozen.
         """
         if self.value is not None:
             raise ValueError("calibrated tolerance: expected no further mean, it is frozen")
@@ -55,14 +56,14 @@ class CalibratedTolerance:
         return mean + self.slack * math.sqrt(variance / count)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tolerance and the means so far, as plain JSON values."""
+        """The tolerance and the means added so far, as plain JSON values."""
         return {"value": self.value, "means": list(self._means)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Continue a checkpoint's calibration; a frozen tolerance stays what it was.
+        """Continue a checkpoint's calibration. A frozen tolerance does not change.
 
         Raises:
-            DataError: the checkpoint holds none.
+            DataError: the checkpoint contains no calibration.
         """
         if state is None or "value" not in state or "means" not in state:
             raise DataError(

@@ -1,1 +1,1 @@
-"""What a run shows and records: metrics, TensorBoard, metrics.jsonl, the console."""
+"""Records and displays a run: metrics, TensorBoard, metrics.jsonl, the console."""

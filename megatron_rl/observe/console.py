@@ -27,7 +27,7 @@ class StepConsole:
     Args:
         num_steps: of the whole run.
         num_done: steps that a resumed run has already done.
-        console: what to print on; standard output by default.
+        console: the console to print on; standard output by default.
     """
 
     def __init__(self, *, num_steps: int, num_done: int = 0, console: Console | None = None):

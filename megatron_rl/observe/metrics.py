@@ -1,4 +1,4 @@
-"""Metrics that know how to be reduced over ranks: each rank passes its part and gets one float.
+"""Metrics that carry their reduction over ranks: each rank passes its part and gets one float.
 
 A rank passes sums and counts, never means, so a `Mean` is `sum of sums / sum of counts` in every
 layout. Sums are reduced in float64. Keys have the form `topic/what/reduction`.
@@ -73,7 +73,8 @@ class Histogram:
         inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=values.device)
         bins = torch.bucketize(values.detach().reshape(-1).double(), inner, right=True)
         counts = torch.zeros(len(edges) - 1, dtype=torch.float64, device=values.device)
-        # Not bincount: its length depends on the values, so the host would wait for the device.
+        # bincount is not used: its length depends on the values, so the host would wait for the
+        # device.
         counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
         return cls(edges=edges, counts=counts)
 
@@ -82,9 +83,9 @@ class Histogram:
 class Figures:
     """Figures computed from sums and maxima after these are reduced over all ranks.
 
-    For standard deviations, correlations, ratios of means. Sums and maxima are one vector each, so
-    a hundred figures need no more kernel launches per micro-batch than one. The key under which a
-    `Figures` is passed is not reported; `finish` names the keys.
+    They are used for standard deviations, correlations and ratios of means. Sums and maxima are one
+    vector each, so a hundred figures need no more kernel launches per micro-batch than one. The key
+    under which a `Figures` is passed is not reported; `finish` names the keys.
 
     Example: `Figures(sum_names=("count", "x"), sums=torch.tensor([4.0, 3.0]), max_names=("x",),
     maxima=torch.tensor([1.5]), finish=mean_and_max)` with
@@ -191,7 +192,7 @@ def _check_same_layout(metrics: Mapping[str, Metric], names: list[str], all_redu
 
 
 def _layout_of(metric: Metric) -> str:
-    """What all parts of one metric must have in common, as text."""
+    """The properties that all parts of one metric must share, as text."""
     match metric:
         case Histogram():
             return f"Histogram {metric.edges}"
@@ -215,7 +216,7 @@ def _sums(metric: Metric) -> list[Number]:
 
 
 def _maxima(metric: Metric) -> list[Number]:
-    """The values whose maximum over ranks is taken."""
+    """The values that are maximised over ranks."""
     match metric:
         case Max():
             return [metric.value]

@@ -13,15 +13,15 @@ from megatron_rl.observe.tensorboard import TensorBoardWriter
 
 
 class Recorder:
-    """Records a run in its folder. Every rank makes one and calls it; only rank 0 writes.
+    """Records a run in its folder. Every rank creates and calls a recorder; only rank 0 writes.
 
     Args:
         run_dir: folder of `metrics.jsonl` and `tensorboard/`; created if it does not exist.
         rank: of this process in the world.
         num_steps: of the whole run.
-        last_step: the last step whose records are kept: that of the checkpoint when resuming, -1
-            in a new run.
-        console: what to print on; standard output by default.
+        last_step: the last step whose records are kept: the checkpoint's step when resuming, -1 in
+            a new run.
+        console: the console to print on; standard output by default.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ Phase = Callable[[str], AbstractContextManager[None]]
 class Stopwatch:
     """Adds up the seconds spent in each phase until `take` is called.
 
-    CUDA work is asynchronous. The seconds of a phase are those until the host continues; they
-    include the device's work if the phase ends with something that the host waits for.
+    CUDA work is asynchronous. The seconds of a phase are measured until the host continues; they
+    include the device's work only if the phase ends with an operation that the host waits for.
 
     Args:
         on_enter: called with the name of a phase whenever it is entered, e.g. to show it.
@@ -33,7 +33,7 @@ class Stopwatch:
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Time a block, also if it raises. A phase inside another one counts towards both."""
+        """Time a block, even if it raises. A phase inside another one counts towards both."""
         outer, self.current = self.current, phase
         if self._on_enter is not None:
             self._on_enter(phase)

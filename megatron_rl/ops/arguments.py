@@ -55,8 +55,8 @@ def check_rows(
     """Check dtype, labels and temperature; labels on a GPU are checked by the kernel instead.
 
     Raises:
-        ValueError: a dtype or a shape of labels that does not fit. ConfigError: a temperature that
-            is not above 0. DataError: a label outside the vocabulary, on the CPU.
+        ValueError: the dtype or the shape of the labels is wrong. ConfigError: the temperature is
+            not above 0. DataError: a label is outside the vocabulary (on the CPU).
     """
     if dtype not in DTYPES:
         raise ValueError(f"token_logprobs: expected float32, bfloat16 or float16, got {dtype}")

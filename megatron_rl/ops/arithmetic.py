@@ -1,4 +1,4 @@
-"""The rounded steps that every part of the aligned log-prob is made of, in plain torch.
+"""The rounded steps from which every part of the aligned log-prob is built, in plain torch.
 
 Each function rounds exactly where its docstring says, so the kernels in csrc/ can follow it bit by
 bit. Eager mode only: a compiler would fuse operations that must be rounded separately.

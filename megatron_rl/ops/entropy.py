@@ -1,4 +1,4 @@
-"""The entropy of every row with a gradient to the logits, as an entropy bonus needs it.
+"""The entropy of every row with a gradient to the logits, which an entropy bonus needs.
 
     H = -sum p log p,   p = softmax(x / temperature) over the true vocabulary V
     d H / d x[j] = -p[j] (log p[j] + H) / temperature

@@ -45,7 +45,7 @@ _LIBRARIES: list[torch.library.Library] = []  # a registration lives as long as 
 
 
 def backend(device: torch.device) -> str:
-    """What runs the operators on this device, in words for the log of a run."""
+    """A description of the implementation of the operators on this device, for a run's log."""
     if device.type == "cpu":
         return f"C++ ({instruction_set()})"
     load_extension()

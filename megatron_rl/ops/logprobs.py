@@ -3,18 +3,18 @@
     y = x / temperature,    logprob = y[label] - log sum exp(y)  over the true vocabulary
     d logprob / d x[j] = ([j == label] - softmax(y)[j]) / temperature
 
-Arithmetic: one fixed order of rounded steps, written out in `reference.py` and followed by every
-kernel. The same logits therefore give the same bits, independent of the number of shards and their
-padding, the batch and its order, the number of threads, the device and its vector width. The error
-is at most 5e-7 x max(1, |logprob|) compared with float64. The matrix product of
-`linear_token_logprobs` is torch's, with its own rounding.
+The arithmetic is one fixed order of rounded steps, defined in `reference.py` and implemented by
+every kernel. The same logits therefore give the same bits, independent of the number of shards and
+their padding, the batch and its order, the number of threads, the device and its vector width. The
+error is at most 5e-7 x max(1, |logprob|) compared with float64. The matrix product of
+`linear_token_logprobs` is torch's and rounds in its own way.
 
-`kernels.py` chooses what runs: C++ kernels on the CPU; on a CUDA device the CUDA kernels, or
-`reference.py`, much slower, in a build without them.
+`kernels.py` chooses the implementation: C++ kernels on the CPU; on a CUDA device the CUDA kernels,
+or the much slower `reference.py` in a build without them.
 
-Collectives: one all-gather of a few dozen int32 per row in the forward pass, whatever the number of
-chunks, and none in the backward pass of `token_logprobs`. Every rank of the group must pass the
-same labels.
+Collectives: one all-gather of a few dozen int32 per row in the forward pass, independent of the
+number of chunks, and none in the backward pass of `token_logprobs`. Every rank of the group must
+pass the same labels.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def token_logprobs(
         incoming gradient must be the same on every rank.
 
     Raises:
-        DataError: a label outside the vocabulary. DivergenceError: a row with NaN or +inf, or whose
-            largest logit lies outside +-2^21 after division by the temperature (also if all are
+        DataError: a label is outside the vocabulary. DivergenceError: a row has NaN or +inf, or its
+            largest logit is outside +-2^21 after division by the temperature (also if all are
             -inf). Both name the row and are raised on every rank: at once on the CPU; on a CUDA
             device the log-prob of the row is NaN, and the next `broken_rows.check_broken_rows`
             raises, so that the host need not wait here.
-        ValueError: shapes or dtypes that do not fit. ConfigError: a temperature of 0 or below,
-            or a native extension that is not built.
+        ValueError: shapes or dtypes are wrong. ConfigError: the temperature is 0 or below, or the
+            native extension is not built.
     """
     labels, is_counted = without_ignored(labels, ignore_index)
     shard = shard_of(logits, labels, temperature, vocab_size, group)

@@ -1,8 +1,8 @@
-"""The layout of what a tensor-parallel rank sends per row.
+"""The layout of the words that a tensor-parallel rank sends per row.
 
 A rank sends the largest complete nodes of its columns, and the raw columns of each granule that an
-edge of its shard cuts in two. The layout follows from the edges of the shards alone, so only the
-numbers are sent. csrc/shard_layout.h is the same in C++.
+edge of its shard splits. The layout follows from the edges of the shards, so only the numbers are
+sent. csrc/shard_layout.h is the same code in C++.
 
 A row consists of int32 words; a float is sent as its bits. In order: the largest y (NaN if any y
 is), the label's y (0 if another rank holds the label), then N, S and, with entropy, B of each node,

@@ -1,14 +1,14 @@
-"""The aligned log-prob in plain torch, which the kernels are compared with bit by bit.
+"""The aligned log-prob in plain torch; the kernels must give the same bits.
 
     logprob = y[label] - log sum exp(y),   y = logits / temperature, over the true vocabulary
 
 A sum of exponentials is kept as a node (N, S), which stands for S * 2^N with S in float32. Each
 granule of 128 global columns is summed relative to its own maximum, the nodes are merged pairwise
-in a tree whose shape depends on global positions alone, and the root is finished in float64. Each
-step is rounded once (arithmetic.py); csrc/ takes the same steps.
+in a tree whose shape depends only on global positions, and the root is finished in float64. Each
+step is rounded once (arithmetic.py); csrc/ performs the same steps.
 
-`nodes`, `finish` and `gradient` are also what runs on a CUDA device if the extension was built
-without CUDA kernels: the same steps, much slower.
+`nodes`, `finish` and `gradient` also run on a CUDA device if the extension was built without CUDA
+kernels: they perform the same steps but are much slower.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def exact(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropy in nats by torch's float64 log_softmax, [N] float64, differentiable.
 
-    What tests measure the error of the aligned log-prob against.
+    Tests measure the error of the aligned log-prob against this function.
     """
     log_softmax = torch.log_softmax(logits.double() / temperature, dim=1)
     entropy = torch.special.entr(log_softmax.exp()).sum(1)

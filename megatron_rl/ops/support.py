@@ -5,7 +5,8 @@ The logits are vocabulary-parallel; they are neither gathered nor sorted.
     y = logits / T
     min_p keeps the columns with exp(y) >= min_p * max exp(y);
     top_k keeps the k largest y of those;
-    top_p keeps those of the rest above which less than p of its total probability lies.
+    top_p keeps a remaining column if the columns above it hold less than p of the remaining
+    probability.
 
 These are vLLM's rules, in vLLM's order (vllm/v1/sample/ops/topk_topp_sampler.py). The support of a
 row is then every column above an edge, and some or all of the columns on the edge. The edge is the
@@ -42,14 +43,15 @@ NO_LIMIT = 2**62  # above any number of columns
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """The support of N rows, as this rank needs it.
+    """The support of N rows, in the form that this rank needs.
 
     Example, of BF16 logits 3.0, 1.0, 1.0, 0.0 with top_k=2, ties="exact" and label 3: the edge is
     the key of 1.0, the quota is 1, and the label is outside.
     """
 
     edge: torch.Tensor  # [N] int64 key; columns with a larger key are in the support
-    # [N] int64: how many of this shard's columns on the edge are in, the first without the label
+    # [N] int64: how many of this shard's columns on the edge are in the support: the first ones,
+    # not counting the label
     quota: torch.Tensor
     is_outside: torch.Tensor  # [N] bool: the label is not in the support
 

@@ -1,7 +1,7 @@
 """The building blocks of the search for the support, in plain torch.
 
-csrc/support.cpp is compared with `histogram` and `keep`, which are also what runs on a CUDA device;
-the other functions work on a few numbers per row.
+csrc/support.cpp is compared with `histogram` and `keep`, which also run on a CUDA device. The other
+functions work on a few numbers per row.
 
 A key is an integer with the order of the logits: the bits of a 16-bit logit, or of
 y = logit / temperature in float32 (several float32 logits may share a y, and the sampler sees only
@@ -125,8 +125,8 @@ def keep(
     Args:
         logits: [N, V]; columns from `width` on are padding.
         edge: [N] int64 key; columns with a larger key are kept.
-        quota: [N] int64: of the columns whose key is the edge, not counting the label, so many are
-            kept, the first ones.
+        quota: [N] int64: the number of columns to keep among those whose key is the edge, without
+            the label; the first ones are kept.
         label_column: [N] int64, the label's column in this shard, which is kept; -1 if the shard
             does not hold the label.
     """

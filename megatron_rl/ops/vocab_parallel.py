@@ -1,4 +1,5 @@
-"""Which columns of the vocabulary a tensor-parallel rank holds, and the collectives over the ranks.
+"""The columns of the vocabulary that each tensor-parallel rank holds, and the collectives over the
+ranks.
 
 Every rank holds a contiguous shard of the same number of columns, in rank order. The columns that
 are added to make the shards equal (Megatron pads its embedding) are the last global ones and belong

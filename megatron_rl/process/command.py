@@ -42,7 +42,7 @@ AGENT_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
 class Progress:
-    """Where a rank is in its work, for the message when a signal stops it.
+    """The progress of a rank, for the message that is printed when a signal stops it.
 
     Example: `progress.describe = lambda: "in step 3, phase rollout"`.
     """
@@ -61,8 +61,8 @@ def run_command(
 
     Args:
         description: of the command, for --help.
-        work: gets the config, and a `Progress` with which it says where it is.
-        argv: arguments of the command line; default: those of this process.
+        work: called with the config and a `Progress`, in which it records its progress.
+        argv: arguments of the command line; by default those of this process.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="YAML file, see configs/")
@@ -118,7 +118,7 @@ def _tell(message: str, run_dir: Path | None) -> None:
         return
     print(message, file=sys.stderr, flush=True)
     if run_dir is not None:
-        with contextlib.suppress(OSError):  # the disk may be the cause; the message is printed
+        with contextlib.suppress(OSError):  # the disk may be the cause; the message is on stderr
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / ERROR_FILE).write_text(message + "\n")
 

@@ -1,17 +1,18 @@
-"""`python -m megatron_rl.process.guard COMMAND ...`: run a server that cannot outlive the run.
+"""`python -m megatron_rl.process.guard COMMAND ...`: runs a server that cannot outlive the run.
 
-In: a command, and on stdin a pipe whose other end is held by the process that started the guard.
-Out: the command's output on the guard's own stdout and stderr, and its exit code: 128 + signal if a
-signal ended it, 0 if the guard was told to end it, 1 if EngineCore died.
+The guard's stdin is a pipe whose other end is held by the process that started the guard. The
+command's output is written to the guard's stdout and stderr. The guard exits with the command's
+exit code, with 128 + signal if a signal ended the command, with 0 if the guard was told to end it,
+and with 1 if EngineCore died.
 
 The guard kills all its descendants when the pipe is closed, when its parent changes (forked
 children of a killed rank may hold the pipe open), on SIGTERM or SIGINT, when the command ends, or
 when vLLM's EngineCore process dies while its server lives on. The guard is a subreaper: descendants
 whose parent dies become its children, so none can escape. If the guard itself is killed, a shell
-that waits for exactly that kills the guard's process group.
+that waits for this event kills the guard's process group.
 
 The guard must start fast, so it imports neither torch nor vllm. psutil adds about 10 ms; unlike
-/proc read by hand it tells a process from a later one with the same id.
+code that reads /proc directly, it distinguishes a process from a later one with the same id.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ENGINE_CORE = "VLLM::EngineCore"  # the name that the process gives itself (vllm
 
 
 def main(command: list[str]) -> int:
-    """Run the command to its end, or to the guard's; returns the exit code of the guard."""
+    """Run the command until it or the guard ends; returns the exit code of the guard."""
     become_subreaper()
     if os.getpgrp() != os.getpid():
         os.setpgrp()
@@ -44,7 +45,8 @@ def main(command: list[str]) -> int:
     stop_signals: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: stop_signals.append(number))
-    # Outlives a guard that is killed: it then reads the end of the pipe and kills the group.
+    # This shell outlives a guard that is killed: it then reads the end of the pipe and kills the
+    # process group.
     reader, _ = os.pipe()
     subprocess.Popen(["/bin/sh", "-c", "read line; kill -KILL 0"], stdin=reader)
     os.close(reader)
@@ -62,7 +64,7 @@ def main(command: list[str]) -> int:
             end_descendants(server)
             return 0
         engine_core = engine_core or find_engine_core(server.pid)
-        # EngineCore also dies when the server is killed, whose many threads may end later.
+        # EngineCore also dies when the server is killed; the server's threads may end later.
         if engine_core is not None and not is_alive(engine_core) and not ends_soon(server):
             # The server would notice, but only after seconds in which every request fails.
             print("guard: the EngineCore process died, ending its server", file=sys.stderr)
@@ -88,8 +90,8 @@ def end_descendants(server: subprocess.Popen[bytes]) -> None:
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(GRACE_SECONDS)
-    # Orphans become children of the subreaper, as do the processes that they start meanwhile:
-    # repeat until there is no child.
+    # Orphans become children of the subreaper, and so do processes that they start in the
+    # meantime. Therefore this is repeated until there is no child.
     guard = psutil.Process()
     while True:
         for child in guard.children():
@@ -104,7 +106,7 @@ def end_descendants(server: subprocess.Popen[bytes]) -> None:
 
 
 def find_engine_core(server_pid: int) -> psutil.Process | None:
-    """vLLM's engine process under the server; None until it is up and has given itself a name."""
+    """vLLM's engine process under the server; None until it has started and set its own name."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(server_pid).children():
             # A child may end between the two calls, and an ended one has no command line.
@@ -115,7 +117,7 @@ def find_engine_core(server_pid: int) -> psutil.Process | None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether the process runs; one that has ended but was not waited for (a zombie) does not."""
+    """Whether the process is running; a zombie (ended, but not waited for) is not."""
     try:
         return process.is_running() and process.status() not in (
             psutil.STATUS_ZOMBIE,

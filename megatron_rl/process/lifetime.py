@@ -1,11 +1,11 @@
 """Ends the processes of a run: children together with their parent, ranks at once on a signal.
 
 Linux only, and without torch or vllm, so that every process can import it. A learner rank can block
-in C++ for minutes, inside a gloo collective, and Python's signal handlers do not run meanwhile.
+in C++ for minutes, inside a gloo collective, during which Python's signal handlers do not run.
 Therefore the C handler writes the signal to a pipe (`signal.set_wakeup_fd`), and a thread that
 reads the pipe ends the process.
 
-psutil replaces nothing here: it offers neither prctl's parent-death signal and subreaper, nor
+psutil cannot be used here: it supports neither prctl's parent-death signal and subreaper, nor
 signal handling.
 """
 

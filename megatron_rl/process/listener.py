@@ -1,4 +1,4 @@
-"""Which processes listen on a port of this host, so that a token is sent to no other server."""
+"""Finds out which process listens on a port of this host, so that the token is sent to no other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def listens(pid: int, port: int) -> bool:
 
 
 def _listens_itself(process: psutil.Process, port: int) -> bool:
-    # It may have ended meanwhile; the sockets of another user's process cannot be read.
+    # The process may have ended; the sockets of another user's process cannot be read.
     with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
         return any(
             connection.status == psutil.CONN_LISTEN and connection.laddr.port == port

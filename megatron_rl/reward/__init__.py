@@ -1,1 +1,1 @@
-"""Responses in, scores out; verifiers run in worker processes. Nothing here imports torch."""
+"""Scores responses with verifiers in worker processes. Nothing in this package imports torch."""

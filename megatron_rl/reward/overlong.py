@@ -1,7 +1,8 @@
-"""A response's length in, the penalty on its reward out. With start = max_tokens - buffer_tokens:
+"""Computes the penalty for a long response from its length. With start = max_tokens -
+buffer_tokens it is
 
     0                                                  up to start
-    -penalty * (length - start) / buffer_tokens        above it, down to -penalty at max_tokens
+    -penalty * (length - start) / buffer_tokens        above start, reaching -penalty at max_tokens
 
 Source: the soft over-long punishment of DAPO (arXiv 2503.14476, equation 13), with verl's factor.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 def overlong_penalty(
     num_tokens: int, *, max_tokens: int, buffer_tokens: int, penalty: float
 ) -> float:
-    """What is added to the reward of a response.
+    """The value that is added to the reward of a response.
 
     Args:
         num_tokens: length of the response, at most max_tokens.

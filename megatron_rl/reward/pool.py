@@ -1,7 +1,7 @@
-"""The scoring processes, and questions to all of them at once.
+"""A pool of scoring processes, which answer questions in parallel.
 
-Each process belongs to a thread of the pool, which asks it one question at a time and replaces it
-after a timeout or a crash. What a question and an answer hold is in `reward/worker.py`.
+Each process belongs to a thread of the pool. The thread sends it one question at a time and
+replaces it after a timeout or a crash. `reward/worker.py` describes questions and answers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from megatron_rl.reward.process import WorkerCrash, WorkerProcess, WorkerTimeout
 class WorkerPool:
     """`reward.num_workers` scoring processes; callable from any thread.
 
-    The processes start in the background when it is made; the first question waits for them.
+    The processes start in the background when the pool is created; the first question waits for
+    them.
 
     Args:
         config: the number of processes, the time limit and the group verifier.
@@ -38,10 +39,10 @@ class WorkerPool:
             self._threads.submit(self._worker)
 
     def ask(self, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The answers to the questions, in their order.
+        """The answers, in the order of the questions.
 
-        Where a process does not answer in time or ends, the answer is {"failure": "timeout" or
-        "crash", "error": what happened}.
+        If a process does not answer in time, or ends, the answer is {"failure": "timeout" or
+        "crash", "error": description}.
 
         Raises:
             ConfigError: a verifier cannot be loaded.
@@ -55,7 +56,7 @@ class WorkerPool:
                 future.cancel()
 
     def close(self) -> None:
-        """Ends the processes; questions in progress fail. It can be called twice."""
+        """End the processes; questions in progress fail. May be called twice."""
         with self._lock:
             self._is_closed = True
             workers = list(self._workers)

@@ -1,12 +1,13 @@
-"""One scoring process and its pipe, as its owner sees it: requests with a hard time limit.
+"""The owner's side of one scoring process and its pipe: requests with a hard time limit.
 
-Not `multiprocessing`, nor a pool that is built on it (`concurrent.futures`, loky, pebble): a
-spawned child would import the run's main module, and torch with it; a fork copies the locks of a
-process that has many threads; and where workers share a queue, a worker that is killed can leave it
-locked. Here each worker has its own pipe, so that its death does not affect the others.
+`multiprocessing` and pools built on it (`concurrent.futures`, loky, pebble) are not used. A spawned
+child would import the run's main module, and with it torch; a forked one would copy the locks of a
+process with many threads; and if workers share a queue, a killed worker can leave it locked. Here
+each worker has its own pipe, so that its death does not affect the others.
 
-Not psutil to end what a verifier started: one signal to the process group reaches all of it at
-once, while a walk over the process tree misses children that are started meanwhile.
+psutil is not used to end the processes that a verifier started. One signal to the process group
+reaches all of them at once, while a walk over the process tree misses children that are started in
+the meantime.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ STARTUP_TIMEOUT_SECONDS = 120.0  # for importing the verifiers; the first read o
 
 
 class WorkerTimeout(Exception):
-    """No answer within the time limit; the process was killed."""
+    """The process did not answer within the time limit and was killed."""
 
 
 class WorkerCrash(Exception):
@@ -37,12 +38,12 @@ class WorkerCrash(Exception):
 
 
 class WorkerProcess:
-    """A scoring process. Start it from a thread that lives as long as the process is needed: the
-    kernel ends the process together with that thread.
+    """A scoring process. It must be started from a thread that lives as long as the process is
+    needed, because the kernel ends the process together with that thread.
 
     Args:
-        verifiers: names of the verifiers that it imports.
-        group_verifier: name of the group verifier that it imports; "": none.
+        verifiers: names of the verifiers that the process imports.
+        group_verifier: name of the group verifier that the process imports; "": none.
     """
 
     def __init__(self, verifiers: Sequence[str], group_verifier: str) -> None:
@@ -52,8 +53,8 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # A process group of its own: Ctrl-C reaches only the run, and a kill of the group also
-            # ends what a verifier started.
+            # A separate process group: Ctrl-C reaches only the run, and killing the group also ends
+            # the processes that a verifier started.
             start_new_session=True,
             env={
                 # A verifier runs on text that a model generated; it must not reach the engines.
@@ -73,10 +74,10 @@ class WorkerProcess:
         return self._process.poll() is None
 
     def wait_until_ready(self) -> None:
-        """Waits until the verifiers are imported.
+        """Wait until the verifiers are imported.
 
         Raises:
-            ConfigError: a verifier could not be imported, or the process did not come up.
+            ConfigError: a verifier could not be imported, or the process did not start.
         """
         if self._is_ready:
             return
@@ -98,15 +99,13 @@ class WorkerProcess:
         return self._exchange(json.dumps(question).encode() + b"\n", timeout_seconds)
 
     def interrupt(self) -> None:
-        """Kills the process and what it started, at once; callable from any thread."""
+        """Kill the process and its descendants immediately; callable from any thread."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kills the process as `interrupt` does, reaps it and closes its pipes. It can be called
-        twice.
-        """
+        """Kill the process like `interrupt`, reap it and close its pipes. May be called twice."""
         self.interrupt()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

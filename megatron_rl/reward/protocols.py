@@ -1,4 +1,4 @@
-"""What a verifier is: of one response, and of the responses of a whole group."""
+"""The interfaces of a verifier of one response, and of a verifier of a whole group."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupInputs:
-    """What a group verifier sees: one prompt and all the responses to it.
+    """The input of a group verifier: one prompt and all responses to it.
 
     Example: `GroupInputs(answer="7", metadata={}, responses=("7", "It is 8."), scores=(Score(
     reward=1.0, ...), Score(reward=0.0, ...)), num_tokens=(2, 5))`.
@@ -40,7 +40,7 @@ class GroupInputs:
     answer: str  # the prompt's expected answer
     metadata: dict[str, Any]  # the prompt's own record
     responses: tuple[str, ...]  # [G]
-    scores: tuple[Score, ...]  # [G] of the verifier, failures among them
+    scores: tuple[Score, ...]  # [G] from the verifier, including failures
     num_tokens: tuple[int, ...]  # [G] lengths of the responses
 
 
@@ -50,12 +50,12 @@ class GroupVerifier(Protocol):
     """
 
     def __call__(self, group: GroupInputs, /) -> Sequence[float]:
-        """What is added to the rewards.
+        """The values that are added to the rewards.
 
         Returns:
             [G] finite numbers, one for each response.
 
         Raises:
-            Any error, after which nothing is added to the rewards of this group.
+            Any error; then nothing is added to the rewards of this group.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which verifier judges which source, and how a verifier is found by its name.
+"""Selects the verifier of each source, and finds and imports verifiers by name.
 
 A name is that of a module in `reward/verifiers/` or `reward/group_verifiers/`, or an import path
 "package.module:function" of a user's own function.
@@ -28,7 +28,7 @@ def resolve_verifiers(tasks: Sequence[TaskConfig]) -> dict[str, str]:
     task, and math_verify for a file.
 
     Raises:
-        ConfigError: one source name with two verifiers, or the scorer of reasoning-gym for a file.
+        ConfigError: a source name has two verifiers, or a file has the scorer of reasoning-gym.
     """
     verifiers: dict[str, str] = {}
     for task in tasks:
@@ -57,7 +57,7 @@ def check_verifier(name: str) -> None:
     """Refuses a verifier that cannot exist, without importing it.
 
     Raises:
-        ConfigError: an unknown name, or an import path whose module is not found.
+        ConfigError: the name is unknown, or the module of an import path is not found.
     """
     _check(name, VERIFIERS, VERIFIER_KEY)
 
@@ -66,7 +66,7 @@ def check_group_verifier(name: str) -> None:
     """Refuses a group verifier that cannot exist, without importing it.
 
     Raises:
-        ConfigError: as `check_verifier`.
+        ConfigError: see `check_verifier`.
     """
     _check(name, GROUP_VERIFIERS, GROUP_VERIFIER_KEY)
 
@@ -83,17 +83,18 @@ def load_verifier(name: str) -> Verifier:
         judged = function(response, answer, metadata)
         if isinstance(judged, Score):
             return judged
-        # A number does not say whether an answer could be read; the response was judged, so yes.
+        # A number does not tell whether an answer could be read; since the response was judged, it
+        # counts as formatted.
         return Score(reward=float(judged), is_formatted=True, failure=None)
 
     return verify
 
 
 def load_group_verifier(name: str) -> GroupVerifier:
-    """Imports a group verifier; for worker processes.
+    """Imports a group verifier. Only worker processes do so.
 
     Raises:
-        ConfigError: as `load_verifier`.
+        ConfigError: see `load_verifier`.
     """
     return _load(name, "group_verifiers", "group_rewards", GROUP_VERIFIER_KEY)
 
@@ -118,7 +119,7 @@ def _check(name: str, choices: tuple[str, ...], key: str) -> None:
 
 
 def _load(name: str, folder: str, function_name: str, key: str) -> Callable[..., Any]:
-    """A function by its import path, or `function_name` of a module in a folder beside this one."""
+    """A function by its import path, or `function_name` of a module in a subfolder of reward/."""
     if is_built_in(name):
         module_name = f"megatron_rl.reward.{folder}.{name}"
     else:

@@ -1,7 +1,7 @@
-"""Rollout groups in, a score for each rollout out.
+"""Computes a score for each rollout of rollout groups.
 
-Verifiers run in worker processes with a time limit for each response, since the text comes from a
-model: a regular expression or a symbolic comparison may hang, and a hang or a crash must neither
+Verifiers run in worker processes with a time limit for each response, because the text is generated
+by a model: a regular expression or a symbolic comparison may hang. A hang or a crash must neither
 stop the run nor count as a wrong answer.
 """
 
@@ -26,13 +26,14 @@ logger = logging.getLogger(__name__)
 class Scorer:
     """Scores responses in worker processes; a context manager, callable from any thread.
 
-    The processes start in the background when it is made; the first score waits for them.
+    The processes start in the background when the scorer is created; the first score waits for
+    them.
 
     Args:
         verifiers: source name -> verifier name (`reward.registry.resolve_verifiers`).
 
     Raises:
-        ConfigError: an unknown verifier; from `score`, one that cannot be imported.
+        ConfigError: a verifier is unknown; raised by `score` if a verifier cannot be imported.
     """
 
     def __init__(self, config: RewardConfig, verifiers: Mapping[str, str]) -> None:
@@ -51,7 +52,7 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes; a score in progress fails. It can be called twice."""
+        """End the processes; a score in progress fails. May be called twice."""
         self._pool.close()
 
     def score(
@@ -63,14 +64,14 @@ class Scorer:
         as not formatted, and is not shown to a verifier.
 
         Args:
-            with_group_verifier: whether `reward.group_verifier`, if there is one, fills in
-                `Score.group_reward`. Training does so, evaluation does not.
+            with_group_verifier: whether `reward.group_verifier`, if there is one, sets
+                `Score.group_reward`. Training uses it, evaluation does not.
 
         Returns:
-            for each of the groups [G] scores.
+            For each group its scores, [G].
 
         Raises:
-            ConfigError: a source without a verifier, or a verifier that cannot be imported.
+            ConfigError: a source has no verifier, or a verifier cannot be imported.
         """
         judged = self.score_texts(
             [
@@ -91,10 +92,10 @@ class Scorer:
         return scores
 
     def score_texts(self, responses: Sequence[tuple[Prompt, str]]) -> list[Score]:
-        """Scores texts as if they were responses to the prompts beside them.
+        """Score texts as if they were responses to the prompts that they are paired with.
 
         Raises:
-            ConfigError: as `score`.
+            ConfigError: see `score`.
         """
         for prompt, _ in responses:
             if prompt.source not in self._verifiers:
@@ -130,8 +131,8 @@ class Scorer:
     def _add_group_rewards(
         self, groups: Sequence[RolloutGroup], scores: Sequence[tuple[Score, ...]]
     ) -> list[tuple[Score, ...]]:
-        """The scores with the group verifier's rewards; with 0 for a group that it fails on, and
-        for a response that could not be scored.
+        """The scores with the group verifier's rewards. The group reward is 0 if the group verifier
+        fails on the group, or if the response could not be scored.
         """
         answers = self._pool.ask(
             [
@@ -161,11 +162,11 @@ class Scorer:
 def _log_failures(
     answers: Sequence[dict[str, Any]], what: str, judged_by: Sequence[tuple[Prompt, str]]
 ) -> None:
-    """Warns of the failures among the answers of the workers, with the first of them in full.
+    """Log a warning about the failures among the workers' answers, quoting the first one in full.
 
     Args:
-        what: what was judged, in the plural.
-        judged_by: for each answer the prompt and the name of the verifier.
+        what: the judged objects, in the plural.
+        judged_by: for each answer, the prompt and the name of the verifier.
     """
     failed = [(each, answer) for each, answer in zip(judged_by, answers) if answer.get("failure")]
     if not failed:
@@ -186,11 +187,11 @@ def _log_failures(
 
 
 def rewards_of(scores: Sequence[Score]) -> tuple[float, ...]:
-    """The rewards [G] of one group, for its advantages: a response's own reward and what the group
-    verifier added.
+    """The rewards [G] of one group, for its advantages: each is the response's own reward plus the
+    group verifier's reward.
 
     A response that could not be scored gets the mean of the others' rewards, so that its advantage
-    is 0: nothing is learnt from a verifier's failure. If all failed, all get 0.
+    is 0 and the learner does not train on a verifier's failure. If all failed, all rewards are 0.
     """
     known = [score.reward + score.group_reward for score in scores if score.failure is None]
     mean = math.fsum(known) / len(known) if known else 0.0
@@ -205,15 +206,15 @@ def best_constant_answer(
 ) -> tuple[str, float]:
     """The best accuracy of a policy that gives the same answer to every prompt.
 
-    It is reported beside avg@k and follows the same rule (`Score.is_correct`): only what exceeds it
-    is skill. The candidates are the most frequent expected answers, ties in alphabetical order.
+    It is reported next to avg@k as a baseline and uses the same rule (`Score.is_correct`). The
+    candidates are the most frequent expected answers, with ties in alphabetical order.
 
     Args:
         score_fn: scores (prompt, response) pairs, for instance `Scorer.score_texts`.
-        max_candidates: how many answers are tried.
+        max_candidates: number of answers to try.
 
     Returns:
-        the answer, and the share of the prompts for which it is correct; ("", 0.0) for no prompts.
+        The answer and the share of prompts for which it is correct; ("", 0.0) without prompts.
     """
     counts = Counter(prompt.answer for prompt in prompts)
     candidates = sorted(counts, key=lambda answer: (-counts[answer], answer))[:max_candidates]

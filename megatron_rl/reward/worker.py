@@ -8,8 +8,8 @@ of JSON, to the pipe that was its standard output:
     {"answer", "metadata", "responses", "scores", "num_tokens"}  ->  {"group_rewards"}
 
 The second kind of question is for the group verifier. If a verifier raises an error, the answer to
-either kind is {"failure": "crash", "error": text}. The first line is `{"error": null}` if every
-verifier could be loaded, else the error is a text.
+either kind is {"failure": "crash", "error": text}. The first line of output is `{"error": null}` if
+every verifier could be loaded; otherwise the error is a text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from megatron_rl.records import Score
 from megatron_rl.reward.protocols import GroupInputs, GroupVerifier, Verifier
 from megatron_rl.reward.registry import is_built_in, load_group_verifier, load_verifier
 
-# For a response like 9**9**9, sympy takes all memory of the host within the time limit.
+# Needed because sympy would use all memory of the host for a response like 9**9**9 within the time
+# limit.
 MEMORY_LIMIT_BYTES = 4 * 2**30
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     """Answers questions until standard input is closed."""
     parent_pid, group_name, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     die_with_parent(parent_pid=parent_pid)
-    # What a verifier prints goes to the log, so that it cannot get between the answers.
+    # The output that a verifier prints is sent to the log, so that it cannot mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     if all(is_built_in(name) for name in (group_name, *names)):

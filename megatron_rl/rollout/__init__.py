@@ -1,1 +1,1 @@
-"""Where rollouts come from: environments that sample from the engines, or recorded steps."""
+"""Sources of rollouts: environments that sample from the engines, and recorded steps."""

@@ -1,10 +1,10 @@
-"""An environment makes rollouts of a prompt: it decides what is sampled, and what comes before,
-between and after it.
+"""The interface of an environment, which produces the rollouts of a prompt: it decides which turns
+are sampled, and which tokens come before, between and after them.
 
 `rollout/single_turn.py` samples one response. An environment with tools samples a turn, runs the
 tool, appends its result and samples again; `rollout/episode.py` keeps token ids, mask, log-probs
-and versions aligned. Token ids go in and come out, so that what is learnt from is exactly what was
-sampled.
+and versions aligned. Requests and completions consist of token ids, not text, so that the learner
+trains on exactly the tokens that were sampled.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from megatron_rl.records import MAX_SAMPLES, Prompt, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeRequest:
-    """How a prompt's rollouts are to be sampled.
+    """The number, seed and sampling settings of a prompt's rollouts.
 
     Example: `EpisodeRequest(num_samples=8, seed=1280, sampling=SamplingConfig(max_tokens=64))`.
     """
 
     num_samples: int
-    seed: int  # the prompt owns the MAX_SAMPLES seeds from this one on; see `seed_of`
+    # The prompt owns records.MAX_SAMPLES consecutive seeds, starting with this one; see `seed_of`.
+    seed: int
     sampling: SamplingConfig  # max_tokens bounds each request
 
     def seed_of(self, sample: int, turn: int) -> int:
@@ -45,7 +46,7 @@ class EpisodeRequest:
 
 
 class Environment(Protocol):
-    """Makes the rollouts of a prompt from an engine's samples."""
+    """Builds the rollouts of a prompt from an engine's samples."""
 
     async def rollouts(
         self, prompt: Prompt, request: EpisodeRequest, sampler: Sampler
@@ -55,6 +56,6 @@ class Environment(Protocol):
         Every `GenerateRequest` should have `key=prompt.index`, so that all turns reach one engine.
 
         Raises:
-            EngineError: passed on from the sampler.
+            EngineError: raised by the sampler.
         """
         ...

@@ -17,7 +17,7 @@ from megatron_rl.records import Rollout
 
 
 class Episode:
-    """One rollout in the making. Ids, mask, log-probs and versions always have equal lengths."""
+    """A rollout under construction. Ids, mask, log-probs and versions always have equal lengths."""
 
     def __init__(self) -> None:
         self._token_ids: list[int] = []
@@ -28,7 +28,7 @@ class Episode:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Everything so far: the tokens of the next `GenerateRequest`."""
+        """All tokens so far, which are the input of the next `GenerateRequest`."""
         return tuple(self._token_ids)
 
     def say(self, token_ids: Sequence[int]) -> None:
@@ -42,7 +42,7 @@ class Episode:
         """Append tokens that the policy chose.
 
         Raises:
-            ValueError: a completion without one log-prob and one version for each token.
+            ValueError: the completion does not have one log-prob and one version for each token.
         """
         num_tokens = len(completion.token_ids)
         for name in ("logprobs", "weight_versions"):
@@ -61,8 +61,8 @@ class Episode:
         """The episode so far as a record; its engine is that of the last completion.
 
         Args:
-            finish_reason: "stop" if the episode came to its own end, "length" if it was cut.
-            text: what the verifier reads.
+            finish_reason: "stop" if the episode ended by itself, "length" if it was cut.
+            text: the response that the verifier reads.
         """
         return Rollout(
             token_ids=self.token_ids,

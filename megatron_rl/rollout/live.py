@@ -1,4 +1,4 @@
-"""Rollouts sampled from the engines now: prompts in, scored groups out."""
+"""The source that samples rollouts from the engines: it takes prompts and returns scored groups."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
 
 
 class LiveSource:
-    """The `RolloutSource` that samples from the engines and scores what it sampled.
+    """The `RolloutSource` that samples rollouts from the engines and scores them.
 
     Args:
-        prompts: first index and number of prompts to the prompts.
-        score: groups to the scores of their rollouts, [P] tuples of [G].
+        prompts: returns the prompts for a first index and a number of prompts.
+        score: returns the scores of the rollouts of groups, [P] tuples of [G].
         num_samples: rollouts for each prompt.
-        seed: of the run.
-        share: number of items of all replicas to the first and the number of this replica's.
-        time: name of a phase to a context manager that times it; the phases are "rollout" and
-            "reward".
+        seed: the run's seed.
+        share: given the number of items of all replicas together, returns the index of this
+            replica's first item and the number of its items.
+        time: returns a context manager that times the named phase, "rollout" or "reward".
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LiveSource:
         """This replica's share of `request.num_prompts` prompts, sampled and scored.
 
         Raises:
-            EngineError: an engine failed, or samples with other weights than requested.
+            EngineError: an engine failed, or sampled with weights other than the requested ones.
         """
         start, count = self._share(request.num_prompts)
         prompts = self._prompts(request.first_prompt + start, count)
@@ -91,7 +91,7 @@ def sample_groups(
     num_samples: int,
     seeds: Sequence[int],
 ) -> list[RolloutGroup]:
-    """Sample `num_samples` rollouts for each prompt; blocks until all are there.
+    """Sample `num_samples` rollouts for each prompt; blocks until all of them are complete.
 
     Args:
         seeds: [P] see `rollout/seeds.py`; rollout j of prompt i is drawn with `seeds[i] + j`.
@@ -101,7 +101,7 @@ def sample_groups(
 
     Raises:
         EngineError: see `EnginePool.run`.
-        ValueError: wrong arguments, or an environment that returns another number of rollouts.
+        ValueError: an argument is invalid, or the environment returned a wrong number of rollouts.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"seeds: expected one per prompt, {len(prompts)}, got {len(seeds)}")
@@ -134,7 +134,8 @@ def check_versions(groups: Sequence[RolloutGroup], expected: int) -> None:
     """Check that every token was sampled by the weights that were published last.
 
     Raises:
-        EngineError: a token was not: an engine was restarted, or another run publishes to it.
+        EngineError: a token was sampled by other weights, because an engine was restarted or
+            because another run publishes to it.
     """
     for group in groups:
         for rollout in group.rollouts:

@@ -42,8 +42,8 @@ def write_step(
     """Write one rank's groups of a step. A rank without groups writes files without samples.
 
     Args:
-        rank: 0 to num_ranks - 1, among the ranks that write. `read_step` requires the files of all
-            of them.
+        rank: index among the ranks that write, 0 to num_ranks - 1. `read_step` requires the files
+            of all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -74,13 +74,13 @@ def write_recomputed(
     """Write the log-probs that the learner recomputed for the samples dealt to one rank.
 
     Args:
-        prompt_index, sample_index: [S] which samples they are.
+        prompt_index, sample_index: [S] the samples' positions in the step.
         lengths: [S] in tokens, prompt included.
-        recomputed_logprobs: [sum of lengths] float32, sequence after sequence; position t belongs
-            to token t of the sequence, as in Rollout, 0.0 where the mask is False.
+        recomputed_logprobs: [sum of lengths] float32, one sequence after another; position t
+            belongs to token t of the sequence, as in Rollout; 0.0 where the mask is False.
 
     Raises:
-        ValueError: `recomputed_logprobs` has another length.
+        ValueError: the length of `recomputed_logprobs` is not the sum of `lengths`.
     """
     if recomputed_logprobs.shape != (sum(lengths),):
         raise ValueError(
@@ -98,10 +98,12 @@ def write_recomputed(
 
 
 def read_step(folder: Path, step: int) -> list[ScoredGroup]:
-    """All ranks' groups of a step with their scores, by prompt index, every number as it was.
+    """All ranks' groups of a step with their scores, sorted by prompt index. Every number is
+    exactly the one that was written.
 
     Raises:
-        DataError: names the file that is missing, cut short, or inconsistent with its counterpart.
+        DataError: a file is missing, truncated, or inconsistent with its counterpart; the message
+            names it.
     """
     first = folder / f"step_{step:06d}.rank0.safetensors"
     num_ranks = int(_open(first)[1].get("num_ranks", "1"))
@@ -112,11 +114,11 @@ def read_step(folder: Path, step: int) -> list[ScoredGroup]:
 
 
 def read_recomputed(folder: Path, step: int) -> dict[tuple[int, int], torch.Tensor]:
-    """(prompt index, sample index) to the sample's recomputed log-probs, [L] float32; empty if none
-    were written.
+    """The recomputed log-probs of each sample, [L] float32, by (prompt index, sample index). Empty
+    if none were written.
 
     Raises:
-        DataError: names the file that is cut short.
+        DataError: a file is truncated; the message names it.
     """
     result: dict[tuple[int, int], torch.Tensor] = {}
     for path, found_step in _step_files(folder):
@@ -130,7 +132,7 @@ def read_recomputed(folder: Path, step: int) -> dict[tuple[int, int], torch.Tens
 
 
 def truncate_after(folder: Path, step: int) -> None:
-    """Delete the files of later steps, which a resumed run writes again."""
+    """Delete the files of steps after `step`, because a resumed run writes them again."""
     for path, found_step in _step_files(folder):
         if found_step > step:
             path.unlink()
@@ -163,8 +165,8 @@ def _line(
     }
 
 
-# One value per sample, and one per token of all samples one after the other. float64 represents
-# every Python float, so the engine's float32 log-probs come back as the same numbers.
+# The first table holds one value per sample, the second one value per token, with the samples
+# concatenated. float64 represents every Python float, so the log-probs are read back exactly.
 SAMPLE_TENSORS = {
     "prompt_index": torch.int64,
     "sample_index": torch.int64,
@@ -226,7 +228,7 @@ def _rollout(line: dict[str, Any]) -> Rollout:
         weight_versions=tuple(line["weight_versions"]),
         finish_reason=line["finish_reason"],
         text=line["response"],
-        engine=line.get("engine", ""),  # older recordings do not name it
+        engine=line.get("engine", ""),  # absent from older recordings
     )
 
 
@@ -235,7 +237,7 @@ def _score(line: dict[str, Any]) -> Score:
         reward=line["reward"],
         is_formatted=line["is_formatted"],
         failure=line["failure"],
-        group_reward=line.get("group_reward", 0.0),  # older recordings have none
+        group_reward=line.get("group_reward", 0.0),  # absent from older recordings
     )
 
 
@@ -256,7 +258,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise DataError(f"{path}: expected the samples of a recorded step, got no file") from None
     lines = []
-    # Not splitlines: a response may hold other line ends than \n.
+    # Not splitlines: a response may contain line separators other than \n.
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             lines.append(json.loads(line))

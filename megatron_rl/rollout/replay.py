@@ -1,4 +1,4 @@
-"""Rollouts from a recorded run instead of an engine (`replay` in the settings)."""
+"""The source that reads rollouts from a recorded run instead of an engine (setting `replay`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
 
 
 class ReplaySource:
-    """The `RolloutSource` that reads what another run recorded, with its scores.
+    """The `RolloutSource` that reads the rollouts and scores that another run recorded.
 
     Args:
         folder: the other run's `rollouts/`.
-        config: the batch that a step of this run expects.
-        share: number of items of all replicas to the first and the number of this replica's.
+        config: gives the number of prompts and samples that a step of this run expects.
+        share: given the number of items of all replicas together, returns the index of this
+            replica's first item and the number of its items.
     """
 
     def __init__(
@@ -29,12 +30,12 @@ class ReplaySource:
         self._share = share
 
     def take(self, request: RolloutRequest) -> TakenRollouts:
-        """This replica's share of everything that was recorded for `request.step`. With dynamic
-        sampling that may be more prompts than requested: those of all rounds. The recorded weight
-        versions are not compared with the request's.
+        """This replica's share of all rollouts that were recorded for `request.step`. With dynamic
+        sampling these may be more prompts than requested, because all rounds were recorded. The
+        recorded weight versions are not compared with the request's version.
 
         Raises:
-            DataError: the step is missing, damaged, or of another batch than requested.
+            DataError: the step is missing or damaged, or its batch is not the requested one.
         """
         groups = read_step(self._folder, request.step)
         self._check(groups, request)

@@ -1,4 +1,4 @@
-"""The environment of one turn: the prompt, and one sampled response."""
+"""The single-turn environment: a rollout is the prompt and one sampled response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SingleTurn:
     """An `Environment` that asks for all samples of a prompt in one request.
 
     Args:
-        decode: token ids of a response to its text, without special tokens.
+        decode: returns the text of a response's token ids, without special tokens.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

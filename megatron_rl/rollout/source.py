@@ -1,5 +1,5 @@
-"""Where a training step gets its scored rollouts from. `rollout/live.py` samples them,
-`rollout/replay.py` reads recorded ones.
+"""The interface from which a training step gets its scored rollouts. `rollout/live.py` samples
+them, `rollout/replay.py` reads recorded ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_rl.records import ScoredGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRequest:
-    """The rollouts that a training step asks for.
+    """The rollouts that a training step requests.
 
     Example: `RolloutRequest(step=3, first_prompt=128, num_prompts=64, weight_version=2)`.
     """
@@ -33,18 +33,18 @@ class TakenRollouts:
 
     groups: tuple[ScoredGroup, ...]  # this replica's share, by prompt index
     num_prompts: int  # of all replicas together
-    num_rounds: int  # of sampling: 1, or 0 if they were recorded
-    is_whole_step: bool  # the source has nothing further for this step
+    num_rounds: int  # 1 if they were sampled, 0 if they were read from a recording
+    is_whole_step: bool  # True if the source has no further rollouts for this step
 
 
 class RolloutSource(Protocol):
-    """Gives the scored rollouts of a step, on the head of each replica."""
+    """Provides the scored rollouts of a step on the head of each replica."""
 
     def take(self, request: RolloutRequest) -> TakenRollouts:
         """This replica's share of the rollouts of a step; blocks until they are scored.
 
         Raises:
-            EngineError: they could not be sampled, or not from the requested weights.
-            DataError: recorded rollouts are missing, or are not those of the request.
+            EngineError: sampling failed, or an engine did not serve the requested weights.
+            DataError: the recorded rollouts are missing, or do not match the request.
         """
         ...

@@ -1,8 +1,8 @@
 """Runs one training run to its end, for tools that compare runs with each other.
 
-Each run is a torchrun process of its own, whose output goes to `<run_dir>/console.log`. A finished
-run is not repeated, and a run that was stopped is resumed. An engine can serve several runs, one
-after another, because a run publishes its own weights before it samples.
+Each run is a separate torchrun process, whose output is written to `<run_dir>/console.log`. A
+finished run is not repeated, and a run that was stopped is resumed. An engine can serve several
+runs, one after another, because a run publishes its own weights before it samples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shared_engines(config: Config, folder: Path, *, count: int) -> Iterator[list
 
     Args:
         config: settings of the runs; `rollout.num_engines` and `rollout.urls` are not used.
-        folder: where the engines' model and logs go.
+        folder: the folder for the engines' model and logs.
         count: number of engines.
     Yields:
         The engines.
@@ -69,14 +69,16 @@ def run_to_the_end(
     Args:
         config: YAML file of the run.
         overrides: further settings, `key=value`.
-        engine: a running engine with the rollout settings of this run, which no other run uses
-            meanwhile; None: the run starts its own engines.
+        engine: a running engine with the rollout settings of this run, which no other run may use
+            at the same time; None: the run starts its own engines.
         num_threads: threads per learner rank; 0: torchrun's default.
     Returns:
         `run_dir`.
     Raises:
-        ConfigError: the settings do not load, or `run_dir` holds a finished run of other settings.
-        EngineError: the run failed; with the error that it reported, or the end of its output.
+        ConfigError: the settings cannot be loaded, or `run_dir` holds a finished run with other
+            settings.
+        EngineError: the run failed; the message is the error that it reported, or the end of its
+            output.
     """
     settings = load_config(config, [*overrides, f"run_dir={run_dir}"])
     if is_finished(config, overrides, run_dir):
@@ -123,7 +125,7 @@ def _settings_of(config: str | Path, overrides: Sequence[str]) -> dict[str, obje
 def _wait(command: list[str], environment: dict[str, str], log: BinaryIO) -> int:
     """Run a command, which ends together with this process, and return its exit code."""
     parent = os.getpid()
-    # To the kernel, this thread is the parent; it stays alive, because it waits for the process.
+    # To the kernel, this thread is the parent; it remains alive, because it waits for the process.
     process = subprocess.Popen(
         command,
         env=environment,

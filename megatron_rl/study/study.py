@@ -1,7 +1,8 @@
 """Runs a study: every arm (an objective to compare) on every engine with every seed.
 
-The settings of an engine are those of its rollout server, and any others that its arms share. The
-runs of one engine use the same servers: `jobs` servers stay up, and each serves one run at a time.
+The settings of an engine are those of its rollout server and any others that its arms share. The
+runs of one engine use the same servers: `jobs` servers run throughout, and each of them serves one
+run at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Parts = dict[str, tuple[str, ...]]  # name of an engine or an arm -> settings, `
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """What a study compares.
+    """The definition of a study.
 
     Example: `Study(config="configs/quickstart.yaml", settings=("loop.num_steps=60",),
     seeds=(0, 1), engines={"bf16": ()}, arms={"grpo": ("objective.constraint.enabled=false",)})`.
@@ -85,7 +86,7 @@ def choose(study: Study, engines: str | None, arms: str | None) -> Study:
     Args:
         engines, arms: comma-separated names; None: all of them.
     Raises:
-        ConfigError: the study has no engine or arm of a name.
+        ConfigError: the study has no engine or arm with one of the names.
     """
 
     def those(known: Parts, names: str | None, what: str) -> Parts:
@@ -108,10 +109,10 @@ def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -
     Args:
         overrides: further settings of every run, `key=value`.
         output: folder of the runs, see `run_dir_of`.
-        jobs: runs at a time.
+        jobs: number of concurrent runs.
     Raises:
-        ConfigError: settings that do not load or do not fit, before anything runs.
-        EngineError: at the end, if runs failed; names them.
+        ConfigError: settings cannot be loaded or do not match; raised before anything runs.
+        EngineError: runs failed; raised at the end, with their names.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs: expected at least 1, got {jobs}")
@@ -132,8 +133,8 @@ def unfinished(
     """Arms and seeds that must still be run on an engine.
 
     Raises:
-        ConfigError: settings that do not load, a finished run of other settings in the folder of a
-            run, or an arm whose rollout settings or model differ from the engine's.
+        ConfigError: settings cannot be loaded, a run's folder holds a finished run with other
+            settings, or an arm's rollout settings or model differ from the engine's.
     """
     pending = []
     shared = served_settings(study, engine, overrides)

@@ -1,8 +1,8 @@
-"""The receiving half of the wire format: buckets of bytes in, whole and checked tensors out.
+"""The receiving half of the wire format: assembles buckets of bytes into complete, checked tensors.
 
-It knows neither vLLM nor the transport. The manifest is compared with the engine's own checkpoint,
-and the update with its manifest: each tensor must arrive once, whole, in the announced order and
-with the announced checksum.
+It depends neither on vLLM nor on the transport. The manifest is compared with the engine's own
+checkpoint, and the update with its manifest: each tensor must arrive exactly once, completely, in
+the announced order and with the announced checksum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> No
     """Compare an announced update with the tensors that the engine was built from, by name.
 
     Raises:
-        SyncError: a name that is unknown, missing or given twice; another shape; or another dtype
+        SyncError: a name is unknown, missing or duplicated; a shape differs; or a dtype differs
             (only float32, float16 and bfloat16 may replace each other).
     """
     seen: set[str] = set()
@@ -49,7 +49,7 @@ def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> No
 
 
 class Assembly:
-    """The tensors of one update, put together from its buckets.
+    """Assembles the tensors of one update from its buckets.
 
     Args:
         manifest: already checked.
@@ -58,7 +58,7 @@ class Assembly:
 
     def __init__(self, manifest: Manifest, read: Callable[[int, int], torch.Tensor]) -> None:
         self.manifest = manifest
-        # Of the tensors that the last bucket completed, by index into the manifest.
+        # Digests of the tensors that the last bucket completed, by index into the manifest.
         self.digests: dict[int, bytes] = {}
         self._read = read
         self._num_buckets = 0
@@ -73,10 +73,10 @@ class Assembly:
         the bucket's memory.
 
         Args:
-            checksums: hexadecimal, of the same tensors, by index into the manifest.
+            checksums: hexadecimal checksums of these tensors, by index into the manifest.
 
         Raises:
-            SyncError: a bucket or piece out of order, or bytes with another checksum.
+            SyncError: a bucket or piece is out of order, or a checksum differs.
         """
         self.digests = {}
         if bucket.index != self._num_buckets:
@@ -115,8 +115,8 @@ class Assembly:
             )
         if self._bytes is None:
             self._bytes = torch.empty(spec.nbytes, dtype=torch.uint8)
-        # A copy, because the next bucket overwrites these bytes while vLLM still keeps the tensors
-        # of a layer that is not complete.
+        # Copied, because the next bucket overwrites these bytes while vLLM still holds the tensors
+        # of an incomplete layer.
         self._bytes[self._offset : self._offset + piece.nbytes] = self._read(
             piece.bucket_offset, piece.nbytes
         )
@@ -125,7 +125,7 @@ class Assembly:
 
     def _complete(self, spec: TensorSpec, checksums: dict[int, str]) -> torch.Tensor:
         assert self._bytes is not None
-        checksum = new_checksum(self._bytes.numpy())  # of the copy, which is what will be loaded
+        checksum = new_checksum(self._bytes.numpy())  # of the copy, which will be loaded
         announced = checksums.get(self._num_complete)
         if checksum.hexdigest() != announced:
             raise SyncError(

@@ -1,24 +1,24 @@
-"""Parity probe: does each engine serve the weights that were published?
+"""The parity probe, which checks that each engine serves the published weights.
 
-In: samples that the engines made after an update, with the engines' log-probs, and the learner's
-log-probs of the same tokens at the published weights, both over the whole distribution. Out: a
-report per engine, or SyncError. A checksum proves only that bytes arrived; this proves that the
-engine computes with them. It detects a stale packed copy, a layer that kept its old tensor, or a
-prefix cache from before the update.
+It compares the log-probs of samples that the engines generated after an update with the learner's
+log-probs of the same tokens at the published weights, both over the whole distribution. The result
+is a report per engine, or SyncError. A checksum proves only that the bytes arrived; the probe shows
+that the engine computes with them. It detects a stale packed copy, a layer that kept its old
+tensor, or a prefix cache from before the update.
 
-Float32 on both sides: max |d logprob| <= 2e-5 x max(1, |logprob|), token by token, which any
-mistake exceeds. Below float32 the two sides differ by rounding, so the mean of |p - p| is compared
-with a bound. Measured over probes of 48 sampled tokens, vLLM on the CPU against a float32 learner,
-Qwen3 models of 0.8M parameters:
+With float32 on both sides the condition is max |d logprob| <= 2e-5 x max(1, |logprob|) for every
+token, which any mistake violates. With lower precision the two sides differ by rounding, so the
+mean of |p - p| is compared with a bound. Measurements over probes of 48 sampled tokens, with vLLM
+on the CPU, a float32 learner and Qwen3 models of 0.8M parameters:
 
-    noise     BF16 0.0003 to 0.0018, INT8 W8A8 to 0.0024, FP8 KV cache to 0.016
-              (means on a longer trained one: BF16 0.0051, FP8 weights 0.0073, INT4 weights 0.023)
+    noise     BF16 0.0003 to 0.0018, INT8 W8A8 up to 0.0024, FP8 KV cache up to 0.016
+              (means on a model trained longer: BF16 0.0051, FP8 weights 0.0073, INT4 weights 0.023)
     mistakes  head of other weights 0.30 and more, one layer's q_proj from another 0.035 to 0.13,
               two layers swapped 0.044 to 0.12 (0.010 to 0.058 after 32 steps of training),
               everything 15 steps old 0.018 to 0.066, only the head that old 0.005 to 0.012
 
-So the bounds below accept the noise and detect gross mistakes at once; a head that is never updated
-is detected only after enough updates.
+The bounds below therefore accept the noise and detect large mistakes immediately. A head that is
+never updated is detected only after enough updates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_rl.errors import SyncError
 from megatron_rl.records import MISSING_LOGPROB, Sample
 
 FLOAT32_BOUND = 2e-5  # of |d logprob| / max(1, |logprob|)
-# Largest mean |p - p|, by the less precise side.
+# Largest accepted mean |p - p|, by the precision of the less precise side.
 BOUNDS = {
     "float32": 0.0,
     "bfloat16": 0.015,
@@ -46,7 +46,7 @@ BOUNDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
-    """How far an engine and the learner are apart on the probe's tokens.
+    """The differences between an engine and the learner on the probe's tokens.
 
     Example: `ParityReport(num_tokens=48, mean_probability_gap=0.0041, max_probability_gap=0.06,
     max_relative_logprob_gap=0.11)`.
@@ -59,7 +59,7 @@ class ParityReport:
 
 
 def engine_precision(rollout: RolloutConfig) -> str:
-    """A key of BOUNDS: the least precise of an engine's weights, activations and KV cache."""
+    """The key of BOUNDS for the least precise of an engine's weights, activations and KV cache."""
     number = rollout.quantization.format.removesuffix("_w8a8")
     is_fp8 = number == "fp8" or rollout.kv_cache_dtype.startswith("fp8")
     if number == "int4" or not is_fp8:
@@ -76,19 +76,20 @@ def check_engines(
     learner_dtype: str,
     tolerance: float,
 ) -> dict[str, ParityReport]:
-    """A report of every engine, by url, from the samples that it made.
+    """A report of every engine, by url, from the samples that it generated.
 
-    Each engine is judged by its own samples: pooled, one stale engine among many would pass.
+    Each engine is judged by its own samples only. If the samples were pooled, one stale engine
+    among many would pass.
 
     Args:
         pairs: samples with `rollout.engine`, each with the learner's full log-probs [L] float32.
-        urls: of all engines that were published to.
-        version: of the weights, for the error.
+        urls: of all engines that received the update.
+        version: of the weights, for the error message.
         engine_dtype, learner_dtype, tolerance: as in `check_parity`.
 
     Raises:
-        SyncError: an engine does not serve the published weights, none of the samples is an
-            engine's, or one comes from elsewhere.
+        SyncError: an engine does not serve the published weights or has no sample among `pairs`, or
+            a sample is not from any of these engines.
     """
     own: dict[str, list[tuple[Sample, torch.Tensor]]] = {url: [] for url in urls}
     for sample, full_logprobs in pairs:
@@ -116,7 +117,7 @@ def check_engines(
 
 
 def _join(values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[N]: what the masks keep of each [L]."""
+    """[N] the masked values of all [L] tensors, concatenated."""
     return torch.cat([torch.zeros(0), *(each[mask] for each, mask in zip(values, masks))])
 
 
@@ -128,18 +129,18 @@ def check_parity(
     learner_dtype: str,
     tolerance: float,
 ) -> ParityReport:
-    """Compare the two sides, and refuse an engine that does not serve what the learner holds.
+    """Compare the two sides, and raise an error if the engine does not serve the learner's weights.
 
     Args:
-        rollout_logprobs: [N] floating-point, the engine's, of tokens that it sampled.
-        full_logprobs: [N] floating-point, the learner's, of the same tokens.
-        engine_dtype: a key of BOUNDS, as `engine_precision` gives it.
-        learner_dtype: a key of BOUNDS: the precision of the learner.
-        tolerance: the largest mean |p - p|; 0 takes the bound of the less precise side.
+        rollout_logprobs: [N] floating-point, the engine's log-probs of tokens that it sampled.
+        full_logprobs: [N] floating-point, the learner's log-probs of the same tokens.
+        engine_dtype: a key of BOUNDS, from `engine_precision`.
+        learner_dtype: a key of BOUNDS, the precision of the learner.
+        tolerance: the largest accepted mean |p - p|; 0 means the bound of the less precise side.
 
     Raises:
-        SyncError: not comparable, not finite, -9999 or below (how an engine's route writes NaN), or
-            too far apart.
+        SyncError: the log-probs cannot be compared, are not finite, are -9999 or below (the value
+            that an engine's route writes for NaN), or differ too much.
     """
     if rollout_logprobs.shape != full_logprobs.shape or rollout_logprobs.ndim != 1:
         raise SyncError(

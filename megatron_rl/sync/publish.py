@@ -1,17 +1,19 @@
-"""The protocol of an update: one version of the weights, from the learner to every engine.
+"""The sending half of the update protocol: sends one version of the weights from the learner to
+every engine.
 
-In, on one rank: the learner's tensors under their Hugging Face names, in layer order, from a lazy
-iterator. Out: engines that all serve them, under one version, and a report of what each received.
-The steps of an update are pause (wait for the requests in flight), start, manifest, buckets,
-finish, reset of the prefix cache (and a look at its answer), resume. A transport
-(`sync/transports/`) carries the bytes; this module says when, checks the receipts, and makes sure
-that no engine goes on with a part of an update. `sync/receive.py` is the receiving half.
+One rank reads the learner's tensors under their Hugging Face names, in layer order, from a lazy
+iterator. After an update all engines serve these tensors under one version, and a report says what
+each of them received. The phases of an update are: pause (and wait for the requests in flight),
+start, manifest, buckets, finish, reset of the prefix cache (whose answer is checked), resume. A
+transport (`sync/transports/`) carries the bytes. This module calls the phases in order, checks the
+receipts, and makes sure that no engine serves a partial update. `sync/receive.py` is the receiving
+half.
 
-The memory that an update needs is one bucket for the sender and one layer for each engine.
+An update needs memory for one bucket on the sender and for one layer on each engine.
 
-The parity probe cannot come before resume: a paused vLLM accepts a request but does not schedule it
-(vllm/v1/core/sched/scheduler.py, `PauseState.PAUSED_NEW`). So the caller must send no prompt before
-`sync/probe.py` has passed.
+The parity probe can run only after resume, because a paused vLLM accepts a request but does not
+schedule it (vllm/v1/core/sched/scheduler.py, `PauseState.PAUSED_NEW`). Therefore the caller must
+not send other prompts until the probe (`sync/probe.py`) has passed.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from megatron_rl.sync.wire import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """What one update sent, what arrived, and how long it took.
+    """A report of one update: the data sent, the data received, and the time of each phase.
 
     Example: `PublishReport(version=7, num_bytes=6430648, num_buckets=2, checksum="9c..",
     received={"http://127.0.0.1:18400": ("9c..",)}, checksums={"model.norm.weight": "4e..", ...},
@@ -53,25 +55,25 @@ class PublishReport:
     """
 
     version: int
-    num_bytes: int  # of tensors, on the wire
+    num_bytes: int  # size of the tensors as they are sent
     num_buckets: int
-    checksum: str  # of everything that was sent: names, dtypes, shapes and bytes
-    received: dict[str, tuple[str, ...]]  # by url: the same, as each of its workers computed it
+    checksum: str  # of all names, dtypes, shapes and bytes that were sent
+    received: dict[str, tuple[str, ...]]  # by url: the same checksum, computed by each worker
     checksums: dict[str, str]  # by name, in the order sent
-    # connect, pause, start, send (the learner's gathering, cast, copy and checksum), load (the
+    # keys: connect, pause, start, send (gather, cast, copy and checksum in the learner), load (the
     # transport and the engines), finish, reset, resume, total
     seconds: dict[str, float]
 
 
 class Publisher:
-    """Publishes weights to engines. A context manager; nothing of it outlives the process.
+    """Publishes weights to engines. A context manager; it leaves no resources after the process.
 
     Args:
-        addresses: the engines; all get the same weights, at the same time.
+        addresses: the engines; all of them receive the same weights at the same time.
         config: the transport, the size of a bucket and the timeout of every call.
-        wire_dtype: floating-point tensors are cast to it before they are sent; None sends them as
-            they are.
-        control: makes the client of an engine's weight routes, from its address and the timeout.
+        wire_dtype: floating-point tensors are cast to this dtype before they are sent; None sends
+            them unchanged.
+        control: creates the client of an engine's weight routes from its address and the timeout.
     """
 
     def __init__(
@@ -112,15 +114,16 @@ class Publisher:
         self._sender.close()
 
     def publish(self, stream: WeightStream, *, version: int) -> PublishReport:
-        """Send one version of the weights to every engine and let the engines serve it.
+        """Send one version of the weights to every engine and make the engines serve it.
 
         Args:
-            stream: consumed once, one tensor at a time.
-            version: what the engines report with every token that they sample from now on.
+            stream: the tensors; consumed once, one tensor at a time.
+            version: the engines report this version with every token that they sample from now on.
 
         Raises:
-            SyncError: naming engine, phase and tensor. Before start, the engines go on with the
-                weights they have; after it, they stay paused and poisoned until a publish succeeds.
+            SyncError: the update failed; the message names engine, phase and tensor. If it failed
+                before start, the engines continue with their old weights. If it failed later, they
+                remain paused and poisoned until a publish succeeds.
         """
         seconds: dict[str, float] = {}
         begin = time.perf_counter()
@@ -162,7 +165,8 @@ class Publisher:
         )
 
     def _connect(self, num_tensors: int) -> list[int]:
-        """Connect the transport to every engine, before each update: one may have been restarted.
+        """Connect the transport to every engine. This is done before each update, because an engine
+        may have been restarted.
 
         Returns the number of workers of each engine.
         """
@@ -188,9 +192,9 @@ class Publisher:
         return num_workers
 
     def _pause(self, seconds: dict[str, float]) -> None:
-        """Pause all engines. Where one fails, those that were serving before go on as they are.
+        """Pause all engines. If one fails, the engines that were serving before are resumed.
 
-        An engine that was paused before stays paused: it may hold a part of an earlier update.
+        An engine that was already paused remains paused, because it may hold a partial update.
         """
         was_paused = dict(zip(self._engines, self._on_all(lambda engine: engine.is_paused())))
         try:
@@ -207,7 +211,7 @@ class Publisher:
         specs: Sequence[TensorSpec],
         seconds: dict[str, float],
     ) -> list[str]:
-        """Fill a bucket, let every engine load it, fill the next. Returns a checksum per spec."""
+        """Fill each bucket in turn and have every engine load it. Returns a checksum per spec."""
         checksums: list[str] = []
         for bucket in buckets:
             with _timed(seconds, "send"):
@@ -227,7 +231,9 @@ class Publisher:
         return checksums
 
     def _fill(self, bucket: Bucket, source: TensorSource) -> dict[int, str]:
-        """Copy a bucket's bytes; returns the checksums of the tensors that end in it, by index."""
+        """Copy a bucket's bytes. Returns the checksums of the tensors that end in the bucket, by
+        index.
+        """
         completed = {}
         for piece in bucket.pieces:
             target = self._sender.buffer(piece.bucket_offset, piece.nbytes)
@@ -239,9 +245,9 @@ class Publisher:
     def _received(
         self, specs: Sequence[TensorSpec], num_workers: Sequence[int], checksums: Sequence[str]
     ) -> dict[str, tuple[str, ...]]:
-        """The checksum of the whole update by every worker's receipts, by url.
+        """The checksum of the whole update according to each worker's receipts, by url.
 
-        Raises SyncError where a worker loaded other bytes than were sent.
+        Raises SyncError if a worker loaded bytes that differ from those sent.
         """
         receipts = iter(self._sender.receipts())
         received = {}
@@ -264,10 +270,10 @@ class Publisher:
         call: Callable[[EngineControl], object],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> list:
-        """Call every engine at once, run the sender's part meanwhile, and wait for all of them even
-        where one fails. Returns the answers, by engine.
+        """Call all engines concurrently, run the sender's part at the same time, and wait for all
+        of them even if one fails. Returns the answers in the order of the engines.
 
-        Raises the first engine's error rather than the sender's, which is often its consequence.
+        Raises the first engine's error in preference to the sender's, which is often a consequence.
         """
         futures = [self._pool.submit(call, engine) for engine in self._engines]
         try:
@@ -294,10 +300,10 @@ def _results(futures: Sequence[Future]) -> list:
 
 
 def _start(engine: EngineControl) -> None:
-    """Begin an update; where a dead or failed sender has left another one open, end that first.
+    """Begin an update. If a dead or failed sender has left another update open, end that one first.
 
-    vLLM refuses a start while an update is active (vllm/v1/worker/gpu_worker.py), and only an
-    `/update_weights` that fails makes it inactive: this is what `abandon` is for.
+    vLLM refuses a start while an update is active (vllm/v1/worker/gpu_worker.py). Only a failing
+    `/update_weights` makes the update inactive; `abandon` sends such a request.
     """
     try:
         engine.start()
@@ -307,8 +313,8 @@ def _start(engine: EngineControl) -> None:
 
 
 def _resume_whole(engine: EngineControl) -> None:
-    """Resume an engine whose weights were not touched; the caller is about to raise the error that
-    matters.
+    """Resume an engine whose weights have not been changed. Errors are ignored, because the caller
+    is about to raise the original one.
     """
     with suppress(SyncError):
         engine.resume()

@@ -1,15 +1,15 @@
-"""The receiving half of the protocol of an update, in every worker of an engine; `sync/publish.py`
-is the sending half.
+"""The receiving half of the update protocol, in every worker of an engine; `sync/publish.py` is the
+sending half.
 
-In: the bodies of vLLM's weight routes. Out: whole, checked tensors, in order, for the caller to
-load. This module knows neither vLLM (`sync/engine_side/plugin.py` does) nor how the bytes travel
-(`sync/transports/`).
+It parses the bodies of vLLM's weight routes and passes complete, checked tensors, in order, to the
+caller, which loads them. This module depends neither on vLLM (see `sync/engine_side/plugin.py`) nor
+on the way the bytes are transported (see `sync/transports/`).
 
-Tensors are loaded in place as they arrive, so there is no way back in the middle of an update.
-Until all of them have arrived the worker's weights are *incomplete*, and only a later, complete
-update makes them whole. (The server in front of the engine is then *poisoned*: it answers nothing
-that depends on the weights, see `engine/gate.py`. That is a state of the API server, this one of a
-worker's model; neither can see the other's.)
+Tensors are loaded in place as they arrive, so an update cannot be rolled back. Until all tensors
+have arrived, the worker's weights are *incomplete*, and only a later, complete update makes them
+whole. Meanwhile the server in front of the engine is *poisoned*: it refuses every request that
+depends on the weights (see `engine/gate.py`). "Poisoned" is a state of the API server,
+"incomplete" one of a worker's model; neither process can see the other's state.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Load = Callable[[Iterable[tuple[str, torch.Tensor]]], object]  # must consume al
 
 
 class UpdateReceiver:
-    """The updates of one worker, one after the other.
+    """Receives the updates of one worker, one after another.
 
     Args:
-        expected: what an update must bring, by name.
-        worker: the number of this worker in its engine, from 0.
-        device: of its model.
+        expected: the tensors that an update must contain, by name.
+        worker: the index of this worker in its engine, from 0.
+        device: the device of the worker's model.
     """
 
     def __init__(
@@ -44,23 +44,23 @@ class UpdateReceiver:
         self._device = device
         self._transport_name = ""
         self._transport: Receiver | None = None
-        self._num_tensors = 0  # of the update that was announced by `connect`
-        self._assembly: Assembly | None = None  # of the update that goes on, after its manifest
+        self._num_tensors = 0  # in the update that `connect` announced
+        self._assembly: Assembly | None = None  # of the current update, after its manifest
         self._is_open = False  # an update was started, and has neither failed nor finished
-        self._incomplete_because = ""  # "" while the weights are whole
+        self._incomplete_because = ""  # "" if the weights are whole
 
     @property
     def is_incomplete(self) -> bool:
-        """Whether the model may hold a part of an update."""
+        """Whether the model may hold a partial update."""
         return self._incomplete_because != ""
 
     def connect(self, transport: str, num_tensors: int, offer: dict[str, Any]) -> None:
-        """Connect to the sender, before each update.
+        """Connect to the sender; called before each update.
 
         Args:
-            transport: a module of sync/transports/.
-            num_tensors: of the update that follows.
-            offer: what the transport's Sender wrote.
+            transport: the name of a module in sync/transports/.
+            num_tensors: number of tensors in the update that follows.
+            offer: the offer that the transport's Sender made.
         """
         if self._transport is None or transport != self._transport_name:
             self.close()
@@ -70,10 +70,10 @@ class UpdateReceiver:
         self._num_tensors = num_tensors
 
     def start(self) -> None:
-        """Begin an update; the weights are incomplete from here on.
+        """Begin an update; from now on the weights are incomplete.
 
         Raises:
-            SyncError: there is no connection yet.
+            SyncError: the transport is not connected yet.
         """
         if self._transport is None:
             raise SyncError(
@@ -91,15 +91,15 @@ class UpdateReceiver:
         abandon: str | None,
         load: Load,
     ) -> None:
-        """Take one message of the sender: the manifest, then one bucket at a time; or `abandon`,
-        its reason to give the update up.
+        """Process one message of the sender: first the manifest, then one bucket per message. A
+        message with `abandon` gives the reason why the sender abandons the update.
 
         Args:
-            load: given the tensors that a bucket completed, on the CPU.
+            load: called with the tensors that a bucket completed, on the CPU.
 
         Raises:
-            SyncError: a message out of order, bytes that are not as announced, or `abandon`. The
-                update is over then.
+            SyncError: a message is out of order, bytes differ from the announced ones, or the
+                sender abandoned the update. The update has then failed.
         """
         if not self._is_open:
             raise SyncError(f"update: expected a start before it; {self._reason()}")
@@ -128,7 +128,7 @@ class UpdateReceiver:
         self._assembly.check_complete()
 
     def complete(self) -> None:
-        """The model holds the whole update, and nothing else."""
+        """Mark the weights as whole: the model holds the complete update, and nothing else."""
         self._assembly, self._is_open, self._incomplete_because = None, False, ""
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
-"""The sending half of the wire format: the learner's tensors in, bytes and checksums out.
+"""The sending half of the wire format: converts the learner's tensors to bytes and checksums.
 
-In: a lazy iterator of full tensors, as `learner/` gathers them, and their specs, known beforehand.
-Out: their bytes in the dtype of the wire, copied into a bucket piece by piece, and a checksum of
-each. The copy casts too, so no second tensor is allocated for it.
+It reads full tensors from a lazy iterator, which `learner/` provides, and their specs, which are
+known beforehand. It copies their bytes, in the wire dtype, into a bucket piece by piece, and
+computes a checksum of each tensor. The copy casts at the same time, so that no second tensor is
+allocated.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from megatron_rl.weights.quantization import quantized, quantized_shapes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightStream:
-    """The tensors of one version of the weights, announced and then delivered.
+    """The tensors of one version of the weights: their specs, and an iterator of the tensors.
 
     Example: `WeightStream(specs=(TensorSpec(name="model.norm.weight", ...),),
     tensors=iter([("model.norm.weight", torch.ones(256))]))`.
     """
 
     specs: tuple[TensorSpec, ...]  # in the learner's dtypes
-    tensors: Iterable[tuple[str, torch.Tensor]]  # as announced, on any device; consumed once
+    tensors: Iterable[tuple[str, torch.Tensor]]  # in this order, on any device; consumed once
 
 
 def weight_stream(
@@ -37,12 +38,12 @@ def weight_stream(
     quantization: QuantizationConfig,
     dtype: torch.dtype,
 ) -> WeightStream:
-    """What engines of this quantization are sent of a learner's tensors.
+    """The stream that is sent to engines with this quantization, from the learner's tensors.
 
     Args:
         shapes: name and full shape of every tensor of the learner, in the order of `tensors`.
-        tensors: the full tensors; asked for one at a time, when its turn has come.
-        dtype: of all the learner's tensors.
+        tensors: the full tensors; each is requested only when it is needed.
+        dtype: the dtype of all of the learner's tensors.
     """
     announced = quantized_shapes(quantization, shapes, dtype)
     return WeightStream(
@@ -55,12 +56,12 @@ def weight_stream(
 
 
 class TensorSource:
-    """Advances a stream's iterator as its bytes are asked for, and checks it against the specs.
+    """Advances a stream's iterator as bytes are requested, and compares tensors with the specs.
 
-    `copy` and `check_exhausted` raise SyncError where the iterator yields anything else.
+    `copy` and `check_exhausted` raise SyncError if the iterator's tensors do not match the specs.
 
     Args:
-        specs: those of the stream in the dtypes of the wire.
+        specs: the stream's specs, with the wire dtypes.
         tensors: full tensors in the same order; float32, float16 and bfloat16 are cast.
     """
 
@@ -74,15 +75,15 @@ class TensorSource:
         self._checksum = new_checksum()
 
     def copy(self, index: int, offset: int, target: torch.Tensor) -> str | None:
-        """Write the bytes of tensor `index` from `offset` on into `target`.
+        """Write the bytes of tensor `index`, starting at `offset`, into `target`.
 
         Args:
-            index: the tensor of the last call, or the one after it.
-            offset: in bytes of the wire's dtype; the end of the last call's, or 0.
+            index: the same tensor as in the last call, or the next one.
+            offset: in bytes of the wire dtype; where the last call ended, or 0 for a new tensor.
             target: [n] uint8, on any device.
 
         Returns:
-            The tensor's checksum, hexadecimal, where these were its last bytes; else None.
+            The tensor's checksum, hexadecimal, if these were its last bytes; otherwise None.
         """
         if index != self._index:
             self._advance(index)
@@ -94,7 +95,7 @@ class TensorSource:
         return self._checksum.hexdigest() if offset + target.numel() == spec.nbytes else None
 
     def check_exhausted(self) -> None:
-        """Raise SyncError where the iterator has more tensors than were announced."""
+        """Raise SyncError if the iterator has more tensors than were announced."""
         extra = next(self._iterator, None)
         if extra is not None:
             raise SyncError(
@@ -119,7 +120,7 @@ class TensorSource:
         if tensor.dtype != spec.dtype and not _may_cast(tensor.dtype, spec.dtype):
             raise SyncError(f"publish: expected {spec.name} in {spec.dtype}, got {tensor.dtype}")
         self._index = index
-        self._flat = tensor.detach().reshape(-1)  # a view, unless the learner's is not contiguous
+        self._flat = tensor.detach().reshape(-1)  # a view if the tensor is contiguous
         self._checksum = new_checksum()
 
 

@@ -1,12 +1,12 @@
-"""The wire format of a weight update, independent of what carries the bytes.
+"""The wire format of a weight update, independent of the transport.
 
-In: the ordered list of tensors that a learner will publish. Out: a manifest (names, dtypes,
-shapes), buckets of bounded size that say which bytes are where, and checksums. All of it is plain
-JSON; nothing is pickled. Sender and engine both use this module, so it imports neither vLLM nor
-Megatron.
+From the ordered list of tensors that a learner will publish, this module builds a manifest (names,
+dtypes, shapes), buckets of bounded size that give the position of every byte, and checksums. All of
+these are plain JSON; nothing is pickled. Sender and engine both use this module, so it imports
+neither vLLM nor Megatron.
 
-Checksum: XXH3, 128 bits (Collet, xxHash 0.8). It detects accidents (a torn copy, a stale bucket, a
-race), not attacks: the bearer token decides who may write to an engine.
+The checksum is XXH3 with 128 bits (Collet, xxHash 0.8). It detects accidents (a torn copy, a stale
+bucket, a race), not attacks; the bearer token protects an engine against other writers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ DTYPES = {
     "int64": torch.int64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The engine rounds these to its own precision when it loads them; any other dtype must match.
+# The engine rounds tensors of these dtypes to its own precision when it loads them. All other
+# dtypes must match.
 CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 new_checksum = xxhash.xxh3_128  # incremental: `.update(bytes-like)`, `.digest()`, `.hexdigest()`
@@ -68,21 +69,22 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that an update will send, in order. The engine refuses to finish before all of it
-    has arrived.
+    """All tensors that an update will send, in order. The engine refuses to finish the update
+    before all of them have arrived.
 
     Example: `Manifest(update="9f1c...", specs=(TensorSpec(...), ...))`.
     """
 
-    update: str  # drawn at random, different for every attempt
+    update: str  # a random id, different for every attempt
     specs: tuple[TensorSpec, ...]
 
 
 def wire_specs(specs: Sequence[TensorSpec], wire_dtype: torch.dtype | None) -> list[TensorSpec]:
-    """The specs as they will be sent: floating-point tensors in `wire_dtype`, the others unchanged.
+    """The specs with the dtypes in which the tensors are sent: `wire_dtype` for floating-point
+    tensors, unchanged for the others.
 
-    Scales and zero points of quantised checkpoints keep their dtype: rounding a float32 scale to
-    BF16 would change every weight of its channel. `wire_dtype=None` changes nothing.
+    Scales and zero points of quantised checkpoints keep their dtype, because rounding a float32
+    scale to BF16 would change every weight of its channel. `wire_dtype=None` changes nothing.
 
     Raises:
         SyncError: `wire_dtype` is not float32, float16 or bfloat16.
@@ -140,7 +142,7 @@ def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[Bucket]
 
 
 def total_checksum(specs: Sequence[TensorSpec], checksums: Iterable[str]) -> str:
-    """One checksum of an update: of the names, dtypes, shapes and checksums of its tensors.
+    """The checksum of a whole update, over the names, dtypes, shapes and checksums of its tensors.
 
     Args:
         checksums: hexadecimal, one per spec, in the order of `specs`.
@@ -163,7 +165,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def manifest_from_json(value: dict[str, Any]) -> Manifest:
-    """The manifest that `manifest_to_json` wrote; SyncError on anything it would not write."""
+    """Parse the output of `manifest_to_json`; raises SyncError for any other input."""
     try:
         specs = []
         for name, dtype, shape, nbytes in value["tensors"]:
@@ -180,8 +182,8 @@ def bucket_to_json(bucket: Bucket, checksums: dict[int, str]) -> dict[str, Any]:
     """The bucket as plain JSON.
 
     Args:
-        checksums: hexadecimal, of the tensors whose last piece is in this bucket, by index into the
-            manifest.
+        checksums: hexadecimal checksums of the tensors whose last piece is in this bucket, by index
+            into the manifest.
     """
     return {
         "index": bucket.index,
@@ -194,8 +196,8 @@ def bucket_to_json(bucket: Bucket, checksums: dict[int, str]) -> dict[str, Any]:
 
 
 def bucket_from_json(value: dict[str, Any]) -> tuple[Bucket, dict[int, str]]:
-    """What `bucket_to_json` was given; SyncError on anything it would not write, such as a bucket
-    without pieces.
+    """Parse the output of `bucket_to_json` into its arguments; raises SyncError for any other
+    input, such as a bucket without pieces.
     """
     try:
         pieces = tuple(

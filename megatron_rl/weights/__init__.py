@@ -1,3 +1,3 @@
-"""Names and shards of weights: what Megatron calls a tensor, what Hugging Face calls it, and how it
-is cut.
+"""Names and shards of weights: a tensor's names in Megatron and in Hugging Face, and how it is
+sharded.
 """

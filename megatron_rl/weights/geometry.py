@@ -1,8 +1,8 @@
 """The shape of a decoder, read from the `config.json` of a Hugging Face checkpoint.
 
-In: a checkpoint folder. Out: a `Geometry`, the numbers from which the learner builds its layers and
-by which `weights/rules.py` cuts tensors. A model that this learner cannot build is a ConfigError
-here, before anything is started.
+`read_geometry` reads a checkpoint folder and returns a `Geometry`: the numbers from which the
+learner builds its layers and `weights/rules.py` shards tensors. A model that the learner cannot
+build raises ConfigError here, before anything is started.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.weights.families.family import ModelFamily, find_family
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # scalings that learner and engine both have
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # supported by learner and engine
 PADDING_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """What the layers of a model are built from.
+    """The numbers and options from which the layers of a model are built.
 
     Example: `Geometry(model_type="qwen3", num_layers=4, hidden_size=128, ffn_hidden_size=384,
     num_heads=4, num_query_groups=2, head_dim=32, vocab_size=128, max_position_embeddings=256,
@@ -29,7 +29,7 @@ class Geometry:
     has_rope_scaling=False)`.
     """
 
-    model_type: str  # a module of weights/families/
+    model_type: str  # the name of a module in weights/families/
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -46,14 +46,16 @@ class Geometry:
     has_rope_scaling: bool
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """The vocabulary rounded up to a multiple of 128 x TP, as Megatron does; the columns that
-        this adds are never sampled.
+        """The vocabulary size rounded up to a multiple of 128 x TP, as in Megatron. The added
+        columns are never sampled.
         """
         multiple = PADDING_MULTIPLE * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
     def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
-        """Raise ConfigError where TP does not divide heads and columns, or PP not the layers."""
+        """Raise ConfigError if TP does not divide the numbers of heads and columns, or PP does not
+        divide the number of layers.
+        """
         for what, count in (
             ("attention heads", self.num_heads),
             ("key-value heads", self.num_query_groups),
@@ -77,8 +79,8 @@ def read_geometry(model_path: str | Path) -> Geometry:
     """Read `config.json` of a Hugging Face checkpoint folder.
 
     Raises:
-        DataError: no folder, no `config.json`, or not JSON.
-        ConfigError: an architecture or option that the learner does not build.
+        DataError: the folder or its `config.json` is missing, or the file is not JSON.
+        ConfigError: the learner does not support the architecture or an option.
     """
     raw = read_hf_config(model_path)
     try:
@@ -116,7 +118,7 @@ def _geometry(raw: dict[str, Any], family: ModelFamily) -> Geometry:
 
 
 def read_hf_config(model_path: str | Path) -> dict[str, Any]:
-    """The contents of `config.json`; DataError where it is missing or malformed."""
+    """The contents of `config.json`; raises DataError if it is missing or malformed."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise DataError(
@@ -132,8 +134,8 @@ def read_hf_config(model_path: str | Path) -> dict[str, Any]:
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """The RoPE settings in the present form of transformers, `rope_parameters`, from that form or
-    from the older `rope_scaling` and `rope_theta`.
+    """The RoPE settings in the current format of transformers, `rope_parameters`, read from that
+    format or from the older `rope_scaling` and `rope_theta`.
     """
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
@@ -142,8 +144,8 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_supported(raw: dict[str, Any], family: ModelFamily, model_path: str | Path) -> None:
-    """Raise ConfigError on an option that changes the forward pass and that the learner does not
-    build.
+    """Raise ConfigError for an option that changes the forward pass and that the learner does not
+    support.
     """
     refused = {
         key: raw[key]

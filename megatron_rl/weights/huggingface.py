@@ -1,8 +1,8 @@
-"""Read and write Hugging Face checkpoints: `config.json`, the tokenizer's files, and safetensors in
-one file or several.
+"""Reads and writes Hugging Face checkpoints: `config.json`, the tokenizer's files, and safetensors
+in one file or several.
 
-Tensors are read by slice, so that a rank loads no more than its own shard. Nothing is unpickled,
-and an index that points outside the checkpoint's folder is refused.
+Tensors are read in slices, so that a rank loads only its own shard. Nothing is unpickled, and an
+index that points outside the checkpoint's folder is refused.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SINGLE_NAME = "model.safetensors"
 
 
 class CheckpointReader:
-    """Reads slices of the tensors in a checkpoint folder. Files are opened when first needed and
-    stay open.
+    """Reads slices of the tensors in a checkpoint folder. A file is opened when it is first needed
+    and remains open.
 
-    Every method raises DataError on a missing or truncated file, or a malformed index.
+    Every method raises DataError if a file is missing or truncated, or if the index is malformed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,18 +39,18 @@ class CheckpointReader:
 
     @property
     def names(self) -> list[str]:
-        """All tensors of the checkpoint."""
+        """The names of all tensors of the checkpoint."""
         return list(self._file_of)
 
     def read(self, name: str, dimension: int | None, start: int, stop: int) -> torch.Tensor:
-        """Rows (`dimension` 0) or columns (1) from `start` to `stop`; dimension None reads all."""
+        """Read rows (`dimension` 0) or columns (1) from `start` to `stop`, or all with None."""
         tensor = self._slice(name)
         if dimension is None:
             return tensor[:]
         return tensor[start:stop] if dimension == 0 else tensor[:, start:stop]
 
     def check_whole(self) -> None:
-        """Open every file that the index names; DataError where one is missing or truncated."""
+        """Open every file that the index names; DataError if one is missing or truncated."""
         for path in set(self._file_of.values()):
             self._opened(path)
 
@@ -125,14 +125,14 @@ def write_checkpoint(
     """Write a Hugging Face checkpoint: the tensors, in shards, and a copy of the small files of
     `like`.
 
-    The folder appears whole or not at all: it is written under another name and renamed at the end.
-    A folder that was there before is replaced.
+    The folder is written under a temporary name and renamed at the end, so that it is never
+    incomplete. An existing folder is replaced.
 
     Args:
         tensors: name and full tensor, in the order of the checkpoint; each is kept on the CPU until
             its shard is full.
         like: the checkpoint whose config and tokenizer are copied.
-        config_changes: keys of its config.json that get another value.
+        config_changes: keys of its config.json to change, with their new values.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
@@ -156,7 +156,7 @@ def write_checkpoint(
 def _write_tensors(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
 ) -> set[torch.dtype]:
-    """Write the shards and, where there are several, their index. Returns the tensors' dtypes."""
+    """Write the shards, and an index if there are several. Returns the tensors' dtypes."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     dtypes: set[torch.dtype] = set()
@@ -209,5 +209,5 @@ def _change_config(path: Path, changes: Mapping[str, Any]) -> None:
     if changes:
         config = json.loads(path.read_text())
         if "dtype" in changes:
-            config.pop("torch_dtype", None)  # its older name
+            config.pop("torch_dtype", None)  # the older name of dtype
         path.write_text(json.dumps(config | dict(changes), indent=2))

@@ -1,13 +1,14 @@
-"""Rounding of the learner's weights for an engine of lower precision.
+"""Rounds the learner's weights for an engine of lower precision.
 
-    int8, fp8, int4   only the weights: rounded to the format's grid and sent in the engine's own
-                      dtype, so that any engine can serve them
-    int8_w8a8         INT8 weights with a scale per output channel, stored as compressed-tensors
-                      does; the engine also rounds activations to INT8, with a scale per token
+    int8, fp8, int4   only the weights are rounded to the format's grid; they are sent in the
+                      engine's own dtype, so that any engine can serve them
+    int8_w8a8         INT8 weights with a scale per output channel, in the format of
+                      compressed-tensors; the engine also rounds activations to INT8, with a scale
+                      per token
 
 Rounding is symmetric and to the nearest value, with `scale = max |w| / (range / 2)` over an output
-channel, a group of inputs or a 128 x 128 block; the arithmetic is that of compressed-tensors. Only
-the projections of the layers are rounded: embeddings, norms, biases, routers and the head keep
+channel, a group of inputs or a 128 x 128 block. The arithmetic is that of compressed-tensors. Only
+the projections of the layers are rounded; embeddings, norms, biases, routers and the head keep
 their precision.
 """
 
@@ -38,7 +39,7 @@ def wire_dtype_of(config: QuantizationConfig, name: str, dtype: torch.dtype) -> 
 
 
 def quantized(config: QuantizationConfig, tensors: Iterable[Named]) -> Iterator[Named]:
-    """The learner's full tensors as the engine receives them, lazily and in their order.
+    """The tensors that the engine receives, computed lazily from the learner's, in the same order.
 
     With `int8_w8a8` each rounded weight [O, I] int8 is followed by `<name>_scale` [O, 1] float32.
     """
@@ -56,7 +57,7 @@ def quantized(config: QuantizationConfig, tensors: Iterable[Named]) -> Iterator[
 def quantized_shapes(
     config: QuantizationConfig, shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, dtype and shape of what `quantized` yields for tensors of these shapes in `dtype`."""
+    """Name, dtype and shape of the tensors that `quantized` yields, for tensors in `dtype`."""
     for name, shape in shapes:
         yield name, wire_dtype_of(config, name, dtype), shape
         if config.format == "int8_w8a8" and is_quantized(name):
@@ -73,7 +74,7 @@ def rounded(config: QuantizationConfig, weight: torch.Tensor) -> torch.Tensor:
 
 
 def int8_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A floating-point weight [O, I] as [O, I] int8 and its scales [O, 1] float32."""
+    """Round a floating-point weight [O, I] to [O, I] int8 with scales [O, 1] float32."""
     from compressed_tensors.quantization.lifecycle.forward import quantize
 
     rows = weight.float()
@@ -82,8 +83,8 @@ def int8_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scales(kind: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """The scale [R, 1] float32 and the zero point (0) of each row, and compressed-tensors' record
-    of the format.
+    """The scale, [R, 1] float32, and the zero point (0) of each row, and the record that describes
+    the format in compressed-tensors.
     """
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -97,9 +98,9 @@ def _scales(kind: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 def _rows_of_one_scale(
     config: QuantizationConfig, weight: torch.Tensor
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """A weight [O, I] as rows that each share a scale, and the function that restores its shape.
+    """Reshape a weight [O, I] into rows with one scale each; also returns the inverse function.
 
-    Groups and blocks that are not full are padded with zeros, which change no scale.
+    Incomplete groups and blocks are padded with zeros, which do not change the scale.
     """
     if config.strategy == "channel":
         return weight, lambda rows: rows
@@ -117,7 +118,7 @@ def _rows_of_one_scale(
 
 
 def engine_settings(config: QuantizationConfig) -> dict[str, Any]:
-    """What the engine's `config.json` adds to the learner's; nothing for weight-only formats."""
+    """The keys to add to the engine's `config.json`; empty for weight-only formats."""
     if config.format != "int8_w8a8":
         return {}
     element = {"num_bits": 8, "type": "int", "symmetric": True}

@@ -1,16 +1,17 @@
-"""The correspondence of Megatron's tensors and Hugging Face's, in both directions.
+"""The correspondence between Megatron's tensors and Hugging Face's, in both directions.
 
-A Megatron tensor is made of one or more Hugging Face tensors, each cut along one dimension for
-tensor parallelism:
+A Megatron tensor consists of one or more Hugging Face tensors, each of which is sharded along one
+dimension for tensor parallelism:
 
 - `linear_qkv` holds, for each query group, the group's query heads, its key head and its value
   head;
 - `linear_fc1` holds the gate's rows, then the up projection's;
 - the embedding and the output layer are padded with zero rows up to 128 x TP.
 
-`shard_from_hf` cuts what one TP rank needs, and reads no more than that; `hf_from_shard` is its
-inverse on one shard. The record of a model's family (`weights/families/`) lists its tensors. This
-module works on names and tensors only, without process groups and without Megatron.
+`shard_from_hf` builds the shard of one TP rank and reads only the slices that it needs;
+`hf_from_shard` is its inverse for one shard. The record of a model's family (`weights/families/`)
+lists its tensors. This module works on names and tensors only, without process groups and without
+Megatron.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SliceReader = Callable[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRule:
-    """One Megatron tensor of a model and what it is made of.
+    """One Megatron tensor of a model, and the Hugging Face tensors that it consists of.
 
     Example: `TensorRule(kind="row", hf_names=("model.layers.0.mlp.down_proj.weight",),
     hf_shapes=(("hidden", "ffn"),), megatron_names=("decoder.layers.0.mlp.linear_fc2.weight",),
@@ -39,10 +40,10 @@ class TensorRule:
 
     kind: Kind
     hf_names: tuple[str, ...]
-    hf_shapes: tuple[tuple[Size, ...], ...]  # of each of them; `hf_shapes()` has the numbers
+    hf_shapes: tuple[tuple[Size, ...], ...]  # symbolic; `hf_shapes()` returns the numbers
     megatron_names: tuple[str, ...]  # every name that a Megatron layer spec may use for it
-    layer: int | None  # None outside the decoder layers
-    is_last_stage: bool  # outside the layers: on the last pipeline stage, else on the first
+    layer: int | None  # None for a tensor outside the decoder layers
+    is_last_stage: bool  # for such a tensor: on the last pipeline stage, otherwise on the first
 
     def stage(self, num_layers: int, pipeline_parallel: int) -> int:
         """The pipeline stage that owns the tensor."""
@@ -52,8 +53,8 @@ class TensorRule:
 
 
 def tensor_rules(geometry: Geometry) -> list[TensorRule]:
-    """Every tensor of the model in layer order: embedding, layers, final norm, output layer (none
-    where it is tied).
+    """Every tensor of the model in layer order: embedding, layers, final norm, and the output layer
+    unless it is tied.
     """
     family = find_family(geometry.model_type)
     rules = [_rule(family.embedding, layer=None, is_last_stage=False)]
@@ -77,8 +78,8 @@ def _rule(row: TensorRow, *, layer: int | None, is_last_stage: bool) -> TensorRu
 
 
 def cut_dimension(kind: Kind) -> int | None:
-    """The dimension of the *Hugging Face* tensors along which tensor parallelism cuts them; None
-    where every rank holds all.
+    """The dimension of the *Hugging Face* tensors along which tensor parallelism shards them; None
+    if every rank holds the whole tensors.
     """
     return {"replicated": None, "row": 1}.get(kind, 0)
 
@@ -102,7 +103,7 @@ def shard_from_hf(
     """The Megatron shard of TP rank `rank` of `size`, from slices of the Hugging Face tensors.
 
     Args:
-        read: `(name, dimension, start, stop) -> tensor`; dimension None reads all of the tensor.
+        read: `(name, dimension, start, stop) -> tensor`; dimension None reads the whole tensor.
     """
     dimension = cut_dimension(rule.kind)
     if rule.kind == "vocab":
@@ -121,7 +122,7 @@ def shard_from_hf(
 
 def hf_from_shard(rule: TensorRule, geometry: Geometry, shard: torch.Tensor) -> list[torch.Tensor]:
     """This shard's part of each of the rule's Hugging Face tensors, in the order of
-    `rule.hf_names`; `join_parts` makes a full tensor of the parts of all TP ranks.
+    `rule.hf_names`; `join_parts` joins the parts of all TP ranks to a full tensor.
     """
     if rule.kind == "qkv":
         return _split_qkv(shard, geometry)
@@ -154,8 +155,8 @@ def _read_vocab_shard(
 
 
 def _interleave_qkv(parts: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tensor:
-    """Query, key and value rows to, for each query group, its query heads, its key head and its
-    value head.
+    """Reorder query, key and value rows so that each query group has its query heads, its key head
+    and its value head together.
     """
     query, key, value = parts
     rest = query.shape[1:]

@@ -1,9 +1,10 @@
-"""Samples of every replica in, each rank's packed rows out; and log-probs of rows back to samples.
+"""Distributes the samples of all replicas and packs them into each rank's rows; also splits the
+log-probs of rows by sample again.
 
-Only the heads of the replicas (first rank of TP x PP) hold samples. They redistribute the sequences
-among themselves, so that every replica gets about as many tokens; each head then sends its share to
-the other ranks of its replica, and all of them pack it in the same way. The number of ranks changes
-which rank computes a sequence, but never its mini-batch.
+Only the head of each replica (the first of its TP x PP ranks) holds samples. The heads redistribute
+the sequences among themselves, so that every replica gets about the same number of tokens. Each
+head then broadcasts its share within its replica, and all ranks of the replica pack it identically.
+The number of ranks affects which rank computes a sequence, but never its mini-batch.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def deal_batch(
     num_mini_batches: int,
     tokens_per_row: int,
 ) -> TrainBatch:
-    """Deal and pack one step's samples; a collective over all ranks.
+    """Distribute and pack one step's samples. A collective over all ranks.
 
-    The groups with a kept sample are numbered by prompt index, over all replicas, and their samples
-    are divided into the mini-batches in that order, about as many into each. Samples that are not
-    kept stand in rows of their own.
+    The groups with a kept sample, of all replicas, are numbered by prompt index. In that order
+    their samples are divided into mini-batches of about equal size. Samples that are not kept are
+    packed into separate rows.
 
     Args:
-        samples: this replica's own, on its head; ignored elsewhere.
+        samples: this replica's own, read on its head and ignored on its other ranks.
     """
     kept = [sample for sample in samples if sample.is_kept]
     slots = _slots(kept, parallel) if parallel.is_replica_head else {}
@@ -62,8 +63,8 @@ def deal_batch(
 def pack_rows(
     samples: Sequence[Sample], parallel: Parallel, tokens_per_row: int, *, min_rows: int
 ) -> tuple[MicroBatch, ...]:
-    """Rows of this replica's samples, filled up with masked ones to the number of the replica that
-    has most; a collective.
+    """Pack this replica's samples into rows, and add masked rows until every replica has as many
+    rows as the one with the most. A collective over the data-parallel ranks.
     """
     rows = pack(samples, tokens_per_row=tokens_per_row)
     most = torch.tensor([len(rows)], dtype=torch.int64, device=parallel.device)
@@ -73,7 +74,7 @@ def pack_rows(
 
 
 def to_device(row: MicroBatch, device: torch.device) -> MicroBatch:
-    """The row with every tensor on the device."""
+    """Copy the row, with every tensor moved to the device."""
     fields = {name: getattr(row, name) for name in MicroBatch.__dataclass_fields__}
     moved = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
@@ -83,7 +84,9 @@ def to_device(row: MicroBatch, device: torch.device) -> MicroBatch:
 
 
 def unscored_samples(groups: Iterable[RolloutGroup]) -> list[Sample]:
-    """One sample for each rollout of groups of which only the log-probs matter."""
+    """One sample for each rollout, without reward and advantage, for passes that only compute
+    log-probs.
+    """
     return [
         Sample(
             prompt_index=group.prompt.index,
@@ -98,7 +101,7 @@ def unscored_samples(groups: Iterable[RolloutGroup]) -> list[Sample]:
 
 
 def by_sample(rows: Iterable[RecomputedRow]) -> list[tuple[Sample, torch.Tensor]]:
-    """Each sample of the rows with its recomputed log-probs, as `split_by_sample` gives them."""
+    """Each sample of the rows with its recomputed log-probs, split by `split_by_sample`."""
     return [
         pair for row in rows for pair in split_by_sample(row.micro_batch, row.recomputed_logprobs)
     ]
@@ -112,11 +115,11 @@ def split_by_sample(
     Args:
         values: [T] float32, aligned with the prediction.
     Returns:
-        Samples in their order in the row, each with [L] float32 on the CPU, aligned with its own
-        tokens: 0.0 for the first, which nothing predicts. Nothing for a filler row.
+        The samples in the order of the row, each with its values, [L] float32 on the CPU, aligned
+        with its tokens: 0.0 for the first token, which nothing predicts. Empty for a filler row.
     """
     pairs = []
-    # Not strict: there is one start more than there are samples.
+    # Not strict, because cu_seqlens_padded has one more entry than there are samples.
     for start, sample in zip(micro_batch.cu_seqlens_padded.tolist(), micro_batch.samples):
         length = len(sample.rollout.token_ids)
         of_tokens = torch.zeros(length)
@@ -126,14 +129,14 @@ def split_by_sample(
 
 
 def _slots(kept: Sequence[Sample], parallel: Parallel) -> dict[int, int]:
-    """Prompt index to the group's number among all replicas' kept ones."""
+    """Number the groups with a kept sample, of all replicas, by prompt index: index -> number."""
     own = sorted({sample.prompt_index for sample in kept})
     of_ranks = gather_from_all(own, parallel.dp_group)
     return {index: number for number, index in enumerate(sorted(chain(*of_ranks)))}
 
 
 def _dealt(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
-    """This replica's new share of all replicas' samples, on each of its ranks."""
+    """This replica's share of the redistributed samples, on each of its ranks."""
     dealt = _deal_among_heads(samples, parallel) if parallel.is_replica_head else []
     return parallel.from_replica_head(dealt)
 
@@ -141,7 +144,7 @@ def _dealt(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
 def _deal_among_heads(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
     if parallel.dp_size > 1:
         own = [(*_key(sample), len(sample.rollout.token_ids)) for sample in samples]
-        # By prompt, so that the result does not depend on which replica holds a sample now.
+        # Sorted by prompt, so that the result does not depend on which replica held a sample.
         of_all = sorted(chain(*gather_from_all(own, parallel.dp_group)))
         by_key = {_key(sample): sample for sample in samples}
         shares = deal([length for *_, length in of_all], parallel.dp_size)

@@ -1,10 +1,10 @@
-"""Samples in, packed rows for the learner out: pure functions, which give the same result on every
-rank that is given the same samples.
+"""Packs samples into rows for the learner. The functions are pure, so ranks that get the same
+samples compute the same rows.
 
 `deal` distributes sequences over data-parallel ranks by token count (longest processing time first,
-Graham 1969), `pack` fills rows of a fixed token budget (first fit decreasing), `fill` adds fully
-masked rows until every rank has the same number. Labels are shifted here and nowhere else: position
-t of a row predicts the sequence's token t+1, and every other tensor is aligned with that
+Graham 1969), `pack` fills rows of a fixed token budget (first fit decreasing), and `fill` adds
+fully masked rows until every rank has the same number. Labels are shifted here and nowhere else:
+position t of a row predicts the sequence's token t+1, and every other tensor is aligned with that
 prediction.
 """
 
@@ -20,17 +20,18 @@ from megatron_rl.records import MicroBatch, Sample
 
 
 def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Distributes sequences so that the ranks get about the same number of tokens.
+    """Distribute sequences so that the ranks get about the same number of tokens.
 
-    The longest goes first, to the rank with the fewest tokens so far; a tie goes to the lowest
-    rank, and sequences of equal length keep their order.
+    Sequences are assigned in order of decreasing length, each to the rank with the fewest tokens so
+    far. A tie is resolved in favour of the lowest rank; sequences of equal length keep their order.
 
     Args:
-        lengths: tokens of each sequence.
+        lengths: number of tokens of each sequence.
     Returns:
-        For each rank the indices that it gets, ascending; every index once. A rank may get none.
+        For each rank the indices of its sequences, ascending. Every index occurs once; a rank may
+        have none.
     Raises:
-        ValueError: less than one rank.
+        ValueError: `num_ranks` is below 1.
     """
     if num_ranks < 1:
         raise ValueError(f"expected at least 1 rank, got {num_ranks}")
@@ -44,14 +45,15 @@ def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 def pack(samples: Sequence[Sample], *, tokens_per_row: int) -> list[MicroBatch]:
-    """Packs whole sequences into rows of `tokens_per_row` positions, the longest first, each into
+    """Pack whole sequences into rows of `tokens_per_row` positions, the longest first, each into
     the first row with enough space.
 
     Returns:
-        Rows as `MicroBatch` describes them; none for no samples. Positions restart at 0 in the
-        padding of the row; the advantage of a sequence stands on each of its tokens.
+        Rows as described in `MicroBatch`; none if there are no samples. Positions restart at 0 in
+        the padding of the row; each token of a sequence carries the sequence's advantage.
     Raises:
-        DataError: a sequence longer than the budget, or whose fields do not match.
+        DataError: a sequence is empty or longer than the budget, its fields have different lengths,
+            or its first token was sampled by the policy.
     """
     lengths = [_checked_length(sample, tokens_per_row) for sample in samples]
     return [
@@ -77,8 +79,8 @@ def _fit_rows(lengths: Sequence[int], tokens_per_row: int) -> list[list[int]]:
 def empty_micro_batch(tokens_per_row: int) -> MicroBatch:
     """A fully masked row: one sequence of one token, padded to the whole row.
 
-    One token and not the whole row, so that attention costs nothing; one sequence and not none, so
-    that no kernel or index is given an empty list.
+    The sequence has one token instead of filling the row, so that attention costs nothing. There is
+    one sequence instead of none, so that no kernel or indexing operation gets an empty list.
     """
     nothing = torch.zeros(tokens_per_row, dtype=torch.int64)
     return MicroBatch(
@@ -97,11 +99,11 @@ def empty_micro_batch(tokens_per_row: int) -> MicroBatch:
 
 
 def fill(micro_batches: Sequence[MicroBatch], num: int, tokens_per_row: int) -> list[MicroBatch]:
-    """Appends fully masked rows to `micro_batches` until there are `num`, the number that every
-    other rank has too.
+    """Append fully masked rows to `micro_batches` until there are `num`, so that every rank has the
+    same number.
 
     Raises:
-        ValueError: more than `num` already.
+        ValueError: there are more than `num` rows already.
     """
     if len(micro_batches) > num:
         raise ValueError(f"expected at most {num} micro-batches, got {len(micro_batches)}")
@@ -145,7 +147,7 @@ def _row(samples: Sequence[Sample], tokens_per_row: int) -> MicroBatch:
         rollout = sample.rollout
         length = len(rollout.token_ids)
         tokens += rollout.token_ids
-        # The last token predicts nothing: what follows it belongs to another sequence.
+        # The last token predicts nothing, because the next position belongs to another sequence.
         labels += [*rollout.token_ids[1:], 0]
         positions += range(length)
         loss_mask += [*rollout.loss_mask[1:], False]

@@ -1,7 +1,7 @@
-"""[imports megatron] Context parallelism, of which no other module knows.
+"""[imports megatron] Context parallelism. No other module depends on it.
 
-It is not used yet: every rank holds its sequences whole. One thing depends on it already: the ranks
-over which the sums of a global batch are added.
+It is not used yet: every rank holds whole sequences. Only the group of ranks over which the sums of
+a global batch are added already takes it into account.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 
 def global_batch_group() -> dist.ProcessGroup:
-    """The ranks over which the sums of a global batch are added: those of data and of context
-    parallelism together. `initialize_parallel` must have made Megatron's groups.
+    """The process group over which the sums of a global batch are reduced: data parallelism and
+    context parallelism together. `initialize_parallel` must have created Megatron's groups before.
     """
     from megatron.core import parallel_state
 

@@ -1,10 +1,10 @@
-"""Megatron-Core on a machine without CUDA: every adaptation, and the place in Megatron-Core that
-needs it.
+"""Runs Megatron-Core on a machine without CUDA: every adaptation, with the place in Megatron-Core
+that needs it.
 
 Megatron-Core names the CUDA device in a few dozen places and compares the names of tensor types;
 without a GPU these are redirected to the CPU. `run_on_cpu()` must be called before the first import
-of `megatron.core`; it does nothing where a GPU is present. A test reads `SPOTS` and fails when a
-pinned release no longer has such a place, so that no adaptation outlives its reason.
+of `megatron.core`; it does nothing if a GPU is present. A test reads `SPOTS` and fails when a
+pinned release no longer contains such a place, so that obsolete adaptations are noticed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-RELEASES = ("0.16.1", "0.19.2")  # of Megatron-Core, that this package is pinned to
+RELEASES = ("0.16.1", "0.19.2")  # the releases of Megatron-Core that this package is pinned to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +27,10 @@ class Spot:
     answer="_factories_on_cpu")`.
     """
 
-    file: str  # below megatron/core/
+    file: str  # path relative to megatron/core/
     pattern: str  # a regular expression that this place matches
-    answer: str  # the function of this file
-    releases: tuple[str, ...] = RELEASES  # that have this place
+    answer: str  # the function in this file that adapts it
+    releases: tuple[str, ...] = RELEASES  # the releases that contain this place
 
 
 SPOTS = (
@@ -82,12 +82,12 @@ SPOTS = (
 
 
 def is_cpu_run() -> bool:
-    """True where no CUDA device is visible, so that the CPU does the work."""
+    """Whether no CUDA device is visible, so that the learner runs on the CPU."""
     return not torch.cuda.is_available()
 
 
 def run_on_cpu() -> None:
-    """Redirect CUDA calls to the CPU; idempotent, and without effect where a GPU is present."""
+    """Redirect CUDA calls to the CPU. Idempotent; has no effect if a GPU is present."""
     if not is_cpu_run() or getattr(torch.cuda, "_megatron_rl_on_cpu", False):
         return
     _factories_on_cpu()
@@ -103,7 +103,7 @@ def _names_cuda(device: object) -> bool:
 
 
 def _factories_on_cpu() -> None:
-    """`torch.zeros(..., device="cuda")` and the other factories make CPU tensors."""
+    """Make `torch.zeros(..., device="cuda")` and the other factories create CPU tensors."""
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def call(*positional: Any, device: Any = None, **keywords: Any) -> torch.Tensor:
@@ -129,7 +129,7 @@ def _factories_on_cpu() -> None:
 
 
 class _CpuGenerators:
-    """`torch.cuda.default_generators[i]`: for every index the CPU's generator."""
+    """Replaces `torch.cuda.default_generators`: returns the CPU's generator for every index."""
 
     def __getitem__(self, index: int) -> _CpuGenerators:
         return self
@@ -151,7 +151,7 @@ def _generators_on_cpu() -> None:
 
 
 class _CpuStream:
-    """`torch.cuda.current_stream()`: on the CPU there is never pending work to wait for."""
+    """Replaces `torch.cuda.current_stream()`. On the CPU no work is ever pending."""
 
     def wait_event(self, event: object) -> None: ...
 
@@ -173,12 +173,14 @@ def _cuda_is_the_cpu() -> None:
 
 
 def _moves_stay() -> None:
-    """`.cuda()` leaves a tensor or module where it is."""
+    """Make `.cuda()` return the tensor or module unchanged."""
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self
 
 
 def _type_names_of_cuda() -> None:
-    """The mixed-precision optimizers compare type names with `torch.cuda.FloatTensor`."""
+    """Make CPU tensors report CUDA type names, because the mixed-precision optimizers compare type
+    names with `torch.cuda.FloatTensor`.
+    """
     tensor_type = torch.Tensor.type
 
     def type_of(self: torch.Tensor, *positional: Any, **keywords: Any) -> Any:

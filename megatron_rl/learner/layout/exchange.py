@@ -1,5 +1,5 @@
-"""Python objects between data-parallel ranks: each rank sends every other rank a list of its own,
-so that no rank has to hold all of them.
+"""Exchanges Python objects between data-parallel ranks. Each rank sends a separate list to every
+other rank, so that no rank has to hold all objects.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Item = TypeVar("Item")
 def exchange(
     items_for: Sequence[Sequence[Item]], group: dist.ProcessGroup, device: torch.device
 ) -> list[Item]:
-    """All-to-all of Python objects between the ranks of one run.
+    """All-to-all of Python objects between the ranks of a group.
 
     Args:
-        items_for: for every rank of the group, the items that it gets.
+        items_for: for every rank of the group, the items to send to it.
     Returns:
-        The items that the ranks sent to this one, in order of their ranks.
+        The items that the ranks sent to this rank, in order of the senders' ranks.
     """
     packed = [pickle.dumps(list(items)) for items in items_for]
     send_sizes = torch.tensor([len(each) for each in packed], dtype=torch.int64, device=device)
@@ -36,7 +36,7 @@ def exchange(
 
 
 def gather_from_all(value: Item, group: dist.ProcessGroup) -> list[Item]:
-    """A small object of every rank of the group, in order of their ranks, on each of them."""
+    """All-gather of a small object: those of all ranks of the group, in order of the ranks."""
     values: list[Item] = [value] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values

@@ -1,7 +1,8 @@
-"""[imports megatron] Start the process groups and hand them out.
+"""[imports megatron] Creates the process groups.
 
-In comes the layout of the config, out goes a `Parallel`: this rank's place and the process groups,
-which the rest of the learner is given explicitly. NCCL where there is a GPU, gloo otherwise.
+`initialize_parallel` takes the layout of the config and returns a `Parallel`: this rank's position
+in the layout and the process groups, which are passed to the rest of the learner as arguments. The
+backend is NCCL with a GPU and gloo without one.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """This rank's place in the layout. Example: rank 1 of 2 with TP=2: `tp_rank=1, pp_rank=0,
-    dp_rank=0`.
+    """This rank's position in the layout, with its process groups. Example: rank 1 of 2 with TP=2:
+    `tp_rank=1, pp_rank=0, dp_rank=0`.
     """
 
     rank: int
@@ -31,18 +32,18 @@ class Parallel:
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup  # one rank of every replica: among them sequences are dealt
-    batch_group: dist.ProcessGroup  # the ranks over which sums of a global batch are added
+    dp_group: dist.ProcessGroup  # one rank per replica; sequences are distributed among them
+    batch_group: dist.ProcessGroup  # the ranks over which the sums of a global batch are added
     model_group: dist.ProcessGroup  # TP x PP: the ranks that hold one replica of the model
 
     @property
     def tp_rank(self) -> int:
-        """This rank's index among the shards of its stage."""
+        """This rank's index among the tensor-parallel ranks of its stage."""
         return self.tp_group.rank()
 
     @property
     def tp_size(self) -> int:
-        """The number of shards of a stage."""
+        """The number of tensor-parallel ranks of a stage."""
         return self.tp_group.size()
 
     @property
@@ -67,35 +68,37 @@ class Parallel:
 
     @property
     def is_first_stage(self) -> bool:
-        """This stage embeds the tokens."""
+        """Whether this stage embeds the tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This stage computes the logits, and so has log-probs and a loss."""
+        """Whether this stage computes the logits, and therefore the log-probs and the loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def is_replica_head(self) -> bool:
-        """The first rank of its model replica: the one that talks to the engines."""
+        """Whether this is the first rank of its replica, which sends requests to the engines."""
         return self.model_group.rank() == 0
 
     def from_replica_head(self, value: object) -> object:
-        """The head's value on every rank of the replica; the others' argument is ignored."""
+        """Broadcast the head's value in the replica; the other ranks' arguments are ignored."""
         box = [value]
         source = dist.get_global_rank(self.model_group, 0)
         dist.broadcast_object_list(box, src=source, group=self.model_group, device=self.device)
         return box[0]
 
     def from_last_stage(self, value: object) -> object:
-        """The value of the last pipeline stage on every stage; the others' argument is ignored."""
+        """Broadcast the last pipeline stage's value to every stage; the other stages' arguments are
+        ignored.
+        """
         box = [value]
         source = dist.get_global_rank(self.pp_group, self.pp_size - 1)
         dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
         return box[0]
 
     def from_first_rank(self, value: object) -> object:
-        """The value of global rank 0 on every rank; the others' argument is ignored."""
+        """Broadcast global rank 0's value to all ranks; the other ranks' arguments are ignored."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
@@ -105,19 +108,21 @@ class Parallel:
         dist.barrier()
 
     def share(self, count: int) -> tuple[int, int]:
-        """First and number of this replica's items, of `count` that all replicas share."""
+        """The index of the first item and the number of items of this replica, if all replicas
+        share `count` items.
+        """
         start = count * self.dp_rank // self.dp_size
         return start, count * (self.dp_rank + 1) // self.dp_size - start
 
     def reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
-        """`(float64 tensor, "sum" | "max") -> reduced over the replicas`, for what one rank of each
-        replica holds whole, such as its samples.
+        """A function for values that one rank of each replica holds, such as those of its samples:
+        `(float64 tensor, "sum" | "max")` to the tensor reduced over the replicas.
         """
         return self._reducer(self.dp_group)
 
     def batch_reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
-        """`(float64 tensor, "sum" | "max") -> reduced over the global batch`, for sums over the
-        tokens that a rank of the last pipeline stage computes.
+        """A function for sums over the tokens that a rank of the last pipeline stage computes:
+        `(float64 tensor, "sum" | "max")` to the tensor reduced over the global batch.
         """
         return self._reducer(self.batch_group)
 
@@ -133,7 +138,7 @@ class Parallel:
 
 
 def check_world_size(config: ParallelConfig) -> int:
-    """The number of ranks that torchrun started; 1 without it.
+    """The number of ranks that torchrun started; 1 without torchrun.
 
     Raises:
         ConfigError: it is not a multiple of TP x PP.
@@ -164,7 +169,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ:  # one process, started without torchrun
+        if "MASTER_ADDR" not in os.environ:  # a single process, started without torchrun
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
         dist.init_process_group(
             "gloo" if is_cpu_run() else "nccl",
@@ -192,7 +197,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
 
 
 def shut_down_parallel() -> None:
-    """Leave the process groups, so that the processes can end."""
+    """Destroy the process groups, so that the processes can end."""
     if dist.is_initialized():
         from megatron.core import parallel_state
 

@@ -1,10 +1,10 @@
-"""AdamW that keeps its state as Transformer Engine's and apex's FusedAdam do.
+"""An AdamW with the same state layout as the FusedAdam of Transformer Engine and apex.
 
-Where neither is installed, Megatron-Core falls back to torch's AdamW, whose per-parameter `step`
-its distributed checkpoints cannot hold (optimizer/distrib_optimizer.py looks for it in the
-parameter groups). This one counts steps in the group, so that a run without Transformer Engine
-saves, loads and reshards like any other. The arithmetic is torch's own functional AdamW (Loshchilov
-and Hutter, arXiv 1711.05101).
+If neither is installed, Megatron-Core falls back to torch's AdamW, which has a `step` for each
+parameter. Megatron's distributed checkpoints cannot store that: optimizer/distrib_optimizer.py
+looks for `step` in the parameter groups. This optimizer counts steps in the group, so that a run
+without Transformer Engine can save, load and reshard its checkpoints. The arithmetic is torch's own
+functional AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.optim.adamw import adamw
 
 
 class FusedLayoutAdamW(torch.optim.Optimizer):
-    """`step` lives in the parameter group; the state of a parameter is `exp_avg` and `exp_avg_sq`
-    alone.
+    """AdamW with `step` in the parameter group; the state of a parameter consists of `exp_avg` and
+    `exp_avg_sq` only.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool = True,
-        capturable: bool = False,  # given by Megatron-Core 0.19, not by 0.16
+        capturable: bool = False,  # passed by Megatron-Core 0.19, not by 0.16
     ) -> None:
         if not adam_w_mode:
             raise ValueError(
@@ -55,7 +55,7 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
                 if not self.state[param]:
                     self.state[param]["exp_avg"] = torch.zeros_like(param)
                     self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
-            # torch's kernel adds 1 to the count it is given
+            # torch's kernel adds 1 to the step count that it receives
             counts = [
                 torch.tensor(float(group["step"] - 1), device=param.device) for param in params
             ]
@@ -78,15 +78,15 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
 
 
 def use_fused_layout() -> None:
-    """Make Megatron-Core use this optimizer where it would fall back to torch's; idempotent."""
+    """Make Megatron-Core use this optimizer instead of falling back to torch's. Idempotent."""
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.Adam = FusedLayoutAdamW
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-        # From here on the state has apex's layout. The distributed optimizer must read it in that
-        # layout, and accepts only the class that it knows as Adam.
+        # The optimizer's state now has apex's layout. The distributed optimizer must read it in
+        # that layout, and it accepts only the class that it knows as Adam.
         distrib_optimizer.Adam = FusedLayoutAdamW
         distrib_optimizer.HAVE_APEX_OR_TE = True
         distrib_optimizer.USING_APEX_OPTIMIZER = True

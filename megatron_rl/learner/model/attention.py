@@ -1,11 +1,12 @@
 """Causal attention over packed rows, for machines without Transformer Engine.
 
 Megatron-Core's own `DotProductAttention` refuses packed sequences
-(transformer/dot_product_attention.py), so the layer spec is given this one: `query [T, heads,
-dim]`, `key` and `value [T, groups, dim]` and the borders of the sequences come in, `[T, heads x
-dim]` goes out, and no position sees another sequence. Sequences of similar length are stacked and
-passed to torch's scaled_dot_product_attention together; the result for a sequence does not depend
-on the others in its stack, since padding comes after it and attention is causal.
+(transformer/dot_product_attention.py), so the layer spec uses this module instead. It takes `query
+[T, heads, dim]`, `key` and `value [T, groups, dim]` and the boundaries of the sequences, and
+returns `[T, heads x dim]`; no position attends to another sequence. Sequences of similar length are
+stacked and passed to torch's scaled_dot_product_attention together. The result for a sequence does
+not depend on the other sequences of its stack, because its padding comes last and attention is
+causal.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ WIDTH_STEP = 8  # lengths are rounded up to a multiple of this, so that few stac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackPlan:
-    """How the sequences of one packed row are stacked; made once for a row, used by every layer.
+    """How the sequences of one packed row are stacked. Built once per row and used by every layer.
 
     Example: sequences of 3 and 5 positions at 0 and 3 of T=9: one stack of width 8, `gather=([0..2,
     0.., 3..7, 3..],)` of shape [2, 8]; `scatter` picks the 8 real positions out of the 16 and a
@@ -30,14 +31,14 @@ class StackPlan:
     """
 
     gather: tuple[Tensor, ...]  # [n, width] int64 for each stack: the row position of every entry
-    # [T] int64: the index of every row position in the concatenated stacks; one past their end,
-    # where a zero is appended, for positions without a sequence
+    # [T] int64: the index of every row position in the concatenated stacks; for positions without a
+    # sequence it is one past the end, where a zero is appended
     scatter: Tensor
 
 
 def plan_stacks(cu_seqlens: Tensor, cu_seqlens_padded: Tensor, num_tokens: int) -> StackPlan:
-    """The plan for a row of `num_tokens` whose sequences start at `cu_seqlens_padded` ([S+1]
-    int32).
+    """Plan the stacks of a row of `num_tokens` positions whose sequences start at
+    `cu_seqlens_padded`, [S+1] int32.
     """
     starts = cu_seqlens_padded[:-1].to(torch.int64)
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64)
@@ -67,7 +68,7 @@ def packed_attention(
     Args:
         query: [T, heads, dim]; key, value: [T, groups, dim]; any floating dtype.
     Returns:
-        [T, heads, dim]; zeros where the row has no sequence.
+        [T, heads, dim]; zeros at positions without a sequence.
     """
     outputs = []
     for positions in plan.gather:
@@ -85,8 +86,8 @@ def packed_attention(
 
 
 def packed_attention_module() -> type:
-    """The class to give a Megatron layer spec as `core_attention`; made on demand, since it derives
-    from Megatron's.
+    """The class that a Megatron layer spec takes as `core_attention`. It is defined on demand,
+    because it derives from a class of Megatron's.
     """
     from megatron.core.transformer.module import MegatronModule
 

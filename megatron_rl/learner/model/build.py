@@ -1,9 +1,9 @@
-"""[imports megatron] A Megatron-Core GPT model from a Hugging Face config, with this rank's shard
-of the weights.
+"""[imports megatron] Builds a Megatron-Core GPT model from a Hugging Face config and loads this
+rank's shard of the weights.
 
-A checkpoint folder and this rank's place in the layout come in, the model of this pipeline stage
-goes out, in Megatron's own DDP. With a GPU and Transformer Engine the layers are Transformer
-Engine's, otherwise Megatron's own with packed attention.
+`build_model` takes a checkpoint folder and this rank's position in the layout, and returns the
+model of this pipeline stage, wrapped in Megatron's own DDP. With a GPU and Transformer Engine the
+layers are those of Transformer Engine, otherwise Megatron's own with packed attention.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def build_model(
     config: ModelConfig, geometry: Geometry, parallel: Parallel, *, use_distributed_optimizer: bool
 ) -> DistributedDataParallel:
-    """This rank's stage, loaded with the checkpoint's weights, in Megatron's DDP with float32
-    gradients.
+    """This rank's pipeline stage, loaded with the checkpoint's weights, in Megatron's DDP with
+    float32 gradients.
 
     Raises:
-        ConfigError: a layout or option that the model cannot have.
-        DataError: a checkpoint whose tensors are missing, truncated or of other shapes.
+        ConfigError: the model does not allow the layout or an option.
+        DataError: tensors of the checkpoint are missing, truncated or have wrong shapes.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -48,8 +48,8 @@ def build_model(
     transformer = transformer_config(geometry, parallel, DTYPES[config.dtype])
     model = build_gpt(geometry, parallel, transformer, config.path)
     load_weights(model, geometry, parallel, CheckpointReader(config.path))
-    # Not Megatron's Float16Module: it would widen the logits to float32, and logits keep their
-    # dtype here.
+    # Megatron's Float16Module is not used, because it would cast the logits to float32; here the
+    # logits keep their dtype.
     model.to(device=parallel.device, dtype=DTYPES[config.dtype])
     ddp = DistributedDataParallel(
         transformer,
@@ -79,7 +79,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
         use_cpu_initialization=is_cpu_run(),
-        # Also sets the attributes by which norms and checkpoints distinguish shards from copies.
+        # This also sets the attributes by which gradient norms and checkpoints tell shards from
+        # copies.
         perform_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -105,7 +106,7 @@ def transformer_config(
 
 
 def has_transformer_engine() -> bool:
-    """True where Transformer Engine can be used: it is installed, and there is a GPU."""
+    """Whether Transformer Engine can be used: it is installed, and there is a GPU."""
     return not is_cpu_run() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -119,8 +120,9 @@ def build_gpt(
     if geometry.has_rope_scaling or geometry.rope_theta != int(geometry.rope_theta):
         inverse_frequencies, scale = _hf_rope(geometry, model_path)
         if scale != 1.0:
-            # Megatron multiplies cosines and sines by 0.1 x ln(scale) + 1 of this attribute; its
-            # 0.19 reads it while the layers are built (transformer/attention.py).
+            # Megatron multiplies cosines and sines by 0.1 x ln(scale) + 1, where scale is this
+            # attribute. Release 0.19 reads it while the layers are built
+            # (transformer/attention.py).
             transformer.yarn_rotary_scaling_factor = scale
     model = GPTModel(
         config=transformer,
@@ -140,7 +142,7 @@ def build_gpt(
 
 
 def layer_spec(geometry: Geometry) -> object:
-    """Which modules the layers are made of."""
+    """The layer spec: the modules that the layers consist of."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     if has_transformer_engine():
@@ -155,8 +157,9 @@ def layer_spec(geometry: Geometry) -> object:
 
 
 def _hf_rope(geometry: Geometry, model_path: str | Path) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies [head_dim / 2] float32 as transformers has them, so that every scaling
-    means the same on both sides, and the scale that YaRN's attention factor comes from (1: none).
+    """The inverse frequencies, [head_dim / 2] float32, as transformers computes them, so that every
+    rope scaling means the same on both sides; and the scale from which YaRN's attention factor is
+    computed (1: no such factor).
     """
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -184,7 +187,7 @@ def load_weights(
     """Read this rank's shard of every tensor of this stage.
 
     Raises:
-        DataError: the checkpoint's tensors do not fit the geometry. ConfigError: the model has a
+        DataError: the checkpoint's tensors do not match the geometry. ConfigError: the model has a
             parameter that no tensor rule covers.
     """
     parameters = dict(model.named_parameters())
@@ -208,7 +211,7 @@ def load_weights(
 def stage_tensors(
     geometry: Geometry, parallel: Parallel, parameters: dict[str, torch.Tensor]
 ) -> list[tuple[TensorRule, str]]:
-    """The rules of this stage's tensors, each with the name that this stage's model has for it."""
+    """The rules of this stage's tensors, each with the parameter's name in this stage's model."""
     found = []
     first_layer = parallel.pp_rank * (geometry.num_layers // parallel.pp_size)
     for rule in tensor_rules(geometry):

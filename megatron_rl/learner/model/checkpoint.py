@@ -1,14 +1,14 @@
-"""[imports megatron] Save and load everything that a run needs to continue as if it had never
+"""[imports megatron] Saves and loads everything that a run needs to continue as if it had never
 stopped.
 
 A checkpoint is a folder `checkpoints/step_000012`: Megatron's distributed checkpoint of model and
 optimizer (float32 main weights and moments), which any other TP x PP x DP layout can read;
 `run_state.json` (step, lambda, schedule, data cursor, and the size of every file); and every rank's
-random state. How it becomes the latest one is in checkpoint_files.py.
+random state. checkpoint_files.py makes a checkpoint the latest one.
 
-What can be checked without reading the tensors (a missing or truncated file, another model) is
-checked on every rank before the ranks read together, so that all of them fail alike and none waits
-for another.
+Every rank checks all that can be checked without reading the tensors (a missing or truncated file,
+a different model) before the ranks read together. In this way all ranks fail with the same error
+and none waits for another.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from megatron_rl.learner.model.checkpoint_files import STATE
 from megatron_rl.learner.model.export import tensor_shapes
 from megatron_rl.learner.model.training_model import TrainingModel
 
-# A float32 main weight and two moments; the model's own weights are added where they are others.
+# A float32 main weight and two moments. The model's own weights are added if they are separate.
 BYTES_PER_PARAMETER = 12
 
 
 def save_checkpoint(
     folder: Path, trained: TrainingModel, run_state: dict[str, Any], *, step: int, keep: int
 ) -> Path:
-    """Write `folder/step_<step>` and make it the latest; a collective over all ranks.
+    """Write `folder/step_<step>` and make it the latest checkpoint. A collective over all ranks.
 
     Args:
         run_state: plain JSON values; the same on every rank.
         keep: how many checkpoints to keep, at least 1; older ones are deleted once this one is
             complete.
     Raises:
-        DataError: the disk is full or not writable, and the earlier checkpoints are untouched; or
-            this one is complete and the latest, but an older one cannot be deleted.
+        DataError: the disk is full or not writable (the earlier checkpoints are unchanged), or an
+            older checkpoint cannot be deleted (the new one is complete and is the latest).
     """
     partial = checkpoint_files.partial_folder(folder, step)
     is_writer = trained.parallel.rank == 0
@@ -89,15 +89,15 @@ def save_checkpoint(
 
 
 def _first_error(part: Callable[[], None] | None, folder: Path) -> str | None:
-    """Do this rank's part of the work, if it has one; the first error of any rank, the same on
-    every rank. A collective.
+    """Do this rank's part of the work, if it has one, and return the first error of any rank, the
+    same on every rank. A collective over all ranks.
     """
     error = None
     try:
         if part is not None:
             part()
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as caught:
-        # torch's writer says "unexpected pos" where the disk is full
+        # torch's writer reports "unexpected pos" when the disk is full
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         error = f"{_in_brief(caught)} ({free / 2**20:.1f} MiB free on that disk)"
     errors: list[str | None] = [None] * dist.get_world_size()
@@ -106,21 +106,21 @@ def _first_error(part: Callable[[], None] | None, folder: Path) -> str | None:
 
 
 def _in_brief(error: BaseException) -> str:
-    """The error in one line; the first one of torch's collection of all ranks' errors."""
+    """The error in one line. Of an exception that collects all ranks' errors, the first one."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
-    """Load model, optimizer, schedule and random state, whatever layout saved them; returns the run
+    """Load model, optimizer, schedule and random state, saved by any layout, and return the run
     state. A collective over all ranks.
 
-    Learning rate, betas and the other settings of the optimizer are those of this run's config;
-    only how far the run had come is taken from the checkpoint.
+    Learning rate, betas and the other settings of the optimizer are those of this run's config.
+    Only the position in the schedule is taken from the checkpoint.
 
     Raises:
-        DataError: a checkpoint that is missing, truncated or of another model.
+        DataError: the checkpoint is missing, truncated or of a different model.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -191,8 +191,8 @@ def _write_state(folder: Path, trained: TrainingModel, run_state: dict[str, Any]
 
 
 def _read_state(folder: Path, trained: TrainingModel) -> dict[str, Any]:
-    """The contents of run_state.json, after a check that all files are whole and the model is this
-    run's.
+    """The contents of run_state.json, after checking that all files are complete and that the
+    checkpoint is of this run's model.
     """
     otherwise = "resume from another one (resume=FOLDER), or start anew (resume=never)"
     try:
@@ -220,7 +220,7 @@ def _read_state(folder: Path, trained: TrainingModel) -> dict[str, Any]:
 
 
 def _kind(trained: TrainingModel) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be loaded; the layout may differ."""
+    """The properties that must match for a checkpoint to be loaded. The layout may differ."""
     geometry = asdict(trained.geometry)
     return geometry | {
         "dtype": str(trained.model.config.params_dtype),
@@ -229,9 +229,9 @@ def _kind(trained: TrainingModel) -> dict[str, Any]:
 
 
 def _results_stay_in_process() -> None:
-    """Megatron keeps the writers' results in a manager process of its own, which would outlive a
-    killed rank (dist_checkpointing/strategies/filesystem_async.py). A queue is enough for a
-    synchronous save.
+    """Make Megatron collect the writers' results in a plain queue, which is enough for a
+    synchronous save. Megatron uses a separate manager process for them, which would outlive a
+    killed rank (dist_checkpointing/strategies/filesystem_async.py).
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -255,8 +255,8 @@ def _random_state() -> dict[str, torch.Tensor]:
 def _read_random_state(
     folder: Path, trained: TrainingModel, saved_world_size: int
 ) -> dict[str, torch.Tensor]:
-    """Empty on another number of ranks, which then start with new random states. These do not
-    affect the run: its seeds derive from step and prompt.
+    """This rank's random state. Empty if the number of ranks has changed; the ranks then start with
+    new random states. This does not affect the run, because its seeds derive from step and prompt.
     """
     if saved_world_size != trained.parallel.world_size:
         return {}
@@ -274,7 +274,7 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def _check_space(folder: Path, trained: TrainingModel) -> None:
-    """OSError, before anything is written, where the disk cannot hold the checkpoint."""
+    """Raise OSError, before anything is written, if the disk has too little free space."""
     num_parameters = sum(torch.Size(shape).numel() for _, shape in tensor_shapes(trained.geometry))
     needed = num_parameters * _bytes_per_parameter(trained)
     if shutil.disk_usage(folder).free < needed:
@@ -282,8 +282,8 @@ def _check_space(folder: Path, trained: TrainingModel) -> None:
 
 
 def _bytes_per_parameter(trained: TrainingModel) -> int:
-    """On disk. With a float32 model the plain optimizer steps the weights themselves; otherwise it
-    holds main weights of its own.
+    """The size of a checkpoint on disk, in bytes per parameter. With a float32 model the plain
+    optimizer updates the model's weights directly; otherwise it has separate main weights.
     """
     dtype: torch.dtype = trained.model.config.params_dtype
     is_main = dtype == torch.float32 and not trained.model.ddp_config.use_distributed_optimizer

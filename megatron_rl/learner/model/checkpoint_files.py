@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: which one is the latest, and how a new one becomes it.
+"""Manages the folder of a run's checkpoints: finds the latest one, and makes a new one the latest.
 
-A checkpoint is written under a hidden name, synced to disk and renamed, and only then does the file
-`latest` name it: a kill at any moment leaves the previous checkpoint in force.
+A checkpoint is written under a hidden name, synced to disk and renamed. Only then is its name
+written to the file `latest`, so that after a kill at any moment the previous checkpoint is valid.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ STATE = "run_state.json"
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that `folder/latest` names, or None where none was ever completed.
+    """The checkpoint that `folder/latest` names, or None if no checkpoint has been completed.
 
     Raises:
-        DataError: the pointer names something that is not a checkpoint beside it.
+        DataError: `latest` does not name a checkpoint in `folder`.
     """
     pointer = folder / LATEST
     if not pointer.is_file():
@@ -32,12 +32,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of a step's checkpoint: `step_000012`, by which checkpoints sort by age."""
+    """The name of a step's checkpoint, `step_000012`. Sorting by name sorts checkpoints by age."""
     return f"step_{step:06d}"
 
 
 def start_partial(folder: Path, step: int) -> Path:
-    """A new, empty folder for the parts of a step's checkpoint; OSError where it cannot be made."""
+    """Create an empty folder for the parts of a step's checkpoint; OSError if this fails."""
     partial = partial_folder(folder, step)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -45,25 +45,26 @@ def start_partial(folder: Path, step: int) -> Path:
 
 
 def partial_folder(folder: Path, step: int) -> Path:
-    """Where the parts of a step's checkpoint are written before it is complete."""
+    """The folder in which the parts of a step's checkpoint are written until it is complete."""
     return folder / f".partial_{checkpoint_name(step)}"
 
 
 def complete(folder: Path, step: int) -> None:
-    """Turn the parts of a step into its checkpoint, and let `latest` name it."""
+    """Turn the parts of a step into its checkpoint, and write its name to `latest`."""
     partial, final = partial_folder(folder, step), folder / checkpoint_name(step)
     for path in [*partial.rglob("*"), partial]:
         _sync_entry(path)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    # Before `latest` names it: no power cut may keep the pointer and lose what it points at.
+    # Synced before `latest` is written, so that after a power failure `latest` cannot name a
+    # checkpoint that was lost.
     _sync_entry(folder)
     _point_latest_at(folder, final.name)
 
 
 def delete_old(folder: Path, step: int, keep: int) -> None:
-    """Keep `keep` checkpoints, the one of `step` and those before it; a later one belongs to a run
-    that was given up, and goes first. Parts that a killed run left go too.
+    """Keep `keep` checkpoints: the one of `step` and those before it. Checkpoints of later steps
+    belong to an abandoned run and are deleted first. Parts that a killed run left are deleted too.
     """
     newest = checkpoint_name(step)
     by_age = sorted(folder.glob("step_*"), key=lambda path: (path.name <= newest, path.name))
@@ -74,7 +75,7 @@ def delete_old(folder: Path, step: int, keep: int) -> None:
 
 
 def _sync_entry(path: Path) -> None:
-    """Sync a file's bytes, or the entries of a folder, which a rename in it changes."""
+    """Sync a file's bytes, or a folder's entries, which change when a file in it is renamed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

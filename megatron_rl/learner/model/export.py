@@ -1,8 +1,9 @@
-"""Megatron shards to full Hugging Face tensors, one at a time, in layer order.
+"""Joins Megatron's shards into full Hugging Face tensors, one at a time, in layer order.
 
-Every rank of the first data-parallel replica iterates `full_tensors` in step: the shards of a
-tensor are gathered over TP on its pipeline stage and sent to global rank 0, which alone is given
-`(name, tensor)`. No rank ever holds more than one full tensor, and the other replicas take no part.
+All ranks of the first data-parallel replica iterate `full_tensors` together. The shards of a tensor
+are gathered over TP on its pipeline stage and sent to global rank 0, which is the only rank that
+yields `(name, tensor)`. No rank ever holds more than one full tensor, and the other replicas take
+no part.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_rl.weights.rules import (
 
 
 def tensor_shapes(geometry: Geometry) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and full shape of every tensor that `full_tensors` yields, in its order."""
+    """Name and full shape of every tensor that `full_tensors` yields, in the same order."""
     return [
         (name, shape)
         for rule in tensor_rules(geometry)
@@ -83,7 +84,7 @@ def _to_first_rank(
     stage: int,
     parallel: Parallel,
 ) -> torch.Tensor | None:
-    """The tensor on global rank 0, whichever stage owns it; None elsewhere."""
+    """The tensor on global rank 0, sent by the stage that owns it; None on the other ranks."""
     if stage == 0 or parallel.tp_rank != 0:
         return full
     if parallel.pp_rank == stage:

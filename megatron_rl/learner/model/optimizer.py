@@ -19,7 +19,7 @@ def build_optimizer(
     """AdamW under Megatron's control (float32 main weights and moments), and its schedule.
 
     Args:
-        num_updates: optimizer steps of the whole run, over which a decaying schedule goes to 0.
+        num_updates: optimizer steps of the whole run; a decaying schedule reaches 0 after them.
     """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
@@ -48,15 +48,15 @@ def build_optimizer(
         max_lr=config.learning_rate,
         min_lr=0.0,
         lr_warmup_steps=config.warmup_steps,
-        # The rate reaches 0 after the last step, not at it. Megatron requires more decay steps than
-        # warm-up steps, even with a constant rate.
+        # The rate reaches 0 one step after the last one, not at it. Megatron requires more decay
+        # steps than warm-up steps, even with a constant rate.
         lr_decay_steps=max(num_updates, config.warmup_steps) + 1,
         lr_decay_style=config.decay,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # The schedule is this run's config; only how far it has come is read from a checkpoint.
+        # The schedule follows this run's config; only the position in it is read from a checkpoint.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -1,4 +1,6 @@
-"""[imports megatron] A model stage with what trains it: the state that a checkpoint holds."""
+"""[imports megatron] A pipeline stage with its optimizer and schedule: the state that a checkpoint
+holds.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,14 @@ def build_training_model(
     *,
     num_updates: int,
 ) -> TrainingModel:
-    """The model of `geometry`, loaded from `model.path`, with a fresh optimizer; a collective.
+    """The model of `geometry`, loaded from `model.path`, with a new optimizer. A collective over
+    all ranks.
 
     Args:
         num_updates: optimizer steps of the whole run, for a decaying learning rate.
     Raises:
-        ConfigError: a layout or option that the model cannot have. DataError: a checkpoint that
-            does not fit the geometry.
+        ConfigError: the model does not allow the layout or an option. DataError: the checkpoint
+            does not match the geometry.
     """
     stage = build_model(model, geometry, parallel, use_distributed_optimizer=optimizer.distributed)
     built, scheduler = build_optimizer(optimizer, stage, num_updates=num_updates)

@@ -1,9 +1,9 @@
-"""[imports megatron] A packed row through the model: the part that forward-only passes and the
-training step have in common.
+"""[imports megatron] Runs packed rows through the model. Forward-only passes and the training step
+share this code.
 
-A `MicroBatch` comes in, the log-probs of its kept labels go out on the last pipeline stage.
-`run_schedule` runs rows through Megatron's own forward-backward schedule, with or without a
-pipeline; `evaluate_rows` is the forward-only pass on top of it.
+On the last pipeline stage it computes the log-probs of a `MicroBatch`'s kept labels. `run_schedule`
+runs rows through Megatron's own forward-backward schedule, with or without a pipeline;
+`evaluate_rows` is the forward-only pass built on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WHOLE = Truncation()  # no token is excluded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowOutput:
-    """The model's output for one row: [T] tensors, 0 and False where the row's loss mask is False.
+    """The model's output for one row: [T] tensors, 0 or False where the row's loss mask is False.
 
     Example of two tokens, the first one masked, with top_k=2: `RowOutput(logprobs=[0, -0.98],
     full_logprobs=[0, -1.2], entropy=[0, 1.03], is_outside_support=[False, False])`.
@@ -39,14 +39,14 @@ class RowOutput:
     # float32, of the whole distribution, for the comparison with a reference policy; also under
     # gradient in training
     full_logprobs: torch.Tensor
-    # float32, of the whole distribution at temperature T, in nats; under gradient where asked for
+    # float32, of the whole distribution at temperature T, in nats; under gradient if requested
     entropy: torch.Tensor
-    # bool: a label that the sampler could not have chosen with these logits; it is kept
+    # bool: the sampler could not have chosen this label with these logits; the token is kept anyway
     is_outside_support: torch.Tensor
 
     def recomputed_row(self, micro_batch: MicroBatch) -> RecomputedRow:
-        """`recomputed_logprobs` of the row, where the weights are those before the update. Both the
-        separate pass and the update that does without it take them from here.
+        """The row with `recomputed_logprobs`; the weights must be those before the update. Both the
+        separate pass and an update without a separate pass call this method.
         """
         return RecomputedRow(micro_batch=micro_batch, recomputed_logprobs=self.logprobs.detach())
 
@@ -57,7 +57,7 @@ class RowOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullRow:
-    """A row with a model's log-probs over the whole distribution, whatever the policy's truncation.
+    """A row with a model's log-probs over the whole distribution, even if the policy truncates it.
 
     Example of the row of `MicroBatch`'s example: `FullRow(micro_batch=MicroBatch(...),
     full_logprobs=[0, -0.4, -0.2, 0, 0, 0, 0, 0])`.
@@ -68,8 +68,8 @@ class FullRow:
 
 
 def packed_seq_params(row: MicroBatch) -> Any:
-    """The borders of the row's sequences in the form that Megatron's attention layers take; the
-    padding after the last sequence counts as one more.
+    """The boundaries of the row's sequences in the form that Megatron's attention layers expect.
+    The padding after the last sequence counts as one more sequence.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -104,7 +104,7 @@ def row_output(
     """Log-probs of the kept labels from vocabulary-parallel logits.
 
     Args:
-        logits: [1, T, V / TP] of this rank, any floating dtype.
+        logits: this rank's, [1, T, V / TP], any floating dtype.
         has_entropy_gradient: compute the entropy once more, with a gradient.
     """
     kept = row.loss_mask.nonzero()[:, 0]
@@ -146,15 +146,15 @@ def evaluate_rows(
     parallel: Parallel,
     name: str,
 ) -> list[Item]:
-    """A forward-only pass; a collective over the ranks of a replica.
+    """A forward-only pass. A collective over the ranks of a replica.
 
     Args:
-        take: what to keep of a row's output, such as `RowOutput.recomputed_row`.
+        take: selects the result from a row's output, such as `RowOutput.recomputed_row`.
         name: of the pass, for messages.
     Returns:
-        On the last pipeline stage an item for each row; empty on other stages.
+        On the last pipeline stage one item for each row; empty on other stages.
     Raises:
-        DivergenceError: logits from which no log-prob can be computed. DataError: a label outside
+        DivergenceError: no log-prob can be computed from the logits. DataError: a label is outside
             the vocabulary.
     """
     if not rows:
@@ -172,7 +172,7 @@ def evaluate_rows(
         return take(output, rows[index])
 
     items = run_schedule(model, rows, on_output, forward_only=True)
-    # Once for the whole pass, since it synchronises with the device.
+    # Checked once for the whole pass, because the check synchronises with the device.
     check_broken_rows(parallel.device, name)
     return items
 
@@ -192,8 +192,8 @@ def run_schedule(
             training it returns Megatron's `(sum, count, anything)`; with `forward_only` it returns
             anything.
     Returns:
-        On the last stage what `on_output` returned for each row (in training the third item); empty
-        on other stages.
+        On the last stage the value that `on_output` returned for each row (in training the third
+        item of it); empty on other stages.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -222,6 +222,6 @@ def _call_with_output(
     on_output: Callable[[int, torch.Tensor], Any],
     index: int,
     output: torch.Tensor,
-    non_loss_data: bool = False,  # Megatron's name; it says which of the two passes this is
+    non_loss_data: bool = False,  # Megatron's name; tells a forward-only pass from a training pass
 ) -> Any:
     return on_output(index, output)

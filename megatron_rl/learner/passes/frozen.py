@@ -1,8 +1,8 @@
-"""[imports megatron] A frozen policy beside the learner, the reference of a KL term: a checkpoint's
-weights in the learner's layout.
+"""[imports megatron] A frozen policy in addition to the learner, the reference of a KL term. It
+holds a checkpoint's weights in the learner's layout.
 
-It has no gradients and no optimizer, and is not part of the run's checkpoints; its memory is one
-copy of the weights in the model's dtype.
+It has no gradients and no optimizer, and is not part of the run's checkpoints. It needs memory for
+one copy of the weights in the model's dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rl.weights.huggingface import CheckpointReader
 
 
 class FrozenPolicy:
-    """The model of `path` on this rank of `parallel`, never trained."""
+    """This rank's part of the model in `path`, which is never trained."""
 
     def __init__(
         self, path: str | Path, model: ModelConfig, parallel: Parallel, *, temperature: float
@@ -28,8 +28,8 @@ class FrozenPolicy:
         """
         Args:
             path: Hugging Face checkpoint folder.
-            model: for the dtype.
-            temperature: at which the log-probs are taken; the learner's.
+            model: settings that determine the dtype.
+            temperature: the learner's; the log-probs are computed at this temperature.
         """
         dtype = DTYPES[model.dtype]
         geometry = read_geometry(path)
@@ -43,8 +43,8 @@ class FrozenPolicy:
         self._model.to(device=parallel.device, dtype=dtype).requires_grad_(False)
 
     def full_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
-        """Its log-probs of every kept label, over the whole distribution: on the last pipeline
-        stage a record for each row, elsewhere nothing.
+        """Its log-probs of every kept label, over the whole distribution: a record for each row on
+        the last pipeline stage, an empty list on the others.
         """
         return evaluate_rows(
             self._model,

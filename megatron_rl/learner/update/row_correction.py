@@ -1,8 +1,8 @@
-"""The correction of one row: which of its tokens are kept, and with which weights; and the numbers
-of the whole step that the loss of a row needs before the first backward pass.
+"""Computes the correction of one row, that is, which tokens are kept and their weights, and the
+scalars of the whole step that the loss of a row needs before the first backward pass.
 
-The rules are those of `objective/`; this module applies them in the configured order, and adds the
-sums of the global batch over the data-parallel ranks.
+The rules are implemented in `objective/`. This module applies them in the configured order, and
+reduces the sums of the global batch over the data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -25,36 +25,40 @@ from megatron_rl.records import RecomputedRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCorrection:
-    """Example: a row of three sampled tokens whose last one was rejected: `RowCorrection(
+    """The kept tokens of a row and their weights.
+
+    Example: a row of three sampled tokens whose last one was rejected: `RowCorrection(
     kept=[True, True, False], weights=[0.9, 1.1, 1.3], is_outside=[False] * 3, metrics={...})`.
     """
 
-    kept: torch.Tensor  # [T] bool, the tokens that the loss is over
-    weights: torch.Tensor | None  # [T] float32, not yet batch-normalised; None: 1
+    kept: torch.Tensor  # [T] bool, the tokens that count in the loss
+    weights: torch.Tensor | None  # [T] float32, not yet batch-normalised; None: all weights are 1
     is_outside: torch.Tensor | None  # [T] bool, the weight was bounded; None without weights
     metrics: dict[str, Metric]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchScalars:
-    """The same on every rank that has a loss. Example: `BatchScalars(weight_mean=0.97,
-    is_gate_open=True)`.
+    """Scalars of the global batch, the same on every rank that computes a loss. Example:
+    `BatchScalars(weight_mean=0.97, is_gate_open=True)`.
     """
 
-    weight_mean: float = 1.0  # of the global batch's kept weights
-    is_gate_open: bool = True  # the penalty acts in this step
-    baseline: float = 0.0  # subtracted from the gap of every token that is penalised
+    weight_mean: float = 1.0  # mean of the global batch's kept weights
+    is_gate_open: bool = True  # whether the penalty acts in this step
+    baseline: float = 0.0  # subtracted from the gap of every penalised token
 
 
 def needs_batch_scalars(config: ObjectiveConfig) -> bool:
-    """Whether the loss of a row needs sums of the global batch, and so a separate recomputation."""
+    """Whether the loss of a row needs sums of the global batch and therefore a separate recompute
+    pass.
+    """
     constraint = config.constraint
     is_constrained = constraint.gate == "mean" or constraint.baseline == "batch"
     return config.importance.batch_normalize or (constraint.enabled and is_constrained)
 
 
 def correct_row(row: RecomputedRow, config: ObjectiveConfig) -> RowCorrection:
-    """Rejection, veto and importance weights of one row."""
+    """Apply rejection, veto and importance weights to one row."""
     rejection, importance = config.rejection, config.importance
     micro_batch, recomputed = row.micro_batch, row.recomputed_logprobs
     rollout, sampled = micro_batch.rollout_logprobs, micro_batch.loss_mask
@@ -107,15 +111,16 @@ def batch_scalars(
     *,
     tolerance: float,
 ) -> BatchScalars:
-    """Means over every row of the step on every data-parallel rank; a collective of the last stage.
+    """Means over all rows of the step on all data-parallel ranks. A collective over the
+    data-parallel ranks of the last stage.
 
     Args:
         rows: of all mini-batches, in order.
         dropped: rows that count only in the mean gap.
-        tolerance: c, which the mean gap is compared with for the gate "mean".
+        tolerance: c; the gate "mean" compares the mean gap with it.
 
     Raises:
-        DivergenceError: a batch without any response token, on every rank.
+        DivergenceError: the batch has no response token (raised on every rank).
     """
     sums = torch.zeros(6, dtype=torch.float64)
     for row in rows:
@@ -140,7 +145,7 @@ def batch_scalars(
     if gap_count == 0:
         raise DivergenceError("training step: expected a response token in the batch, got none")
     return BatchScalars(
-        # No kept token, or only weights of 0: there is nothing to normalise.
+        # Without a kept token, or if all weights are 0, there is nothing to normalise.
         weight_mean=weight_sum / weight_count if weight_sum > 0 else 1.0,
         is_gate_open=gap_sum / gap_count > tolerance,
         baseline=penalised_sum / kept_count if is_centered and kept_count else 0.0,
@@ -155,13 +160,13 @@ def gap_of(row: RecomputedRow) -> torch.Tensor:
 def penalised_gap(
     gap: torch.Tensor, constraint: ConstraintConfig, *, tolerance: float
 ) -> torch.Tensor:
-    """The penalised part of every token's gap [T], under gradient where the gap is."""
+    """The penalised part of every token's gap, [T]; under gradient if the gap is."""
     return gated_discrepancy(
         gap, gate=constraint.gate, tolerance=tolerance, maximum=constraint.max_discrepancy
     )
 
 
 def _sum_and_count(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[2] float64 on the CPU: the sum of values [T] where the mask is True, and their number."""
+    """[2] float64 on the CPU: the sum and the number of the values [T] where the mask is True."""
     kept = values[mask].double()
     return torch.stack([kept.sum(), kept.new_tensor(kept.numel())]).cpu()

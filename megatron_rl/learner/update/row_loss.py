@@ -1,9 +1,9 @@
-"""The loss of one packed row, given the model's output for it: what Megatron's schedule calls on
-the last pipeline stage.
+"""Computes the loss of one packed row from the model's output for it. Megatron's schedule calls it
+on the last pipeline stage.
 
-There are two masks: `loss_mask` of the row, every response token that was sampled, which the
-discrepancy and the dual step are over; and `kept`, what rejection and veto leave of it, which the
-loss is over.
+There are two masks. The row's `loss_mask` covers every sampled response token; the discrepancy and
+the dual step use it. `kept` covers the tokens that remain after rejection and veto; the loss uses
+it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from megatron_rl.records import MicroBatch, RecomputedRow
 class UpdateRow:
     """A row of a mini-batch with the log-probs that are known before its update.
 
-    Example of a row without a reference policy, whose update does without a separate recomputation:
+    Example of a row without a reference policy and without a separate recompute pass:
     `UpdateRow(micro_batch=MicroBatch(...), recomputed=None, reference_logprobs=None)`.
     """
 
     micro_batch: MicroBatch
-    # None: there was no separate pass. Then the policy's own log-probs in the update are taken,
-    # which are the same bits before the first optimizer step, and stand in for them under bypass
+    # None: there was no separate pass. The policy's log-probs in the update are used instead.
+    # Before the first optimizer step they are the same bits; under bypass every update uses them.
     recomputed: RecomputedRow | None
     reference_logprobs: torch.Tensor | None  # [T] float32; None: no reference policy
 
@@ -65,21 +65,21 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSettings:
-    """What is the same for every row of a step. Example: `StepSettings(config=ObjectiveConfig(),
+    """The settings that all rows of a step share. Example: `StepSettings(config=ObjectiveConfig(),
     dual_value=0.1, tolerance=0.0037, scalars=BatchScalars(), weight_version=11, place="step 12,
     rank 0")`.
     """
 
     config: ObjectiveConfig
-    dual_value: float  # lambda, or 0 where nothing is penalised in this step
+    dual_value: float  # lambda, or 0 if nothing is penalised in this step
     tolerance: float
     scalars: BatchScalars
     weight_version: int  # of the weights before the update
-    place: str  # for messages
+    place: str  # step and rank, for messages
 
 
 class MiniBatchLoss:
-    """`(index of the row, its output) -> (sum, count, RowResult)` for one mini-batch."""
+    """The loss function of one mini-batch: `(row index, output) -> (sum, count, RowResult)`."""
 
     def __init__(
         self, rows: Sequence[UpdateRow], settings: StepSettings, *, is_before_update: bool
@@ -87,9 +87,9 @@ class MiniBatchLoss:
         """
         Args:
             rows: in the order of the mini-batch.
-            is_before_update: no optimizer step of this batch has been done.
+            is_before_update: whether no optimizer step of this batch has been taken yet.
         Raises:
-            ConfigError: `objective.policy_loss` names no policy loss.
+            ConfigError: `objective.policy_loss` does not name a policy loss.
         """
         self._rows = rows
         self._settings = settings
@@ -99,7 +99,7 @@ class MiniBatchLoss:
     def __call__(
         self, index: int, output: RowOutput
     ) -> tuple[torch.Tensor, torch.Tensor, RowResult]:
-        """Megatron's contract for one row, and the row's results.
+        """The sum and count that Megatron's loss contract requires for one row, and its results.
 
         Raises:
             DivergenceError: a log-prob or the loss is not finite.
@@ -132,8 +132,8 @@ class MiniBatchLoss:
         return total, count, RowResult(recomputed=recomputed, discrepancy=gap, metrics=metrics)
 
     def _support_metrics(self, micro_batch: MicroBatch, output: RowOutput) -> dict[str, Metric]:
-        """Tokens outside the support at the weights before the update; after an update, tokens are
-        outside because the policy has moved, and are not counted.
+        """The share of tokens outside the support, at the weights before the update. After an
+        update tokens can be outside because the policy has moved, so they are not counted.
         """
         mask = micro_batch.loss_mask
         is_counted = mask if self._is_before_update else mask & False
@@ -151,7 +151,7 @@ class MiniBatchLoss:
         reference: torch.Tensor | None,
         correction: RowCorrection,
     ) -> tuple[torch.Tensor, dict[str, Metric]]:
-        """The loss of every token, 0 where it is not kept, and its metrics."""
+        """The loss of every token, which is 0 for tokens that are not kept, and the metrics."""
         config, kept = self._settings.config, correction.kept
         is_bypass = config.old_policy == "rollout"
         old = row.micro_batch.rollout_logprobs if is_bypass else row.recomputed_logprobs
@@ -198,8 +198,8 @@ class MiniBatchLoss:
             penalty = settings.dual_value * gap[kept].double()
             metrics = {
                 "constraint/penalty/mean": Mean(sum=penalty.sum(), count=penalty.numel()),
-                # Sum of lambda * delta over sum of |A|, without the baseline: the weight of the
-                # constraint relative to the reward.
+                # The sum of lambda * delta, without the baseline, divided by the sum of |A|: the
+                # weight of the constraint relative to the reward.
                 "constraint/penalty_share/mean": Mean(
                     sum=penalty.sum(), count=micro_batch.advantages[kept].double().abs().sum()
                 ),
@@ -219,7 +219,7 @@ class MiniBatchLoss:
         old: torch.Tensor,
         correction: RowCorrection,
     ) -> tuple[torch.Tensor | None, dict[str, Metric]]:
-        """The factor of the surrogate: importance weights, and 0 where OPSM masks."""
+        """The factor of the surrogate: the importance weights, and 0 where OPSM masks a token."""
         config, kept, weights = self._settings.config, correction.kept, correction.weights
         metrics: dict[str, Metric] = {}
         if weights is not None and config.importance.batch_normalize:
@@ -238,7 +238,7 @@ class MiniBatchLoss:
 
 
 def dropped_results(rows: Iterable[RecomputedRow], settings: StepSettings) -> list[RowResult]:
-    """The gap of rows that are not learnt from.
+    """The gap of the rows on which the learner does not train.
 
     Raises:
         DivergenceError: a log-prob is not finite.

@@ -1,14 +1,14 @@
-"""The RL update under the constraint on the discrepancy: a batch comes in, new weights and a new
-lambda go out.
+"""The RL update under the constraint on the discrepancy: updates the weights and lambda with one
+batch.
 
-For every kept token, with lambda from before this step (DCMDP, arXiv 2606.08779):
+For every kept token, with the lambda from before this step (DCMDP, arXiv 2606.08779):
 
     delta = |p_recomputed - p_rollout|,   A' = A - lambda * delta,   loss = surrogate of A'
 
 then `lambda <- clip(lambda + eta * (mean delta - tolerance))`. The mean is over every sampled token
-of the global batch, including tokens that a correction rejects (row_correction.py) and the dropped
-samples (`TrainBatch.dropped`). Its sum and count are added over rows and data-parallel ranks and
-sent from the last pipeline stage to the others, so that lambda is the same number on every rank.
+of the global batch, including tokens that a correction rejects (row_correction.py) and the tokens
+of dropped samples (`TrainBatch.dropped`). Its sum and count are added over rows and data-parallel
+ranks and sent from the last pipeline stage to the others, so that lambda is the same on every rank.
 """
 
 from __future__ import annotations
@@ -54,17 +54,19 @@ def train_step(
     """One optimizer step for each mini-batch, then one dual step. A collective over all ranks.
 
     Args:
-        dual: lambda; stepped here, unless the constraint is off.
-        weight_version: of the learner's present weights, from which the ages of the rollouts are
-            counted.
-        should_recompute: run a separate forward pass for `recomputed_logprobs` even when it could
-            be skipped. It can be with one mini-batch, since the policy's log-probs before the first
-            optimizer step are the same arithmetic and the same bits; and under bypass, where the
-            policy's log-probs in the update of the row's mini-batch are used instead. It is never
-            skipped where the loss needs sums of the whole batch before its first backward pass.
+        dual: lambda; this function updates it, unless the constraint is off.
+        weight_version: version of the learner's current weights; the age of a rollout is counted
+            from it.
+        should_recompute: run a separate forward pass for `recomputed_logprobs` even if it could be
+            skipped. It can be skipped in two cases: with one mini-batch, because before the first
+            optimizer step the policy's log-probs result from the same arithmetic and are the same
+            bits; and under bypass, where the policy's log-probs in the update of the row's
+            mini-batch are used instead. It is never skipped if the loss needs sums of the whole
+            batch before its first backward pass.
     Returns:
-        The report, the same on every rank; and the rows of all mini-batches, then the dropped ones,
-        with their recomputed log-probs, on the last pipeline stage; elsewhere none.
+        The report, the same on every rank; and, on the last pipeline stage, the rows of all
+        mini-batches followed by the dropped rows, with their recomputed log-probs (empty on the
+        other stages).
     Raises:
         DivergenceError: a log-prob, the loss or the gradient's norm is not finite.
     """
@@ -113,8 +115,8 @@ def train_step(
 def _update_rows(
     learner: Learner, micro_batches: Sequence[MicroBatch], is_separate: bool
 ) -> list[UpdateRow]:
-    """The rows of a mini-batch, with their log-probs of the separate pass and of the reference
-    policy, where there are any; both are None on all but the last pipeline stage.
+    """The rows of a mini-batch with the log-probs of the separate pass and of the reference policy,
+    if there are any. Both are None on all pipeline stages but the last.
     """
     nothing = [None] * len(micro_batches)
     recomputed = learner.recompute(micro_batches) if is_separate else []
@@ -128,9 +130,9 @@ def _update_rows(
 
 
 def _dual_step(dual: DualVariable, gap: DiscrepancySum, *, is_enabled: bool) -> dict[str, float]:
-    """Step lambda, or calibrate its tolerance; the metrics of both."""
+    """Update lambda, or calibrate its tolerance; return the metrics of both."""
     if is_enabled:
-        # NaN where the whole batch holds no sampled token, which the dual step refuses.
+        # The mean is NaN if the batch has no sampled token; the dual step then raises an error.
         dual.update(gap.mean)
     metrics = {"constraint/next_lambda": dual.effective_value if is_enabled else 0.0}
     if dual.calibration is not None:
@@ -143,8 +145,8 @@ def _dual_step(dual: DualVariable, gap: DiscrepancySum, *, is_enabled: bool) -> 
 def _over_all_ranks(
     results: Sequence[RowResult], parallel: Parallel
 ) -> tuple[dict[str, float], DiscrepancySum]:
-    """The metrics of all rows of all ranks, and the sum that lambda steps on: the same numbers on
-    every rank.
+    """The metrics of all rows of all ranks, and the discrepancy sum for the dual step. Both are the
+    same on every rank.
     """
     if not parallel.is_last_stage:
         return parallel.from_last_stage(None)

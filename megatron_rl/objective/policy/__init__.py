@@ -1,7 +1,7 @@
 """The policy losses, one module each: the module's name is the value of `objective.policy_loss`.
 
 A module defines `surrogate(inputs: LossInputs) -> Surrogate`. It is found by its name and imported
-when it is asked for, so that a new loss is one new file here, and its test.
+on demand, so that a new loss needs only one new file here, and its test.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def policy_loss_named(name: str) -> PolicyLoss:
     """The surrogate of that name.
 
     Raises:
-        ConfigError: no module of this folder has the name, or it defines no `surrogate`.
+        ConfigError: no module in this folder has the name, or the module defines no `surrogate`.
     """
     if name not in policy_losses():
         raise ConfigError(

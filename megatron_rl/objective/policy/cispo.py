@@ -1,6 +1,6 @@
-"""The policy gradient with a clipped weight, `sg[clip(r)] A log p_theta` with r = p_theta / p_old
-and clip(r) = clip(r, 1 - clip_low, 1 + clip_high): every token keeps a gradient (CISPO, arXiv
-2506.13585).
+"""CISPO (arXiv 2506.13585): the policy gradient with a clipped weight, `sg[clip(r)] A log p_theta`,
+where r = p_theta / p_old and clip(r) = clip(r, 1 - clip_low, 1 + clip_high). Every token keeps a
+gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
 
 
 def surrogate(inputs: LossInputs) -> Surrogate:
-    """A bound acts whatever the sign of the advantage."""
+    """The surrogate of every token. A bound acts independently of the advantage's sign."""
     policy = inputs.policy_logprobs
     log_ratio = (policy.detach() - inputs.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.double().exp()

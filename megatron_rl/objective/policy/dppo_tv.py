@@ -1,6 +1,6 @@
-"""The unclipped surrogate r A, r = p_theta / p_old, but 0 where p_theta - p_old has left
-[-clip_low, clip_high] in the direction of the advantage: a trust region in total variation, where
-the bounds are probabilities and not ratios (DPPO, arXiv 2602.04879).
+"""DPPO (arXiv 2602.04879): the unclipped surrogate r A with r = p_theta / p_old, but 0 where
+p_theta - p_old has left [-clip_low, clip_high] in the direction of the advantage. This is a trust
+region in total variation; its bounds are probabilities, not ratios.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
 
 
 def surrogate(inputs: LossInputs) -> Surrogate:
-    """Token by token; outside the region value and gradient are 0."""
+    """The surrogate of every token; outside the trust region value and gradient are 0."""
     policy, old, advantages = inputs.policy_logprobs, inputs.old_logprobs, inputs.advantages
     log_ratio = (policy - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     moved = policy.detach().double().exp() - old.double().exp()

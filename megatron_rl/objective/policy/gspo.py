@@ -1,6 +1,6 @@
-"""The clipped surrogate of s, the geometric mean of a sequence's ratios r = p_theta / p_old over
-its kept tokens. Its gradient stays with the token, `s_t = sg[s] p_theta / sg[p_theta]`: GSPO-token
-(arXiv 2507.18071).
+"""GSPO-token (arXiv 2507.18071): the clipped surrogate of s, the geometric mean of a sequence's
+ratios r = p_theta / p_old over its kept tokens. The gradient of each token flows only through its
+own probability: `s_t = sg[s] p_theta / sg[p_theta]`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from megatron_rl.objective.sequences import mean_by_sequence, to_tokens
 
 
 def surrogate(inputs: LossInputs) -> Surrogate:
-    """All tokens of a sequence are clipped together, also those whose own ratio is 1."""
+    """The surrogate of every token. The tokens of a sequence are clipped together, including those
+    whose own ratio is 1.
+    """
     policy, ids = inputs.policy_logprobs, inputs.sequence_ids
     of_sequences = mean_by_sequence(policy.detach() - inputs.old_logprobs, inputs.mask, ids)
     log_ratio = to_tokens(of_sequences, ids).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -6,8 +6,8 @@ the shortest response to -0.5 for the longest:
     correct response:   lambda_i
     any other:          min(0, lambda_i)
 
-and 0 for all if all lengths are equal. So a short response is rewarded only if it is correct, and a
-long one is always penalised. Source: Kimi k1.5 (arXiv 2501.12599, section 2.3.3).
+If all lengths are equal, all rewards are 0. A short response is thus rewarded only if it is
+correct, and a long one is always penalised. Source: Kimi k1.5 (arXiv 2501.12599, section 2.3.3).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def group_rewards(group: GroupInputs) -> list[float]:
     """The length reward of each response.
 
     Args:
-        group: correct are the responses of which `Score.is_correct` says so.
+        group: the group; a response is correct if its `Score.is_correct` is True.
 
     Returns:
         [G] numbers from -0.5 to 0.5.

@@ -14,7 +14,7 @@ import math_verify
 
 from megatron_rl.records import Score
 
-# It warns that the caller must limit the time; the pool does.
+# The library warns that the caller must limit the time; the worker pool does so.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 

@@ -1,10 +1,10 @@
 """[vllm] The weight-transfer backend inside the engine.
 
-In: the calls of vLLM's weight-transfer API (vllm/distributed/weight_transfer/base.py), whose bodies
-`sync/publish.py` writes and `sync/receive.py` reads. Out: a model that holds all of the published
-weights. vLLM loads each layer in place as it arrives, so an update cannot be undone: where one ends
-early, the weights stay incomplete, a finish fails, and the next start first discards what vLLM
-keeps of the broken one.
+vLLM calls it through its weight-transfer API (vllm/distributed/weight_transfer/base.py);
+`sync/publish.py` writes the bodies of the calls and `sync/receive.py` reads them. After an update
+the model holds all of the published weights. vLLM loads each layer in place as it arrives, so an
+update cannot be undone. If an update ends early, the weights are incomplete, a finish fails, and
+the next start first discards the state that vLLM keeps of the failed update.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from megatron_rl.records import WEIGHT_BACKEND
 from megatron_rl.sync.receive import UpdateReceiver
 from megatron_rl.sync.wire import TensorSpec
 
-# Buffers that old checkpoints contain and no model reads: vLLM computes them and its loader skips
-# them (vllm/model_executor/models/utils.py:AutoWeightsLoader), and no learner publishes them.
+# Buffers that old checkpoints contain although no model reads them. vLLM computes them, its loader
+# skips them (vllm/model_executor/models/utils.py:AutoWeightsLoader), and no learner publishes them.
 DEAD_BUFFERS = (
     "rotary_pos_emb.inv_freq",
     "rotary_emb.inv_freq",
@@ -39,13 +39,13 @@ DEAD_BUFFERS = (
 
 
 def register() -> None:
-    """The `vllm.general_plugins` entry point: register the backend. vLLM calls it in each of its
-    processes, in some of them twice.
+    """The `vllm.general_plugins` entry point, which registers the backend. vLLM calls it in each of
+    its processes, in some of them twice.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    # EngineCore and workers below the guard of process/guard.py: they would survive their parent
-    # where the guard is killed too.
+    # EngineCore and the workers run under the guard of process/guard.py. If the guard were killed
+    # as well, they would survive their parent.
     if "MEGATRON_RL_GUARDED" in os.environ and multiprocessing.parent_process() is not None:
         die_with_parent()
 
@@ -59,15 +59,15 @@ def register() -> None:
 class InitInfo(WeightTransferInitInfo):
     """Body of `/init_weight_transfer_engine`."""
 
-    transport: str = ""  # a module of sync/transports/
-    num_tensors: int = 0  # of the update that follows
-    offer: dict[str, Any] = field(default_factory=dict)  # what the transport's Sender wrote
+    transport: str = ""  # the name of a module in sync/transports/
+    num_tensors: int = 0  # in the update that follows
+    offer: dict[str, Any] = field(default_factory=dict)  # made by the transport's Sender
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
     """Body of `/update_weights`: first the manifest, then one bucket per call; or `abandon`, the
-    sender's reason to give the update up.
+    reason why the sender abandons the update.
     """
 
     manifest: dict[str, Any] | None = None
@@ -76,8 +76,8 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """One per vLLM worker. Every worker receives all tensors; vLLM's own loaders take the worker's
-    shard of each.
+    """The backend of one vLLM worker. Every worker receives all tensors; vLLM's own loaders extract
+    the worker's shard of each.
     """
 
     init_info_cls = InitInfo
@@ -102,7 +102,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._update.connect(init_info.transport, init_info.num_tensors, init_info.offer)
 
     def start_weight_update(self) -> None:
-        """Make vLLM ready to load each layer again."""
+        """Prepare vLLM to load each layer again."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         from megatron_rl.sync.engine_side.reload import discard_partial_reload
@@ -116,11 +116,11 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load the tensors of one call."""
         self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":  # the base class synchronises on a CPU too, and fails there
+        if self.device.type != "cpu":  # the base class would synchronise on the CPU too, and fail
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """The same without waiting for the device."""
+        """Like `update_weights`, but without waiting for the device."""
         self._update.update(
             manifest=update_info.manifest,
             bucket=update_info.bucket,
@@ -129,9 +129,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         )
 
     def finish_weight_update(self) -> None:
-        """Let vLLM finish the reload, once every tensor has arrived.
+        """Make vLLM finish the reload after every tensor has arrived.
 
-        Raises SyncError, and leaves the weights incomplete, where one has not.
+        If a tensor is missing, raises SyncError and leaves the weights incomplete.
         """
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
@@ -161,10 +161,10 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def checkpoint_specs(model_config: Any) -> dict[str, TensorSpec]:
-    """Names, dtypes and shapes of the tensors that an update must bring, by name: those of the
-    checkpoint that the engine was started from.
+    """Dtypes and shapes of the tensors that an update must contain, by name. They are those of the
+    checkpoint from which the engine was started.
 
-    DEAD_BUFFERS are left out, and a tied head, which vLLM takes from the embedding.
+    DEAD_BUFFERS are left out, and so is a tied head, which vLLM takes from the embedding.
     """
     from megatron_rl.weights.huggingface import CheckpointReader
 
@@ -175,7 +175,7 @@ def checkpoint_specs(model_config: Any) -> dict[str, TensorSpec]:
         if name.endswith(DEAD_BUFFERS) or (is_tied and name.endswith("lm_head.weight")):
             continue
         shape = reader.shape(name)
-        # An empty slice has the dtype, and nothing is read for it; a scalar has no slices.
+        # An empty slice gives the dtype without reading any data; a scalar cannot be sliced.
         sample = reader.read(name, 0, 0, 0) if shape else reader.read(name, None, 0, 0)
         specs[name] = TensorSpec(name=name, dtype=sample.dtype, shape=shape)
     return specs

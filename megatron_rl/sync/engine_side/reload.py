@@ -1,8 +1,9 @@
-"""[vllm] Repairs of what stock vLLM 0.32 leaves wrong when a model is loaded again layer by layer.
+"""[vllm] Repairs state that stock vLLM 0.32 leaves wrong when a model is reloaded layer by layer.
 
-The first function is for every device: it discards a reload that stopped half way. The others are
-for the CPU backend, which packs weights into oneDNN buffers that a reload does not update. Each
-names the vLLM file that makes it necessary. Imported only inside an engine.
+The first function is needed on every device: it discards a reload that was not completed. The
+others are needed for the CPU backend, which packs weights into oneDNN buffers that a reload does
+not update. Each function names the vLLM file that makes it necessary. This module is imported only
+inside an engine.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 
 def discard_partial_reload(model: torch.nn.Module) -> None:
-    """Restore the old tensors of every layer whose reload was begun and not finished, so that the
-    next reload starts afresh.
+    """Restore the old tensors of every layer whose reload was begun but not finished, so that the
+    next reload starts from a clean state.
 
-    Because of model_executor/model_loader/reload/layerwise.py: `initialize_layerwise_reload` skips
-    a layer that still waits for tensors and keeps those of the broken update queued and counted.
-    The next update would then complete the layer too early, with tensors of both updates. Layers
-    that the broken update did complete keep its tensors; only a complete update replaces them.
+    The reason is in model_executor/model_loader/reload/layerwise.py: `initialize_layerwise_reload`
+    skips a layer that still waits for tensors, and keeps the tensors of the failed update queued
+    and counted. The next update would then complete the layer too early, with tensors of both
+    updates. Layers that the failed update completed keep its tensors; only a complete update
+    replaces them.
     """
     for layer in model.modules():
         waiting = layerwise.get_layerwise_info(layer)
@@ -32,12 +34,12 @@ def discard_partial_reload(model: torch.nn.Module) -> None:
 
 
 def keep_int8_scales_alive(model: torch.nn.Module) -> None:
-    """Keep a reference to the scale tensor whose address oneDNN holds. Call it once, before the
-    first reload.
+    """Keep a reference to the scale tensor whose address oneDNN holds. Must be called once, before
+    the first reload.
 
-    Because of model_executor/kernels/linear/scaled_mm/cpu.py: `process_weights_for_onednn` passes
-    the layer's scale to `create_onednn_scaled_mm`, which keeps its address. A reload copies the
-    values elsewhere and frees the tensor, and the engine computes NaN.
+    The reason is in model_executor/kernels/linear/scaled_mm/cpu.py: `process_weights_for_onednn`
+    passes the layer's scale to `create_onednn_scaled_mm`, which keeps its address. A reload copies
+    the values elsewhere and frees the tensor; the engine would then compute NaN.
     """
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 
@@ -61,8 +63,9 @@ def _keep_scale_of(kernel: object) -> None:
 def repack_tied_head(model: torch.nn.Module) -> None:
     """Pack a tied lm_head again, from the embedding whose tensor it shares.
 
-    Because of model_executor/layers/vocab_parallel_embedding.py: `UnquantizedEmbeddingMethod` packs
-    the head once. A reload loads no tensor for a tied head, so the packed copy would stay old.
+    The reason is in model_executor/layers/vocab_parallel_embedding.py: `UnquantizedEmbeddingMethod`
+    packs the head only once. A reload loads no tensor for a tied head, so the packed copy would
+    remain outdated.
     """
     head = getattr(model, "lm_head", None)
     if not isinstance(head, ParallelLMHead):
@@ -74,8 +77,8 @@ def repack_tied_head(model: torch.nn.Module) -> None:
 def repack_experts(model: torch.nn.Module) -> None:
     """Pack the experts' weights again.
 
-    Because of model_executor/layers/fused_moe/unquantized_fused_moe_method.py: `_setup_kernel`
-    packs only on the first load.
+    The reason is in model_executor/layers/fused_moe/unquantized_fused_moe_method.py:
+    `_setup_kernel` packs only on the first load.
     """
     for layer in model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)

@@ -1,10 +1,11 @@
-"""Shared memory of one host: every engine reads the bucket where the learner wrote it.
+"""The transport over shared memory of one host: learner and engines map the same memory.
 
-The memory holds one bucket and, after it, the workers' receipts: a digest per worker and tensor. It
-is an anonymous memory file (memfd), which an engine opens as /proc/<pid>/fd/<n>. So it has no name
-anywhere, the kernel frees it when the last process that maps it is gone (SIGKILL included), it does
-not count against the size of /dev/shm (64 MB in a default container), and only the same user can
-open it. Its size is sealed: a sender that shrank it would otherwise crash the engines that map it.
+The memory holds one bucket, followed by the workers' receipts: a digest per worker and tensor. It
+is an anonymous memory file (memfd), which an engine opens as /proc/<pid>/fd/<n>. Therefore it has
+no name in any file system, the kernel frees it when the last process that maps it has ended (even
+by SIGKILL), it does not count against the size of /dev/shm (64 MB in a default container), and only
+the same user can open it. Its size is sealed, because a sender that shrank it would crash the
+engines that map it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from megatron_rl.sync.transports.transport import DIGEST_BYTES, Bucket, Offer, T
 
 
 class Sender:
-    """The learner's side; the only source, since it fills the whole bucket.
+    """The learner's side. It must be the only source, because it fills the whole bucket.
 
-    Raises SyncError where the weights are spread over several sources.
+    Raises SyncError if the weights are distributed over several sources.
     """
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
@@ -40,7 +41,7 @@ class Sender:
         self._transfer = Transfer(bucket_bytes=0, num_tensors=0, num_workers=())
 
     def offer(self, transfer: Transfer) -> tuple[Offer, ...]:
-        """Allocate the memory, unless that of the last update is large enough."""
+        """Allocate the memory, unless the memory of the last update is large enough."""
         self._transfer = transfer
         num_receipts = sum(transfer.num_workers) * transfer.num_tensors
         nbytes = transfer.bucket_bytes + num_receipts * DIGEST_BYTES
@@ -59,17 +60,17 @@ class Sender:
         )
 
     def connect(self, offers: Sequence[Offer]) -> None:
-        """Nothing to do: the engines open the memory by themselves."""
+        """Does nothing, because the engines open the memory themselves."""
 
     def buffer(self, offset: int, nbytes: int) -> torch.Tensor:
         """A view of the bucket, [nbytes] uint8 on the CPU."""
         return _bucket_view(self._segment, self._transfer.bucket_bytes, offset, nbytes)
 
     def send(self, bucket: Bucket) -> None:
-        """Nothing to do: the engines map the memory that was written."""
+        """Does nothing, because the engines map the memory that was written."""
 
     def receipts(self) -> list[list[bytes]]:
-        """The digests, by worker and tensor, as the workers wrote them after the bucket."""
+        """The digests by worker and tensor, which the workers wrote behind the bucket."""
         shape = (sum(self._transfer.num_workers), self._transfer.num_tensors, DIGEST_BYTES)
         written = self._segment.bytes_of(self._transfer.bucket_bytes, math.prod(shape))
         return [[row.numpy().tobytes() for row in of_worker] for of_worker in written.view(shape)]
@@ -90,7 +91,7 @@ class Receiver:
         self._offer: Offer = {}
 
     def connect(self, offer: Offer) -> None:
-        """Map the memory that is offered, unless it is mapped already."""
+        """Map the offered memory, unless it is already mapped."""
         address = SegmentAddress(**offer["segment"])
         if self._segment is None or self._segment.address != address:
             self.close()
@@ -98,7 +99,7 @@ class Receiver:
         self._offer = offer
 
     def receive(self, bucket: Bucket) -> None:
-        """Nothing to wait for: the bytes are in memory before the engine is told of the bucket."""
+        """Returns at once: the bytes are in memory before the engine is informed of the bucket."""
 
     def buffer(self, offset: int, nbytes: int) -> torch.Tensor:
         """A view of the bucket, [nbytes] uint8 on the CPU."""
@@ -125,14 +126,14 @@ class Receiver:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentAddress:
-    """Where a process on the same host can open the memory.
+    """The address under which a process on the same host can open the memory.
 
     Example: `SegmentAddress(pid=4711, fd=9, name="megatron_rl.5f0c...", nbytes=67108864)`.
     """
 
     pid: int
     fd: int
-    name: str  # drawn at random, so that a process id that was used again is noticed
+    name: str  # random, so that a reused process id is noticed
     nbytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ class SegmentAddress:
 
 
 class Segment:
-    """A mapped memory file. The mapping lives as long as the segment or a view of it."""
+    """A mapped memory file. The mapping exists as long as the segment or a view of it."""
 
     def __init__(self, fd: int, address: SegmentAddress) -> None:
         self._fd = fd
@@ -151,7 +152,7 @@ class Segment:
 
     @classmethod
     def create(cls, nbytes: int) -> Segment:
-        """Allocate `nbytes` of zeros. Raises OSError where the host has not enough memory."""
+        """Allocate `nbytes` of zeros. Raises OSError if the host does not have enough memory."""
         name = f"megatron_rl.{secrets.token_hex(8)}"
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -169,7 +170,8 @@ class Segment:
         """Map the memory that another process of the same user created on this host.
 
         Raises:
-            SyncError: no such process or memory here, or another one than the address describes.
+            SyncError: there is no such process or memory on this host, or it does not match the
+                address.
         """
         path = f"/proc/{address.pid}/fd/{address.fd}"
         try:
@@ -199,7 +201,7 @@ class Segment:
             raise
 
     def bytes_of(self, offset: int, nbytes: int) -> torch.Tensor:
-        """A view of the memory, [nbytes] uint8. Raises SyncError where it is out of bounds."""
+        """A view of the memory, [nbytes] uint8. Raises SyncError if it is out of bounds."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.address.nbytes:
             raise SyncError(
                 f"shared memory: expected bytes within {self.address.nbytes}, "
@@ -218,7 +220,7 @@ class Segment:
 def _bucket_view(
     segment: Segment | None, bucket_bytes: int, offset: int, nbytes: int
 ) -> torch.Tensor:
-    """Bytes of the bucket; the receipts behind it are out of bounds."""
+    """A view of bytes of the bucket; the receipts behind the bucket are out of bounds."""
     if segment is None:
         raise SyncError("shared memory: expected a connection, it is closed")
     if offset < 0 or offset + nbytes > bucket_bytes:

@@ -3,15 +3,15 @@ engines' workers.
 
 A transport is a module of this folder that defines the classes `Sender` and `Receiver`; its name is
 the value of `sync.transport`, and it is imported when it is first used. It carries buckets of bytes
-in one direction and digests in the other. It knows nothing of vLLM, of HTTP, or of the names and
-dtypes of tensors, and both sides run in processes of their own:
+in one direction and digests in the other. It does not depend on vLLM, on HTTP, or on the names and
+dtypes of tensors. Its two sides run in different processes:
 
     source    a learner process that holds tensors of the model, with one Sender. Source 0 also
               drives the update over HTTP.
     worker    a process of an engine, with one Receiver. All workers receive all buckets.
 
-The calls of one update; those on one line run at the same time, so that they may wait for each
-other (a rendezvous, a broadcast):
+An update consists of the following calls. Calls on the same line run at the same time, so that they
+may wait for each other (a rendezvous, a broadcast):
 
     Sender.offer       source 0
     Sender.connect     all sources      Receiver.connect                        all workers
@@ -20,8 +20,8 @@ other (a rendezvous, a broadcast):
       Sender.send      all sources      Receiver.receive, buffer, acknowledge   all workers
     Sender.receipts    source 0
 
-So a source may own any part of the tensors, and what was written into a buffer is visible to the
-workers only after `send`. Every wait of a transport ends with SyncError after `timeout_seconds`.
+A source may thus own any part of the tensors. Bytes written into a buffer are visible to the
+workers only after `send`. A transport waits at most `timeout_seconds` and then raises SyncError.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from megatron_rl.sync import transports
 
 ALIGNMENT = 64  # bytes; a multiple of every element size, and a cache line
 DIGEST_BYTES = 16
-Offer = dict[str, Any]  # plain JSON: what one engine is told, in /init_weight_transfer_engine
+Offer = dict[str, Any]  # plain JSON, sent to one engine in /init_weight_transfer_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """What one call of `/update_weights` carries: at least one piece, in ascending offsets.
+    """The content of one call of `/update_weights`: at least one piece, in ascending offsets.
 
     Example: `Bucket(index=0, pieces=(Piece(...), Piece(...)))`.
     """
@@ -68,7 +68,7 @@ class Bucket:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffer that the bucket uses, gaps for alignment included."""
+        """The number of bytes that the bucket uses in the buffer, including gaps for alignment."""
         last = self.pieces[-1]
         return last.bucket_offset + last.nbytes
 
@@ -87,35 +87,37 @@ class Transfer:
 
 
 class Sender(Protocol):
-    """A source's side of a transport. It outlives an update and is used by one thread at a time.
+    """A source's side of a transport. It is kept between updates and used by one thread at a time.
 
     Every method raises SyncError on failure.
     """
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
-        """`source`: which of the `num_sources` this process is, from 0."""
+        """`source`: the index of this process among the `num_sources` sources, from 0."""
 
     def offer(self, transfer: Transfer) -> tuple[Offer, ...]:
-        """What each engine must know to connect, by engine. Called before every update, since an
-        engine may have been restarted; a connection that still works may be offered again.
+        """The information that each engine needs to connect, in the order of the engines. Called
+        before every update, because an engine may have been restarted; an existing connection may
+        be offered again.
         """
 
     def connect(self, offers: Sequence[Offer]) -> None:
-        """Connect to the workers of all engines, with the offers that source 0 made. What an
-        earlier, broken update left unsent is dropped.
+        """Connect to the workers of all engines, with the offers that source 0 made. Discards any
+        data that an earlier, failed update left unsent.
         """
 
     def buffer(self, offset: int, nbytes: int) -> torch.Tensor:
-        """Where a piece of the next bucket is written: [nbytes] uint8, on any device."""
+        """The buffer for a piece of the next bucket: [nbytes] uint8, on any device."""
 
     def send(self, bucket: Bucket) -> None:
-        """Make a bucket visible to the workers. Every source calls it for every bucket, in order,
-        whether it wrote a piece of it or not.
+        """Make a bucket visible to the workers. Every source calls this method for every bucket, in
+        order, even if it wrote no piece of the bucket.
         """
 
     def receipts(self) -> list[list[bytes]]:
-        """By worker of all engines in order, then by tensor: the digest of what the worker loaded,
-        zeros where it acknowledged nothing.
+        """The digests of the tensors that each worker loaded: one list per worker, with the workers
+        of all engines in order, and one digest per tensor. A digest is zeros if the worker did not
+        acknowledge the tensor.
         """
 
     def close(self) -> None:
@@ -129,15 +131,15 @@ class Receiver(Protocol):
     """
 
     def __init__(self, *, worker: int, device: torch.device) -> None:
-        """`worker`: the number of this worker in its engine, from 0; `device`: its model's."""
+        """`worker`: the index of this worker in its engine, from 0; `device`: of its model."""
 
     def connect(self, offer: Offer) -> None:
-        """Connect to the sources, with what `Sender.offer` gave for this engine; before every
-        update.
+        """Connect to the sources with the offer that `Sender.offer` made for this engine. Called
+        before every update.
         """
 
     def receive(self, bucket: Bucket) -> None:
-        """Return when the bytes of the bucket can be read from `buffer`."""
+        """Wait until the bytes of the bucket can be read from `buffer`."""
 
     def buffer(self, offset: int, nbytes: int) -> torch.Tensor:
         """Bytes of the current bucket: [nbytes] uint8, on any device, valid until the next
@@ -145,8 +147,8 @@ class Receiver(Protocol):
         """
 
     def acknowledge(self, digests: Mapping[int, bytes]) -> None:
-        """Report the digests of the tensors that this bucket completed, by index into the manifest;
-        once per bucket, after they were loaded.
+        """Report the digests of the tensors that this bucket completed, by index into the manifest.
+        Called once per bucket, after the tensors have been loaded.
         """
 
     def close(self) -> None:
@@ -154,22 +156,22 @@ class Receiver(Protocol):
 
 
 def transport_names() -> tuple[str, ...]:
-    """The transports there are: the modules of this folder but this one."""
+    """The names of the available transports: all modules of this folder except this one."""
     return module_names(transports.__path__, support=("transport",))
 
 
 def sender_class(name: str) -> type[Sender]:
-    """The Sender of a transport; SyncError where there is no transport of this name."""
+    """The Sender of a transport; raises SyncError if there is no transport of this name."""
     return _module(name).Sender
 
 
 def receiver_class(name: str) -> type[Receiver]:
-    """The Receiver of a transport; SyncError where there is no transport of this name."""
+    """The Receiver of a transport; raises SyncError if there is no transport of this name."""
     return _module(name).Receiver
 
 
 def _module(name: str) -> Any:
-    # The name comes from a request's body: nothing but what is in the folder is imported.
+    # The name comes from the body of a request, so only modules of this folder may be imported.
     if name not in transport_names():
         raise SyncError(
             f"sync.transport: expected one of {', '.join(transport_names())}, got {name!r}; "

@@ -1,8 +1,8 @@
-"""What distinguishes one family of models from another, as one record.
+"""The record that describes a family of models.
 
-Each other module of this folder defines `FAMILY`, and its name is the `model_type` that
-`config.json` has. So a new dense family is one file: `weights/geometry.py` reads its options,
-`weights/rules.py` its tensors, and nothing else asks to which family a model belongs.
+Every other module of this folder defines `FAMILY`; the name of the module is the `model_type` in
+`config.json`. A new dense family therefore needs only one file: `weights/geometry.py` reads the
+options of the record, `weights/rules.py` its tensors, and no other code depends on the family.
 
 The rows below are those of Llama's layers, whose names most families share.
 """
@@ -20,35 +20,35 @@ from megatron_rl.config.choices import module_names
 from megatron_rl.errors import ConfigError
 from megatron_rl.weights import families
 
-# How tensor parallelism cuts a Megatron tensor, and how it is made of Hugging Face's:
+# How tensor parallelism shards a Megatron tensor, and how it is built from Hugging Face tensors:
 #   replicated  every rank holds all       qkv      query, key and value heads by query group, cut
 #   column      cut along dimension 0               by group
 #   row         cut along dimension 1      gate_up  gate rows, then up rows, each cut along them
 #   vocab       cut along dimension 0, after padding with zero rows to 128 x TP
 Kind = Literal["replicated", "column", "row", "vocab", "qkv", "gate_up"]
-# A dimension, by what it counts: columns of the residual stream, of the feed-forward layer, of all
-# query heads, of all key (or value) heads, of one head, and tokens.
+# The symbolic size of a dimension: columns of the residual stream, of the feed-forward layer, of
+# all query heads, of all key (or value) heads, of one head, and tokens of the vocabulary.
 Size = Literal["hidden", "ffn", "query", "key_value", "head", "vocab"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRow:
-    """One Megatron tensor, and the Hugging Face tensors that it is made of. In names, `{layer}`
+    """One Megatron tensor, and the Hugging Face tensors that it consists of. In names, `{layer}`
     stands for the number of the layer.
 
     Example: `TensorRow(kind="vocab", hf_names=("lm_head.weight",), hf_shapes=(("vocab",
-    "hidden"),), megatron_names=("output_layer.weight",))`; `layer_row` makes those of a layer.
+    "hidden"),), megatron_names=("output_layer.weight",))`; `layer_row` builds the rows of a layer.
     """
 
     kind: Kind
     hf_names: tuple[str, ...]
-    hf_shapes: tuple[tuple[Size, ...], ...]  # of each of them
-    megatron_names: tuple[str, ...]  # each that one of Megatron's layer specs has for it
+    hf_shapes: tuple[tuple[Size, ...], ...]  # one for each name
+    megatron_names: tuple[str, ...]  # the names in Megatron's layer specs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFamily:
-    """A family of decoders, as far as the learner builds them.
+    """A family of decoders that the learner supports.
 
     Example: see `families/llama.py`.
     """
@@ -57,11 +57,11 @@ class ModelFamily:
     embedding: TensorRow
     layer: tuple[TensorRow, ...]  # of a decoder layer, in the order in which they are published
     final_norm: TensorRow
-    head: TensorRow  # left out where the embedding is tied to it
-    # Where config.json has no head_dim; None: hidden_size / num_attention_heads.
+    head: TensorRow  # left out if the embedding is tied to it
+    # Used if config.json has no head_dim; None: hidden_size / num_attention_heads.
     default_head_dim: int | None
     # Options of config.json that change the forward pass, each with the values that the learner
-    # builds; an absent or null option is one of them. Any other value is refused.
+    # supports. An absent or null option is accepted; any other value is refused.
     accepted: Mapping[str, tuple[Any, ...]]
 
     @property
@@ -80,7 +80,7 @@ class ModelFamily:
 
 
 def model_types() -> tuple[str, ...]:
-    """The families there are, by `model_type`."""
+    """The available families, by `model_type`."""
     return module_names(families.__path__, support=("family",))
 
 
@@ -89,7 +89,7 @@ def find_family(model_type: str) -> ModelFamily:
     """The record of a family.
 
     Raises:
-        ConfigError: no module of this folder has this name, or it describes another family.
+        ConfigError: no module in this folder has this name, or the module describes another family.
     """
     if model_type not in model_types():
         raise ConfigError(
@@ -108,8 +108,8 @@ def layer_row(kind: Kind, names: Mapping[str, tuple[Size, ...]], *megatron_names
     """A row of a decoder layer.
 
     Args:
-        names: Hugging Face names below `model.layers.{layer}.`, each with its shape.
-        megatron_names: below `decoder.layers.{layer}.`.
+        names: Hugging Face names without the prefix `model.layers.{layer}.`, each with its shape.
+        megatron_names: names without the prefix `decoder.layers.{layer}.`.
     """
     return TensorRow(
         kind=kind,
@@ -125,8 +125,8 @@ EMBEDDING = TensorRow(
     hf_shapes=(("vocab", "hidden"),),
     megatron_names=("embedding.word_embeddings.weight",),
 )
-# Megatron's own layers keep the norms apart; Transformer Engine's fuse a norm into the linear layer
-# that follows it.
+# Megatron's own layers have separate norms; Transformer Engine's layers fuse a norm into the linear
+# layer that follows it.
 ATTENTION_NORM = layer_row(
     "replicated",
     {"input_layernorm.weight": ("hidden",)},

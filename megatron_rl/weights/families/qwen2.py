@@ -17,6 +17,6 @@ FAMILY = family.ModelFamily(
     final_norm=family.FINAL_NORM,
     head=family.HEAD,
     default_head_dim=None,
-    # The biases are there whatever config.json says.
+    # These models always have the biases, independently of config.json.
     accepted={**family.ACCEPTED, "attention_bias": (False, True)},
 )

@@ -173,7 +173,7 @@ def scalars_of(
     config: ObjectiveConfig,
     tolerance: float = 0.1,
 ) -> BatchScalars:
-    alone = SimpleNamespace(reducer=lambda: lambda tensor, _operation: tensor)
+    alone = SimpleNamespace(batch_reducer=lambda: lambda tensor, _operation: tensor)
     return batch_scalars(rows, dropped, config, alone, tolerance=tolerance)
 
 
