@@ -13,18 +13,6 @@ from tests.support.ranks import run_module
 from tests.support.served_engine import ServedEngine
 from tests.support.short_run import write_short_run
 
-TESTS = Path(__file__).parent
-# Folders, and files beside them, whose tests share a fixture of the session that is dear.
-GROUPS = {"test_serve.py": "e2e", "tools": "e2e"}
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers (pytest-xdist, --dist loadgroup), a folder is one worker's."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            top = item.path.relative_to(TESTS).parts[0]
-            item.add_marker(pytest.mark.xdist_group(GROUPS.get(top, top)))
-
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
