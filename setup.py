@@ -6,6 +6,7 @@ the PATH) and torch was built with CUDA. It does not matter whether a GPU is vis
 """
 
 import os
+import shutil
 from pathlib import Path
 
 from setuptools import setup
@@ -84,5 +85,8 @@ def native_extensions() -> list:
 
 setup(
     ext_modules=native_extensions(),
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},
+    # With ninja on the PATH, sources are compiled in parallel.
+    cmdclass={
+        "build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+    },
 )

@@ -12,4 +12,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 ruff check .
 ruff format --check .
-exec python -m pytest -m "not slow" --durations=15 "$@"
+# Two workers; the tests of a folder, which share their fixtures, run on one of them. -n 0: no workers
+exec python -m pytest -m "not slow" -n 2 --dist loadgroup --durations=15 "$@"

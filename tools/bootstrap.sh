@@ -114,7 +114,7 @@ is_built() {
 
 build() {
     say "building megatron_rl"
-    pip_install --no-deps --no-build-isolation --editable .
+    PATH="$PWD/.venv/bin:$PATH" pip_install --no-deps --no-build-isolation --editable . # for ninja
     "$python" -c 'import torch, megatron_rl._C'
 }
 
