@@ -13,17 +13,6 @@ from tests.support.ranks import run_module
 from tests.support.served_engine import ServedEngine
 from tests.support.short_run import write_short_run
 
-TESTS = Path(__file__).parent
-# Files and folders whose tests share a session fixture that takes long, as one group.
-GROUPS = {"test_serve.py": "e2e", "tools": "e2e"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a folder on one worker of pytest-xdist (--dist loadgroup)."""
-    for item in items:
-        top = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(pytest.mark.xdist_group(GROUPS.get(top, top)))
-
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

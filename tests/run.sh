@@ -12,5 +12,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 ruff check .
 ruff format --check .
-# Two workers; the tests of a folder, which share their fixtures, run on one of them. -n 0: no workers
-exec python -m pytest -m "not slow" -n 2 --dist loadgroup --durations=15 "$@"
+exec python -m pytest -m "not slow" --durations=15 "$@"
