@@ -8,7 +8,6 @@ vllm/entrypoints/serve/dev/cache/api_router.py.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -141,12 +140,7 @@ class ReadinessProbe:
     def __enter__(self) -> ReadinessProbe:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self._client.close()
 
     def is_up(self) -> bool:

@@ -60,16 +60,13 @@ def needs_batch_scalars(config: ObjectiveConfig) -> bool:
 def correct_row(row: RecomputedRow, config: ObjectiveConfig) -> RowCorrection:
     """Apply rejection, veto and importance weights to one row."""
     rejection, importance = config.rejection, config.importance
-    micro_batch, recomputed = row.micro_batch, row.recomputed_logprobs
-    rollout, sampled = micro_batch.rollout_logprobs, micro_batch.loss_mask
-    ids = micro_batch.sequence_ids
+    micro_batch = row.micro_batch
+    sampled, ids = micro_batch.loss_mask, micro_batch.sequence_ids
+    tokens = (row.recomputed_logprobs, micro_batch.rollout_logprobs, sampled, ids)
     kept, metrics = sampled, {}
     if rejection.divergence != "none":
         stays = rejection_mask(
-            recomputed,
-            rollout,
-            sampled,
-            ids,
+            *tokens,
             divergence=rejection.divergence,
             level=rejection.level,
             lower=rejection.lower,
@@ -79,10 +76,7 @@ def correct_row(row: RecomputedRow, config: ObjectiveConfig) -> RowCorrection:
         kept = kept & stays
     if rejection.veto_ratio > 0 or rejection.veto_probability > 0:
         stays = veto_mask(
-            recomputed,
-            rollout,
-            sampled,
-            ids,
+            *tokens,
             ratio=rejection.veto_ratio,
             probability=rejection.veto_probability,
         )
@@ -91,10 +85,7 @@ def correct_row(row: RecomputedRow, config: ObjectiveConfig) -> RowCorrection:
     weights = is_outside = None
     if importance.level != "none":
         weights, is_outside = importance_weights(
-            recomputed,
-            rollout,
-            sampled,
-            ids,
+            *tokens,
             level=importance.level,
             mode=importance.mode,
             lower=importance.lower,
