@@ -24,6 +24,9 @@ MISSING_LOGPROB = -9999.0
 # A log-prob of at most this much above 0 is a rounding error: it is the difference between a logit
 # and a float32 log-sum-exp of nearly the same size.
 MAX_LOGPROB_ROUNDING = 1e-3
+# Rewards of one group that differ by at most this much, relative to the largest of them, are equal:
+# it is a few units in the last place of float32, in which a verifier may compute.
+REWARD_ROUNDING = 1e-6
 SAMPLE_BITS = 8  # low bits of a seed, left free: vLLM seeds sample i of a prompt with seed + i
 MAX_SAMPLES = 2**SAMPLE_BITS
 TOKEN_VARIABLE = "MEGATRON_RL_TOKEN"  # environment variable that carries the run's bearer token
@@ -150,7 +153,7 @@ class Score:
     @property
     def is_correct(self) -> bool:
         """Whether evaluation counts the response as correct: a verifier gave it the full reward."""
-        return self.failure is None and self.reward >= 1.0
+        return self.failure is None and self.reward >= 1.0 - REWARD_ROUNDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +192,7 @@ class ScoredGroup:
 
     def without_judgement(self) -> JudgedGroup:
         """The group in the form in which it is recorded when the learner does not train on it: no
-        penalties, advantages of 0, every rollout kept.
+        penalties, advantages of 0, no signal, every rollout kept.
         """
         zeros = (0.0,) * len(self.scores)
         return JudgedGroup(
@@ -198,6 +201,7 @@ class ScoredGroup:
             overlong_penalties=zeros,
             advantages=zeros,
             is_kept=(True,) * len(self.scores),
+            has_signal=False,
         )
 
 
@@ -207,7 +211,7 @@ class JudgedGroup:
 
     Example: two responses, of which the second was cut and is not trained on: `JudgedGroup(
     group=RolloutGroup(...), scores=(Score(...), Score(...)), overlong_penalties=(0.0, -0.5),
-    advantages=(1.0, -1.0), is_kept=(True, False))`.
+    advantages=(1.0, -1.0), is_kept=(True, False), has_signal=True)`.
 
     Raises:
         ValueError: a field does not hold exactly one value for each rollout.
@@ -215,9 +219,13 @@ class JudgedGroup:
 
     group: RolloutGroup
     scores: tuple[Score, ...]  # [G] as the verifiers gave them
-    overlong_penalties: tuple[float, ...]  # [G] at most 0, added to the reward of a long response
-    advantages: tuple[float, ...]  # [G] of the rewards with the penalties added
+    # [G] at most 0, added to the reward of a long response; 0 if it could not be scored
+    overlong_penalties: tuple[float, ...]
+    # [G] of the rewards with the penalties added; 0 if the response could not be scored
+    advantages: tuple[float, ...]
     is_kept: tuple[bool, ...]  # [G] as in Sample
+    # whether the verifier's own scores, before any penalty, tell a kept response from its group
+    has_signal: bool
 
     def __post_init__(self) -> None:
         _check_group_size(

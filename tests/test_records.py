@@ -41,6 +41,7 @@ JUDGED = JudgedGroup(
     overlong_penalties=(0.0, -0.5),
     advantages=(1.0, -1.0),
     is_kept=(True, False),
+    has_signal=True,
 )
 
 
@@ -66,6 +67,7 @@ def test_a_group_that_nothing_is_learnt_from() -> None:
         overlong_penalties=(0.0, 0.0),
         advantages=(0.0, 0.0),
         is_kept=(True, True),
+        has_signal=False,
     )
 
 
@@ -79,3 +81,13 @@ def test_columns_of_different_lengths_are_refused(column: str, length: int) -> N
     if column == "scores":
         with pytest.raises(ValueError, match=expected):
             ScoredGroup(group=GROUP, scores=values)
+
+
+@pytest.mark.parametrize(
+    ("reward", "is_correct"), [(1.0, True), (0.1 + 0.2 + 0.7, True), (0.999, False), (1.5, True)]
+)
+def test_a_full_reward_is_full_within_rounding(reward: float, is_correct: bool) -> None:
+    score = Score(reward=reward, is_formatted=True, failure=None)
+    assert score.is_correct == is_correct
+    assert not replace(score, failure="timeout").is_correct
+    assert Score(reward=sum([0.1] * 10), is_formatted=True, failure=None).is_correct  # 1 - 1.1e-16

@@ -11,8 +11,8 @@ from megatron_rl.records import MAX_SAMPLES
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicSamplingConfig:
-    """Groups whose advantages are all 0 are dropped, and others are sampled in their place (DAPO,
-    arXiv 2503.14476).
+    """Groups whose responses all have the same score from the verifier are dropped, and others are
+    sampled in their place (DAPO, arXiv 2503.14476).
     """
 
     enabled: bool = False

@@ -2,9 +2,10 @@
 each replica, for that replica's share of the prompts.
 
 With dynamic sampling (DAPO, arXiv 2503.14476), a group without signal, that is, one whose kept
-responses all have an advantage of 0, is dropped, and another prompt is sampled in its place. Rounds
-of sampling continue until `loop.prompts_per_step` groups are kept or
-`loop.dynamic_sampling.max_rounds` is reached; in the second case the step learns from fewer groups.
+responses all have the same score from the verifier (`has_signal`), is dropped, and another prompt
+is sampled in its place. Rounds of sampling continue until `loop.prompts_per_step` groups are kept
+or `loop.dynamic_sampling.max_rounds` is reached; in the second case the step learns from fewer
+groups.
 The prompts of a round depend only on the total number of groups that all replicas kept, never on
 which replica kept them. Dropped groups still count towards the mean discrepancy.
 """
@@ -16,14 +17,14 @@ from dataclasses import replace
 
 import torch
 
-from megatron_rl.config import Config, ObjectiveConfig
+from megatron_rl.config import Config, ObjectiveConfig, RewardConfig
 from megatron_rl.loop.replicas import Replicas
 from megatron_rl.loop.state import LoopState
-from megatron_rl.objective.advantage import group_advantages
+from megatron_rl.objective.advantage import group_advantages, reward_deviations
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import JudgedGroup, SampledStep, Score, ScoredGroup
 from megatron_rl.reward.overlong import overlong_penalty
-from megatron_rl.reward.score import rewards_of
+from megatron_rl.reward.score import is_unseen, rewards_of
 from megatron_rl.rollout.source import RolloutRequest, RolloutSource
 
 
@@ -91,8 +92,9 @@ def _take(
 def judge(scored: ScoredGroup, config: Config) -> JudgedGroup:
     """Compute a group's over-long penalties and advantages, and decide which responses are kept.
 
-    Every response is kept, with two exceptions: truncated responses if
-    `reward.overlong.mask_truncated` is set, and all responses of a group without signal under
+    Every response is kept, with three exceptions: a response that the verifier could not score,
+    which takes no part in its group's advantages either; truncated responses if
+    `reward.overlong.mask_truncated` is set; and all responses of a group without signal under
     dynamic sampling.
     """
     overlong, max_tokens = config.reward.overlong, config.rollout.sampling.max_tokens
@@ -104,35 +106,60 @@ def judge(scored: ScoredGroup, config: Config) -> JudgedGroup:
             buffer_tokens=overlong.buffer_tokens,
             penalty=overlong.penalty,
         )
-        for rollout in rollouts
+        if score.failure is None
+        else 0.0
+        for rollout, score in zip(rollouts, scores, strict=True)
     )
     shaped = [
         replace(score, reward=score.reward + penalty)
         for score, penalty in zip(scores, penalties, strict=True)
     ]
-    advantages = advantages_of(config.objective, shaped)
-    is_kept = tuple(not (overlong.mask_truncated and each.is_truncated) for each in rollouts)
-    if config.loop.dynamic_sampling.enabled and not has_signal(advantages, is_kept):
+    is_kept = tuple(
+        score.failure is None and not (overlong.mask_truncated and rollout.is_truncated)
+        for rollout, score in zip(rollouts, scores, strict=True)
+    )
+    signal = has_signal(scored, is_kept, config.reward)
+    if config.loop.dynamic_sampling.enabled and not signal:
         is_kept = (False,) * len(rollouts)
     return JudgedGroup(
         group=scored.group,
         scores=scores,
         overlong_penalties=penalties,
-        advantages=advantages,
+        advantages=advantages_of(config.objective, shaped),
         is_kept=is_kept,
+        has_signal=signal,
     )
 
 
 def advantages_of(objective: ObjectiveConfig, scores: Sequence[Score]) -> tuple[float, ...]:
-    """[G] the advantages of one group, relative to each other."""
+    """[G] the advantages of one group, relative to each other: mean and standard deviation are
+    those of the responses that could be scored, and the advantage of any other response is 0.
+    """
+    rewards = rewards_of(scores)
     advantages = group_advantages(
-        torch.tensor(rewards_of(scores), dtype=torch.float64),
+        torch.tensor([each for each in rewards if each is not None], dtype=torch.float64),
         epsilon=objective.advantage_epsilon,
         should_scale=objective.advantage_std,
     )
-    return tuple(advantages.tolist())
+    known = iter(advantages.tolist())
+    return tuple(0.0 if each is None else next(known) for each in rewards)
 
 
-def has_signal(advantages: Sequence[float], is_kept: Sequence[bool]) -> bool:
-    """Whether a kept response of the group has an advantage other than 0."""
-    return any(advantage != 0 for advantage, kept in zip(advantages, is_kept, strict=True) if kept)
+def has_signal(scored: ScoredGroup, is_kept: Sequence[bool], config: RewardConfig) -> bool:
+    """Whether the verifier's own scores tell a kept response from its group: whether one differs
+    from the mean of the group by more than rounding. Over-long penalties and rewards of a group
+    verifier do not count.
+
+    DAPO (arXiv 2503.14476, equation 11) judges a group by the number of correct responses. A
+    response that was cut before a verifier saw it therefore counts as wrong, whatever
+    `reward.truncated_reward` is: its score is 0, or the lowest of its group if that is lower.
+    """
+    known = [
+        (score.reward, is_unseen(rollout, config), kept)
+        for rollout, score, kept in zip(scored.group.rollouts, scored.scores, is_kept, strict=True)
+        if score.failure is None
+    ]
+    wrong = min([0.0, *(reward for reward, unseen, _ in known if not unseen)])
+    rewards = [wrong if unseen else reward for reward, unseen, _ in known]
+    deviations = reward_deviations(torch.tensor(rewards, dtype=torch.float64)).tolist()
+    return any(kept and each != 0 for each, (_, _, kept) in zip(deviations, known, strict=True))

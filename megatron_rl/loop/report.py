@@ -2,7 +2,8 @@
 and scores.
 
 A response that a verifier could not score (a timeout, a crash) is counted as a failure and left out
-of the reward and the format rate: it is neither wrong nor badly formatted.
+of the reward, the format rate, the advantages and the over-long penalties: it is neither wrong nor
+badly formatted, and has no advantage and no penalty.
 """
 
 from __future__ import annotations
@@ -63,13 +64,18 @@ def rollout_metrics(sampled: SampledStep, *, sources: Collection[str]) -> dict[s
     every = [score for each in groups for score in each.scores]
     scored = [score for score in every if score.failure is None]
     lengths = [rollout.num_response_tokens for rollout in rollouts]
-    advantages = [value for each in groups for value in each.advantages]
-    penalties = [value for each in groups for value in each.overlong_penalties]
+    advantages, penalties = (
+        [value for value, score in zip(values, every, strict=True) if score.failure is None]
+        for values in (
+            [value for each in groups for value in each.advantages],
+            [value for each in groups for value in each.overlong_penalties],
+        )
+    )
     metrics: dict[str, Metric] = {
         "reward/mean": mean_of([score.reward for score in scored]),
         "reward/format_rate/mean": mean_of([score.is_formatted for score in scored]),
         "reward/failure_rate/mean": mean_of([score.failure is not None for score in every]),
-        "reward/groups_with_signal/mean": mean_of([any(each.advantages) for each in groups]),
+        "reward/groups_with_signal/mean": mean_of([each.has_signal for each in groups]),
         "advantage/abs/mean": mean_of([abs(value) for value in advantages]),
         "rollout/response_tokens/mean": mean_of(lengths),
         "rollout/response_tokens/max": Max(max(lengths, default=float("-inf"))),

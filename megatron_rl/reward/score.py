@@ -8,7 +8,6 @@ stop the run nor count as a wrong answer.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -78,13 +77,16 @@ class Scorer:
                 (group.prompt, rollout.text)
                 for group in groups
                 for rollout in group.rollouts
-                if not self._is_cut(rollout)
+                if not is_unseen(rollout, self._config)
             ]
         )
         remaining = iter(judged)
         cut = Score(reward=self._config.truncated_reward or 0.0, is_formatted=False, failure=None)
         scores = [
-            tuple(cut if self._is_cut(rollout) else next(remaining) for rollout in group.rollouts)
+            tuple(
+                cut if is_unseen(rollout, self._config) else next(remaining)
+                for rollout in group.rollouts
+            )
             for group in groups
         ]
         if with_group_verifier and self._config.group_verifier:
@@ -124,9 +126,6 @@ class Scorer:
             )
             for answer in answers
         ]
-
-    def _is_cut(self, rollout: Rollout) -> bool:
-        return self._config.truncated_reward is not None and rollout.is_truncated
 
     def _add_group_rewards(
         self, groups: Sequence[RolloutGroup], scores: Sequence[tuple[Score, ...]]
@@ -186,17 +185,18 @@ def _log_failures(
     )
 
 
-def rewards_of(scores: Sequence[Score]) -> tuple[float, ...]:
-    """The rewards [G] of one group, for its advantages: each is the response's own reward plus the
-    group verifier's reward.
+def is_unseen(rollout: Rollout, config: RewardConfig) -> bool:
+    """Whether a response is given `reward.truncated_reward` and not shown to a verifier."""
+    return config.truncated_reward is not None and rollout.is_truncated
 
-    A response that could not be scored gets the mean of the others' rewards, so that its advantage
-    is 0 and the learner does not train on a verifier's failure. If all failed, all rewards are 0.
+
+def rewards_of(scores: Sequence[Score]) -> tuple[float | None, ...]:
+    """The rewards [G] of one group, for its advantages: each is the response's own reward plus the
+    group verifier's reward, or None if the response could not be scored.
     """
-    known = [score.reward + score.group_reward for score in scores if score.failure is None]
-    mean = math.fsum(known) / len(known) if known else 0.0
-    rewards = iter(known)
-    return tuple(next(rewards) if score.failure is None else mean for score in scores)
+    return tuple(
+        None if score.failure is not None else score.reward + score.group_reward for score in scores
+    )
 
 
 def best_constant_answer(

@@ -57,7 +57,7 @@ def scored(index: int, *rewards: float | None, source: str = "task") -> ScoredGr
     return ScoredGroup(group=group, scores=make_scores(*rewards))
 
 
-def judged(scored_group: ScoredGroup, *advantages: float) -> JudgedGroup:
+def judged(scored_group: ScoredGroup, *advantages: float, has_signal: bool = False) -> JudgedGroup:
     """The group with these advantages, all of it kept."""
     size = len(scored_group.scores)
     return JudgedGroup(
@@ -66,4 +66,5 @@ def judged(scored_group: ScoredGroup, *advantages: float) -> JudgedGroup:
         overlong_penalties=(0.0,) * size,
         advantages=advantages or (0.0,) * size,
         is_kept=(True,) * size,
+        has_signal=has_signal,
     )

@@ -5,7 +5,9 @@ which groups have signal.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -29,11 +31,17 @@ from tests.fakes.learner import FakeParallel
 MAX_TOKENS = 10
 
 
-def make_config(*, is_dynamic: bool = False, max_rounds: int = 10, **overlong: float) -> Config:
+def make_config(
+    *,
+    is_dynamic: bool = False,
+    max_rounds: int = 10,
+    truncated_reward: float | None = None,
+    **overlong: float,
+) -> Config:
     dynamic = DynamicSamplingConfig(enabled=is_dynamic, max_rounds=max_rounds)
     return Config(
         loop=LoopConfig(prompts_per_step=4, samples_per_prompt=2, dynamic_sampling=dynamic),
-        reward=RewardConfig(overlong=OverlongConfig(**overlong)),
+        reward=RewardConfig(truncated_reward=truncated_reward, overlong=OverlongConfig(**overlong)),
         rollout=RolloutConfig(sampling=SamplingConfig(max_tokens=MAX_TOKENS)),
     )
 
@@ -61,28 +69,111 @@ def test_by_default_everything_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewards", "is_kept"),
+    ("rewards", "has_signal"),
     [
         ([1.0, 0.0], True),
         ([1.0, 1.0], False),
         ([0.0, 0.0], False),
-        ([None, 1.0], False),  # a failure gets the others' mean, so nothing differs
+        ([0.1 + 0.2, 0.3], False),
+        ([0.1 + 0.2, 0.3, 0.3, 0.3], False),
+        ([0.7 + 0.1, 0.8], False),
+        ([0.8, 0.8001], True),
     ],
 )
-def test_groups_without_signal_are_dropped(rewards: list[float | None], is_kept: bool) -> None:
-    judged = judge_with(rewards, [3, 4], is_dynamic=True)
-    assert judged.is_kept == (is_kept, is_kept)
-    assert len(judged.advantages) == 2  # its discrepancy is measured all the same
+def test_groups_without_signal_are_dropped(rewards: list[float], has_signal: bool) -> None:
+    lengths = [3 + index for index in range(len(rewards))]
+    judged = judge_with(rewards, lengths, is_dynamic=True)
+    assert judged.is_kept == (has_signal,) * len(rewards)
+    assert judged.has_signal == judge_with(rewards, lengths).has_signal == has_signal
+    assert len(judged.advantages) == len(rewards)  # its discrepancy is measured all the same
 
 
-def test_length_makes_signal() -> None:
+LENGTHS = [2, 3, 9, MAX_TOKENS]  # with a buffer of 5: two responses near the limit
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_length_makes_no_signal(reward: float) -> None:
+    """DAPO judges by the number of correct responses, of which there are none, or all."""
+    penalty = {"buffer_tokens": 5, "penalty": 1.0}
+    judged = judge_with([reward] * 4, LENGTHS, is_dynamic=True, **penalty)
+    assert judged.overlong_penalties == pytest.approx((0.0, 0.0, -0.8, -1.0))
+    assert not judged.has_signal and not any(judged.is_kept)
+    # Without dynamic sampling the penalty is learnt from: rewards 0, 0, -0.8, -1, mean -0.45.
+    kept = judge_with([reward] * 4, LENGTHS, **penalty)
+    deviation = math.sqrt((2 * 0.45**2 + 0.35**2 + 0.55**2) / 4)
+    expected = [0.45 / deviation, 0.45 / deviation, -0.35 / deviation, -0.55 / deviation]
+    assert kept.advantages == pytest.approx(expected, rel=1e-4)
+    assert kept.is_kept == (True,) * 4 and not kept.has_signal
+
+
+def test_signal_and_penalty_together() -> None:
+    penalty = {"buffer_tokens": 5, "penalty": 1.0}
+    judged = judge_with([0.0, 0.0, 1.0, 1.0], LENGTHS, is_dynamic=True, **penalty)
+    assert judged.is_kept == (True,) * 4
+    # A penalty that cancels the difference of the scores does not take their signal away.
+    cancelled = judge_with([0.0, 1.0], [3, MAX_TOKENS], is_dynamic=True, **penalty)
+    assert cancelled.advantages == (0.0, 0.0)
+    assert cancelled.is_kept == (True, True)
+
+
+def test_a_reward_of_the_group_makes_no_signal() -> None:
+    group = group_of([1.0, 1.0], [3, 8])
+    shorter = replace(group.scores[0], group_reward=0.5)
+    longer = replace(group.scores[1], group_reward=-0.5)
+    scored_group = replace(group, scores=(shorter, longer))
+    judged = judge(scored_group, make_config())
+    assert judged.advantages == pytest.approx((1.0, -1.0), rel=1e-5)
+    assert not judged.has_signal
+    assert judge(scored_group, make_config(is_dynamic=True)).is_kept == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "has_signal"),
+    [
+        ([0.0, 0.0, -1.0], False),  # two wrong, one cut: none is correct
+        ([1.0, 1.0, -1.0], True),
+        ([-1.0, -1.0, -0.5], False),  # of a verifier whose lowest score is -1
+        ([0.0, 1.0, -1.0], True),
+    ],
+)
+def test_a_response_that_no_verifier_saw_counts_as_wrong(
+    rewards: list[float], has_signal: bool
+) -> None:
+    judged = judge_with(rewards, [3, 4, MAX_TOKENS], is_dynamic=True, truncated_reward=rewards[2])
+    assert judged.has_signal == has_signal
+    all_cut = judge_with([-1.0] * 2, [MAX_TOKENS] * 2, is_dynamic=True, truncated_reward=-1.0)
+    assert not all_cut.has_signal
+
+
+def test_failures_take_no_part_in_their_group() -> None:
+    """Two scored responses of eight: mean 1/2 and deviation 1/2 are theirs alone."""
+    judged = judge_with([1.0, 0.0, *[None] * 6], [3, 4, *[5] * 6])
+    assert judged.advantages[:2] == pytest.approx((1.0, -1.0), rel=1e-5)
+    assert judged.advantages[2:] == (0.0,) * 6
+    assert judged.is_kept == (True, True, *(False,) * 6)
+    assert judged.has_signal
+    assert [sample.is_kept for sample in judged.samples()] == [True, True, *[False] * 6]
+
+
+def test_failures_among_penalties() -> None:
     """Two right answers, one of them 2 of 4 tokens into the buffer; the third failed."""
-    judged = judge_with([1.0, 1.0, None], [3, 8, 8], is_dynamic=True, buffer_tokens=4, penalty=1.0)
-    assert judged.overlong_penalties == (0.0, -0.5, -0.5)
-    # Rewards 1, 0.5 and their mean.
-    assert judged.advantages == pytest.approx([1.2247, -1.2247, 0.0], abs=1e-4)
-    assert judged.is_kept == (True, True, True)
+    judged = judge_with([1.0, 1.0, None], [3, 8, 8], buffer_tokens=4, penalty=1.0)
+    assert judged.overlong_penalties == (0.0, -0.5, 0.0)
+    # Rewards 1 and 0.5: deviation 1/4.
+    assert judged.advantages == pytest.approx([1.0, -1.0, 0.0], rel=1e-5)
+    assert judged.is_kept == (True, True, False)
     assert [score.reward for score in judged.scores] == [1.0, 1.0, 0.0]  # as the verifier said
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_groups_with_one_scored_response_or_none(is_dynamic: bool) -> None:
+    one = judge_with([None, 1.0], [3, 4], is_dynamic=is_dynamic)
+    assert one.advantages == (0.0, 0.0)
+    assert one.is_kept == (False, not is_dynamic)
+    none = judge_with([None, None], [3, 4], is_dynamic=is_dynamic)
+    assert none.advantages == (0.0, 0.0)
+    assert none.is_kept == (False, False)
+    assert not one.has_signal and not none.has_signal
 
 
 def test_cut_responses_are_masked_and_give_no_signal() -> None:
@@ -99,9 +190,10 @@ def test_cut_responses_are_masked_and_give_no_signal() -> None:
 
 
 def test_signal_of_a_masked_response_does_not_count() -> None:
-    assert has_signal([0.0, 0.5], [True, True])
-    assert not has_signal([0.0, 0.5], [True, False])
-    assert not has_signal([], [])
+    group, config = group_of([0.0, 0.5, 1.0], [3, 4, 5]), RewardConfig()
+    assert has_signal(group, [True, False, False], config)
+    assert not has_signal(group, [False, True, False], config)  # it equals the mean
+    assert not has_signal(group, [False] * 3, config)
 
 
 class FakeSource:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_rl.loop.report import NOTHING_SAMPLED, rollout_metrics, write_metrics
@@ -22,7 +24,7 @@ class FakeRecorder:
 
 def make_step() -> SampledStep:
     groups = (
-        judged(scored(0, 1.0, 0.0, source="sums"), 1.0, -1.0),
+        judged(scored(0, 1.0, 0.0, source="sums"), 1.0, -1.0, has_signal=True),
         judged(scored(1, 1.0, None, source="words"), 0.0, 0.0),
     )
     return SampledStep(groups=groups, num_prompts=2, num_rounds=1)
@@ -48,7 +50,7 @@ def test_figures_of_the_rollouts() -> None:
         "reward/format_rate/mean": 2 / 3,
         "reward/failure_rate/mean": 1 / 4,
         "reward/groups_with_signal/mean": 1 / 2,
-        "advantage/abs/mean": 0.5,
+        "advantage/abs/mean": 2 / 3,
         "rollout/response_tokens/mean": 1.0,
         "rollout/response_tokens/max": 1.0,
         "rollout/truncation_rate/mean": 0.0,
@@ -63,6 +65,21 @@ def test_figures_of_the_rollouts() -> None:
     assert {key: line[key] for key in expected} == pytest.approx(expected)
     assert line["speed/tokens_per_second"] == pytest.approx(4 / line["speed/seconds/learner"])
     assert line.keys() == expected.keys() | {"speed/tokens_per_second", "speed/seconds/learner"}
+
+
+def test_advantages_made_by_a_penalty_are_no_signal() -> None:
+    """And a response that could not be scored has neither an advantage nor a penalty."""
+    wrong = replace(
+        judged(scored(0, 0.0, 0.0, None), 1.0, -1.0, 0.0),
+        overlong_penalties=(0.0, -0.5, 0.0),
+        is_kept=(True, True, False),
+    )
+    sampled = SampledStep(groups=(wrong,), num_prompts=1, num_rounds=1)
+    reduced = reduce(rollout_metrics(sampled, sources=("task",)), FakeParallel().reducer())
+    assert reduced["reward/groups_with_signal/mean"] == 0.0
+    assert reduced["advantage/abs/mean"] == 1.0
+    assert reduced["reward/overlong_penalty/mean"] == -0.25
+    assert reduced["rollout/kept_rate/mean"] == pytest.approx(2 / 3)
 
 
 def test_the_reward_of_each_source() -> None:

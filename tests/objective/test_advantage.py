@@ -28,6 +28,40 @@ def test_equal_rewards_give_exact_zeros(reward, size):
     assert group_advantages(torch.full((size,), reward)).tolist() == [0.0] * size
 
 
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [0.1 + 0.2, 0.3, 0.3, 0.3],
+        [0.7 + 0.1, 0.8],
+        [sum([0.1] * 10), 1.0],
+        [1e9, 1e9 + 0.25],
+        [-0.3, -0.1 - 0.2, -0.3],
+        [float(torch.tensor([1.1, 2.2, 3.3]).sum()), 6.6],  # summed in float32
+    ],
+)
+def test_rewards_that_differ_by_rounding_are_equal(rewards):
+    assert len(set(rewards)) > 1
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    assert group_advantages(rewards, epsilon=1e-12).tolist() == [0.0] * len(rewards)
+
+
+def test_rounding_beside_a_real_difference_worked_by_hand():
+    # Mean 0.3 of 0.3, 0.3 + rounding, 0.1 and 0.5: deviation sqrt(0.08 / 4) = 0.1 sqrt(2).
+    rewards = torch.tensor([0.3, 0.1 + 0.2, 0.1, 0.5], dtype=torch.float64)
+    advantages = group_advantages(rewards, epsilon=0.0)
+    assert advantages[:2].tolist() == [0.0, 0.0]
+    assert advantages[2:].tolist() == pytest.approx([-math.sqrt(2), math.sqrt(2)], rel=1e-6)
+
+
+def test_a_small_difference_is_a_difference():
+    rewards = torch.tensor([1.0, 1.0 + 1e-4], dtype=torch.float64)
+    assert group_advantages(rewards, epsilon=0.0).tolist() == pytest.approx([-1.0, 1.0])
+
+
+def test_a_group_of_nobody_has_no_advantages():
+    assert group_advantages(torch.zeros(0)).tolist() == []
+
+
 def test_shift_and_scale_do_not_matter():
     rewards = torch.tensor([0.2, 0.9, 0.4, 0.4], dtype=torch.float64)
     torch.testing.assert_close(

@@ -101,6 +101,16 @@ def test_length_goes_by_what_evaluation_calls_correct():
     assert length.group_rewards(group) == [0.0, 0.0, -0.5]
 
 
+def test_length_compares_the_responses_that_were_scored():
+    """Scored lengths from 10 to 30; the failed responses of 2 and 90 tokens take no part."""
+    failures = ["timeout", None, None, None, "crash"]
+    group = make_inputs([0.0, 1.0, 1.0, 0.0, 0.0], [2, 10, 20, 30, 90], failures)
+    assert length.group_rewards(group) == [0.0, 0.5, 0.0, -0.5, 0.0]
+    alone = make_inputs([1.0, 0.0], [10, 20], [None, "timeout"])
+    assert length.group_rewards(alone) == [0.0, 0.0]
+    assert length.group_rewards(make_inputs([0.0], [10], ["crash"])) == [0.0]
+
+
 def test_length_is_silent_where_all_lengths_are_equal():
     assert length.group_rewards(make_inputs([1.0, 0.0, 1.0], [8, 8, 8])) == [0.0, 0.0, 0.0]
 
@@ -140,7 +150,7 @@ def test_a_users_own_sees_the_prompt_and_all_responses():
     assert scores[3].failure == "crash"
     # 100 x occurrences + 10 x tokens + reward; nothing is added where a response was not scored.
     assert [score.group_reward for score in scores] == [211.0, 118.0, 231.0, 0.0]
-    assert rewards_of(scores) == (212.0, 116.0, 232.0, pytest.approx(560 / 3))
+    assert rewards_of(scores) == (212.0, 116.0, 232.0, None)
 
 
 @pytest.mark.parametrize(

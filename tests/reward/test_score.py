@@ -304,14 +304,14 @@ def test_construction_does_not_wait_for_the_processes():
         assert time.monotonic() - start < 0.5
 
 
-def test_rewards_of_gives_a_failure_no_advantage():
+def test_rewards_of_gives_a_failure_no_reward():
     def score(reward, failure=None):
         return Score(reward=reward, is_formatted=failure is None, failure=failure)
 
     assert rewards_of([score(1.0), score(0.0), score(1.0)]) == (1.0, 0.0, 1.0)
     rewards = rewards_of([score(1.0), score(0.0, "timeout"), score(0.0), score(0.0, "crash")])
-    assert rewards == (1.0, 0.5, 0.0, 0.5)
-    assert rewards_of([score(0.0, "crash")] * 2) == (0.0, 0.0)
+    assert rewards == (1.0, None, 0.0, None)
+    assert rewards_of([score(0.0, "crash")] * 2) == (None, None)
     assert rewards_of([]) == ()
 
 

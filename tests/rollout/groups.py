@@ -54,4 +54,5 @@ def make_group(index: int, num_samples: int = 3) -> JudgedGroup:
         overlong_penalties=(0.0,) * num_samples,
         advantages=tuple(chance.gauss(0, 1) for _ in range(num_samples)),
         is_kept=(True,) * num_samples,
+        has_signal=True,
     )

@@ -50,6 +50,7 @@ def run_dir(tmp_path_factory):
             overlong_penalties=(0.0, 0.0),
             advantages=(1.0, -1.0),
             is_kept=(True, True),
+            has_signal=True,
         )
         for each in groups
     ]

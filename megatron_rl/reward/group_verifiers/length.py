@@ -1,12 +1,13 @@
 """A reward for being shorter than the other responses of the group.
 
 With lengths in tokens and lambda_i = 0.5 - (len_i - min_len) / (max_len - min_len), from 0.5 for
-the shortest response to -0.5 for the longest:
+the shortest to -0.5 for the longest of the responses that the verifier could score:
 
     correct response:   lambda_i
     any other:          min(0, lambda_i)
 
-If all lengths are equal, all rewards are 0. A short response is thus rewarded only if it is
+If all lengths are equal, all rewards are 0; so is the reward of a response that could not be
+scored. A short response is thus rewarded only if it is
 correct, and a long one is always penalised. Source: Kimi k1.5 (arXiv 2501.12599, section 2.3.3).
 """
 
@@ -24,11 +25,16 @@ def group_rewards(group: GroupInputs) -> list[float]:
     Returns:
         [G] numbers from -0.5 to 0.5.
     """
-    shortest, longest = min(group.num_tokens), max(group.num_tokens)
+    rewards = [0.0] * len(group.num_tokens)
+    known = {
+        index: length
+        for index, (length, score) in enumerate(zip(group.num_tokens, group.scores, strict=True))
+        if score.failure is None
+    }
+    shortest, longest = min(known.values(), default=0), max(known.values(), default=0)
     if shortest == longest:
-        return [0.0] * len(group.num_tokens)
-    lambdas = [0.5 - (length - shortest) / (longest - shortest) for length in group.num_tokens]
-    return [
-        value if score.is_correct else min(0.0, value)
-        for value, score in zip(lambdas, group.scores, strict=True)
-    ]
+        return rewards
+    for index, length in known.items():
+        value = 0.5 - (length - shortest) / (longest - shortest)
+        rewards[index] = value if group.scores[index].is_correct else min(0.0, value)
+    return rewards
