@@ -168,10 +168,16 @@ class KLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The objective that an update maximises. The defaults are those of DC-GRPO."""
+    """The objective that an update maximises.
+
+    Without a preset, the defaults are DC-GRPO as published (arXiv 2606.08779, Alg. 1): the same as
+    `preset=dc_grpo`, with the paper's lambda and tolerance for Qwen3-8B. What the paper leaves open
+    (clip_low, the bounds of lambda) is listed in docs/paper.md.
+    """
 
     # a published method (config/presets.py): a named set of the settings below and of others.
-    # Settings in the file or on the command line take precedence over it; "": none
+    # Settings in the file or on the command line take precedence over it, and the run names them
+    # when it starts; "": none
     preset: str = ""
     policy_loss: str = "ppo_clip"  # a module of objective/policy/
     # the policy in the denominator of the ratio. recomputed: the learner before the update;
@@ -179,10 +185,10 @@ class ObjectiveConfig:
     old_policy: OldPolicy = "recomputed"
     clip_low: float = 0.2  # for dppo_tv both are differences of probabilities
     clip_high: float = 0.24
-    # token_mean: mean over the global batch's kept tokens; sequence_mean: mean of the sequences'
-    # means; sequence_sum: mean of the sequences' sums; constant: sum / (sequences x
+    # sequence_mean: mean of the sequences' means; token_mean: mean over the global batch's kept
+    # tokens; sequence_sum: mean of the sequences' sums; constant: sum / (sequences x
     # normalize_length)
-    normalize: Normalize = "token_mean"
+    normalize: Normalize = "sequence_mean"
     normalize_length: int = 0  # for normalize=constant, e.g. ${rollout.sampling.max_tokens}
     advantage_epsilon: float = 1e-6
     advantage_std: bool = True  # divide a group's advantages by their standard deviation

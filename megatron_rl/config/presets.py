@@ -1,82 +1,84 @@
 """`objective.preset`: published methods as sets of settings.
 
 `load_config` applies a preset over the defaults; settings from the YAML file or the command line
-take precedence over it. A preset contains only the settings that define the method; batch sizes,
-learning rates and lengths are left to the run. Presets without "dc" in their name switch the
-constraint off, so that the gap is measured but not constrained.
+take precedence over it, and a run names each of them when it starts (`replaced_keys`). A preset
+contains only the settings that define the method; batch sizes, learning rates, lengths, lambda's
+start and its tolerance are left to the run. docs/corrections.md has the source, the keys and the
+test of every preset.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-_NO_CONSTRAINT: dict[str, Any] = {"enabled": False}
-_TIS: dict[str, Any] = {"level": "token", "mode": "truncate", "upper": 2.0}
+# What every preset sets unless its entry below says otherwise: the surrogate of DC-GRPO's Eq. 10
+# (arXiv 2606.08779) without the constraint, so that corrections of the gap and forms of the
+# constraint differ in nothing else.
+COMMON: dict[str, Any] = {
+    "policy_loss": "ppo_clip",
+    "old_policy": "recomputed",
+    "clip_low": 0.2,
+    "clip_high": 0.24,
+    "normalize": "sequence_mean",
+    "advantage_std": True,
+    "constraint": {"enabled": False},
+    "importance": {"level": "none"},
+    "rejection": {"divergence": "none"},
+}
+# The constraint as published: a penalty on every token's advantage, in every step.
+_SHAPING: dict[str, Any] = {
+    "enabled": True,
+    "penalty": "shaping",
+    "gate": "batch",
+    "baseline": "none",
+}
+_TIS: dict[str, Any] = {"level": "token", "mode": "truncate", "lower": 0.0, "upper": 2.0}
 
 _OBJECTIVES: dict[str, dict[str, Any]] = {
     # arXiv 2402.03300; its KL term needs a reference: objective.kl.{coefficient,reference}
-    "grpo": {
-        "constraint": _NO_CONSTRAINT,
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "normalize": "sequence_mean",
-    },
+    "grpo": {"clip_high": 0.2},
     # arXiv 2503.14476: clip-higher, the token mean, and dynamic sampling (below); its penalty on
     # over-long responses needs a length: reward.overlong.buffer_tokens
-    "dapo": {"constraint": _NO_CONSTRAINT, "clip_low": 0.2, "clip_high": 0.28},
+    "dapo": {"clip_high": 0.28, "normalize": "token_mean"},
     # arXiv 2503.20783: a token's weight does not depend on the length or the standard deviation
     "dr_grpo": {
-        "constraint": _NO_CONSTRAINT,
-        "clip_low": 0.2,
         "clip_high": 0.2,
         "advantage_std": False,
         "normalize": "constant",
         "normalize_length": "${rollout.sampling.max_tokens}",
     },
     # arXiv 2507.18071
-    "gspo": {
-        "constraint": _NO_CONSTRAINT,
-        "policy_loss": "gspo",
-        "clip_low": 3e-4,
-        "clip_high": 4e-4,
-        "normalize": "sequence_mean",
-    },
+    "gspo": {"policy_loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
     # arXiv 2506.13585: no lower bound; the upper bound is ScaleRL's (arXiv 2510.13786)
     "cispo": {
-        "constraint": _NO_CONSTRAINT,
         "policy_loss": "cispo",
         "clip_low": 1.0,
         "clip_high": 4.0,
+        "normalize": "token_mean",
     },
-    # arXiv 2602.04879 with prime-rl's bounds; the old policy is the one that sampled
+    # arXiv 2602.04879 with prime-rl's bounds and mean; the old policy is the one that sampled
     "dppo_tv": {
-        "constraint": _NO_CONSTRAINT,
         "policy_loss": "dppo_tv",
         "old_policy": "rollout",
-        "clip_low": 0.2,
         "clip_high": 0.2,
+        "normalize": "token_mean",
     },
     # the engine as the old policy: PPO without recomputed log-probs
-    "bypass": {"constraint": _NO_CONSTRAINT, "old_policy": "rollout"},
+    "bypass": {"old_policy": "rollout"},
     # truncated importance sampling (Yao et al. 2025) with verl's bound
-    "tis": {"constraint": _NO_CONSTRAINT, "importance": _TIS},
+    "tis": {"importance": _TIS},
     "sequence_tis": {
-        "constraint": _NO_CONSTRAINT,
-        "importance": {"level": "sequence_sum", "mode": "truncate", "upper": 2.0},
+        "importance": {"level": "sequence_sum", "mode": "truncate", "lower": 0.0, "upper": 2.0},
     },
     # arXiv 2510.18855
-    "icepop": {
-        "constraint": _NO_CONSTRAINT,
-        "importance": {"level": "token", "mode": "mask", "lower": 0.5, "upper": 5.0},
-    },
+    "icepop": {"importance": {"level": "token", "mode": "mask", "lower": 0.5, "upper": 5.0}},
     # TRL's sequence_mask
     "sequence_mask": {
-        "constraint": _NO_CONSTRAINT,
-        "importance": {"level": "sequence_sum", "mode": "mask", "upper": 3.0},
+        "importance": {"level": "sequence_sum", "mode": "mask", "lower": 0.0, "upper": 3.0},
     },
     # verl's geometric rejection with its veto
     "geometric_rejection": {
-        "constraint": _NO_CONSTRAINT,
         "rejection": {
             "divergence": "k1",
             "level": "sequence_mean",
@@ -86,14 +88,13 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
         },
     },
     "k3_rejection": {
-        "constraint": _NO_CONSTRAINT,
-        "rejection": {"divergence": "k3", "level": "sequence_mean", "upper": 0.01},
+        "rejection": {"divergence": "k3", "level": "sequence_mean", "lower": 0.0, "upper": 0.01},
     },
-    # arXiv 2606.08779: the defaults, under a name
-    "dc_grpo": {"constraint": {"enabled": True}},
-    "dc_grpo_centered": {"constraint": {"enabled": True, "baseline": "batch"}},
-    "dc_grpo_penalty": {"constraint": {"enabled": True, "penalty": "differentiable"}},
-    "dc_grpo_tis": {"constraint": {"enabled": True}, "importance": _TIS},
+    # arXiv 2606.08779, Alg. 1: the defaults, under a name
+    "dc_grpo": {"constraint": _SHAPING},
+    "dc_grpo_centered": {"constraint": {**_SHAPING, "baseline": "batch"}},
+    "dc_grpo_penalty": {"constraint": {**_SHAPING, "penalty": "differentiable"}},
+    "dc_grpo_tis": {"constraint": _SHAPING, "importance": _TIS},
 }
 
 _OTHER_SECTIONS: dict[str, dict[str, Any]] = {
@@ -101,6 +102,15 @@ _OTHER_SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    name: {"objective": {**objective, "preset": name}, **_OTHER_SECTIONS.get(name, {})}
+    name: {"objective": {**COMMON, **objective, "preset": name}, **_OTHER_SECTIONS.get(name, {})}
     for name, objective in _OBJECTIVES.items()
 }
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names and values: `{"loop": {"seed": 1}}` is `{"loop.seed": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = prefix + key
+        flat |= dotted(value, name + ".") if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -31,6 +31,7 @@ REFERENCE = "REFERENCE"  # stands for the path
 OBJECTIVES = {
     "dapo_tis_rejection": ObjectiveConfig(
         clip_high=0.28,
+        normalize="token_mean",
         constraint=DUAL,
         importance=ImportanceConfig(level="token", upper=1.3),
         rejection=RejectionConfig(divergence="k1", level="token", lower=0.6, upper=1.6),
@@ -48,6 +49,7 @@ OBJECTIVES = {
         policy_loss="cispo",
         clip_low=1.0,
         clip_high=4.0,
+        normalize="token_mean",
         entropy_coefficient=0.01,
         constraint=replace(DUAL, gate="token", max_discrepancy=0.004, tolerance=0.0005),
         rejection=RejectionConfig(veto_ratio=0.5),
@@ -57,6 +59,7 @@ OBJECTIVES = {
         old_policy="rollout",
         clip_low=0.002,
         clip_high=0.002,
+        normalize="token_mean",
         constraint=replace(DUAL, penalty="differentiable"),
         rejection=RejectionConfig(
             divergence="k2", level="sequence_max", upper=0.3, opsm_threshold=0.0

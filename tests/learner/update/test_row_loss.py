@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,8 @@ TRAIN, ROLLOUT = (0.5, 0.25, 0.5), (0.25, 0.25, 0.625)
 REFERENCE = (0.25, 0.25, 0.5)
 ADVANTAGES = (1.0, 1.0, -2.0)
 DUAL_VALUE = 0.4
-FREE = ObjectiveConfig(constraint=ConstraintConfig(enabled=False))
+token_mean = partial(ObjectiveConfig, normalize="token_mean")
+FREE = token_mean(constraint=ConstraintConfig(enabled=False))
 
 
 def row_of(rollout: tuple[float, ...]) -> MicroBatch:
@@ -132,7 +134,7 @@ def test_plain():
 
 def test_shaped_advantages():
     # delta = 1/4, 0, 1/8, times 0.4
-    config = ObjectiveConfig()
+    config = token_mean()
     total, _, gradient, metrics = run(config, dual_value=DUAL_VALUE)
     assert gradient == close(-0.9, -1.0, 2.05)
     assert total == pytest.approx(0.15, rel=1e-5)
@@ -145,7 +147,7 @@ def test_shaped_advantages():
 
 def test_a_baseline_leaves_the_mean_advantage_as_it_was():
     # delta = 1/4, 0, 1/8 counted from their mean of 1/8, times 0.4
-    config = ObjectiveConfig(constraint=ConstraintConfig(baseline="batch"))
+    config = token_mean(constraint=ConstraintConfig(baseline="batch"))
     total, _, gradient, metrics = run(config, dual_value=DUAL_VALUE, baseline=0.125)
     assert gradient == close(-0.95, -1.05, 2.0)
     assert total == pytest.approx(0.0, abs=1e-6)
@@ -154,7 +156,7 @@ def test_a_baseline_leaves_the_mean_advantage_as_it_was():
 
 def test_the_baseline_is_the_mean_of_what_is_penalised_over_the_kept_tokens():
     constraint = ConstraintConfig(baseline="batch", gate="token")
-    config = ObjectiveConfig(constraint=constraint)
+    config = token_mean(constraint=constraint)
     assert baseline_of(config) == pytest.approx((0.15 + 0.0 + 0.025) / 3, rel=1e-5)
     # k2 of a rho of 2 is 0.24: the first token is rejected.
     rejection = RejectionConfig(divergence="k2", level="token", upper=0.1)
@@ -179,7 +181,7 @@ def scalars_of(
 
 def test_dropped_rows_count_in_the_mean_gap_alone():
     # A mean gap of 1/8 is within 0.13; with a dropped row of 1/2, 1/4 and 1/2 it is not.
-    config = ObjectiveConfig(constraint=ConstraintConfig(gate="mean", baseline="batch"))
+    config = token_mean(constraint=ConstraintConfig(gate="mean", baseline="batch"))
     far = recomputed_row((1.0, 0.5, 1.0))
     without, with_dropped = (
         scalars_of([recomputed_row()], each, config, 0.13) for each in ([], [far])
@@ -194,7 +196,7 @@ def test_dropped_rows_count_in_the_mean_gap_alone():
 
 def test_a_differentiable_penalty():
     # 0.4 |p_theta - p_inf|: up in the loss, gradient 0.4 x sign x p_theta
-    config = ObjectiveConfig(constraint=ConstraintConfig(penalty="differentiable"))
+    config = token_mean(constraint=ConstraintConfig(penalty="differentiable"))
     total, _, gradient, _ = run(config, dual_value=DUAL_VALUE)
     assert total == pytest.approx(0.4 * 0.375, rel=1e-5)
     assert gradient == close(-1.0 + 0.2, -1.0, 2.0 - 0.2)
@@ -206,14 +208,14 @@ def test_a_differentiable_penalty():
 
 def test_importance_weights_scale_the_shaped_surrogate():
     # rho = 2, 1, 0.8; bounded to 1.5, 1, 0.8; over a global mean of 1.25: 1.2, 0.8, 0.64
-    config = ObjectiveConfig(importance=ImportanceConfig(level="token", upper=1.5))
+    config = token_mean(importance=ImportanceConfig(level="token", upper=1.5))
     assert run(config, dual_value=DUAL_VALUE)[2] == close(-0.9 * 1.5, -1.0, 2.05 * 0.8)
     normalized = replace(config, importance=replace(config.importance, batch_normalize=True))
     _, _, gradient, metrics = run(normalized, weight_mean=1.25)
     assert gradient == close(-1.2, -0.8, 2 * 0.64)
     assert metrics["correction/weight/max"] == pytest.approx(1.2, rel=1e-5)
     # Not the penalty: a token of weight 0 is still pulled back.
-    masked = ObjectiveConfig(
+    masked = token_mean(
         constraint=ConstraintConfig(penalty="differentiable"),
         importance=ImportanceConfig(level="token", mode="mask", upper=1.5),
     )
@@ -245,7 +247,7 @@ def test_bypass_takes_the_engine_as_the_old_policy():
     assert gradient == close(0.0, -1.0, 2 * 0.8)
     assert metrics["loss/ratio/max"] == pytest.approx(2.0, rel=1e-5)
     assert metrics["discrepancy/mean"] == pytest.approx(0.125, rel=1e-5)
-    constrained = ObjectiveConfig(old_policy="rollout")
+    constrained = token_mean(old_policy="rollout")
     _, _, gradient, _ = run(constrained, dual_value=DUAL_VALUE, should_recompute=False)
     assert gradient == close(0.0, -1.0, 2.05 * 0.8)
 
