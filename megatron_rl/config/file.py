@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rl.config import Config
-from megatron_rl.config.presets import PRESETS
+from megatron_rl.config.presets import PRESETS, dotted
 from megatron_rl.config.rules import join_choices
 from megatron_rl.config.schema import Keys, build, check, hint_at, one_line, show
 from megatron_rl.errors import ConfigError
@@ -74,6 +74,22 @@ def _preset(
         return PRESETS.get(name, {})
     expected = join_choices(tuple(PRESETS))
     raise ConfigError(f"{origin}: objective.preset: expected {expected}, got {show(name)}")
+
+
+def replaced_keys(config: Config) -> list[str]:
+    """The settings of a run that differ from those of its preset, each as one line, for example
+    "objective.clip_high: 0.24 replaces 0.0004 of objective.preset=gspo".
+    """
+    name = config.objective.preset
+    settings = dotted(dataclasses.asdict(config))
+    lines = []
+    for key, value in dotted(PRESETS.get(name, {})).items():
+        # The only interpolations of presets are whole values.
+        expected = settings[value[2:-1]] if str(value).startswith("${") else value
+        if settings[key] != expected:
+            got, preset_value = show(settings[key]), show(expected)
+            lines.append(f"{key}: {got} replaces {preset_value} of objective.preset={name}")
+    return lines
 
 
 def save_config(config: Config, path: str | Path) -> None:

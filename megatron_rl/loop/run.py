@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rl.config import Config
-from megatron_rl.config.file import save_config
+from megatron_rl.config.file import replaced_keys, save_config
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.server import Engine, check_given, given_addresses
 from megatron_rl.engine.start import start_engines_of
@@ -115,6 +115,8 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             config, checked, parallel, stopwatch, scorer, addresses, engines=engines, stack=stack
         )
         recorder.say(f"log-probs: {learner.logprob_backend}")
+        for line in replaced_keys(config):
+            recorder.say(line)
         yield Run(
             config=config,
             learner=learner,

@@ -5,6 +5,7 @@ set, and they hold in every file of configs/.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_rl.config import Config
-from megatron_rl.config.presets import PRESETS, dotted
+from megatron_rl.config.file import load_config, replaced_keys, save_config
+from megatron_rl.config.presets import COMMON, PRESETS, dotted
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "corrections.md"
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 CODE = re.compile(r"`([^`]+)`")
 
 
@@ -66,3 +69,53 @@ def test_the_tests_of_the_table_exist(name):
         path, _, function = each.partition("::")
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         assert function in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, each
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_holds_in_every_shipped_config(name, path):
+    config = load_config(path, [f"objective.preset={name}"])
+    settings = dotted(dataclasses.asdict(config))
+    for key, value in dotted(PRESETS[name]).items():
+        if key == "objective.normalize_length" and name == "dr_grpo":
+            value = config.rollout.sampling.max_tokens
+        assert settings[key] == value, key
+    assert replaced_keys(config) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_name_a_preset_and_none_of_its_keys(path):
+    written = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    of_presets = {key for preset in PRESETS.values() for key in dotted(preset)}
+    assert of_presets & set(dotted(written)) == {"objective.preset"}
+
+
+def test_presets_share_no_key_by_accident():
+    """A preset's own entry replaces a section of COMMON whole, and so has to say all of it."""
+    for name, preset in PRESETS.items():
+        assert set(dotted({"objective": COMMON})) <= set(dotted(preset)), name
+
+
+def test_a_run_names_the_keys_that_replace_those_of_its_preset(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("objective: {preset: gspo, clip_low: 3e-4, clip_high: 0.24}")
+    config = load_config(path, ["objective.normalize=token_mean", "objective.kl.estimator=k2"])
+    expected = [
+        "objective.clip_high: 0.24 replaces 0.0004 of objective.preset=gspo",
+        "objective.normalize: 'token_mean' replaces 'sequence_mean' of objective.preset=gspo",
+    ]
+    assert replaced_keys(config) == expected
+    save_config(config, tmp_path / "saved.yaml")
+    assert replaced_keys(load_config(tmp_path / "saved.yaml")) == expected
+    # Under another preset of the command line, the file's keys are the ones that are named.
+    config = load_config(path, ["objective.preset=dapo", "loop.dynamic_sampling.enabled=false"])
+    assert replaced_keys(config) == [
+        "objective.clip_low: 0.0003 replaces 0.2 of objective.preset=dapo",
+        "objective.clip_high: 0.24 replaces 0.28 of objective.preset=dapo",
+        "loop.dynamic_sampling.enabled: false replaces true of objective.preset=dapo",
+    ]
+    config = load_config(path, ["objective.preset=dr_grpo", "objective.normalize_length=8"])
+    assert replaced_keys(config)[-1] == (
+        "objective.normalize_length: 8 replaces 256 of objective.preset=dr_grpo"
+    )
+    assert replaced_keys(load_config(path, ["objective.preset="])) == []

@@ -70,8 +70,15 @@ def run_presets(
         },
     )
     named = [":".join([name, *overrides]) for name, overrides in presets.items()]
-    run_module("tests.e2e.preset_runs", config, folder, rollouts, *named, ranks=0)
+    finished = run_module("tests.e2e.preset_runs", config, folder, rollouts, *named, ranks=0)
+    (folder / "stdout").write_text(finished.stdout)
     return {name: read_jsonl(folder / name / "metrics.jsonl")[1:] for name in presets}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the runs of `steps_of`."""
+    return tmp_path_factory.mktemp("presets")
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +86,9 @@ def steps_of(
     write_config: Callable[..., Path],
     tiny_checkpoint: Path,
     recorded_rollouts: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    folder: Path,
 ) -> dict[str, Lines]:
     """The steps of every preset."""
-    folder = tmp_path_factory.mktemp("presets")
     presets = {name: WIDER.get(name, []) for name in PRESETS}
     return run_presets(folder, write_config, tiny_checkpoint, recorded_rollouts, presets)
 
@@ -111,6 +117,17 @@ def test_presets_differ_in_their_gradients_and_so_in_their_weights(
     # The same rollouts in the second step: what differs is the weights.
     second = {preset: steps[1]["discrepancy/mean"] for preset, steps in steps_of.items()}
     assert len(set(second.values())) >= 8, second
+
+
+def test_a_run_says_which_keys_replace_those_of_its_preset(
+    steps_of: dict[str, Lines], folder: Path
+) -> None:
+    said = [line for line in (folder / "stdout").read_text().splitlines() if " replaces " in line]
+    assert said == [
+        "objective.rejection.lower: 0.8 replaces 0.999 of objective.preset=geometric_rejection",
+        "objective.rejection.upper: 1.2 replaces 1.001 of objective.preset=geometric_rejection",
+        "objective.rejection.upper: 0.05 replaces 0.01 of objective.preset=k3_rejection",
+    ]
 
 
 def test_combinations_with_the_constraint_and_a_reference(
