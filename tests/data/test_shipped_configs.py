@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.file import load_config
+from megatron_rl.config.file import load_config, replaced_keys
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.reward.score import Scorer
@@ -30,20 +30,33 @@ def dapo_record(n):
 
 def test_every_config_is_one_that_loads():
     paths = sorted(CONFIGS.glob("*.yaml"))
-    assert {"dapo", "gsm8k", "quickstart"} <= {path.stem for path in paths}
+    assert {"dapo", "dapo_30b_a3b", "gsm8k", "quickstart"} <= {path.stem for path in paths}
     for path in paths:
         assert load_config(path).run_dir == f"runs/{path.stem}"
 
 
-def test_dapo_has_the_published_settings():
-    config = load_config(CONFIGS / "dapo.yaml")
-    constraint, optimizer = config.objective.constraint, config.learner.optimizer
-    assert (config.loop.samples_per_prompt, config.loop.prompts_per_step) == (8, 64)
+@pytest.mark.parametrize(
+    ("name", "initial", "tolerance"), [("dapo", 0.1, 0.0037), ("dapo_30b_a3b", 0.05, 0.0050)]
+)
+def test_the_papers_runs_have_the_published_settings(name, initial, tolerance):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    objective, learner, optimizer = config.objective, config.learner, config.learner.optimizer
+    constraint, sampling, evaluation = objective.constraint, config.rollout.sampling, config.eval
+    prompts = config.loop.prompts_per_step
+    assert (config.loop.samples_per_prompt, prompts) == (8, 64)
+    assert prompts // learner.mini_batches_per_step == 16
     assert (optimizer.learning_rate, optimizer.betas) == (1e-6, (0.9, 0.95))
-    assert (constraint.learning_rate, constraint.initial, constraint.tolerance) == (1, 0.1, 0.0037)
-    assert config.objective.clip_high == 0.24
-    assert config.rollout.sampling.max_tokens == config.eval.sampling.max_tokens == 8192
-    assert (config.eval.sampling.temperature, config.eval.sampling.top_p) == (0.7, 1.0)
+    assert (optimizer.epsilon, optimizer.weight_decay, optimizer.decay) == (1e-15, 0, "constant")
+    assert (constraint.learning_rate, constraint.initial) == (1, initial)
+    assert (constraint.tolerance, constraint.minimum, constraint.maximum) == (tolerance, 0, 10)
+    assert (objective.preset, replaced_keys(config)) == ("dc_grpo", [])
+    assert (objective.clip_low, objective.clip_high) == (0.2, 0.24)
+    assert (objective.normalize, objective.kl.coefficient) == ("sequence_mean", 0)
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (1, 1, 8192)
+    assert (evaluation.sampling.temperature, evaluation.sampling.top_p) == (0.7, 1)
+    assert evaluation.sampling.max_tokens == 32768
+    room = config.rollout.max_model_len - evaluation.sampling.max_tokens
+    assert room >= config.data.max_prompt_tokens
 
 
 @pytest.mark.parametrize(
