@@ -1,12 +1,12 @@
-"""DC-GRPO in plain torch, written from Alg. 1 of its paper (arXiv 2606.08779) alone: with nothing of
-this package, no packing, no layout, and autograd through the definition of the objective.
+"""DC-GRPO in plain torch, written from Alg. 1 of its paper (arXiv 2606.08779) alone: with nothing
+of this package, no packing, no layout, and autograd through the definition of the objective.
 
 In every step, with the lambda of the step before:
 
     delta[i,t] = |p_train_old - p_inf|                      at the weights before the step
     A[i]       = (r[i] - mean r) / std r                    in the group of a prompt
     A'[i,t]    = A[i] - lambda * delta[i,t]
-    J          = mean over i of 1/|o_i| * sum_t min(gamma A', clip(gamma, 1 - eps_low, 1 + eps_high) A')
+    J          = mean over i of 1/|o_i| sum_t min(gamma A', clip(gamma, 1-eps_low, 1+eps_high) A')
     lambda    <- clip(lambda + eta * (sum delta / sum |o_i| - c), lambda_min, lambda_max)
 
 gamma is p_theta / p_train_old. J is maximised in mini-batches, one optimizer step each. The paper

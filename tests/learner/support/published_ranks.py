@@ -1,10 +1,10 @@
-"""What the ranks of test_published_algorithm.py do: training steps with the preset `dc_grpo`, in every
-layout of this world size.
+"""What the ranks of test_published_algorithm.py do: training steps with the preset `dc_grpo`, in
+every layout of this world size.
 
     torchrun --nproc_per_node N -m tests.learner.support.published_ranks MODEL ROLLOUTS OUT BRIEF
 
-Rank 0 writes `OUT/<layout>.pt`. BRIEF is the number of steps of the layouts that are combinations of
-others; those take all NUM_STEPS.
+Rank 0 writes `OUT/<layout>.pt`. BRIEF is the number of steps of layouts that combine others; the
+rest take all NUM_STEPS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.config.file import load_config
 from megatron_rl.learner.batch.deal import deal_batch
-from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
+from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.loop.state import initial_state
