@@ -56,6 +56,8 @@ TopKTies = Literal["auto", "all", "exact"]
 
 # objective
 OldPolicy = Literal["recomputed", "rollout"]
+# How a group's advantages are scaled: by the standard deviation with 1 / G, or with 1 / (G - 1).
+AdvantageStd = Literal["none", "population", "unbiased"]
 Normalize = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 Penalty = Literal["shaping", "differentiable"]
 Gate = Literal["batch", "mean", "token"]

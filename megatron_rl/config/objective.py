@@ -9,6 +9,7 @@ from megatron_rl.config.choices import (
     ABSOLUTE_BOUND_LOSSES,
     POLICY_LOSSES,
     SEQUENCE_LOSSES,
+    AdvantageStd,
     Baseline,
     Gate,
     ImportanceLevel,
@@ -191,7 +192,9 @@ class ObjectiveConfig:
     normalize: Normalize = "sequence_mean"
     normalize_length: int = 0  # for normalize=constant, e.g. ${rollout.sampling.max_tokens}
     advantage_epsilon: float = 1e-6
-    advantage_std: bool = True  # divide a group's advantages by their standard deviation
+    # the standard deviation by which a group's advantages are divided: population (1 / G),
+    # unbiased (1 / (G - 1), as torch.std in verl and TRL), or none
+    advantage_std: AdvantageStd = "population"
     entropy_coefficient: float = 0.0  # of the entropy bonus
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)

@@ -44,7 +44,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     # arXiv 2503.20783: a token's weight does not depend on the length or the standard deviation
     "dr_grpo": {
         "clip_high": 0.2,
-        "advantage_std": False,
+        "advantage_std": "none",
         "normalize": "constant",
         "normalize_length": "${rollout.sampling.max_tokens}",
     },

@@ -139,7 +139,7 @@ def advantages_of(objective: ObjectiveConfig, scores: Sequence[Score]) -> tuple[
     advantages = group_advantages(
         torch.tensor([each for each in rewards if each is not None], dtype=torch.float64),
         epsilon=objective.advantage_epsilon,
-        should_scale=objective.advantage_std,
+        deviation=objective.advantage_std,
     )
     known = iter(advantages.tolist())
     return tuple(0.0 if each is None else next(known) for each in rewards)

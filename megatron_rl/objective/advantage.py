@@ -1,21 +1,29 @@
 """Computes the advantages of one group from its rewards.
 
     A[i] = (R[i] - mean) / (std + epsilon)
+    std  = sqrt(sum of (R[i] - mean)^2 / G)          population
+           sqrt(sum of (R[i] - mean)^2 / (G - 1))    unbiased, larger by sqrt(G / (G - 1))
 
-Source: GRPO (arXiv 2402.03300), with the population standard deviation that DC-GRPO (arXiv
-2606.08779) uses; Dr. GRPO (arXiv 2503.20783) omits the division.
+Source: GRPO (arXiv 2402.03300). Neither that paper nor DC-GRPO's (arXiv 2606.08779) says which
+standard deviation it takes; verl and TRL take the unbiased one. Dr. GRPO (arXiv 2503.20783) omits
+the division.
 """
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-from megatron_rl.errors import DataError
+from megatron_rl.config.choices import AdvantageStd
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.records import REWARD_ROUNDING
+
+DEVIATIONS = get_args(AdvantageStd)
 
 
 def group_advantages(
-    rewards: torch.Tensor, *, epsilon: float = 1e-6, should_scale: bool = True
+    rewards: torch.Tensor, *, epsilon: float = 1e-6, deviation: str = "population"
 ) -> torch.Tensor:
     """Advantages of the `G` responses to one prompt, relative to each other.
 
@@ -23,19 +31,28 @@ def group_advantages(
         rewards: [G], any real dtype, finite. A group of one response, or of rewards that are equal
             within rounding, has advantages of exactly 0.
         epsilon: added to the standard deviation, in units of the reward.
-        should_scale: whether to divide by the standard deviation.
+        deviation: "population" or "unbiased" standard deviation; "none": the advantages are not
+            divided.
 
     Returns:
         [G] float32; computed in float64 and rounded once.
 
     Raises:
         ValueError: `rewards` is not one-dimensional. DataError: a reward is not finite.
+        ConfigError: `deviation` is unknown.
     """
     centered = reward_deviations(rewards)
-    if not should_scale:
+    if deviation == "none":
         return centered.float()
-    deviation = centered.square().mean().sqrt()
-    return (centered / (deviation + epsilon)).float()
+    if deviation == "population":
+        variance = centered.square().mean()
+    elif deviation == "unbiased":  # a group of one response keeps the variance 0
+        variance = centered.square().sum() / max(1, centered.numel() - 1)
+    else:
+        raise ConfigError(
+            f"objective.advantage_std: expected one of {', '.join(DEVIATIONS)}, got {deviation!r}"
+        )
+    return (centered / (variance.sqrt() + epsilon)).float()
 
 
 def reward_deviations(rewards: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
     overrides = ["objective.preset=dr_grpo", "rollout.sampling.max_tokens=77"]
     objective = load_config(empty, overrides).objective
     assert (objective.normalize, objective.normalize_length) == ("constant", 77)
-    assert not objective.advantage_std
+    assert objective.advantage_std == "none"
 
 
 @pytest.mark.parametrize(

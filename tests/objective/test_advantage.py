@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from megatron_rl.errors import DataError
-from megatron_rl.objective.advantage import group_advantages
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.objective.advantage import DEVIATIONS, group_advantages
 
 
 def test_numbers_worked_by_hand():
@@ -12,6 +12,16 @@ def test_numbers_worked_by_hand():
     advantages = group_advantages(torch.tensor([0.0, 1.0, 1.0, 2.0]), epsilon=0.0)
     assert advantages.dtype == torch.float32
     assert advantages.tolist() == pytest.approx([-math.sqrt(2), 0.0, 0.0, math.sqrt(2)], rel=1e-7)
+
+
+def test_unbiased_deviation_worked_by_hand():
+    # The same deviations -1, 0, 0, 1: unbiased variance 2/3, standard deviation sqrt(2/3).
+    rewards = torch.tensor([0.0, 1.0, 1.0, 2.0])
+    advantages = group_advantages(rewards, epsilon=0.0, deviation="unbiased")
+    assert advantages.tolist() == pytest.approx([-math.sqrt(1.5), 0, 0, math.sqrt(1.5)], rel=1e-7)
+    # Rewards 0 and 1: unbiased variance 2 * (1/2)^2 / 1 = 1/2.
+    two = group_advantages(torch.tensor([0.0, 1.0]), epsilon=0.0, deviation="unbiased")
+    assert two.tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)], rel=1e-7)
 
 
 def test_epsilon_is_added_to_the_deviation():
@@ -24,8 +34,10 @@ def test_epsilon_is_added_to_the_deviation():
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -1 / 3, 1e9])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
-def test_equal_rewards_give_exact_zeros(reward, size):
-    assert group_advantages(torch.full((size,), reward)).tolist() == [0.0] * size
+@pytest.mark.parametrize("deviation", DEVIATIONS)
+def test_equal_rewards_give_exact_zeros(reward, size, deviation):
+    rewards = torch.full((size,), reward)
+    assert group_advantages(rewards, deviation=deviation).tolist() == [0.0] * size
 
 
 @pytest.mark.parametrize(
@@ -74,10 +86,10 @@ def test_refuses_what_is_no_group():
         group_advantages(torch.zeros(2, 3))
     with pytest.raises(DataError, match="finite"):
         group_advantages(torch.tensor([0.0, math.nan]))
+    with pytest.raises(ConfigError, match="expected one of none, population, unbiased, got 'std'"):
+        group_advantages(torch.zeros(2), deviation="std")
 
 
 def test_without_the_deviation_worked_by_hand():
-    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0, 3.0]), should_scale=False)
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0, 3.0]), deviation="none")
     assert advantages.tolist() == [0.0, -1.0, -1.0, 2.0]
-    equal = group_advantages(torch.tensor([0.1] * 3), should_scale=False)
-    assert equal.tolist() == [0.0] * 3
