@@ -84,7 +84,7 @@ class Config:
         _check_lengths(self.rollout, self.eval, self.data, self.reward, self.learner)
         _check_batches(self.loop, self.rollout, self.eval, self.learner)
         _check_timeouts(self.rollout, self.parallel)
-        _check_updates(self.objective, self.learner, self.loop)
+        _check_updates(self.learner, self.loop)
 
 
 def _check_publications(
@@ -165,16 +165,8 @@ def _check_timeouts(rollout: RolloutConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def _check_updates(objective: ObjectiveConfig, learner: LearnerConfig, loop: LoopConfig) -> None:
-    """Rules that depend on the number of optimizer updates in a step and in the run."""
-    require(
-        objective.rejection.opsm_threshold is None
-        or objective.old_policy == "rollout"
-        or learner.mini_batches_per_step > 1,
-        "objective.rejection.opsm_threshold: expected several learner.mini_batches_per_step, or "
-        "objective.old_policy=rollout: with one update on recomputed log-probs the policy is the "
-        f"old one and nothing is ever masked, got {objective.rejection.opsm_threshold}",
-    )
+def _check_updates(learner: LearnerConfig, loop: LoopConfig) -> None:
+    """A decaying learning rate must have updates left after its warm-up."""
     optimizer, num_updates = learner.optimizer, loop.num_steps * learner.mini_batches_per_step
     require(
         optimizer.decay == "constant" or optimizer.warmup_steps < max(num_updates, 1),

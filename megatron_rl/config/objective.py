@@ -124,7 +124,7 @@ class RejectionConfig:
     veto_ratio: float = 0.0  # a sequence with a token whose rho is below this is rejected; 0: off
     veto_probability: float = 0.0  # the same for a token whose p_train is below this; 0: off
     # OPSM: a sequence with a negative advantage gets weight 0 if its
-    # mean(log p_old - log p_theta) exceeds this; null: off
+    # mean(log p_inf - log p_theta) exceeds this; null: off
     opsm_threshold: float | None = None
 
     def __post_init__(self) -> None:

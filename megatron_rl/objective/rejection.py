@@ -119,27 +119,28 @@ def veto_mask(
 
 def off_policy_sequence_mask(
     policy_logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
+    rollout_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
     sequence_ids: torch.Tensor,
     *,
     threshold: float,
 ) -> torch.Tensor:
-    """Off-policy sequence masking (OPSM, DeepSeek-V3.2, arXiv 2512.02556): masks a sequence with a
-    negative advantage if the policy has moved away from it, that is, if
-    `mean(log p_old - log p_theta) > threshold`.
+    """Off-policy sequence masking (OPSM, DeepSeek-V3.2, arXiv 2512.02556, eq. 9): masks a sequence
+    with a negative advantage if the policy is far from the engine that sampled it, that is, if
+    `mean(log p_inf - log p_theta) > threshold`. The mean contains the gap between learner and
+    engine, the age of the weights, and the updates of earlier mini-batches.
 
     Args:
-        policy_logprobs, old_logprobs: [T] float32; no gradient flows through them.
+        policy_logprobs, rollout_logprobs: [T] float32; no gradient flows through them.
         advantages: [T] float32, the group's, before any shaping.
-        mask: [T] bool, the tokens over which the mean is taken.
+        mask: [T] bool, every response token that was sampled; the mean is over all of a sequence.
 
     Returns:
         [T] bool, False where the mask is False.
     """
-    moved = mean_by_sequence(log_ratios(old_logprobs, policy_logprobs, mask), mask, sequence_ids)
-    is_far = to_tokens(moved > threshold, sequence_ids)
+    log_ratio = log_ratios(rollout_logprobs, policy_logprobs, mask)
+    is_far = to_tokens(mean_by_sequence(log_ratio, mask, sequence_ids) > threshold, sequence_ids)
     return mask & ~(is_far & (advantages < 0))
 
 

@@ -91,14 +91,16 @@ def test_veto_worked_by_hand():
 
 
 def test_opsm_worked_by_hand():
-    old = torch.tensor([-1.0, -1.0, -1.0, -1.0, math.nan, -1.0, math.nan])
-    # Mean log(old / policy): 0.05, 0.05, -0.3.
+    rollout = torch.tensor([-1.0, -1.0, -1.0, -1.0, math.nan, -1.0, math.nan])
+    # Mean log(p_inf / p_theta): 0.05, 0.05, -0.3.
     policy = torch.tensor([-1.3, -0.8, -1.1, -1.0, math.nan, -0.7, math.nan])
     advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, -1.0, 0.0])
     for threshold, expected in ((0.04, [2, 3, 5]), (0.06, [0, 1, 2, 3, 5])):
-        stays = off_policy_sequence_mask(policy, old, advantages, MASK, IDS, threshold=threshold)
+        stays = off_policy_sequence_mask(
+            policy, rollout, advantages, MASK, IDS, threshold=threshold
+        )
         assert stays.nonzero()[:, 0].tolist() == expected
-    stays = off_policy_sequence_mask(old, old, -torch.ones(7), MASK, IDS, threshold=0.0)
+    stays = off_policy_sequence_mask(rollout, rollout, -torch.ones(7), MASK, IDS, threshold=0.0)
     assert torch.equal(stays, MASK)
 
 

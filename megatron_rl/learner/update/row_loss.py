@@ -162,7 +162,7 @@ class MiniBatchLoss:
                 policy = output.full_logprobs.detach()
                 gap = reference_kl(policy, reference, kept, estimator="k1")
                 advantages = advantages - config.kl.coefficient * gap
-        weights, of_weights = self._weights(row.micro_batch, output, old, correction)
+        weights, of_weights = self._weights(row.micro_batch, output, correction)
         inputs = LossInputs.of(
             policy_logprobs=output.logprobs,
             old_logprobs=old,
@@ -216,7 +216,6 @@ class MiniBatchLoss:
         self,
         micro_batch: MicroBatch,
         output: RowOutput,
-        old: torch.Tensor,
         correction: RowCorrection,
     ) -> tuple[torch.Tensor | None, dict[str, Metric]]:
         """The factor of the surrogate: the importance weights, and 0 where OPSM masks a token."""
@@ -228,11 +227,15 @@ class MiniBatchLoss:
             metrics |= weight_metrics(weights, correction.is_outside, kept)
         threshold = config.rejection.opsm_threshold
         if threshold is not None:
-            ids = micro_batch.sequence_ids
             stays = off_policy_sequence_mask(
-                output.logprobs, old, micro_batch.advantages, kept, ids, threshold=threshold
+                output.logprobs,
+                micro_batch.rollout_logprobs,
+                micro_batch.advantages,
+                micro_batch.loss_mask,
+                micro_batch.sequence_ids,
+                threshold=threshold,
             )
-            metrics |= rejection_metrics(stays, kept, ids, name="opsm_masked")
+            metrics |= rejection_metrics(stays, kept, micro_batch.sequence_ids, name="opsm_masked")
             weights = stays.float() if weights is None else torch.where(stays, weights, 0.0)
         return weights, metrics
 

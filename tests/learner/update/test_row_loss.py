@@ -41,7 +41,7 @@ token_mean = partial(ObjectiveConfig, normalize="token_mean")
 FREE = token_mean(constraint=ConstraintConfig(enabled=False))
 
 
-def row_of(rollout: tuple[float, ...]) -> MicroBatch:
+def row_of(rollout: tuple[float, ...], advantages: tuple[float, ...]) -> MicroBatch:
     padded = torch.tensor([*rollout, 1.0])
     integers = torch.zeros(4, dtype=torch.int64)
     return MicroBatch(
@@ -50,7 +50,7 @@ def row_of(rollout: tuple[float, ...]) -> MicroBatch:
         positions=integers,
         loss_mask=torch.tensor([True, True, True, False]),
         rollout_logprobs=padded.log(),
-        advantages=torch.tensor([*ADVANTAGES, 0.0]),
+        advantages=torch.tensor([*advantages, 0.0]),
         weight_versions=integers,
         sequence_ids=torch.tensor([0, 0, 1, -1]),
         cu_seqlens=torch.tensor([0, 2, 3], dtype=torch.int32),
@@ -59,10 +59,12 @@ def row_of(rollout: tuple[float, ...]) -> MicroBatch:
     )
 
 
-def recomputed_row(rollout: tuple[float, ...] = ROLLOUT) -> RecomputedRow:
+def recomputed_row(
+    rollout: tuple[float, ...] = ROLLOUT, advantages: tuple[float, ...] = ADVANTAGES
+) -> RecomputedRow:
     """The row with the learner's log-probs before the update."""
     logprobs = torch.tensor([*TRAIN, 1.0]).log()
-    return RecomputedRow(micro_batch=row_of(rollout), recomputed_logprobs=logprobs)
+    return RecomputedRow(micro_batch=row_of(rollout, advantages), recomputed_logprobs=logprobs)
 
 
 def settings_of(
@@ -88,6 +90,7 @@ def run(
     dual_value: float = 0.0,
     policy: tuple[float, ...] = TRAIN,
     rollout: tuple[float, ...] = ROLLOUT,
+    advantages: tuple[float, ...] = ADVANTAGES,
     should_recompute: bool = True,
     weight_mean: float = 1.0,
     baseline: float = 0.0,
@@ -98,7 +101,7 @@ def run(
     settings = settings_of(
         config, dual_value=dual_value, weight_mean=weight_mean, baseline=baseline
     )
-    known = recomputed_row(rollout)
+    known = recomputed_row(rollout, advantages)
     row = UpdateRow(
         micro_batch=known.micro_batch,
         recomputed=known if should_recompute else None,
@@ -252,13 +255,32 @@ def test_bypass_takes_the_engine_as_the_old_policy():
     assert gradient == close(0.0, -1.0, 2.05 * 0.8)
 
 
-def test_opsm_drops_what_the_policy_left_and_the_group_blames():
-    config = replace(FREE, rejection=RejectionConfig(opsm_threshold=0.05))
-    # The policy left the second sequence by log(0.5 / 0.45) = 0.105, the first by more.
-    _, count, gradient, metrics = run(config, policy=(0.4, 0.25, 0.45))
-    assert (count, gradient) == (3, close(-0.8, -1.0, 0.0))
+def test_opsm_compares_the_policy_with_the_engine():
+    # log(p_inf / p_theta) of the second sequence, whose advantage is negative, is log(0.625 / 0.5)
+    # = 0.223 before any update; that of the first one, -0.347 in the mean, does not matter.
+    config = replace(FREE, rejection=RejectionConfig(opsm_threshold=0.2))
+    _, count, gradient, metrics = run(config)
+    assert (count, gradient) == (3, close(-1.0, -1.0, 0.0))
     assert metrics["correction/opsm_masked_sequences/mean"] == 0.5
-    assert run(config, policy=(0.4, 0.25, 0.49))[2][2] == pytest.approx(2 * 0.98, rel=1e-5)
+    assert metrics["correction/opsm_masked_tokens/mean"] == pytest.approx(1 / 3)
+    # An update that raises p_theta to 0.52, by 1.04 above p_train: log(0.625 / 0.52) = 0.184.
+    assert run(config, policy=(0.5, 0.25, 0.52))[2] == close(-1.0, -1.0, 2 * 1.04)
+    # The same under bypass, whose ratio is 0.52 / 0.625 = 0.832.
+    bypass = replace(config, old_policy="rollout")
+    assert run(bypass, should_recompute=False)[2] == close(0.0, -1.0, 0.0)
+    above = run(bypass, policy=(0.5, 0.25, 0.52), should_recompute=False)[2]
+    assert above == close(0.0, -1.0, 2 * 0.832)
+
+
+def test_opsm_judges_a_sequence_by_its_rejected_tokens_too():
+    # rho of the first token is 0.5 / 0.875 = 0.571, so k1 rejects it. log(p_inf / p_theta) of its
+    # sequence is log 1.75 and 0, in the mean 0.28; of the kept token alone it would be 0.
+    rejection = RejectionConfig(divergence="k1", level="token", lower=0.6, opsm_threshold=0.2)
+    config = replace(FREE, rejection=rejection)
+    rollout, advantages = (0.875, 0.25, 0.5), (-1.0, -1.0, -2.0)
+    _, count, gradient, metrics = run(config, rollout=rollout, advantages=advantages)
+    assert (count, gradient) == (2, close(0.0, 0.0, 2.0))
+    assert metrics["correction/opsm_masked_tokens/mean"] == 0.5  # of the kept tokens
 
 
 def test_opsm_beside_importance_weights():
@@ -267,8 +289,9 @@ def test_opsm_beside_importance_weights():
         importance=ImportanceConfig(level="token", upper=1.5),
         rejection=RejectionConfig(opsm_threshold=0.05),
     )
-    assert run(config, policy=(0.5, 0.25, 0.45))[2] == close(-1.5, -1.0, 0.0)
-    assert run(config)[2] == close(-1.5, -1.0, 2 * 0.8)
+    assert run(config)[2] == close(-1.5, -1.0, 0.0)
+    near = replace(config, rejection=RejectionConfig(opsm_threshold=0.25))
+    assert run(near)[2] == close(-1.5, -1.0, 2 * 0.8)
 
 
 def test_the_reference_pulls():
