@@ -15,6 +15,9 @@ from megatron_rl.objective.inputs import LossInputs, PolicyLoss, Surrogate, chec
 from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
 from megatron_rl.observe.metrics import Max, Mean, Metric
 
+# Name of the KL from each old policy to the current one.
+KL_NAMES: dict[str, str] = {"recomputed": "update_kl", "rollout": "rollout_kl"}
+
 
 def policy_loss(
     surrogate: PolicyLoss,
@@ -22,6 +25,7 @@ def policy_loss(
     *,
     weights: torch.Tensor | None,
     entropy: torch.Tensor,
+    old_policy: str,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """The surrogate's loss per token, to be minimised; `objective.normalize` reduces it.
 
@@ -30,14 +34,18 @@ def policy_loss(
         inputs: masked by `LossInputs.of`.
         weights: [T] float32, importance weights of the tokens; None: 1. They have no gradient.
         entropy: [T] float32, of the policy's distribution; used only for the metric.
+        old_policy: "recomputed" or "rollout", the policy of `inputs.old_logprobs`; it names the
+            metric of the KL.
 
     Returns:
         loss [T] float32, exactly 0 in value and gradient where the mask is False; and the metrics
         of the kept tokens: `loss/clip_fraction_low/mean` (the ratio is below the lower bound and
         the advantage negative, so the clip stopped a decrease; for cispo with any advantage),
-        `loss/clip_fraction_high/mean`, `loss/ratio/mean`, `loss/ratio/max`, `loss/update_kl/mean`
-        (k3 estimate of KL(old || policy), in nats), `loss/shaped_advantage/mean`, and
-        `loss/entropy/mean`.
+        `loss/clip_fraction_high/mean`, `loss/ratio/mean`, `loss/ratio/max`,
+        `loss/shaped_advantage/mean`, `loss/entropy/mean`, and the k3 estimate of
+        KL(old || policy) in nats, which is `loss/update_kl/mean` if the old policy is the learner
+        before the update, and `loss/rollout_kl/mean` if it is the engine: that KL contains the gap
+        between learner and engine.
 
     Raises:
         ValueError: the shape of weights or entropy differs from that of the mask.
@@ -51,11 +59,13 @@ def policy_loss(
         values = weights.detach() * values
     loss = torch.where(mask, -values, 0.0)
     with torch.no_grad():
-        metrics = _metrics(found, inputs, entropy)
+        metrics = _metrics(found, inputs, entropy, old_policy)
     return loss, metrics
 
 
-def _metrics(found: Surrogate, inputs: LossInputs, entropy: torch.Tensor) -> dict[str, Metric]:
+def _metrics(
+    found: Surrogate, inputs: LossInputs, entropy: torch.Tensor, old_policy: str
+) -> dict[str, Metric]:
     mask = inputs.mask
     log_ratio = inputs.policy_logprobs - inputs.old_logprobs
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)[mask].double()
@@ -65,7 +75,7 @@ def _metrics(found: Surrogate, inputs: LossInputs, entropy: torch.Tensor) -> dic
         "loss/clip_fraction_high/mean": found.is_clipped_high[mask],
         "loss/ratio/mean": ratio,
         # KL(old || policy), estimated from the old policy's samples: E[r - 1 - log r].
-        "loss/update_kl/mean": torch.expm1(log_ratio) - log_ratio,
+        f"loss/{KL_NAMES[old_policy]}/mean": torch.expm1(log_ratio) - log_ratio,
         "loss/shaped_advantage/mean": inputs.advantages[mask].double(),
         "loss/entropy/mean": entropy[mask],
     }

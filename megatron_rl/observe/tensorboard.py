@@ -64,9 +64,9 @@ LAYOUT = {
     "learner": {
         "loss": ["Multiline", ["^loss/mean$"]],
         "clip fraction": ["Multiline", ["^loss/clip_fraction.*"]],
-        "KL of the update, and to the reference": [
+        "KL of the update, to the engine under bypass, to the reference": [
             "Multiline",
-            ["^loss/update_kl/mean$", "^reference/kl_.*/mean$"],
+            ["^loss/(update|rollout)_kl/mean$", "^reference/kl_.*/mean$"],
         ],
         "learning rate": ["Multiline", ["^learner/learning_rate$"]],
     },

@@ -27,17 +27,25 @@ def inputs_of(mask: list[bool], **changed: torch.Tensor) -> LossInputs:
     return LossInputs.of(**(given | changed), clip_low=0.2, clip_high=0.2)
 
 
-def metrics_of(inputs: LossInputs, entropy: list[float]) -> dict[str, float]:
-    _, metrics = policy_loss(doubled, inputs, weights=None, entropy=torch.tensor(entropy))
+def metrics_of(
+    inputs: LossInputs, entropy: list[float], old_policy: str = "recomputed"
+) -> dict[str, float]:
+    _, metrics = policy_loss(
+        doubled, inputs, weights=None, entropy=torch.tensor(entropy), old_policy=old_policy
+    )
     return reduce(metrics, lambda values, _operation: values)
 
 
 def test_the_loss_is_the_weighted_surrogate_negated_where_the_mask_is():
     inputs = inputs_of([True, True, False], advantages=torch.tensor([1.0, -3.0, 5.0]))
     weights = torch.tensor([0.5, 2.0, 7.0])
-    loss, _ = policy_loss(doubled, inputs, weights=weights, entropy=torch.zeros(3))
+    loss, _ = policy_loss(
+        doubled, inputs, weights=weights, entropy=torch.zeros(3), old_policy="recomputed"
+    )
     assert loss.tolist() == [-1.0, 12.0, 0.0]
-    loss, _ = policy_loss(doubled, inputs, weights=None, entropy=torch.zeros(3))
+    loss, _ = policy_loss(
+        doubled, inputs, weights=None, entropy=torch.zeros(3), old_policy="recomputed"
+    )
     assert loss.tolist() == [-2.0, 6.0, 0.0]
 
 
@@ -51,6 +59,13 @@ def test_metrics_are_over_kept_tokens():
     assert metrics["loss/clip_fraction_low/mean"] == 0.5
     # k3 of a log-ratio of -1: exp(-1) - 1 + 1
     assert metrics["loss/update_kl/mean"] == pytest.approx(0.36787944 / 2, rel=1e-6)
+
+
+def test_the_kl_is_named_after_the_old_policy():
+    inputs = inputs_of([True], policy_logprobs=torch.tensor([-1.0]))
+    update, rollout = (metrics_of(inputs, [0.0], each) for each in ("recomputed", "rollout"))
+    assert update["loss/update_kl/mean"] == rollout["loss/rollout_kl/mean"] > 0
+    assert "loss/rollout_kl/mean" not in update and "loss/update_kl/mean" not in rollout
 
 
 def test_inputs_are_masked_and_detached_but_for_the_policy():
@@ -82,4 +97,4 @@ def test_shapes_of_inputs_must_agree(name):
 def test_shapes_of_weights_and_entropy_must_agree(name):
     given = {"weights": None, "entropy": torch.zeros(3)} | {name: torch.zeros(1)}
     with pytest.raises(ValueError, match=rf"expected {name} of the mask's shape"):
-        policy_loss(doubled, inputs_of([True] * 3), **given)
+        policy_loss(doubled, inputs_of([True] * 3), **given, old_policy="recomputed")

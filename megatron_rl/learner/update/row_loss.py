@@ -173,7 +173,11 @@ class MiniBatchLoss:
             clip_high=config.clip_high,
         )
         per_token, of_loss = policy_loss(
-            self._surrogate, inputs, weights=weights, entropy=output.entropy.detach()
+            self._surrogate,
+            inputs,
+            weights=weights,
+            entropy=output.entropy.detach(),
+            old_policy=config.old_policy,
         )
         if penalty is not None:
             per_token = per_token + penalty

@@ -249,6 +249,10 @@ def test_bypass_takes_the_engine_as_the_old_policy():
     _, _, gradient, metrics = run(config, should_recompute=False)
     assert gradient == close(0.0, -1.0, 2 * 0.8)
     assert metrics["loss/ratio/max"] == pytest.approx(2.0, rel=1e-5)
+    # r - 1 - log r of the engine's tokens
+    kl = (1 - math.log(2) + 0 - 0.2 - math.log(0.8)) / 3
+    assert metrics["loss/rollout_kl/mean"] == pytest.approx(kl, rel=1e-5)
+    assert "loss/update_kl/mean" not in metrics
     assert metrics["discrepancy/mean"] == pytest.approx(0.125, rel=1e-5)
     constrained = token_mean(old_policy="rollout")
     _, _, gradient, _ = run(constrained, dual_value=DUAL_VALUE, should_recompute=False)

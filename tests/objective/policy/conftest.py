@@ -42,7 +42,11 @@ def run_loss() -> RunLoss:
             clip_high=clip_high,
         )
         loss, metrics = policy_loss(
-            policy_loss_named(name), inputs, weights=weights, entropy=torch.zeros(len(policy))
+            policy_loss_named(name),
+            inputs,
+            weights=weights,
+            entropy=torch.zeros(len(policy)),
+            old_policy="recomputed",
         )
         loss.sum().backward()
         reduced = reduce(metrics, lambda values, _operation: values)

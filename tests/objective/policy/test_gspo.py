@@ -46,7 +46,9 @@ def test_the_gradient_is_that_of_the_sequence_ratio():
         clip_low=0.9,
         clip_high=9.0,
     )
-    loss, _ = policy_loss(surrogate, inputs, weights=None, entropy=torch.zeros(8))
+    loss, _ = policy_loss(
+        surrogate, inputs, weights=None, entropy=torch.zeros(8), old_policy="recomputed"
+    )
     total, count = normalized_sum(loss, mask, ids, normalize="sequence_mean")
     (got,) = torch.autograd.grad(total / count, policy)
     ratios = [each.mean().exp() for each in (policy - old).split(lengths)]
