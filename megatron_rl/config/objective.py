@@ -186,6 +186,12 @@ class ObjectiveConfig:
     old_policy: OldPolicy = "recomputed"
     clip_low: float = 0.2  # for dppo_tv both are differences of probabilities
     clip_high: float = 0.24
+    # a ratio above the cap counts as the cap, and its token keeps a gradient of that weight.
+    # 0: off; auto: 20 with policy_loss=dppo_tv or old_policy=rollout, unless cispo's clip or the
+    # dual clip bounds the ratio already
+    ratio_cap: float | str = "auto"
+    # PPO's dual clip: for a negative advantage A the surrogate is at least dual_clip * A; 0: off
+    dual_clip: float = 0.0
     # sequence_mean: mean of the sequences' means; token_mean: mean over the global batch's kept
     # tokens; sequence_sum: mean of the sequences' sums; constant: sum / (sequences x
     # normalize_length)
@@ -218,7 +224,44 @@ class ObjectiveConfig:
         )
         at_least(0, clip_high=self.clip_high, entropy_coefficient=self.entropy_coefficient)
         above_zero(advantage_epsilon=self.advantage_epsilon)
+        self._check_ratio_bounds()
         self._check_combinations()
+
+    @property
+    def ratio_bound(self) -> float:
+        """The cap on the ratio p_theta / p_old that `ratio_cap` means; 0: none.
+
+        auto is 20, as in verl, for dppo_tv, whose trust region does not bound the ratio, and under
+        bypass, where the ratio contains the gap between learner and engine. It is off if the ratio
+        is bounded by cispo's clip or by the dual clip.
+        """
+        if not isinstance(self.ratio_cap, str):
+            return self.ratio_cap
+        is_bounded = self.policy_loss == "cispo" or self.dual_clip > 0
+        is_open = self.policy_loss == "dppo_tv" or self.old_policy == "rollout"
+        return 20.0 if is_open and not is_bounded else 0.0
+
+    def _check_ratio_bounds(self) -> None:
+        cap, has_own_bounds = self.ratio_cap, self.policy_loss in ABSOLUTE_BOUND_LOSSES
+        require(
+            self.dual_clip == 0 or (self.dual_clip > 1 and not has_own_bounds),
+            "dual_clip: expected 0, or above 1 with a policy_loss that takes PPO's minimum, got "
+            f"{self.dual_clip:g} with policy_loss={self.policy_loss}",
+        )
+        if isinstance(cap, str):
+            require(cap == "auto", f"ratio_cap: expected a number or auto, got {cap!r}")
+            return
+        smallest = 1.0 if has_own_bounds else 1.0 + self.clip_high
+        require(
+            cap == 0 or cap >= smallest,
+            f"ratio_cap: expected auto, 0 or at least {smallest:g}, the largest ratio that the "
+            f"clip leaves alone, got {cap:g}",
+        )
+        require(
+            cap == 0 or (self.policy_loss != "cispo" and self.dual_clip == 0),
+            "ratio_cap: expected auto or 0 with policy_loss=cispo or a dual_clip, which bound the "
+            f"ratio already, got {cap:g}",
+        )
 
     def _check_combinations(self) -> None:
         is_bypass = self.old_policy == "rollout"

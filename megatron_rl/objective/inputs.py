@@ -16,7 +16,7 @@ class LossInputs:
 
     Example of two tokens, the second one masked: `LossInputs(policy_logprobs=[-0.7, 0.0],
     old_logprobs=[-0.9, 0.0], advantages=[1.5, 0.0], mask=[True, False], sequence_ids=[0, 0],
-    clip_low=0.2, clip_high=0.28)`.
+    clip_low=0.2, clip_high=0.28, ratio_cap=0.0, dual_clip=0.0)`.
     """
 
     policy_logprobs: torch.Tensor  # [T] float32, under gradient
@@ -28,6 +28,8 @@ class LossInputs:
     sequence_ids: torch.Tensor  # [T] int64, 0 to S-1, -1 on padding
     clip_low: float  # how far the policy may move down and up, in ratio unless the loss says so
     clip_high: float
+    ratio_cap: float  # at which a larger ratio is truncated; 0: it is not
+    dual_clip: float  # of PPO's dual clip, above 1; 0: off
 
     @classmethod
     def of(
@@ -40,6 +42,8 @@ class LossInputs:
         sequence_ids: torch.Tensor,
         clip_low: float,
         clip_high: float,
+        ratio_cap: float,
+        dual_clip: float,
     ) -> LossInputs:
         """Mask the tensors and detach those without gradient.
 
@@ -68,6 +72,8 @@ class LossInputs:
             sequence_ids=sequence_ids,
             clip_low=clip_low,
             clip_high=clip_high,
+            ratio_cap=ratio_cap,
+            dual_clip=dual_clip,
         )
 
 
@@ -76,13 +82,17 @@ class Surrogate:
     """The result of a policy loss: the surrogate of every token, to be maximised.
 
     Example of one token, r = 2, A = 3, bounds 0.8 to 1.2: `Surrogate(values=[3.6],
-    ratio=[2.0], is_clipped_low=[False], is_clipped_high=[True])`.
+    ratio=[2.0], is_clipped_low=[False], is_clipped_high=[True], is_capped=[False],
+    is_dual_clipped=[False])`.
     """
 
     values: torch.Tensor  # [T] float32, under gradient
-    ratio: torch.Tensor  # [T] float64, no gradient: the clipped ratio; for gspo the sequence's
+    # [T] float64, no gradient: the ratio before it is clipped or capped; for gspo the sequence's
+    ratio: torch.Tensor
     is_clipped_low: torch.Tensor  # [T] bool, True where the lower bound acted
     is_clipped_high: torch.Tensor  # [T] bool
+    is_capped: torch.Tensor  # [T] bool, True where the cap on the ratio acted
+    is_dual_clipped: torch.Tensor  # [T] bool, True where the dual clip acted
 
 
 PolicyLoss = Callable[[LossInputs], Surrogate]

@@ -41,7 +41,9 @@ def policy_loss(
         loss [T] float32, exactly 0 in value and gradient where the mask is False; and the metrics
         of the kept tokens: `loss/clip_fraction_low/mean` (the ratio is below the lower bound and
         the advantage negative, so the clip stopped a decrease; for cispo with any advantage),
-        `loss/clip_fraction_high/mean`, `loss/ratio/mean`, `loss/ratio/max`,
+        `loss/clip_fraction_high/mean`, with a cap on the ratio or a dual clip
+        `loss/clip_fraction_cap/mean` or `loss/clip_fraction_dual/mean`, the share of tokens on
+        which it acted; `loss/ratio/mean`, `loss/ratio/max`,
         `loss/shaped_advantage/mean`, `loss/entropy/mean`, and the k3 estimate of
         KL(old || policy) in nats, which is `loss/update_kl/mean` if the old policy is the learner
         before the update, and `loss/rollout_kl/mean` if it is the engine: that KL contains the gap
@@ -79,6 +81,10 @@ def _metrics(
         "loss/shaped_advantage/mean": inputs.advantages[mask].double(),
         "loss/entropy/mean": entropy[mask],
     }
+    if inputs.ratio_cap > 0:
+        averaged["loss/clip_fraction_cap/mean"] = found.is_capped[mask]
+    if inputs.dual_clip > 0:
+        averaged["loss/clip_fraction_dual/mean"] = found.is_dual_clipped[mask]
     metrics: dict[str, Metric] = {
         name: Mean(sum=values.sum(dtype=torch.float64), count=values.numel())
         for name, values in averaged.items()

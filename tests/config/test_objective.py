@@ -97,6 +97,22 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
         (["normalize_length=8"], "normalize_length: expected at least 1 with normalize=constant"),
         (["clip_low=1"], "clip_low: expected in [0, 1), got 1"),
         (["preset=cispo", "clip_low=1.1"], "clip_low: expected in [0, 1], got 1.1"),
+        (["dual_clip=1"], "dual_clip: expected 0, or above 1 with a policy_loss that takes PPO's"),
+        (["preset=cispo", "dual_clip=3"], "minimum, got 3 with policy_loss=cispo"),
+        (["ratio_cap=often"], "ratio_cap: expected a number or auto, got 'often'"),
+        (["ratio_cap=1.2"], "ratio_cap: expected auto, 0 or at least 1.24, the largest ratio that"),
+        (
+            ["preset=dppo_tv", "ratio_cap=0.9"],
+            "ratio_cap: expected auto, 0 or at least 1, the larg",
+        ),
+        (
+            ["preset=cispo", "ratio_cap=9"],
+            "ratio_cap: expected auto or 0 with policy_loss=cispo or",
+        ),
+        (
+            ["dual_clip=3", "ratio_cap=20"],
+            "ratio_cap: expected auto or 0 with policy_loss=cispo or",
+        ),
         (["constraint.tolerance=often"], "constraint.tolerance: expected a number or auto, got"),
         (["constraint.tolerance=2"], "tolerance: expected a difference of probabilities in [0, 1]"),
         (["constraint.tolerance_steps=1"], "constraint.tolerance_steps: expected at least 2, got"),
@@ -121,6 +137,23 @@ def test_what_makes_no_sense_is_one_line(overrides, expected, empty):
     message = str(caught.value)
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        ({}, 0),
+        ({"policy_loss": "dppo_tv"}, 20),
+        ({"old_policy": "rollout"}, 20),
+        ({"old_policy": "rollout", "ratio_cap": 5.0}, 5),
+        ({"old_policy": "rollout", "ratio_cap": 0.0}, 0),
+        ({"old_policy": "rollout", "dual_clip": 3.0}, 0),
+        ({"old_policy": "rollout", "policy_loss": "cispo"}, 0),
+        ({"ratio_cap": 20.0}, 20),
+    ],
+)
+def test_the_ratio_is_capped_where_nothing_else_bounds_it(settings, bound):
+    assert ObjectiveConfig(**settings).ratio_bound == bound
 
 
 def test_opsm_needs_no_second_mini_batch():

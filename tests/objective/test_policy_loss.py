@@ -1,5 +1,7 @@
 """Weights, masking and metrics around a surrogate; the surrogates are tested in policy/."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,15 +18,18 @@ def doubled(inputs: LossInputs) -> Surrogate:
         ratio=torch.arange(len(inputs.mask)).double(),
         is_clipped_low=is_odd,
         is_clipped_high=~is_odd,
+        is_capped=is_odd,
+        is_dual_clipped=~is_odd,
     )
 
 
-def inputs_of(mask: list[bool], **changed: torch.Tensor) -> LossInputs:
+def inputs_of(mask: list[bool], **changed: Any) -> LossInputs:
     zeros = torch.zeros(len(mask))
     given = {"policy_logprobs": zeros, "old_logprobs": zeros, "advantages": zeros}
     ids = torch.zeros(len(mask), dtype=torch.int64)
     given |= {"mask": torch.tensor(mask), "sequence_ids": ids}
-    return LossInputs.of(**(given | changed), clip_low=0.2, clip_high=0.2)
+    bounds = {"clip_low": 0.2, "clip_high": 0.2, "ratio_cap": 0.0, "dual_clip": 0.0}
+    return LossInputs.of(**(bounds | given | changed))
 
 
 def metrics_of(
@@ -66,6 +71,14 @@ def test_the_kl_is_named_after_the_old_policy():
     update, rollout = (metrics_of(inputs, [0.0], each) for each in ("recomputed", "rollout"))
     assert update["loss/update_kl/mean"] == rollout["loss/rollout_kl/mean"] > 0
     assert "loss/rollout_kl/mean" not in update and "loss/update_kl/mean" not in rollout
+
+
+def test_shares_of_the_cap_and_the_dual_clip_are_told_where_they_are_on():
+    keys = ("loss/clip_fraction_cap/mean", "loss/clip_fraction_dual/mean")
+    assert not set(keys) & set(metrics_of(inputs_of([True] * 3), [0.0] * 3))
+    bounds = {"ratio_cap": 20.0, "dual_clip": 3.0}
+    metrics = metrics_of(inputs_of([True, True, True, False], **bounds), [0.0] * 4)
+    assert [metrics[key] for key in keys] == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_inputs_are_masked_and_detached_but_for_the_policy():

@@ -56,6 +56,7 @@ def keys_of_a_step() -> set[str]:
         "loss/clip_fraction_low/mean",
         "loss/entropy/mean",
         "loss/mean",
+        "loss/rollout_kl/mean",
         "loss/update_kl/mean",
         "reference/kl_k3/mean",
         "speed/seconds/rollout",

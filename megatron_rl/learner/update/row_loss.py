@@ -171,6 +171,8 @@ class MiniBatchLoss:
             sequence_ids=row.micro_batch.sequence_ids,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
+            ratio_cap=config.ratio_bound,
+            dual_clip=config.dual_clip,
         )
         per_token, of_loss = policy_loss(
             self._surrogate,

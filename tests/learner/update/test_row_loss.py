@@ -259,6 +259,20 @@ def test_bypass_takes_the_engine_as_the_old_policy():
     assert gradient == close(0.0, -1.0, 2.05 * 0.8)
 
 
+def test_bypass_caps_the_ratio_and_a_dual_clip_replaces_the_cap():
+    # p_theta / p_inf of the last token, whose advantage is -2, is 0.5 / 0.01 = 50.
+    config, rollout = replace(FREE, old_policy="rollout"), (0.5, 0.25, 0.01)
+    _, _, gradient, metrics = run(config, rollout=rollout, should_recompute=False)
+    assert gradient == close(-1.0, -1.0, 2 * 20.0)
+    assert metrics["loss/clip_fraction_cap/mean"] == pytest.approx(1 / 3)
+    open_config = replace(config, ratio_cap=0.0)
+    assert run(open_config, rollout=rollout)[2] == close(-1.0, -1.0, 2 * 50.0)
+    total, _, gradient, metrics = run(replace(config, dual_clip=3.0), rollout=rollout)
+    assert (gradient, total) == (close(-1.0, -1.0, 0.0), pytest.approx(-2.0 + 2 * 3.0, rel=1e-6))
+    assert metrics["loss/clip_fraction_dual/mean"] == pytest.approx(1 / 3)
+    assert "loss/clip_fraction_cap/mean" not in metrics
+
+
 def test_opsm_compares_the_policy_with_the_engine():
     # log(p_inf / p_theta) of the second sequence, whose advantage is negative, is log(0.625 / 0.5)
     # = 0.223 before any update; that of the first one, -0.347 in the mean, does not matter.

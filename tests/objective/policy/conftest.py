@@ -27,6 +27,8 @@ def run_loss() -> RunLoss:
         *,
         clip_low: float,
         clip_high: float,
+        ratio_cap: float = 0.0,
+        dual_clip: float = 0.0,
         mask: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
@@ -40,6 +42,8 @@ def run_loss() -> RunLoss:
             sequence_ids=torch.arange(len(policy)) if sequence_ids is None else sequence_ids,
             clip_low=clip_low,
             clip_high=clip_high,
+            ratio_cap=ratio_cap,
+            dual_clip=dual_clip,
         )
         loss, metrics = policy_loss(
             policy_loss_named(name),

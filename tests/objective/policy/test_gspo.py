@@ -45,6 +45,8 @@ def test_the_gradient_is_that_of_the_sequence_ratio():
         sequence_ids=ids,
         clip_low=0.9,
         clip_high=9.0,
+        ratio_cap=0.0,
+        dual_clip=0.0,
     )
     loss, _ = policy_loss(
         surrogate, inputs, weights=None, entropy=torch.zeros(8), old_policy="recomputed"
@@ -56,3 +58,16 @@ def test_the_gradient_is_that_of_the_sequence_ratio():
     (expected,) = torch.autograd.grad(direct, policy)
     assert torch.allclose(got, expected, rtol=1e-5)
     assert (total / count).item() == pytest.approx(direct.item(), rel=1e-6)
+
+
+def test_dual_clip_and_cap_of_a_sequence_worked_by_hand(run_loss, logs):
+    # Ratios 16 and 1, geometric mean 4, and advantages of -1: both tokens stop at 3, or weigh 3.
+    old = logs(0.05, 0.2)
+    policy, ids = old + logs(16.0, 1.0), torch.tensor([0, 0])
+    settings = {"sequence_ids": ids, "clip_low": 0.2, "clip_high": 0.2}
+    loss, grad, metrics = run_loss("gspo", policy, old, [-1.0] * 2, **settings, dual_clip=3.0)
+    assert (loss, grad) == ([3.0, 3.0], [0.0, 0.0])
+    assert metrics["loss/clip_fraction_dual/mean"] == 1.0
+    loss, grad, metrics = run_loss("gspo", policy, old, [-1.0] * 2, **settings, ratio_cap=3.0)
+    assert (loss, grad) == ([3.0, 3.0], [3.0, 3.0])
+    assert metrics["loss/clip_fraction_cap/mean"] == 1.0

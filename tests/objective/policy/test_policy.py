@@ -10,6 +10,7 @@ from megatron_rl.objective import policy as folder
 from megatron_rl.objective.inputs import LossInputs
 from megatron_rl.objective.policy import policy_loss_named, policy_losses
 
+every_bound = pytest.mark.parametrize("bounds", [{}, {"ratio_cap": 20.0}, {"dual_clip": 3.0}])
 every_loss = pytest.mark.parametrize("name", policy_losses())
 
 
@@ -35,7 +36,8 @@ def test_before_the_first_step_every_gradient_is_the_policy_gradient(name, run_l
 
 @every_loss
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_masked_positions_are_exactly_zero_in_value_and_gradient(name, broken, run_loss):
+@every_bound
+def test_masked_positions_are_exactly_zero_in_value_and_gradient(name, broken, bounds, run_loss):
     loss, grad, metrics = run_loss(
         name,
         torch.tensor([-0.5, broken, broken, -1.0]),
@@ -45,6 +47,7 @@ def test_masked_positions_are_exactly_zero_in_value_and_gradient(name, broken, r
         sequence_ids=torch.tensor([0, 0, 1, -1]),
         clip_low=0.2,
         clip_high=0.2,
+        **bounds,
     )
     assert loss[1:] == grad[1:] == [0.0] * 3
     assert grad[0] != 0
@@ -52,10 +55,11 @@ def test_masked_positions_are_exactly_zero_in_value_and_gradient(name, broken, r
 
 
 @every_loss
-def test_a_fully_masked_row_still_has_a_graph(name, run_loss):
+@every_bound
+def test_a_fully_masked_row_still_has_a_graph(name, bounds, run_loss):
     zeros, mask = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
     _, grad, metrics = run_loss(
-        name, zeros, zeros, [1.0] * 3, mask=mask, clip_low=0.2, clip_high=0.2
+        name, zeros, zeros, [1.0] * 3, mask=mask, clip_low=0.2, clip_high=0.2, **bounds
     )
     assert grad == [0.0, 0.0, 0.0]
     assert metrics == {}
@@ -88,7 +92,12 @@ def surrogate(inputs):
     ratio = torch.ones(len(nothing), dtype=torch.float64)
     values = inputs.advantages * inputs.policy_logprobs
     return Surrogate(
-        values=values, ratio=ratio, is_clipped_low=nothing, is_clipped_high=nothing
+        values=values,
+        ratio=ratio,
+        is_clipped_low=nothing,
+        is_clipped_high=nothing,
+        is_capped=nothing,
+        is_dual_clipped=nothing,
     )
 """
 
@@ -127,6 +136,8 @@ def test_only_the_loss_that_is_asked_for_is_imported(tmp_path, monkeypatch):
         sequence_ids=zeros.long(),
         clip_low=0.2,
         clip_high=0.2,
+        ratio_cap=0.0,
+        dual_clip=0.0,
     )
     assert policy_loss_named("ppo_clip")(inputs).values.tolist() == [3.0]
     with pytest.raises(RuntimeError, match="imported"):
