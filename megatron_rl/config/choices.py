@@ -62,7 +62,7 @@ Normalize = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 Penalty = Literal["shaping", "differentiable"]
 Gate = Literal["batch", "mean", "token"]
 Baseline = Literal["none", "batch"]
-ImportanceMode = Literal["truncate", "mask"]
+ImportanceMode = Literal["truncate", "mask", "cis"]
 # The value that a bound applies to: a token's, or the sum, mean or maximum over a sequence.
 ImportanceLevel = Literal["token", "sequence_sum", "sequence_mean"]
 RejectionLevel = Literal[ImportanceLevel, "sequence_max"]

@@ -96,20 +96,41 @@ class ImportanceConfig:
 
     # sequence_sum: the product of the sequence's rho; sequence_mean: their geometric mean
     level: Literal["none", ImportanceLevel] = "none"
-    mode: ImportanceMode = "truncate"  # truncate: clip to the bounds; mask: 0 outside them
+    # truncate: clip to the bounds; mask: 0 outside them; cis: truncate at 1 + cis_slope *
+    # max(1 - p_train, cis_floor), a bound that is tighter for likelier tokens
+    mode: ImportanceMode = "truncate"
     lower: float = 0.0
     upper: float = 2.0
+    cis_slope: float = 2.3
+    cis_floor: float = 5e-3
     # divide the weights by their mean over the global batch (one more forward pass)
     batch_normalize: bool = False
 
     def __post_init__(self) -> None:
         literal_choices(self)
         check_ratio_bounds(self.lower, self.upper)
+        at_least(0, cis_slope=self.cis_slope, cis_floor=self.cis_floor)
+        at_most(1, cis_floor=self.cis_floor)
+        if self.mode == "cis":
+            self._check_cis()
         require(
             not self.batch_normalize or self.level != "none",
             "batch_normalize: expected a level other than none, whose weights it normalises, got "
             "level=none",
         )
+
+    def _check_cis(self) -> None:
+        require(
+            self.level == "token",
+            f"level: expected token with mode=cis, whose bound is a token's, got {self.level}",
+        )
+        for key, default in (("lower", type(self).lower), ("upper", type(self).upper)):
+            given = getattr(self, key)
+            require(
+                given == default,
+                f"{key}: expected its default of {default:g} with mode=cis, whose bound follows "
+                f"from cis_slope and cis_floor, got {given:g}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

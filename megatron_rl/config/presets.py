@@ -20,8 +20,10 @@ COMMON: dict[str, Any] = {
     "old_policy": "recomputed",
     "clip_low": 0.2,
     "clip_high": 0.24,
+    "ratio_cap": "auto",
+    "dual_clip": 0.0,
     "normalize": "sequence_mean",
-    "advantage_std": True,
+    "advantage_std": "population",
     "constraint": {"enabled": False},
     "importance": {"level": "none"},
     "rejection": {"divergence": "none"},
@@ -57,7 +59,8 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
         "clip_high": 4.0,
         "normalize": "token_mean",
     },
-    # arXiv 2602.04879 with prime-rl's bounds and mean; the old policy is the one that sampled
+    # arXiv 2602.04879 with prime-rl's bounds and mean; the old policy is the one that sampled, and
+    # ratio_cap=auto is verl's 20
     "dppo_tv": {
         "policy_loss": "dppo_tv",
         "old_policy": "rollout",
@@ -73,6 +76,8 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     # arXiv 2510.18855
     "icepop": {"importance": {"level": "token", "mode": "mask", "lower": 0.5, "upper": 5.0}},
+    # arXiv 2609.32444
+    "cis": {"importance": {"level": "token", "mode": "cis", "cis_slope": 2.3, "cis_floor": 5e-3}},
     # TRL's sequence_mask
     "sequence_mask": {
         "importance": {"level": "sequence_sum", "mode": "mask", "lower": 0.0, "upper": 3.0},

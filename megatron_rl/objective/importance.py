@@ -6,11 +6,17 @@
     sequence_mean:  geometric mean of the sequence's rho (mean of log-ratios), on each of its tokens
 
 The weights are then bounded: `truncate` clips them to [lower, upper], `mask` sets weights outside
-the bounds to 0. The weight multiplies a token's surrogate and has no gradient; a masked token still
-counts as a kept one. Sources: truncated importance sampling is token, truncate, upper 2 (Yao et al.
-2025, verl); IcePop is token, mask, 0.5 to 5 (arXiv 2510.18855); TRL's sequence mask is
-sequence_sum, mask, upper 3. Other libraries call a level "sequence": verl and TRL mean the sum,
-ms-swift means the mean.
+the bounds to 0, and `cis` truncates each token's weight at a bound of its own:
+
+    cis:  min(rho[t], 1 + slope * max(1 - p_train[t], floor))
+
+The weight multiplies a token's surrogate and has no gradient; a masked token still counts as a kept
+one. Sources: truncated importance sampling is token, truncate, upper 2 (Yao et al. 2025, verl);
+IcePop is token, mask, 0.5 to 5 (arXiv 2510.18855); TRL's sequence mask is sequence_sum, mask, upper
+3; CIS is token, cis, slope 2.3, floor 5e-3 (arXiv 2609.32444). If engine and learner differ by e in
+the log-odds of a token, then rho - 1 = (exp(e) - 1) (1 - p_train), so above the floor CIS bounds e
+at log(1 + slope), whatever the confidence. Other libraries call a level "sequence": verl and TRL
+mean the sum, ms-swift means the mean.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ def importance_weights(
     level: str,
     mode: str,
     lower: float,
-    upper: float,
+    upper: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the bounded weights.
 
@@ -53,7 +59,8 @@ def importance_weights(
         mask: [T] bool, every response token that was sampled.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding; whole sequences.
         level, mode: see the docstring of this module.
-        lower, upper: 0 <= lower <= 1 <= upper.
+        lower, upper: 0 <= lower <= 1 <= upper. With mode "cis", upper is the bound of every token,
+            [T] float64, from `cis_bound`.
 
     Returns:
         The weights, [T] float32, exactly 1 where p_train = p_inf and 0 where the mask is False; and
@@ -72,6 +79,8 @@ def importance_weights(
     is_outside = mask & ((ratio < lower) | (ratio > upper))
     if mode == "truncate":
         weights = ratio.clamp(lower, upper)
+    elif mode == "cis":
+        weights = torch.where(is_outside, upper, ratio)
     elif mode == "mask":
         weights = torch.where(is_outside, 0.0, ratio)
     else:
@@ -79,6 +88,20 @@ def importance_weights(
             f"objective.importance.mode: expected one of {', '.join(MODES)}, got {mode!r}"
         )
     return torch.where(mask, weights, 0.0).float(), is_outside
+
+
+def cis_bound(recomputed_logprobs: torch.Tensor, *, slope: float, floor: float) -> torch.Tensor:
+    """The upper bound of mode "cis" for every token, `1 + slope * max(1 - p_train, floor)`.
+
+    Args:
+        recomputed_logprobs: [T] float32. slope, floor: at least 0; floor at most 1.
+
+    Returns:
+        [T] float64, from 1 + slope * floor for a certain token to 1 + slope; no gradient.
+    """
+    # 1 - p is computed directly, because p itself would lose these digits near p = 1.
+    rest = -torch.expm1(recomputed_logprobs.detach().double())
+    return 1.0 + slope * rest.clamp(min=floor)
 
 
 def weight_mean(

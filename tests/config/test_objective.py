@@ -62,6 +62,8 @@ def test_the_published_numbers(empty):
     assert (of("gspo").clip_low, of("gspo").clip_high) == (3e-4, 4e-4)
     assert of("tis").importance == ImportanceConfig(level="token", mode="truncate", upper=2.0)
     assert of("sequence_mask").importance.upper == 3.0
+    cis = of("cis").importance
+    assert (cis.level, cis.mode, cis.cis_slope, cis.cis_floor) == ("token", "cis", 2.3, 5e-3)
     geometric = of("geometric_rejection").rejection
     assert (geometric.lower, geometric.upper, geometric.veto_ratio) == (0.999, 1.001, 1e-4)
     assert of("k3_rejection").rejection.upper == 0.01
@@ -86,6 +88,14 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
         (["importance.batch_normalize=true"], "batch_normalize: expected a level other than none"),
         (["importance.lower=1.5"], "importance.lower: expected a ratio in [0, 1], got 1.5"),
         (["importance.upper=0.9"], "importance.upper: expected a ratio of at least 1, got 0.9"),
+        (["preset=cis", "importance.level=none"], "importance.level: expected token with mode=cis"),
+        (
+            ["preset=cis", "importance.upper=4"],
+            "importance.upper: expected its default of 2 with m",
+        ),
+        (["preset=cis", "importance.lower=0.5"], "importance.lower: expected its default of 0 wit"),
+        (["importance.cis_floor=2"], "importance.cis_floor: expected at most 1, got 2"),
+        (["importance.cis_slope=-1"], "importance.cis_slope: expected at least 0, got -1"),
         (["importance.level=sequence"], "expected none, token, sequence_sum or sequence_mean, got"),
         (["rejection.divergence=k2", "rejection.lower=0.1"], "rejection.lower: expected 0 with"),
         (["rejection.divergence=k1", "rejection.upper=0.01"], "rejection.upper: expected a ratio"),

@@ -24,6 +24,7 @@ FIGURES = {
     "sequence_tis": "correction/weight/mean",
     "icepop": "correction/weight/mean",
     "sequence_mask": "correction/weight/mean",
+    "cis": "correction/weight/mean",
     "geometric_rejection": "correction/vetoed_sequences/mean",
     "k3_rejection": "correction/rejected_sequences/mean",
     "dc_grpo": "constraint/penalty/mean",

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.objective.importance import importance_weights, weight_mean, weight_metrics
+from megatron_rl.objective.importance import (
+    cis_bound,
+    importance_weights,
+    weight_mean,
+    weight_metrics,
+)
 from megatron_rl.observe.metrics import merge, reduce
 
 # Sequence 0: ratios 4, 1/2, 1/2 (product 1, geometric mean 1); sequence 1: 1/8, and a token that
@@ -67,6 +72,40 @@ def test_ratios_that_overflow_are_clamped():
         upper=1e12,
     )
     assert weights.tolist() == pytest.approx([math.exp(20), math.exp(-20)], rel=1e-6)
+
+
+def test_cis_worked_by_hand():
+    # p_train = 1/2, 1/2, 0.9, 0.9 and 1, which the bounds 2.15, 2.15, 1.23, 1.23 and 1 + 2.3 *
+    # 0.005 = 1.0115 belong to. A low ratio is never raised; a masked token has no weight.
+    train = torch.tensor([0.5, 0.5, 0.9, 0.9, 1.0, math.nan])
+    rollout = torch.tensor([0.2, 0.8, 0.8, 0.3, 0.98, 0.5])
+    mask = torch.tensor([True] * 5 + [False])
+    recomputed = train.log().requires_grad_()
+    bound = cis_bound(recomputed, slope=2.3, floor=5e-3)
+    assert bound[:5].tolist() == pytest.approx([2.15, 2.15, 1.23, 1.23, 1.0115], rel=1e-6)
+    settings = {"level": "token", "mode": "cis", "lower": 0.0, "upper": bound}
+    ids = torch.zeros(6, dtype=torch.int64)
+    weights, is_outside = importance_weights(recomputed, rollout.log(), mask, ids, **settings)
+    assert weights.dtype == torch.float32 and not weights.requires_grad
+    expected = [2.15, 0.625, 1.125, 1.23, 1.0115, 0.0]
+    assert weights.tolist() == pytest.approx(expected, rel=1e-6)
+    assert is_outside.tolist() == [True, False, False, True, True, False]
+
+
+def test_cis_leaves_one_displacement_of_the_log_odds_alone_at_every_confidence():
+    """With logit p_train = logit p_inf + e, rho - 1 is (e^e - 1) (1 - p_train): a slope of e^e - 1
+    truncates a larger displacement and no smaller one.
+    """
+    train = torch.tensor([0.02, 0.3, 0.7, 0.99], dtype=torch.float64)
+    ids, mask = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool)
+    bound = cis_bound(train.log(), slope=2.3, floor=0.0)
+    for displacement, is_bounded in ((math.log(3.2), False), (math.log(3.4), True)):
+        rollout = torch.special.expit(torch.logit(train) - displacement)
+        tokens = (train.log(), rollout.log(), mask, ids)
+        _, is_outside = importance_weights(
+            *tokens, level="token", mode="cis", lower=0.0, upper=bound
+        )
+        assert is_outside.tolist() == [is_bounded] * 4
 
 
 def test_what_batch_normalisation_divides_by():

@@ -17,7 +17,7 @@ from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.objective.constraint import gated_discrepancy
 from megatron_rl.objective.discrepancy import discrepancy
-from megatron_rl.objective.importance import importance_weights, weight_mean
+from megatron_rl.objective.importance import cis_bound, importance_weights, weight_mean
 from megatron_rl.objective.rejection import rejection_mask, rejection_metrics, veto_mask
 from megatron_rl.observe.metrics import Metric
 from megatron_rl.records import RecomputedRow
@@ -84,12 +84,16 @@ def correct_row(row: RecomputedRow, config: ObjectiveConfig) -> RowCorrection:
         kept = kept & stays
     weights = is_outside = None
     if importance.level != "none":
+        upper: float | torch.Tensor = importance.upper
+        if importance.mode == "cis":
+            slope, floor = importance.cis_slope, importance.cis_floor
+            upper = cis_bound(row.recomputed_logprobs, slope=slope, floor=floor)
         weights, is_outside = importance_weights(
             *tokens,
             level=importance.level,
             mode=importance.mode,
             lower=importance.lower,
-            upper=importance.upper,
+            upper=upper,
         )
     return RowCorrection(kept=kept, weights=weights, is_outside=is_outside, metrics=metrics)
 

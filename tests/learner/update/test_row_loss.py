@@ -227,6 +227,17 @@ def test_importance_weights_scale_the_shaped_surrogate():
     assert count == 3
 
 
+def test_cis_bounds_a_weight_by_the_learners_probability():
+    # rho = 2, 1, 0.8, and 1 + 1.5 * (1 - p_train) = 1.75 for the first token; policy_logprobs,
+    # which the update has moved, do not matter.
+    importance = ImportanceConfig(level="token", mode="cis", cis_slope=1.5)
+    config = replace(FREE, importance=importance)
+    _, _, gradient, metrics = run(config)
+    assert gradient == close(-1.75, -1.0, 2 * 0.8)
+    assert metrics["correction/outside_bounds/mean"] == pytest.approx(1 / 3)
+    assert run(config, policy=(0.55, 0.25, 0.5))[2] == close(-1.75 * 1.1, -1.0, 2 * 0.8)
+
+
 def test_rejected_tokens_leave_sum_and_count_but_not_the_gap():
     config = replace(
         FREE, rejection=RejectionConfig(divergence="k1", level="token", lower=0.0, upper=1.5)
