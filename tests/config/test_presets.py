@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,23 @@ from omegaconf import OmegaConf
 from megatron_rl.config import Config
 from megatron_rl.config.file import load_config, replaced_keys, save_config
 from megatron_rl.config.presets import COMMON, PRESETS, dotted
+from tests.support.pages import CODE, section, settings_in, table
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "corrections.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CODE = re.compile(r"`([^`]+)`")
-
-
-def section(heading: str) -> str:
-    """The part of the page below a heading."""
-    return PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 def rows() -> dict[str, list[str]]:
     """The cells after the name, by preset."""
-    lines = [line for line in section("Presets").splitlines() if line.startswith("| `")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert all(len(each) == 4 for each in cells), cells
-    return {each[0].strip("`"): each[1:] for each in cells}
+    return {row[0].strip("`"): row[1:] for row in table(section("corrections.md", "Presets"))}
 
 
-def settings_in(text: str) -> dict[str, Any]:
-    """The settings that a text names as `key: value`, as dotted names and values."""
-    found = {}
-    for code in CODE.findall(text):
-        name, is_setting, value = code.partition(": ")
-        if is_setting:
-            is_whole = name.split(".")[0] in Config.__dataclass_fields__
-            read = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
-            found[name if is_whole else f"objective.{name}"] = read["value"]
-    return found
+def objective_settings_in(text: str) -> dict[str, Any]:
+    """The settings that a text names; those of other sections begin with the section."""
+    return {
+        name if name.split(".")[0] in Config.__dataclass_fields__ else f"objective.{name}": value
+        for name, value in settings_in(text).items()
+    }
 
 
 def test_the_table_lists_every_preset():
@@ -54,9 +40,10 @@ def test_the_table_lists_every_preset():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_table_names_the_keys_that_a_preset_sets(name):
-    [common] = [text for text in section("Presets").split("\n\n") if text.startswith("Every pre")]
+    paragraphs = section("corrections.md", "Presets").split("\n\n")
+    [common] = [text for text in paragraphs if text.startswith("Every preset sets")]
     _, sets, _ = rows()[name]
-    listed = settings_in(common) | settings_in(sets)
+    listed = objective_settings_in(common) | objective_settings_in(sets)
     assert settings_in(sets), f"{name}: expected at least one key that differs from the common ones"
     assert listed | {"objective.preset": name} == dotted(PRESETS[name])
 
