@@ -1,72 +1,112 @@
-"""Finds the answer in a response, and the number in an answer; shared by the verifiers."""
+"""Finds the answer in a response. All verifiers of this package use this one rule.
+
+Reasoning is not an answer: only the text behind the last `</think>` counts. In it, the answer is
+
+1. the content of the last `<answer>...</answer>`; the end tag may be missing, since a stop string
+   takes it out of the response;
+2. else the content of the last `\\boxed{...}` or `\\fbox{...}`;
+3. else what follows `####` in the last line, as GSM8K writes it;
+4. else what follows the last "answer is", "answer:" or the like, up to the end of its sentence;
+5. else the whole text.
+
+In the first three cases the whole content is the answer, or the response has no readable answer. In
+the last two a verifier of numbers or formulas also looks among words (`formulas.py`): it reads the
+first formula of the sentence in case 4, the last formula of the text in case 5, or in case 4 if the
+sentence has none.
+"""
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from dataclasses import dataclass
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
-# An exponent of four digits would turn a few characters into a number of thousands of digits.
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
-_NUMBER = re.compile(
-    # A sign belongs to the number unless it is between two operands: -3 in "x = -3", 3 in "5-3".
-    rf"(?P<sign>(?<![\w.)\]}}])[-+\u2212]\s*)?"
-    rf"(?:\\[dt]?frac\s*{{\s*(?P<top>[-+]?{_DECIMAL})\s*}}\s*{{\s*(?P<bottom>[-+]?{_DECIMAL})\s*}}"
-    rf"|(?P<numerator>{_DECIMAL})(?:\s*/\s*(?P<denominator>{_DECIMAL}))?)"
+from megatron_rl.reward.formulas import formulas_in
+from megatron_rl.reward.notation import without_delimiters
+
+THINK, END_THINK = "<think>", "</think>"
+_TAG, _END_TAG = "<answer>", "</answer>"
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+_HASHES = "####"
+_PHRASE = re.compile(
+    r"\banswers?\b[^.:=?!\n]{0,60}?(?:\b(?:is|are|be|equals?)\b(?:\**:)?|\**[:=])\**"
+    r"\s*(?=\S)(?!not\b)",
+    re.IGNORECASE,
 )
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.?](?=\s+[A-Z])|\n")
+_MAX_SEARCHED = 20_000  # characters at the end of a text, in which a phrase or number is looked for
 
 
-def final_answer(response: str) -> str:
-    """The part of a response that is its answer, stripped of white space; "" if there is none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The answer of a response.
 
-    Only the text after the last `</think>` counts. In it, the answer is the last
-    `<answer>...</answer>`, else the last `\\boxed{...}`, else all of it.
+    Example: of "So the answer is 7 apples, not 8." it is `Answer(text="7 apples, not 8",
+    readings=("7", "7 apples, not 8"))`.
     """
-    said = response.rpartition("</think>")[2]
-    tagged = _ANSWER_TAG.findall(said)
-    if tagged:
-        return tagged[-1].strip()
-    boxed = _last_boxed(said)
-    return (said if boxed is None else boxed).strip()
+
+    text: str  # the answer as a text, without white space around it; "" if there is none
+    # the parts that are read as a number or a formula: the first of them that can be read counts
+    readings: tuple[str, ...]
 
 
-def last_number(text: str) -> Fraction | None:
-    """The last number in a text, as an exact fraction; None if there is none.
+def final_answer(response: str) -> Answer:
+    """The answer of a response, by the rule above."""
+    said = response.rpartition(END_THINK)[2]
+    if _TAG in said:
+        content = said.rpartition(_TAG)[2].partition(_END_TAG)[0]
+        boxed = _last_box(content)
+        return _whole(content if boxed is None else boxed)
+    boxed = _last_box(said)
+    if boxed is not None:
+        return _whole(boxed)
+    last_line = said.rstrip().rpartition("\n")[2]
+    if _HASHES in last_line:
+        return _whole(last_line.rpartition(_HASHES)[2])
+    end = said[-_MAX_SEARCHED:]
+    phrases = list(_PHRASE.finditer(end))
+    if phrases:
+        content = _SENTENCE_END.split(end[phrases[-1].end() :], maxsplit=1)[0]
+        text = without_delimiters(content)
+        first = formulas_in(content)[:1]
+        return Answer(
+            text=text, readings=(*first, text) if first else (text, *formulas_in(end)[-1:])
+        )
+    text = said.strip()
+    return Answer(text=text, readings=(*formulas_in(end)[-1:], text))
 
-    Reads 42, -3.5, 1,000, .5, 2e3, 3/4, \\frac{3}{4}; a dot, a dollar sign or a percent sign beside
-    the number is ignored.
+
+def expected_answer(answer: str) -> str:
+    """What a prompt's expected answer states: its `Answer.text`. Nothing is looked for among its
+    words.
     """
-    found = list(_NUMBER.finditer(text))
-    if not found:
+    return final_answer(answer).text
+
+
+def without_unfinished_reasoning(response: str, prompt: str) -> str:
+    """The response up to reasoning that it opened and did not end.
+
+    Args:
+        prompt: the text that the response continues; it may end in `<think>`.
+    """
+    if END_THINK not in response and prompt.rstrip().endswith(THINK):
+        return ""
+    end = response.rfind(END_THINK) + 1
+    start = response.find(THINK, end)
+    return response if start < 0 else response[:start]
+
+
+def _whole(content: str) -> Answer:
+    return Answer(text=content.strip(), readings=(content.strip(),))
+
+
+def _last_box(text: str) -> str | None:
+    """The content of the last box; "" if the text ends inside it, None if there is no box."""
+    starts = [found.end() for found in _BOX.finditer(text)]
+    if not starts:
         return None
-    last = found[-1]
-    numerator, denominator = last["top"] or last["numerator"], last["bottom"] or last["denominator"]
-    try:
-        value = _fraction(numerator) / (_fraction(denominator) if denominator else 1)
-    except (ValueError, ZeroDivisionError):  # more digits than Python converts, or x/0
-        return None
-    return -value if (last["sign"] or "").strip() in ("-", "\u2212") else value
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is one number and nothing else."""
-    match = _NUMBER.fullmatch(text.strip().rstrip("."))
-    return match is not None and last_number(match[0]) is not None
-
-
-def _fraction(decimal: str) -> Fraction:
-    return Fraction(decimal.replace(",", ""))
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
     depth = 1
-    for place in range(start, len(text)):
+    for place in range(starts[-1], len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
-            return text[start:place]
-    return None
+            return text[starts[-1] : place]
+    return ""

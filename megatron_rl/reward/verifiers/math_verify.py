@@ -1,4 +1,7 @@
-"""Mathematical equality by the `math-verify` library: 1/2, 0.5 and \\frac12 are the same answer.
+"""Equality of numbers, formulas and texts: 1/2, 0.5 and \\frac12 are the same answer.
+
+Two numbers compare exactly (`reward/numbers.py`), a formula with the `math-verify` library
+(`reward/symbolic.py`), everything else as a text, apart from upper and lower case.
 
 The library's own time limits are switched off: they use `signal.alarm`, which fails outside the
 main thread, and then every answer scores 0. The worker pool limits the time instead.
@@ -6,37 +9,67 @@ main thread, and then every answer scores 0. The worker pool limits the time ins
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import math_verify
-
 from megatron_rl.records import Score
+from megatron_rl.reward.answers import expected_answer, final_answer
+from megatron_rl.reward.notation import text_key
+from megatron_rl.reward.numbers import Number, read_number, same_number
+from megatron_rl.reward.symbolic import read_formula, same_formula, same_value
 
-# The library warns that the caller must limit the time; the worker pool does so.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    text: str
+    number: Number | None
+    formula: Any | None
+
+    @property
+    def is_text(self) -> bool:
+        return self.number is None and self.formula is None
 
 
 def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
-    """1 for an equal answer, else 0; formatted if the library could read an answer.
+    """1 for an equal answer, else 0; formatted if it is a number or a formula, or a text as the
+    expected answer is one.
 
     Raises:
-        ValueError: the expected answer cannot be read.
+        ValueError: the expected answer is empty.
     """
-    said = _parse(response.rpartition("</think>")[2])
-    is_equal = math_verify.verify(_expected(answer), said, timeout_seconds=None)
-    return Score(reward=float(is_equal), is_formatted=bool(said), failure=None)
+    expected, found = _expected(answer), final_answer(response)
+    if found.text and text_key(expected.text) in map(text_key, (found.text, *found.readings)):
+        return Score(reward=1.0, is_formatted=True, failure=None)
+    for text in found.readings:
+        said = _read(text)
+        if not said.is_text:
+            is_equal = _is_equal(expected, said)
+            return Score(reward=float(is_equal), is_formatted=True, failure=None)
+    is_formatted = bool(found.text) and expected.is_text
+    return Score(reward=0.0, is_formatted=is_formatted, failure=None)
 
 
 @lru_cache(maxsize=1024)
-def _expected(answer: str) -> list[Any]:
-    is_marked = "\\boxed" in answer or "$" in answer
-    parsed = _parse(answer if is_marked else f"\\boxed{{{answer}}}")
-    if not parsed:
-        raise ValueError(f"expected a mathematical answer, got {answer!r}")
-    return parsed
+def _expected(answer: str) -> _Reading:
+    found = expected_answer(answer)
+    if not found:
+        raise ValueError(f"expected an answer, got {answer!r}")
+    return _read(found)
 
 
-def _parse(text: str) -> list[Any]:
-    return math_verify.parse(text, parsing_timeout=None)
+def _read(text: str) -> _Reading:
+    number = read_number(text)
+    return _Reading(text, number, read_formula(text) if number is None and text else None)
+
+
+def _is_equal(expected: _Reading, said: _Reading) -> bool:
+    if expected.number is not None and said.number is not None:
+        return same_number(expected.number, said.number)
+    if expected.is_text or said.is_text:
+        return False
+    if expected.number is not None:
+        return same_value(said.formula, expected.number, is_expected=True)
+    if said.number is not None:
+        return same_value(expected.formula, said.number, is_expected=False)
+    return same_formula(expected.formula, said.formula)

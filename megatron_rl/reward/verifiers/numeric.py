@@ -1,21 +1,26 @@
-"""The last number of the answer must equal the expected number, as exact fractions: 0.5 is 1/2."""
+"""The answer must be the expected number, as exact fractions: 0.5 is 1/2."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_rl.records import Score
-from megatron_rl.reward.answers import final_answer, last_number
+from megatron_rl.reward.answers import expected_answer, final_answer
+from megatron_rl.reward.numbers import read_number, same_number
 
 
 def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
-    """1 for the expected number, else 0; formatted if the response has a number.
+    """1 for the expected number, else 0; formatted if the answer is a number.
 
     Raises:
-        ValueError: the expected answer has no number.
+        ValueError: the expected answer is not a number.
     """
-    expected = last_number(answer)
+    expected = read_number(expected_answer(answer))
     if expected is None:
         raise ValueError(f"expected a number as the prompt's answer, got {answer!r}")
-    said = last_number(final_answer(response))
-    return Score(reward=float(said == expected), is_formatted=said is not None, failure=None)
+    for text in final_answer(response).readings:
+        said = read_number(text)
+        if said is not None:
+            is_equal = same_number(expected, said)
+            return Score(reward=float(is_equal), is_formatted=True, failure=None)
+    return Score(reward=0.0, is_formatted=False, failure=None)

@@ -13,7 +13,8 @@ from typing import Any
 import reasoning_gym
 
 from megatron_rl.records import Score
-from megatron_rl.reward.answers import final_answer, is_number
+from megatron_rl.reward.answers import final_answer
+from megatron_rl.reward.numbers import is_number
 
 _GRID_TASKS = ("arc_agi", "rearc")  # they compare tuples of tuples, which JSON turned into lists
 
@@ -32,7 +33,7 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
             f"expected the metadata of a reasoning-gym prompt, got none of {', '.join(missing)}: "
             "choose another data.tasks[].verifier for this source"
         )
-    said = final_answer(response)
+    said = final_answer(response).text
     entry = metadata["entry"]
     if metadata["task"] in _GRID_TASKS:
         grid = tuple(tuple(line) for line in entry["metadata"]["output"])
