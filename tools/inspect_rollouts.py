@@ -1,6 +1,7 @@
 """Shows samples of a run in the terminal, each token coloured by its discrepancy |p_train - p_inf|.
 
-The colours are relative to the tolerance of the run. Without colours (`--no-color`, or into a pipe)
+The colours are relative to the tolerance of the run, or, if it constrains another signal than the
+discrepancy, to the default tolerance. Without colours (`--no-color`, or into a pipe)
 every token is a line of numbers.
 """
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.config import ConstraintConfig
 from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.recording import read_recomputed
@@ -91,7 +93,10 @@ def _show(options: argparse.Namespace, console: Console) -> None:
     if options.worst:
         samples = sorted(samples, key=lambda sample: sample.worst, reverse=True)
     samples = samples[: options.num]
-    tolerance = tolerance_of(config.objective.constraint.tolerance, options.run_dir)
+    constraint = config.objective.constraint
+    if constraint.measure != "probability":
+        constraint = ConstraintConfig()
+    tolerance = tolerance_of(constraint.tolerance, options.run_dir)
     should_color = console.is_terminal and not options.no_color
     console.print(f"step {step}: {len(samples)} of {total} samples")
     if not any(token.p_recomputed is not None for sample in samples for token in sample.tokens):

@@ -1,4 +1,6 @@
-"""Draws the reward, the discrepancy with its tolerance, and lambda of a run into one PNG."""
+"""Draws the reward, the discrepancy with its tolerance, and lambda of a run into one PNG; also the
+constrained signal, if it is another one.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from matplotlib.axes import Axes
 from megatron_rl.errors import DataError
 from megatron_rl.observe.run_log import Record, read_metrics
 
+SIGNAL = "constraint/signal/mean"
 BLUE, ORANGE, RED, GREEN, GREY = "#2563a8", "#d9822b", "#c23b3b", "#2f8f5b", "#5f6b7a"
 
 
@@ -39,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
-    """Write a PNG with three panels that share the axis of steps.
+    """Write a PNG with three panels that share the axis of steps, or four if the constraint is on
+    another signal than the discrepancy.
 
     Args:
         records: lines of a metrics.jsonl; a step without a key is left out of the curve.
@@ -56,11 +60,17 @@ def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
         "legend.frameon": False,
     }
     with pyplot.rc_context(style):
-        figure, (reward, gap, dual) = pyplot.subplots(
-            3, 1, figsize=(8, 8), sharex=True, height_ratios=[1.3, 1.1, 0.8]
+        has_signal = bool(series(records, SIGNAL)[0])
+        heights = [1.3, 1.1, 1.1, 0.8] if has_signal else [1.3, 1.1, 0.8]
+        figure, (reward, gap, *signal, dual) = pyplot.subplots(
+            len(heights), 1, figsize=(8, 2.5 * sum(heights)), sharex=True, height_ratios=heights
         )
         _draw_reward(reward, records)
-        _draw_discrepancy(gap, records)
+        _draw_gap(gap, records, "discrepancy/mean", "constraint/tolerance", "|p_train - p_inf|")
+        gap.set_ylabel("discrepancy")
+        for axes in signal:
+            _draw_gap(axes, records, SIGNAL, "constraint/signal/tolerance", "constrained signal")
+            axes.set_ylabel("signal")
         dual.plot(*series(records, "constraint/lambda"), color=ORANGE, linewidth=2)
         dual.set_ylabel("lambda")
         dual.set_xlabel("step")
@@ -118,15 +128,17 @@ def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
     axes.legend(loc="lower right")
 
 
-def _draw_discrepancy(axes: Axes, records: Sequence[Record]) -> None:
-    _draw_curve(axes, records, "discrepancy/mean", color=BLUE, label="mean |p_train - p_inf|")
-    steps, tolerances = series(records, "constraint/tolerance")
+def _draw_gap(
+    axes: Axes, records: Sequence[Record], key: str, tolerance_key: str, what: str
+) -> None:
+    """Draw the mean of a signal and its tolerance, if it has one."""
+    _draw_curve(axes, records, key, color=BLUE, label=f"mean {what}")
+    steps, tolerances = series(records, tolerance_key)
     if steps:
         axes.plot(steps, tolerances, "--", color=RED, linewidth=1.5, label="tolerance")
-        _, gaps = series(records, "discrepancy/mean")
+        _, gaps = series(records, key)
         top = 1.15 * max(*gaps, *tolerances) if gaps else None
         axes.set_ylim(bottom=0, top=top)
-    axes.set_ylabel("discrepancy")
     axes.legend(loc="upper right", ncols=2)
 
 

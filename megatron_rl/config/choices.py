@@ -12,7 +12,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -59,7 +59,13 @@ OldPolicy = Literal["recomputed", "rollout"]
 # How a group's advantages are scaled: by the standard deviation with 1 / G, or with 1 / (G - 1).
 AdvantageStd = Literal["none", "population", "unbiased"]
 Normalize = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
-Penalty = Literal["shaping", "differentiable"]
+# The signal of a token that the constraint is about: |p_train - p_inf|, |rho - 1| or |log rho|.
+Measure = Literal["probability", "ratio", "log_ratio"]
+# What lambda multiplies: a part of the advantage, or a term of the loss under gradient.
+SquaredPenalty = Literal["squared_difference", "squared_ratio", "squared_log_ratio"]
+DifferentiablePenalty = Literal["differentiable", SquaredPenalty]
+Penalty = Literal["shaping", DifferentiablePenalty]
+SQUARED_PENALTIES = get_args(SquaredPenalty)
 Gate = Literal["batch", "mean", "token"]
 Baseline = Literal["none", "batch"]
 ImportanceMode = Literal["truncate", "mask", "cis"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,12 +10,14 @@ from megatron_rl.config.choices import (
     ABSOLUTE_BOUND_LOSSES,
     POLICY_LOSSES,
     SEQUENCE_LOSSES,
+    SQUARED_PENALTIES,
     AdvantageStd,
     Baseline,
     Gate,
     ImportanceLevel,
     ImportanceMode,
     KLEstimator,
+    Measure,
     Normalize,
     OldPolicy,
     Penalty,
@@ -33,16 +36,21 @@ from megatron_rl.config.rules import (
 
 @dataclass(frozen=True, kw_only=True)
 class ConstraintConfig:
-    """The constraint E[|p_train - p_inf|] <= tolerance, enforced by a dual variable lambda (DCMDP,
-    arXiv 2606.08779).
+    """The constraint E[delta] <= tolerance on a token's signal delta, by default |p_train - p_inf|,
+    enforced by a dual variable lambda (DCMDP, arXiv 2606.08779).
     """
 
     enabled: bool = True  # false: plain GRPO; the discrepancy is measured, not constrained
-    # shaping: A - lambda * delta; differentiable: lambda * |p_theta - p_inf| in the loss
+    # the signal delta, with rho = p_train / p_inf: probability: |p_train - p_inf|; ratio:
+    # |rho - 1|; log_ratio: |log rho|. Shaping, dual step and tolerance are all in its unit
+    measure: Measure = "probability"
+    # shaping: A - lambda * delta. The others are terms lambda * x of the loss, under gradient:
+    # differentiable: x = |p_theta - p_inf|; squared_difference: (p_theta - p_inf)^2;
+    # squared_ratio: (p_theta / p_inf - 1)^2; squared_log_ratio: (log p_theta / p_inf)^2
     penalty: Penalty = "shaping"
     # batch: the penalty applies in every step; mean: only in steps whose mean gap exceeds the
     # tolerance (one more forward pass); token: only to the part of a token's gap that exceeds it,
-    # max(delta - tolerance, 0)
+    # max(delta - tolerance, 0); not for the squared penalties
     gate: Gate = "batch"
     # subtracted from a token's gap before it is penalised. none: 0, as published; batch: the mean
     # gap of the kept tokens of the global batch (one more forward pass)
@@ -58,36 +66,68 @@ class ConstraintConfig:
     tolerance_slack: float = 2.0  # standard errors above the measured mean
     minimum: float = 0.0
     maximum: float = 10.0
-    max_discrepancy: float = 1.0  # a token's gap is clipped to this when penalised; 1: not clipped
+    # a token's gap is clipped to this when penalised by shaping or differentiable; null: it is not
+    max_discrepancy: float | None = None
 
     def __post_init__(self) -> None:
         literal_choices(self)
         require(
             self.baseline == "none" or self.penalty == "shaping",
-            "baseline: expected none with penalty=differentiable, whose gradient a constant does "
+            f"baseline: expected none with penalty={self.penalty}, whose gradient a constant does "
             f"not change, got {self.baseline}",
         )
         at_least(0, learning_rate=self.learning_rate, minimum=self.minimum)
         at_least(0, warmup_steps=self.warmup_steps, tolerance_slack=self.tolerance_slack)
         at_least(2, tolerance_steps=self.tolerance_steps)
-        above_zero(max_discrepancy=self.max_discrepancy)
-        at_most(1, max_discrepancy=self.max_discrepancy)
+        self._check_units()
         if isinstance(self.tolerance, str):
             require(
                 self.tolerance == "auto",
                 f"tolerance: expected a number or auto, got {self.tolerance!r}",
             )
         else:
-            require(
-                0 <= self.tolerance <= 1,
-                "tolerance: expected a difference of probabilities in [0, 1], "
-                f"got {self.tolerance:g}",
-            )
+            self._check_tolerance(self.tolerance)
         require(
             self.minimum <= self.initial <= self.maximum,
             f"initial: expected from minimum={self.minimum:g} to maximum={self.maximum:g}, "
             f"got {self.initial:g}",
         )
+
+    def _check_tolerance(self, tolerance: float) -> None:
+        if self.measure == "probability":
+            require(
+                0 <= tolerance <= 1,
+                f"tolerance: expected a difference of probabilities in [0, 1], got {tolerance:g}",
+            )
+        require(
+            0 <= tolerance < math.inf,
+            f"tolerance: expected a finite number of at least 0, in the unit of "
+            f"measure={self.measure}, got {tolerance:g}",
+        )
+
+    def _check_units(self) -> None:
+        """gate=token and max_discrepancy act on a single token's penalty, so they need its unit."""
+        is_squared = self.penalty in SQUARED_PENALTIES
+        require(
+            not is_squared or self.gate != "token",
+            f"gate: expected batch or mean with penalty={self.penalty}, which estimates a "
+            "divergence only as a whole, got token",
+        )
+        require(
+            not is_squared or self.max_discrepancy is None,
+            f"max_discrepancy: expected null with penalty={self.penalty}, which estimates a "
+            f"divergence only as a whole, got {self.max_discrepancy}",
+        )
+        is_other = self.penalty == "differentiable" and self.measure != "probability"
+        require(
+            not is_other or self.gate != "token",
+            "gate: expected batch or mean with penalty=differentiable, a difference of "
+            f"probabilities, and a tolerance in the unit of measure={self.measure}, got token",
+        )
+        if self.max_discrepancy is not None:
+            above_zero(max_discrepancy=self.max_discrepancy)
+            if is_other or self.measure == "probability":
+                at_most(1, max_discrepancy=self.max_discrepancy)
 
 
 @dataclass(frozen=True, kw_only=True)

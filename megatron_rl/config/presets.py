@@ -31,6 +31,7 @@ COMMON: dict[str, Any] = {
 # The constraint as published: a penalty on every token's advantage, in every step.
 _SHAPING: dict[str, Any] = {
     "enabled": True,
+    "measure": "probability",
     "penalty": "shaping",
     "gate": "batch",
     "baseline": "none",
@@ -99,6 +100,10 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "dc_grpo": {"constraint": _SHAPING},
     "dc_grpo_centered": {"constraint": {**_SHAPING, "baseline": "batch"}},
     "dc_grpo_penalty": {"constraint": {**_SHAPING, "penalty": "differentiable"}},
+    # its App. B: the penalties of its theory, estimated on the engine's tokens
+    "dc_grpo_squared_difference": {"constraint": {**_SHAPING, "penalty": "squared_difference"}},
+    "dc_grpo_squared_ratio": {"constraint": {**_SHAPING, "penalty": "squared_ratio"}},
+    "dc_grpo_squared_log_ratio": {"constraint": {**_SHAPING, "penalty": "squared_log_ratio"}},
     "dc_grpo_tis": {"constraint": _SHAPING, "importance": _TIS},
 }
 

@@ -4,13 +4,14 @@ lambda (DCMDP, arXiv 2606.08779).
 The problem is to maximise the reward subject to `E[delta] <= c`. Its Lagrangian has one dual
 variable, which is updated once per training step:
 `lambda <- clip(lambda + eta * (delta_bar - c), lambda_min, lambda_max)`. Lambda is the coefficient
-of a penalty on every token, which has one of two forms:
+of a penalty on every token, which has one of two kinds:
 
-    shaping:         A'[t] = A[t] - lambda * g(delta[t]),   delta = |p_train - p_inf|, no gradient
-    differentiable:  loss[t] + lambda * g(|p_theta - p_inf|), gradient through p_theta
+    shaping:         A'[t] = A[t] - lambda * g(delta[t]),   no gradient through delta
+    differentiable:  loss[t] + lambda * x(p_theta[t], p_inf[t]), gradient through p_theta
 
-where g(delta) = delta, or max(delta - c, 0) with gate=token. The penalty of a batch uses the lambda
-from before that batch's dual step.
+where delta is |p_train - p_inf| or another signal (`discrepancy.constrained_signal`), and g(delta)
+= delta, or max(delta - c, 0) with gate=token. The forms of x are those of penalty.py. The penalty
+of a batch uses the lambda from before that batch's dual step.
 
 Shaping lowers the advantages by lambda * mean g on average. On the policy's own samples this offset
 has no gradient in expectation; on samples from other weights it pushes the policy away from them. A
@@ -57,7 +58,7 @@ class DualVariable:
         Args:
             value: lambda before the first step, within [minimum, maximum].
             learning_rate: eta, at least 0 (0 keeps lambda fixed).
-            tolerance: c, the mean gap in probability that is allowed, at least 0.
+            tolerance: c, the mean of the constrained signal that is allowed, at least 0.
             minimum, maximum: the interval that lambda is projected to; 0 <= minimum <= maximum.
             warmup_steps: dual steps over which eta rises linearly to `learning_rate`; 0: none.
             calibration: replaces `tolerance` by one that is calibrated over the first steps.
@@ -177,7 +178,7 @@ def shape_advantages(
 
     Args:
         advantages: [T] float32.
-        discrepancy: [T] float32, `|p_train - p_inf|`.
+        discrepancy: [T] float32, `|p_train - p_inf|` or another constrained signal.
         dual_value: lambda from before this batch's dual step.
 
     Returns:
@@ -196,7 +197,7 @@ def gated_discrepancy(
     *,
     gate: str = "batch",
     tolerance: float = 0.0,
-    maximum: float = 1.0,
+    maximum: float | None = None,
 ) -> torch.Tensor:
     """The part of a token's gap that is penalised; under gradient if delta is.
 
@@ -206,7 +207,7 @@ def gated_discrepancy(
             0 in a step whose mean gap is within the tolerance. "token" penalises the part of the
             gap above the tolerance.
         tolerance: c, for "token".
-        maximum: larger gaps are clipped to this value; 1: no limit.
+        maximum: larger gaps are clipped to this value; None: no limit.
 
     Returns:
         [T], discrepancy's dtype.
@@ -215,22 +216,5 @@ def gated_discrepancy(
         raise ConfigError(
             f"objective.constraint.gate: expected one of {', '.join(GATES)}, got {gate!r}"
         )
-    clamped = discrepancy if maximum >= 1.0 else discrepancy.clamp(max=maximum)
+    clamped = discrepancy if maximum is None else discrepancy.clamp(max=maximum)
     return (clamped - tolerance).clamp(min=0.0) if gate == "token" else clamped
-
-
-def probability_gap(
-    policy_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """`|p_theta - p_inf|` under gradient: d/d log p_theta = sign(p_theta - p_inf) * p_theta.
-
-    Args:
-        policy_logprobs, rollout_logprobs: [T] float32. mask: [T] bool.
-
-    Returns:
-        [T] float32, computed in float64. Value and gradient are exactly 0 where the mask is False;
-        the gradient is also 0 where both probabilities are equal.
-    """
-    policy = torch.where(mask, policy_logprobs.double(), 0.0)
-    rollout = torch.where(mask, rollout_logprobs.detach().double(), 0.0)
-    return (policy.exp() - rollout.exp()).abs().float()

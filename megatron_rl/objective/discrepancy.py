@@ -1,4 +1,5 @@
-"""The gap between learner and engine on every sampled token, and the sum that drives the dual step.
+"""The gap between learner and engine on every sampled token, the other signals that the constraint
+can be about, and the sum that drives the dual step.
 
     delta[t] = |exp(recomputed_logprobs[t]) - exp(rollout_logprobs[t])|     (arXiv 2606.08779)
 
@@ -12,17 +13,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
-from megatron_rl.errors import DivergenceError
+from megatron_rl.config.choices import Measure
+from megatron_rl.errors import ConfigError, DivergenceError
+from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
 from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB
+
+MEASURES = get_args(Measure)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscrepancySum:
-    """Sum and count whose quotient is the mean discrepancy, the control signal of lambda. The sums
-    of rows and then of ranks are added; only the mean over the global batch is meaningful.
+    """Sum and count whose quotient is the mean discrepancy, or the mean of another constrained
+    signal: the control signal of lambda. The sums of rows and then of ranks are added; only the
+    mean over the global batch is meaningful.
 
     Example of two tokens with gaps of 0.01 and 0.03: `DiscrepancySum(total=0.04, num_tokens=2.0)`.
     """
@@ -54,12 +61,48 @@ def discrepancy(recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tenso
         probabilities near 1 differ in the seventh digit, their difference in float32 would have
         only one correct digit.
     """
+    _check_shapes(recomputed_logprobs, rollout_logprobs)
+    return (recomputed_logprobs.double().exp() - rollout_logprobs.double().exp()).abs().float()
+
+
+def constrained_signal(
+    recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, *, measure: str
+) -> torch.Tensor:
+    """The signal of every token that the constraint is about. The paper compares three of them (its
+    Fig. 2), with `rho = p_train / p_inf`:
+
+        probability: |p_train - p_inf|,   ratio: |rho - 1|,   log_ratio: |log rho|
+
+    Args:
+        recomputed_logprobs, rollout_logprobs: one shape, float.
+        measure: one of the three.
+
+    Returns:
+        Same shape, float32, at least 0, exactly 0 where both are equal. The log-ratio in |rho - 1|
+        is clamped to +-20.
+
+    Raises:
+        ConfigError: `measure` is unknown.
+    """
+    _check_shapes(recomputed_logprobs, rollout_logprobs)
+    if measure == "probability":
+        return discrepancy(recomputed_logprobs, rollout_logprobs)
+    log_ratio = recomputed_logprobs.double() - rollout_logprobs.double()
+    if measure == "ratio":
+        return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expm1().abs().float()
+    if measure == "log_ratio":
+        return log_ratio.abs().float()
+    raise ConfigError(
+        f"objective.constraint.measure: expected one of {', '.join(MEASURES)}, got {measure!r}"
+    )
+
+
+def _check_shapes(recomputed_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> None:
     if recomputed_logprobs.shape != rollout_logprobs.shape:
         raise ValueError(
             f"discrepancy: expected log-probs of one shape, got recomputed "
             f"{tuple(recomputed_logprobs.shape)} and rollout {tuple(rollout_logprobs.shape)}"
         )
-    return (recomputed_logprobs.double().exp() - rollout_logprobs.double().exp()).abs().float()
 
 
 def check_logprobs(logprobs: torch.Tensor, mask: torch.Tensor, *, name: str = "log-prob") -> None:

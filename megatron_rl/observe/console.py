@@ -77,12 +77,16 @@ def step_line(step: int, metrics: Mapping[str, float], *, width: int = 4) -> Tex
     line = Text.assemble(("step ", "dim"), (f"{step:>{width}}", "bold"))
     if "reward/mean" in metrics:
         line.append("  reward ", "dim").append(f"{metrics['reward/mean']:.3f}", "bold green")
-    if "discrepancy/mean" in metrics:
-        gap, tolerance = metrics["discrepancy/mean"], metrics.get("constraint/tolerance")
-        is_over = tolerance is not None and gap > tolerance
-        line.append("  discrepancy ", "dim").append(f"{gap:.4f}", "yellow" if is_over else "cyan")
-        if tolerance is not None:
-            line.append(f" {'>' if is_over else '<='} {tolerance:.4f}", "dim")
+    for key, label, tolerance_key in (
+        ("discrepancy/mean", "discrepancy", "constraint/tolerance"),
+        ("constraint/signal/mean", "signal", "constraint/signal/tolerance"),
+    ):
+        if key in metrics:
+            gap, tolerance = metrics[key], metrics.get(tolerance_key)
+            is_over = tolerance is not None and gap > tolerance
+            line.append(f"  {label} ", "dim").append(f"{gap:.4f}", "yellow" if is_over else "cyan")
+            if tolerance is not None:
+                line.append(f" {'>' if is_over else '<='} {tolerance:.4f}", "dim")
     for key, label, form in (
         ("constraint/lambda", "lambda", ".4f"),
         ("loss/mean", "loss", ".3g"),
@@ -122,6 +126,8 @@ def summary_table(records: Sequence[Mapping[str, float | None]], *, title: str) 
         ("discrepancy/mean", 0.1, ".5f"),
         ("discrepancy/max", 0.1, ".3f"),
         ("constraint/tolerance", 0.0, ".5f"),
+        ("constraint/signal/mean", 0.1, ".5f"),
+        ("constraint/signal/tolerance", 0.0, ".5f"),
         ("constraint/lambda", 0.0, ".5f"),
         ("speed/tokens_per_second", 0.1, ",.0f"),
         *((key, 0.1, ".2f") for key in keys if key.startswith(SECONDS)),
@@ -152,4 +158,6 @@ def _label(key: str) -> str:
         return f"seconds, {key.removeprefix(SECONDS)}"
     if key.startswith(("eval/avg_at_", "eval/pass_at_")):
         return key.removeprefix("eval/").replace("_at_", "@")
+    if key.startswith("constraint/signal/"):
+        return f"constrained {key.removeprefix('constraint/').replace('/', ' ')}"
     return key.removeprefix("constraint/").replace("/", " ").replace("_", " ")

@@ -16,6 +16,10 @@ LAYOUT = {
             "Multiline",
             ["^discrepancy/mean$", "^constraint/tolerance$"],
         ],
+        "another constrained signal and its tolerance": [
+            "Multiline",
+            ["^constraint/signal/(mean|tolerance)$"],
+        ],
         "lambda": ["Multiline", ["^constraint/lambda$"]],
         "lambda * delta as a share of |A|": ["Multiline", ["^constraint/penalty_share/mean$"]],
         "k1 and k3": ["Multiline", ["^discrepancy/kl_k[13]/mean$"]],

@@ -13,6 +13,7 @@ from megatron_rl.config import (
     ObjectiveConfig,
     RejectionConfig,
 )
+from megatron_rl.config.choices import SQUARED_PENALTIES
 from megatron_rl.config.file import load_config, save_config
 from megatron_rl.config.presets import PRESETS
 from megatron_rl.errors import ConfigError
@@ -67,6 +68,14 @@ def test_the_published_numbers(empty):
     geometric = of("geometric_rejection").rejection
     assert (geometric.lower, geometric.upper, geometric.veto_ratio) == (0.999, 1.001, 1e-4)
     assert of("k3_rejection").rejection.upper == 0.01
+
+
+def test_the_penalties_of_the_papers_theory_have_presets(empty):
+    for penalty in SQUARED_PENALTIES:
+        constraint = load_config(
+            empty, [f"objective.preset=dc_grpo_{penalty}"]
+        ).objective.constraint
+        assert constraint == ConstraintConfig(penalty=penalty)
 
 
 def test_dr_grpo_divides_by_the_longest_response(empty):
@@ -136,7 +145,37 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
             ["preset=dc_grpo_centered", "old_policy=rollout"],
             "constraint.baseline: expected none with old_policy=rollout",
         ),
-        (["constraint.penalty=soft"], "constraint.penalty: expected shaping or differentiable, go"),
+        (
+            ["constraint.penalty=soft"],
+            "constraint.penalty: expected shaping, differentiable, squar",
+        ),
+        (["constraint.measure=kl"], "constraint.measure: expected probability, ratio or log_ratio"),
+        (
+            ["constraint.measure=ratio", "constraint.tolerance=-1"],
+            "tolerance: expected a finite number of at least 0, in the unit of measure=ratio, got",
+        ),
+        (["constraint.measure=ratio", "constraint.tolerance=.inf"], "expected a finite number of"),
+        (
+            ["preset=dc_grpo_squared_ratio", "constraint.gate=token"],
+            "constraint.gate: expected batch or mean with penalty=squared_ratio, which estimates a",
+        ),
+        (
+            ["preset=dc_grpo_squared_difference", "constraint.max_discrepancy=0.1"],
+            "constraint.max_discrepancy: expected null with penalty=squared_difference, which esti",
+        ),
+        (
+            ["preset=dc_grpo_squared_log_ratio", "constraint.baseline=batch"],
+            "constraint.baseline: expected none with penalty=squared_log_ratio, whose gradient a",
+        ),
+        (
+            ["preset=dc_grpo_penalty", "constraint.measure=ratio", "constraint.gate=token"],
+            "constraint.gate: expected batch or mean with penalty=differentiable, a difference of",
+        ),
+        (
+            ["preset=dc_grpo_penalty", "constraint.measure=ratio", "constraint.max_discrepancy=2"],
+            "constraint.max_discrepancy: expected at most 1, got 2",
+        ),
+        (["constraint.max_discrepancy=2"], "constraint.max_discrepancy: expected at most 1, got 2"),
         (["constraint.max_discrepancy=0"], "constraint.max_discrepancy: expected above 0, got 0"),
         (["entropy_coefficient=-1"], "entropy_coefficient: expected at least 0, got -1"),
     ],
@@ -178,5 +217,12 @@ def test_sound_combinations():
         {"old_policy": "rollout", "rejection": RejectionConfig(divergence="k3", upper=0.1)},
         {"policy_loss": "gspo", "importance": ImportanceConfig(level="sequence_mean")},
         {"kl": KLConfig(reference="models/base")},  # measured only
+        {
+            "constraint": ConstraintConfig(
+                measure="ratio", tolerance=1.5, gate="token", max_discrepancy=4.0
+            )
+        },
+        {"constraint": ConstraintConfig(measure="log_ratio", penalty="squared_log_ratio")},
+        {"constraint": ConstraintConfig(penalty="squared_difference", gate="mean")},
     ):
         ObjectiveConfig(**settings)

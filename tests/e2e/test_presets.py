@@ -30,6 +30,9 @@ FIGURES = {
     "dc_grpo": "constraint/penalty/mean",
     "dc_grpo_centered": "constraint/penalty/mean",
     "dc_grpo_penalty": "constraint/penalty/mean",
+    "dc_grpo_squared_difference": "constraint/penalty/mean",
+    "dc_grpo_squared_ratio": "constraint/penalty/mean",
+    "dc_grpo_squared_log_ratio": "constraint/penalty/mean",
     "dc_grpo_tis": "correction/weight/mean",
 }
 # Bounds for thousands of tokens and a gap of rounding, not for thirty and a gap of noise.

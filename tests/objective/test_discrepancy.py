@@ -3,8 +3,14 @@ import math
 import pytest
 import torch
 
-from megatron_rl.errors import DivergenceError
-from megatron_rl.objective.discrepancy import DiscrepancySum, check_logprobs, discrepancy
+from megatron_rl.errors import ConfigError, DivergenceError
+from megatron_rl.objective.discrepancy import (
+    MEASURES,
+    DiscrepancySum,
+    check_logprobs,
+    constrained_signal,
+    discrepancy,
+)
 
 LN2 = math.log(2)
 
@@ -35,6 +41,46 @@ def test_any_shape(shape):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="one shape"):
         discrepancy(torch.zeros(3), torch.zeros(1))
+    for measure in MEASURES:
+        with pytest.raises(ValueError, match="one shape"):
+            constrained_signal(torch.zeros(3), torch.zeros(1), measure=measure)
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        # rho = 2, 1/4, 1 and e^-30, which is clamped to e^-20
+        ("probability", [0.25, 0.375, 0.0, 1.0]),
+        ("ratio", [1.0, 0.75, 0.0, 1.0 - math.exp(-20)]),
+        ("log_ratio", [LN2, 2 * LN2, 0.0, 30.0]),
+    ],
+)
+def test_every_signal_worked_by_hand(measure, expected):
+    recomputed = torch.tensor([-LN2, -3 * LN2, -0.7, -30.0])
+    rollout = torch.tensor([-2 * LN2, -LN2, -0.7, 0.0])
+    signal = constrained_signal(recomputed, rollout, measure=measure)
+    assert signal.dtype == torch.float32
+    assert signal.tolist() == pytest.approx(expected, rel=1e-6)
+    assert signal[2] == 0.0
+    # Of the two policies, neither is the reference of the log-ratio; of the ratio, the engine is.
+    mirrored = constrained_signal(rollout, recomputed, measure=measure)
+    assert torch.equal(mirrored, signal) == (measure != "ratio")
+
+
+def test_small_ratios_keep_their_digits_and_large_ones_are_clamped():
+    near, far = torch.tensor([-1.0 - 1e-6]), torch.tensor([-31.0])
+    exact = math.expm1(-1.0 - near.double().item())
+    one = torch.tensor([-1.0])
+    assert constrained_signal(one, near, measure="ratio").item() == pytest.approx(exact, rel=1e-6)
+    clamped = constrained_signal(one, far, measure="ratio")
+    assert clamped.item() == pytest.approx(math.expm1(20), rel=1e-6)
+
+
+def test_an_unknown_signal():
+    with pytest.raises(
+        ConfigError, match=r"constraint\.measure: expected one of probability, ratio"
+    ):
+        constrained_signal(torch.zeros(1), torch.zeros(1), measure="kl")
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, -9999.0, -12000.0, 123.0])

@@ -90,6 +90,9 @@ def test_cis_worked_by_hand():
     expected = [2.15, 0.625, 1.125, 1.23, 1.0115, 0.0]
     assert weights.tolist() == pytest.approx(expected, rel=1e-6)
     assert is_outside.tolist() == [True, False, False, True, True, False]
+    nothing = torch.zeros(6, dtype=torch.bool)
+    weights, is_outside = importance_weights(recomputed, rollout.log(), nothing, ids, **settings)
+    assert weights.tolist() == [0.0] * 6 and not is_outside.any()
 
 
 def test_cis_leaves_one_displacement_of_the_log_odds_alone_at_every_confidence():

@@ -102,6 +102,9 @@ def test_opsm_worked_by_hand():
         assert stays.nonzero()[:, 0].tolist() == expected
     stays = off_policy_sequence_mask(rollout, rollout, -torch.ones(7), MASK, IDS, threshold=0.0)
     assert torch.equal(stays, MASK)
+    nothing = torch.zeros_like(MASK)
+    stays = off_policy_sequence_mask(policy, rollout, advantages, nothing, IDS, threshold=0.0)
+    assert not stays.any()
 
 
 def test_shares_of_tokens_and_sequences():

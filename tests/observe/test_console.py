@@ -32,6 +32,16 @@ def test_a_step_is_one_line():
     assert step_line(3, {"reward/mean": 1.0}, width=1).plain == "step 3  reward 1.000"
 
 
+def test_another_constrained_signal_stands_beside_the_discrepancy():
+    metrics = {"discrepancy/mean": 0.0041, "constraint/signal/mean": 0.03}
+    metrics["constraint/signal/tolerance"] = 0.05
+    expected = "step 3  discrepancy 0.0041  signal 0.0300 <= 0.0500"
+    assert step_line(3, metrics, width=1).plain == expected
+    table = summary_table([{"step": 3} | metrics], title="run")
+    labels = list(table.columns[0].cells)
+    assert labels == ["discrepancy mean", "constrained signal mean", "constrained signal tolerance"]
+
+
 def test_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     console = Console(file=stream, width=40, soft_wrap=True)

@@ -47,6 +47,8 @@ def keys_of_a_step() -> set[str]:
     return keys | {
         "constraint/lambda",
         "constraint/penalty_share/mean",
+        "constraint/signal/mean",
+        "constraint/signal/tolerance",
         "constraint/tolerance",
         "correction/outside_bounds/mean",
         "correction/rejected_tokens/mean",

@@ -1,13 +1,14 @@
 """On rollouts that the recorder wrote, and a tokenizer that the project makes."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_rl.config import Config, ModelConfig
-from megatron_rl.config.file import save_config
+from megatron_rl.config.file import load_config, save_config
 from megatron_rl.errors import DataError
 from megatron_rl.records import JudgedGroup, Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.rollout.recording import write_recomputed, write_step
@@ -106,6 +107,18 @@ def test_colours_on_a_terminal(run_dir, inspect, monkeypatch):
     assert "(tolerance 0.0037)" in shown
     green, crimson = "48;2;183;228;199m", "48;2;122;15;43m"
     assert f"{green}8" in shown and f"{crimson}7" in shown and f"{crimson}9" not in shown
+
+
+def test_colours_of_a_run_that_constrains_the_ratio_are_those_of_the_default(
+    run_dir, inspect, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shutil.copytree(run_dir, tmp_path, dirs_exist_ok=True)
+    config = load_config(run_dir / "config.yaml", ["objective.constraint.measure=ratio"])
+    constraint = replace(config.objective.constraint, tolerance=1.5)
+    objective = replace(config.objective, constraint=constraint)
+    save_config(replace(config, objective=objective), tmp_path / "config.yaml")
+    assert "(tolerance 0.0037)" in inspect(tmp_path)[1]
 
 
 def test_colours_at_a_tolerance_of_zero(run_dir):

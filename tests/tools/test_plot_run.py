@@ -27,6 +27,16 @@ def test_every_curve_is_drawn(tmp_path, capsys):
     assert {BLUE, ORANGE, RED, GREEN} <= colors_of(tmp_path / "curves.png")
 
 
+def test_another_constrained_signal_has_a_panel(tmp_path):
+    """Without a tolerance of the discrepancy, the red line is that of the signal."""
+    with RunLog(tmp_path / "metrics.jsonl", keep_through=-1) as log:
+        for step in range(1, 4):
+            metrics = {"discrepancy/mean": 0.005, "constraint/signal/mean": 0.03}
+            log.write(step, metrics | {"constraint/signal/tolerance": 0.02})
+    assert main([str(tmp_path)]) == 0
+    assert {BLUE, RED} <= colors_of(tmp_path / "curves.png")
+
+
 def test_a_run_of_one_step_and_another_path(tmp_path):
     with RunLog(tmp_path / "metrics.jsonl", keep_through=-1) as log:
         log.write(1, {"reward/mean": 0.5})

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config import ConstraintConfig, ObjectiveConfig
+from megatron_rl.config import ObjectiveConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.objective.constraint import gated_discrepancy
-from megatron_rl.objective.discrepancy import discrepancy
+from megatron_rl.learner.update.row_penalty import penalised_part, signal_of
 from megatron_rl.objective.importance import cis_bound, importance_weights, weight_mean
 from megatron_rl.objective.rejection import rejection_mask, rejection_metrics, veto_mask
 from megatron_rl.observe.metrics import Metric
@@ -111,17 +110,17 @@ def batch_scalars(
 
     Args:
         rows: of all mini-batches, in order.
-        dropped: rows that count only in the mean gap.
-        tolerance: c; the gate "mean" compares the mean gap with it.
+        dropped: rows that count only in the mean of the constrained signal.
+        tolerance: c; the gate "mean" compares that mean with it.
 
     Raises:
         DivergenceError: the batch has no response token (raised on every rank).
     """
     sums = torch.zeros(6, dtype=torch.float64)
     for row in rows:
-        gap, correction = gap_of(row), correct_row(row, config)
-        sums[:2] += _sum_and_count(gap, row.micro_batch.loss_mask)
-        penalised = penalised_gap(gap, config.constraint, tolerance=tolerance)
+        signal, correction = signal_of(row, config.constraint), correct_row(row, config)
+        sums[:2] += _sum_and_count(signal, row.micro_batch.loss_mask)
+        penalised = penalised_part(signal, config.constraint, tolerance=tolerance)
         sums[4:] += _sum_and_count(penalised, correction.kept)
         if correction.weights is not None:
             mean = weight_mean(
@@ -133,31 +132,18 @@ def batch_scalars(
             sums[2] += float(mean.sum)
             sums[3] += float(mean.count)
     for row in dropped:
-        sums[:2] += _sum_and_count(gap_of(row), row.micro_batch.loss_mask)
+        signal = signal_of(row, config.constraint)
+        sums[:2] += _sum_and_count(signal, row.micro_batch.loss_mask)
     is_centered = config.constraint.enabled and config.constraint.baseline == "batch"
     reduced = parallel.batch_reducer()(sums, "sum").tolist()
-    gap_sum, gap_count, weight_sum, weight_count, penalised_sum, kept_count = reduced
-    if gap_count == 0:
+    signal_sum, signal_count, weight_sum, weight_count, penalised_sum, kept_count = reduced
+    if signal_count == 0:
         raise DivergenceError("training step: expected a response token in the batch, got none")
     return BatchScalars(
         # Without a kept token, or if all weights are 0, there is nothing to normalise.
         weight_mean=weight_sum / weight_count if weight_sum > 0 else 1.0,
-        is_gate_open=gap_sum / gap_count > tolerance,
+        is_gate_open=signal_sum / signal_count > tolerance,
         baseline=penalised_sum / kept_count if is_centered and kept_count else 0.0,
-    )
-
-
-def gap_of(row: RecomputedRow) -> torch.Tensor:
-    """The discrepancy of every token of a row, [T] float32."""
-    return discrepancy(row.recomputed_logprobs, row.micro_batch.rollout_logprobs)
-
-
-def penalised_gap(
-    gap: torch.Tensor, constraint: ConstraintConfig, *, tolerance: float
-) -> torch.Tensor:
-    """The penalised part of every token's gap, [T]; under gradient if the gap is."""
-    return gated_discrepancy(
-        gap, gate=constraint.gate, tolerance=tolerance, maximum=constraint.max_discrepancy
     )
 
 

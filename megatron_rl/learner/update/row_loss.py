@@ -20,10 +20,8 @@ from megatron_rl.learner.update.row_correction import (
     BatchScalars,
     RowCorrection,
     correct_row,
-    gap_of,
-    penalised_gap,
 )
-from megatron_rl.objective.constraint import probability_gap, shape_advantages
+from megatron_rl.learner.update.row_penalty import constrained_sum, penalise
 from megatron_rl.objective.discrepancy import DiscrepancySum, check_logprobs
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
 from megatron_rl.objective.importance import weight_metrics
@@ -59,7 +57,7 @@ class RowResult:
     """
 
     recomputed: RecomputedRow
-    discrepancy: DiscrepancySum
+    discrepancy: DiscrepancySum  # of the constrained signal, for the dual step
     metrics: dict[str, Metric]
 
 
@@ -155,7 +153,17 @@ class MiniBatchLoss:
         config, kept = self._settings.config, correction.kept
         is_bypass = config.old_policy == "rollout"
         old = row.micro_batch.rollout_logprobs if is_bypass else row.recomputed_logprobs
-        advantages, penalty, metrics = self._penalised(row, output, kept)
+        settings = self._settings
+        penalty = penalise(
+            row,
+            output.logprobs,
+            kept,
+            config.constraint,
+            dual_value=settings.dual_value,
+            tolerance=settings.tolerance,
+            baseline=settings.scalars.baseline,
+        )
+        advantages, metrics = penalty.advantages, penalty.metrics
         if reference is not None:
             metrics |= reference_metrics(output.full_logprobs, reference, kept)
             if config.kl.estimator == "k1":
@@ -181,8 +189,8 @@ class MiniBatchLoss:
             entropy=output.entropy.detach(),
             old_policy=config.old_policy,
         )
-        if penalty is not None:
-            per_token = per_token + penalty
+        if penalty.term is not None:
+            per_token = per_token + penalty.term
         if reference is not None and config.kl.coefficient > 0 and config.kl.estimator != "k1":
             policy = output.full_logprobs
             kl = reference_kl(policy, reference, kept, estimator=config.kl.estimator)
@@ -191,32 +199,6 @@ class MiniBatchLoss:
             bonus = config.entropy_coefficient * torch.where(kept, output.entropy, 0.0)
             per_token = per_token - bonus
         return per_token, metrics | of_weights | of_loss
-
-    def _penalised(
-        self, row: RecomputedRow, output: RowOutput, kept: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Metric]]:
-        """The constraint's part of the loss: shaped advantages, or a term [T] of the loss."""
-        settings, constraint = self._settings, self._settings.config.constraint
-        micro_batch = row.micro_batch
-        gap = penalised_gap(gap_of(row), constraint, tolerance=settings.tolerance)
-        metrics: dict[str, Metric] = {}
-        if constraint.enabled:
-            penalty = settings.dual_value * gap[kept].double()
-            metrics = {
-                "constraint/penalty/mean": Mean(sum=penalty.sum(), count=penalty.numel()),
-                # The sum of lambda * delta, without the baseline, divided by the sum of |A|: the
-                # weight of the constraint relative to the reward.
-                "constraint/penalty_share/mean": Mean(
-                    sum=penalty.sum(), count=micro_batch.advantages[kept].double().abs().sum()
-                ),
-            }
-        if constraint.penalty == "shaping":
-            centered = gap - settings.scalars.baseline
-            shaped = shape_advantages(micro_batch.advantages, centered, settings.dual_value)
-            return shaped, None, metrics
-        moved = probability_gap(output.logprobs, micro_batch.rollout_logprobs, kept)
-        penalised = penalised_gap(moved, constraint, tolerance=settings.tolerance)
-        return micro_batch.advantages, settings.dual_value * penalised, metrics
 
     def _weights(
         self,
@@ -264,7 +246,7 @@ def _gap_metrics(
     row: RecomputedRow, settings: StepSettings
 ) -> tuple[DiscrepancySum, dict[str, Metric]]:
     micro_batch = row.micro_batch
-    return discrepancy_metrics(
+    gap, metrics = discrepancy_metrics(
         row.recomputed_logprobs,
         micro_batch.rollout_logprobs,
         micro_batch.loss_mask,
@@ -273,6 +255,8 @@ def _gap_metrics(
         sequence_ids=micro_batch.sequence_ids,
         num_sequences=micro_batch.cu_seqlens.numel() - 1,
     )
+    signal, of_signal = constrained_sum(row, settings.config.constraint, gap)
+    return signal, metrics | of_signal
 
 
 def _check(row: RecomputedRow, place: str) -> None:

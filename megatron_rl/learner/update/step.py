@@ -5,10 +5,11 @@ For every kept token, with the lambda from before this step (DCMDP, arXiv 2606.0
 
     delta = |p_recomputed - p_rollout|,   A' = A - lambda * delta,   loss = surrogate of A'
 
-then `lambda <- clip(lambda + eta * (mean delta - tolerance))`. The mean is over every sampled token
-of the global batch, including tokens that a correction rejects (row_correction.py) and the tokens
-of dropped samples (`TrainBatch.dropped`). Its sum and count are added over rows and data-parallel
-ranks and sent from the last pipeline stage to the others, so that lambda is the same on every rank.
+then `lambda <- clip(lambda + eta * (mean delta - tolerance))`. Other signals and penalties are
+options (row_penalty.py). The mean is over every sampled token of the global batch, including tokens
+that a correction rejects (row_correction.py) and the tokens of dropped samples
+(`TrainBatch.dropped`). Its sum and count are added over rows and data-parallel ranks and sent from
+the last pipeline stage to the others, so that lambda is the same on every rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from itertools import chain
 
 import torch
 
-from megatron_rl.config import ObjectiveConfig
+from megatron_rl.config import ConstraintConfig, ObjectiveConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.update.row_correction import (
@@ -107,7 +108,7 @@ def train_step(
         "learner/grad_norm": sum(grad_norms) / len(grad_norms),
         "learner/learning_rate": learner.learning_rate,
     }
-    metrics |= _dual_step(dual, gap, is_enabled=is_enabled)
+    metrics |= _dual_step(dual, gap, config.constraint)
     report = StepReport(step=step, dual_value=dual.value, metrics=metrics)
     return report, tuple(row.recomputed for row in results)
 
@@ -129,8 +130,14 @@ def _update_rows(
     ]
 
 
-def _dual_step(dual: DualVariable, gap: DiscrepancySum, *, is_enabled: bool) -> dict[str, float]:
-    """Update lambda, or calibrate its tolerance; return the metrics of both."""
+def _dual_step(
+    dual: DualVariable, gap: DiscrepancySum, constraint: ConstraintConfig
+) -> dict[str, float]:
+    """Update lambda, or calibrate its tolerance; return the metrics of both. The tolerance of
+    another signal than the discrepancy has another name, because it cannot be compared with
+    `discrepancy/mean`.
+    """
+    is_enabled = constraint.enabled
     if is_enabled:
         # The mean is NaN if the batch has no sampled token; the dual step then raises an error.
         dual.update(gap.mean)
@@ -138,7 +145,9 @@ def _dual_step(dual: DualVariable, gap: DiscrepancySum, *, is_enabled: bool) -> 
     if dual.calibration is not None:
         metrics["constraint/is_at_rest"] = float(dual.is_at_rest)
     if not dual.is_at_rest:
-        metrics["constraint/tolerance"] = dual.tolerance
+        is_discrepancy = constraint.measure == "probability"
+        prefix = "constraint" if is_discrepancy else "constraint/signal"
+        metrics[f"{prefix}/tolerance"] = dual.tolerance
     return metrics
 
 

@@ -87,17 +87,26 @@ OBJECTIVES = {
         importance=ImportanceConfig(level="token", mode="mask", lower=0.7, upper=1.4),
         rejection=RejectionConfig(opsm_threshold=0.0),
     ),
+    "cis_squared_ratio": ObjectiveConfig(
+        normalize="sequence_mean",
+        constraint=replace(DUAL, penalty="squared_ratio", measure="log_ratio", tolerance=0.01),
+        importance=ImportanceConfig(level="token", mode="cis", cis_slope=0.3),
+    ),
+    "bypass_capped_squared_log_ratio": ObjectiveConfig(
+        old_policy="rollout",
+        clip_high=0.1,
+        ratio_cap=1.2,
+        constraint=replace(DUAL, penalty="squared_log_ratio", measure="ratio", tolerance=0.01),
+    ),
     "all_rejected": ObjectiveConfig(
         constraint=DUAL,
         rejection=RejectionConfig(divergence="k2", level="sequence_max", upper=1e-9),
     ),
 }
 
-NUM_MINI_BATCHES = {"decoupled_opsm": 2}
+NUM_MINI_BATCHES = {"cis_squared_ratio": 2}
 # What equal engines turn into the plain loss of the same name.
-CORRECTED = tuple(
-    name for name, config in OBJECTIVES.items() if not config.kl.reference and name[:3] != "dec"
-)
+CORRECTED = tuple(name for name, config in OBJECTIVES.items() if not config.kl.reference)
 PLAIN = "plain_"
 
 LAYOUTS = (

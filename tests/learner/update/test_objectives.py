@@ -139,11 +139,22 @@ def test_the_rules_took_some_and_left_some(outcomes: Outcomes) -> None:
         "cispo_veto_token_gate": ("vetoed_sequences/mean",),
         "bypass_dppo_penalty": ("rejected_sequences/mean", "opsm_masked_sequences/mean"),
         "dr_grpo_batch_normalized": ("outside_bounds/mean",),
+        "cis_squared_ratio": ("outside_bounds/mean",),
         "decoupled_opsm": ("outside_bounds/mean", "opsm_masked_sequences/mean"),
     }.items():
         metrics = metrics_of(outcomes[one_of(name)])
         for key in keys:
             assert 0.02 < metrics[f"correction/{key}"] < 0.98, (name, key)
+
+
+def test_the_cap_acts_and_the_signal_is_what_moves_lambda(outcomes: Outcomes) -> None:
+    metrics = metrics_of(outcomes[one_of("bypass_capped_squared_log_ratio")])
+    assert 0.02 < metrics["loss/clip_fraction_cap/mean"] < 0.98
+    for name in ("cis_squared_ratio", "bypass_capped_squared_log_ratio"):
+        report = outcomes[one_of(name)]["reports"][0]
+        signal = report.metrics["constraint/signal/mean"]
+        assert signal > 10 * report.metrics["discrepancy/mean"] > 0
+        assert report.dual_value == pytest.approx(DUAL_VALUE + signal - 0.01, abs=1e-12)
 
 
 def test_rejection_changes_neither_the_gap_nor_lambda(outcomes: Outcomes) -> None:

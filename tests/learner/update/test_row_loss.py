@@ -120,7 +120,9 @@ def run(
     assert result.recomputed.micro_batch is row.micro_batch
     assert not result.recomputed.recomputed_logprobs.requires_grad
     metrics = reduce(result.metrics, lambda tensor, _operation: tensor)
-    assert result.discrepancy.mean == metrics["discrepancy/mean"]
+    assert result.discrepancy.mean == metrics.get(
+        "constraint/signal/mean", metrics["discrepancy/mean"]
+    )
     return total.item(), int(count), logprobs.grad[:3].tolist(), metrics
 
 
@@ -207,6 +209,44 @@ def test_a_differentiable_penalty():
     total, _, gradient, _ = run(token, dual_value=DUAL_VALUE)
     assert total == pytest.approx(0.4 * (0.15 + 0.025), rel=1e-5)
     assert gradient == close(-1.0 + 0.2, -1.0, 2.0 - 0.2)
+
+
+def test_a_squared_penalty_is_of_this_update_and_of_the_kept_tokens():
+    # p_theta / p_inf = 2, 1, 0.8: squares of r - 1, and their slopes 2 (r - 1) r
+    constraint = ConstraintConfig(penalty="squared_ratio")
+    config = token_mean(constraint=constraint)
+    total, count, gradient, metrics = run(config, dual_value=DUAL_VALUE)
+    assert (total, count) == (pytest.approx(0.4 * 1.04, rel=1e-5), 3)
+    assert gradient == close(-1.0 + 0.4 * 4, -1.0, 2.0 - 0.4 * 0.32)
+    assert metrics["constraint/penalty/mean"] == pytest.approx(0.4 * 1.04 / 3, rel=1e-5)
+    # A policy that has come to the engine's probabilities pays nothing.
+    total, _, gradient, metrics = run(config, dual_value=DUAL_VALUE, policy=ROLLOUT)
+    assert metrics["constraint/penalty/mean"] == 0
+    assert total == run(FREE, policy=ROLLOUT)[0]
+    # k1 rejects the first token, whose rho is 2.
+    rejection = RejectionConfig(divergence="k1", level="token", upper=1.5)
+    _, count, gradient, _ = run(replace(config, rejection=rejection), dual_value=DUAL_VALUE)
+    assert (count, gradient) == (2, close(0.0, -1.0, 2.0 - 0.4 * 0.32))
+
+
+def test_another_signal_shapes_the_advantages_opens_the_gate_and_drives_lambda():
+    # |rho - 1| = 1, 0, 0.2
+    constraint = ConstraintConfig(measure="ratio")
+    config = token_mean(constraint=constraint)
+    _, _, gradient, metrics = run(config, dual_value=DUAL_VALUE)
+    assert gradient == close(-(1 - 0.4), -1.0, 2 + 0.4 * 0.2)
+    assert metrics["constraint/signal/mean"] == pytest.approx(0.4, rel=1e-6)
+    assert metrics["discrepancy/mean"] == pytest.approx(0.125, rel=1e-6)
+    gated = replace(config, constraint=replace(constraint, gate="mean", baseline="batch"))
+    for tolerance, is_open in ((0.39, True), (0.41, False)):
+        scalars = scalars_of([recomputed_row()], [], gated, tolerance)
+        assert (scalars.is_gate_open, scalars.baseline) == (is_open, pytest.approx(0.4, rel=1e-6))
+    # A rejected token still counts in what drives lambda, and so does a dropped row.
+    rejection = RejectionConfig(divergence="k1", level="token", upper=1.5)
+    rejecting = run(replace(config, rejection=rejection), dual_value=DUAL_VALUE)[3]
+    assert rejecting["constraint/signal/mean"] == pytest.approx(0.4, rel=1e-6)
+    [dropped] = dropped_results([recomputed_row()], settings_of(config))
+    assert dropped.discrepancy.mean == pytest.approx(0.4, rel=1e-6)
 
 
 def test_importance_weights_scale_the_shaped_surrogate():
