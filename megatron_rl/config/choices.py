@@ -48,6 +48,8 @@ DType = Literal["float32", "bfloat16"]
 Decay = Literal["constant", "linear", "cosine"]
 Recompute = Literal["auto", "always"]
 ChatTemplate = Literal["auto", "never", "always"]
+Repeats = Literal["drop", "keep"]
+OverlongPrompts = Literal["error", "drop"]
 
 # rollout
 QuantizationFormat = Literal["none", "int8", "fp8", "int4", "int8_w8a8"]

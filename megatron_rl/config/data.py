@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_rl.config.choices import GROUP_VERIFIERS, VERIFIERS, ChatTemplate
+from megatron_rl.config.choices import (
+    GROUP_VERIFIERS,
+    VERIFIERS,
+    ChatTemplate,
+    OverlongPrompts,
+    Repeats,
+)
 from megatron_rl.config.rules import (
     above_zero,
     at_least,
@@ -15,18 +22,23 @@ from megatron_rl.config.rules import (
     require,
 )
 
+_PATTERN = re.compile(r"[*?\[]")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """One source of prompts: a reasoning-gym task, or a JSONL or Parquet file."""
+    """One source of prompts: a reasoning-gym task, or files."""
 
     name: str = ""  # a reasoning-gym task; or any label when `path` is given
-    path: str = ""  # JSONL or Parquet file
+    # a file (JSONL, JSON, Parquet, CSV, Arrow), a pattern such as data/train-*.parquet, a folder of
+    # such files or one that Hugging Face's save_to_disk wrote, or a list of these
+    path: str | list[str] = ""
     weight: float = 1.0  # share in the mixture, relative to the other tasks
     options: dict = field(default_factory=dict)  # the reasoning-gym task's own settings
     prompt_column: str = "question"  # a dotted path into the record, e.g. "metadata.expression"
     answer_column: str = "answer"  # e.g. "reward_model.ground_truth" (DAPO-Math-17k)
     template: str = "{prompt}"  # text around the prompt, before any chat template
+    system_prompt: str | None = None  # null: data.system_prompt; "": none
     # auto: the task's own scorer for a reasoning-gym task, math_verify for a file; or a module of
     # reward/verifiers/, or an import path "package.module:function"
     verifier: str = "auto"
@@ -34,12 +46,17 @@ class TaskConfig:
     @property
     def source(self) -> str:
         """Identifies the task in prompts, metrics and messages: its name, or the file's stem."""
-        return self.name or Path(self.path).stem
+        return self.name or (Path(self.path).stem if isinstance(self.path, str) else "")
 
     def __post_init__(self) -> None:
         require(
             bool(self.name or self.path),
             "name: expected a reasoning-gym task, or a label with path, got neither",
+        )
+        is_one_name = isinstance(self.path, str) and not _PATTERN.search(self.path)
+        require(
+            bool(self.name) or is_one_name,
+            f"name: expected a label for the files of path={self.path!r}, got none",
         )
         above_zero(weight=self.weight)
         require(
@@ -58,9 +75,17 @@ class DataConfig:
     # seed of the held-out prompts, whose texts never appear in training
     held_out_seed: int = 1_000_003
     num_held_out: int = 200
+    # rows of one task with the same prompt and the same answer as an earlier row
+    repeats: Repeats = "drop"
     max_prompt_tokens: int = 0  # 0: the model's context less rollout.sampling.max_tokens
+    overlong: OverlongPrompts = "error"  # prompts of more tokens; what is dropped is counted
+    # the first message of every prompt, in place of a system message of the row; "": none
+    system_prompt: str = ""
     # auto: use the tokenizer's chat template if it has one; never; always
     chat_template: ChatTemplate = "auto"
+    chat_template_file: str = ""  # a Jinja file to use instead of the tokenizer's template
+    # variables of the chat template, e.g. {enable_thinking: false}
+    chat_template_arguments: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         literal_choices(self)
@@ -75,6 +100,12 @@ class DataConfig:
             self.held_out_seed != self.seed,
             f"held_out_seed: expected another seed than data.seed, got {self.held_out_seed}",
         )
+        for key in ("chat_template_file", "chat_template_arguments"):
+            value = getattr(self, key)
+            require(
+                not value or self.chat_template != "never",
+                f"{key}: expected none with chat_template=never, got {value!r}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,8 +66,9 @@ class WarmStartConfig:
     sequences_per_step: int = 256
     learning_rate: float = 2e-3
     warmup_steps: int = 50
-    # JSONL or Parquet file of prompt and response pairs; "": prompts and answers of data.tasks
-    path: str = ""
+    # files of prompt and response pairs, named as in data.tasks[].path; "": prompts and answers of
+    # data.tasks
+    path: str | list[str] = ""
     prompt_column: str = "prompt"  # dotted path into the records of `path`
     response_column: str = "response"  # dotted path into the records of `path`
     output: str = ""  # folder of the Hugging Face checkpoint; "": <run_dir>/warm_start/checkpoint

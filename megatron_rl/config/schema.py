@@ -73,6 +73,10 @@ def hint_at(keys: Keys, tree: Any, origin: str) -> Any:
     hint: Any = Config
     for depth, key in enumerate(keys):
         above = keys[:depth]
+        if get_origin(hint) is types.UnionType:  # a text or a list
+            is_list = OmegaConf.is_list(OmegaConf.select(tree, ".".join(above)))
+            lists = [option for option in get_args(hint) if get_origin(option) is list]
+            hint = lists[0] if is_list and lists else hint
         if dataclasses.is_dataclass(hint):
             _check_key(hint, key, above, origin)
             hint = get_type_hints(hint)[key]
@@ -110,6 +114,8 @@ def check(hint: Any, value: Any, keys: Keys, origin: str) -> None:
     if not _is_of_type(hint, value):
         name = _dotted(keys) or "top level"
         raise ConfigError(f"{origin}: {name}: expected {_describe(hint)}, got {show(value)}")
+    if get_origin(hint) is types.UnionType:
+        hint = next(option for option in get_args(hint) if _is_of_type(option, value))
     if dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         for key, inner in value.items():

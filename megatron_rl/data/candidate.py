@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from megatron_rl.errors import DataError
 
 Messages = tuple[tuple[str, str], ...]  # (role, content), in order
+
+SYSTEM = "system"  # the role of a system prompt
 
 _FINAL_ANSWER = re.compile(r"####\s*(\S.*?)\s*$")  # as GSM8K writes it
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
@@ -39,67 +43,120 @@ class Layout:
     prompt_column: str
     answer_column: str
     template: str = "{prompt}"
+    system_prompt: str = ""  # the first message of every prompt; "": those of the record, if any
     prompt_key: str = "data.tasks[].prompt_column"
     answer_key: str = "data.tasks[].answer_column"
     is_final_answer: bool = True  # whether to read "why ... #### 42" as the answer 42
+    is_answer_required: bool = False  # whether an empty answer is an error
 
 
 def read_candidate(
     record: dict[str, Any], layout: Layout, where: str, metadata: dict[str, Any]
 ) -> Candidate:
-    """Reads prompt and answer, and puts the template around the prompt, or around the last message
-    of the user.
+    """Reads prompt and answer, and frames the prompt (`frame`).
 
     Args:
         where: names the record in an error, for instance "train.jsonl, line 3".
         metadata: the candidate's metadata.
 
     Raises:
-        DataError: a column is missing or not a text; names the nearest column.
+        DataError: a column is missing (names the nearest one) or not a text, the prompt is empty,
+            or the answer is not a number or a text that can be compared.
     """
     return Candidate(
-        messages=read_messages(record, layout, where),
-        answer=_read_answer(record, layout, where),
+        messages=frame(read_turns(record, layout, where), layout),
+        answer=read_answer(record, layout, where),
         metadata=metadata,
     )
 
 
-def read_messages(record: dict[str, Any], layout: Layout, where: str) -> Messages:
-    """The prompt of a record as chat messages; a plain text becomes one message of the user.
+def read_turns(record: dict[str, Any], layout: Layout, where: str) -> Messages:
+    """The prompt of a record as chat messages, as they are in the record; a plain text becomes one
+    message of the user.
 
     Raises:
         DataError: see `read_candidate`.
     """
     value = _lookup(record, layout.prompt_column, layout.prompt_key, where)
-    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    is_chat = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not is_chat or not messages:
+    if isinstance(value, str):
+        turns: Messages = (("user", value),)
+    else:
+        turns = tuple(_turns_of(value))
+    if not turns:
         raise DataError(
             f"{where}: expected a text or a list of chat messages in column "
             f"{layout.prompt_column!r} ({layout.prompt_key}), got {_shorten(value)}"
         )
-    turns = [(message["role"], message["content"]) for message in messages]
-    users = [number for number, (role, _) in enumerate(turns) if role == "user"]
-    framed = users[-1] if users else len(turns) - 1
+    if not turns[_place_of_question(turns)][1].strip():
+        raise DataError(
+            f"{where}: expected a question in column {layout.prompt_column!r} "
+            f"({layout.prompt_key}), got an empty text"
+        )
+    for _, content in turns:
+        _check_text(content, layout.prompt_column, layout.prompt_key, where)
+    return turns
+
+
+def _turns_of(value: Any) -> Iterator[tuple[str, str]]:
+    """The messages of a list of objects; none if one of them is no message."""
+    if isinstance(value, dict):  # how older versions of `datasets` store a list of objects
+        columns = value.get("role"), value.get("content")
+        if not all(isinstance(column, list) for column in columns):
+            return
+        value = [{"role": role, "content": content} for role, content in zip(*columns)]
+    is_chat = isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if is_chat:
+        yield from ((message["role"], message["content"]) for message in value)
+
+
+def frame(turns: Messages, layout: Layout) -> Messages:
+    """Puts the template around the last message of the user, or around the last message, and the
+    layout's system prompt in the place of those of the record.
+    """
+    framed = _place_of_question(turns)
     role, content = turns[framed]
     # Not str.format: a template may contain other braces, for instance of LaTeX.
-    turns[framed] = (role, layout.template.replace("{prompt}", content))
-    return tuple(turns)
+    turns = (
+        *turns[:framed],
+        (role, layout.template.replace("{prompt}", content)),
+        *turns[framed + 1 :],
+    )
+    if not layout.system_prompt:
+        return turns
+    others = (turn for turn in turns if turn[0] != SYSTEM)
+    return ((SYSTEM, layout.system_prompt), *others)
 
 
-def _read_answer(record: dict[str, Any], layout: Layout, where: str) -> str:
+def _place_of_question(turns: Messages) -> int:
+    users = [number for number, (role, _) in enumerate(turns) if role == "user"]
+    return users[-1] if users else len(turns) - 1
+
+
+def read_answer(record: dict[str, Any], layout: Layout, where: str) -> str:
+    """The expected answer of a record.
+
+    Raises:
+        DataError: see `read_candidate`.
+    """
     value = _lookup(record, layout.answer_column, layout.answer_key, where)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not (isinstance(value, str) or is_number) or (is_number and not math.isfinite(value)):
         raise DataError(
-            f"{where}: expected a text or a number in column {layout.answer_column!r} "
+            f"{where}: expected a text or a finite number in column {layout.answer_column!r} "
             f"({layout.answer_key}), got {_shorten(value)}"
         )
     answer = str(value)
+    _check_text(answer, layout.answer_column, layout.answer_key, where)
+    if layout.is_answer_required and not answer.strip():
+        raise DataError(
+            f"{where}: expected an answer in column {layout.answer_column!r} "
+            f"({layout.answer_key}), got an empty text"
+        )
     if layout.is_final_answer and (final := _FINAL_ANSWER.search(answer)):
         answer = final[1]
         if _THOUSANDS.fullmatch(answer):
@@ -107,9 +164,20 @@ def _read_answer(record: dict[str, Any], layout: Layout, where: str) -> str:
     return answer
 
 
+def _check_text(text: str, column: str, key: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            f"{where}: expected Unicode text in column {column!r} ({key}), got the lone surrogate "
+            f"{code} at character {error.start}"
+        ) from None
+
+
 def _lookup(record: dict[str, Any], path: str, key: str, where: str) -> Any:
     try:
-        return _find(record, path)
+        return find_value(record, path)
     except KeyError:
         names = list(_paths(record))
         near = difflib.get_close_matches(path, names, n=1, cutoff=0.0)
@@ -119,15 +187,19 @@ def _lookup(record: dict[str, Any], path: str, key: str, where: str) -> Any:
         ) from None
 
 
-def _find(value: Any, path: str) -> Any:
-    """The value at a dotted path, of names in dicts and numbers in lists; a name may hold dots."""
+def find_value(value: Any, path: str) -> Any:
+    """The value at a dotted path, of names in dicts and numbers in lists; a name may hold dots.
+
+    Raises:
+        KeyError: there is no value.
+    """
     if isinstance(value, dict) and path in value:
         return value[path]
     head, dot, rest = path.partition(".")
     if isinstance(value, list) and head.isdigit() and int(head) < len(value):
-        return _find(value[int(head)], rest) if dot else value[int(head)]
+        return find_value(value[int(head)], rest) if dot else value[int(head)]
     if isinstance(value, dict) and dot and head in value:
-        return _find(value[head], rest)
+        return find_value(value[head], rest)
     raise KeyError(path)
 
 

@@ -1,151 +1,242 @@
-"""The stream of candidates from a JSONL or Parquet file: every row once per epoch, in a new order
-in each epoch.
+"""The stream of candidates from data files: every row once per epoch, in a new order in each epoch.
 
 The order of an epoch is a function of (seed, epoch). With N rows, position p of the stream is
-position p mod N of epoch p div N.
+position p mod N of epoch p div N. Rows that repeat an earlier row are left out, unless they are
+asked for.
 """
 
 from __future__ import annotations
 
-import json
+import pickle
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from megatron_rl.data.candidate import Candidate, Layout, Messages, read_candidate, read_messages
+from megatron_rl.data.candidate import (
+    SYSTEM,
+    Candidate,
+    Layout,
+    Messages,
+    find_value,
+    read_answer,
+    read_candidate,
+    read_turns,
+)
 from megatron_rl.data.mixture import derive_seed
+from megatron_rl.data.paths import KINDS, data_files
+from megatron_rl.data.readers.arrow import read_arrow, read_parquet
+from megatron_rl.data.readers.batch import RowBatch
+from megatron_rl.data.readers.text import read_csv, read_json, read_jsonl
+from megatron_rl.data.store import RecordStore
+from megatron_rl.data.watch import Silence, Watch
 from megatron_rl.errors import DataError
+
+PATH_KEY = "data.tasks[].path"
+_MAX_VALUES = 2**18  # that are compared as they are in the file
+_NOTICE_ROWS = 256  # between two reports of progress
 
 
 class FileSource:
-    """The rows of a file. All are read once when it is opened, so that a bad row is found at the
-    start of a run.
+    """The rows of data files. All are read once when it is opened, so that a bad row is found at
+    the start of a run.
+
+    Args:
+        path: see `data_files`.
+        name: of the data in messages.
+        path_key: the setting that names the files, for messages.
+        has_repeats: whether rows with the prompt and the answer of an earlier row are kept.
+        watch: is told the progress, and how many rows repeat others.
 
     Raises:
-        DataError: the file is missing, empty, malformed or of an unsupported kind, or a row lacks a
-            column or its text (the message names file and line).
+        DataError: the files are missing, empty, malformed or of an unsupported kind, or a row lacks
+            a column or its text (the message names file and line or row).
     """
 
-    def __init__(self, path: str, layout: Layout) -> None:
-        readers = {".jsonl": _Jsonl, ".ndjson": _Jsonl, ".parquet": _Parquet}
-        suffix = Path(path).suffix
-        if suffix not in readers:
-            raise DataError(f"{path}: expected a file ending in .jsonl or .parquet")
-        if not Path(path).is_file():
-            raise DataError(f"{path}: expected a file, found none")
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        layout: Layout,
+        *,
+        name: str = "",
+        path_key: str = PATH_KEY,
+        has_repeats: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        self._files = data_files(path, path_key)
+        self._name = name or str(path)
         self._layout = layout
-        self._path = path
-        self._table: _Jsonl | _Parquet = readers[suffix](path)
-        self._rows: Sequence[int] = range(len(self._table))
+        self._has_repeats = has_repeats
+        self._watch = watch or Silence()
+        self._store = RecordStore()
+        self._file_of = array("L")  # of each stored row, its index in _files
+        self._numbers = array("Q")  # of each stored row, its line or row in the file
+        self._units: list[str] = []  # of each file, "line" or "row"
+        self._first_alike = array("Q")  # of each stored row, the first with its prompt and answer
+        self._num_read = self._num_different = self._num_replaced = 0
+        self._read()
+        self._rows: Sequence[int] = range(len(self._store))
         if not self._rows:
             raise DataError(f"{path}: expected at least one record, got an empty data set")
-        for row, record in enumerate(self._table):
-            read_candidate(record, layout, self._where(row), {})
+        self._tell()
 
     def __len__(self) -> int:
         """The number of rows of one epoch."""
         return len(self._rows)
 
-    def keep(self, is_kept: Callable[[Messages, str], bool]) -> None:
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Tells these rows from others, as plain JSON values: their number, and a hash of all their
+        columns in order. Rows that were left out as repeats are not part of it.
+        """
+        return {"num_rows": len(self._store), "digest": self._store.digest}
+
+    def keep(self, is_kept: Callable[[Candidate, str], bool]) -> None:
         """Removes rows from every epoch.
 
         Args:
-            is_kept: called with a row's prompt, and with its file and line for errors.
+            is_kept: called with a row, and with its file and line for errors; once for rows with
+                the same prompt and answer.
 
         Raises:
             DataError: no row is left.
         """
-        places = ((row, self._where(row), record) for row, record in enumerate(self._table))
-        self._rows = [
-            row
-            for row, where, record in places
-            if is_kept(read_messages(record, self._layout, where), where)
-        ]
-        if not self._rows:
+        verdicts = bytearray(len(self._store))
+        for row, first in enumerate(self._first_alike):
+            if first < row:
+                verdicts[row] = verdicts[first]
+                continue
+            if row % _NOTICE_ROWS == 0:
+                self._watch.progress(f"checking {self._name}", row / len(verdicts))
+            verdicts[row] = is_kept(self._candidate(row), self._where(row))
+        self._watch.progress(f"checking {self._name}", 1.0)
+        self._rows = np.flatnonzero(np.frombuffer(verdicts, dtype=np.uint8))
+        if not len(self._rows):
             raise DataError(
-                f"{self._path}: expected prompts besides the held-out ones, got none: lower "
-                "data.num_held_out, or give a larger file"
+                f"{self._name}: expected prompts besides the held-out ones, got none: lower "
+                "data.num_held_out, raise data.max_prompt_tokens, or give a larger file"
             )
 
     def candidate(self, seed: int, position: int, attempt: int = 0) -> Candidate:
         """The row at a position of the shuffled stream; each attempt shuffles in its own order."""
         epoch, place = divmod(position, len(self._rows))
         order = _permutation(len(self._rows), derive_seed(seed, epoch, attempt))
-        row = self._rows[int(order[place])]
-        record = self._table.record(row)
-        return read_candidate(record, self._layout, self._where(row), _as_json(record))
+        return self._candidate(int(self._rows[int(order[place])]))
+
+    def _candidate(self, row: int) -> Candidate:
+        record = self._store.get(row)
+        return read_candidate(record, self._layout, self._where(row), record)
+
+    def _read(self) -> None:
+        columns = (self._layout.prompt_column, self._layout.answer_column)
+        seen = _Seen()
+        for index, path in enumerate(self._files):
+            self._units.append("row")
+            for batch in _READERS[KINDS[path.suffix]](path, columns):
+                self._units[-1] = batch.unit
+                self._add(batch, index, seen)
+                share = (index + batch.share) / len(self._files)
+                self._watch.progress(f"reading {self._name}", share)
+        self._watch.progress(f"reading {self._name}", 1.0)
+
+    def _add(self, batch: RowBatch, index: int, seen: _Seen) -> None:
+        layout = self._layout
+        stored: list[int] = []
+        for position, record in enumerate(batch.records):
+            if not self._has_repeats and seen.has_values(record, layout):
+                continue
+            where = f"{self._files[index]}, {batch.unit} {batch.numbers[position]}"
+            turns = read_turns(record, layout, where)
+            row = len(self._first_alike)
+            first_alike = seen.first(turns, read_answer(record, layout, where), row)
+            if first_alike < row and not self._has_repeats:
+                continue
+            stored.append(position)
+            self._first_alike.append(first_alike)
+            self._file_of.append(index)
+            self._numbers.append(batch.numbers[position])
+            has_system = any(role == SYSTEM for role, _ in turns)
+            self._num_replaced += has_system and bool(layout.system_prompt)
+        self._num_read += len(batch.records)
+        self._num_different = seen.num_different
+        for record in batch.whole(stored):
+            self._store.add(record)
+
+    def _tell(self) -> None:
+        if num_repeats := self._num_read - self._num_different:
+            what = (
+                "kept (data.repeats=drop takes them out)"
+                if self._has_repeats
+                else "taken out (data.repeats=keep keeps them)"
+            )
+            self._watch.say(
+                f"{self._name}: {self._num_read:,} rows, {self._num_different:,} different; "
+                f"{num_repeats:,} with the prompt and answer of an earlier row are {what}"
+            )
+        if self._num_replaced:
+            self._watch.say(
+                f"{self._name}: the system messages of {self._num_replaced:,} rows are replaced by "
+                "system_prompt"
+            )
 
     def _where(self, row: int) -> str:
-        return f"{self._path}, {self._table.place(row)}"
+        index = self._file_of[row]
+        return f"{self._files[index]}, {self._units[index]} {self._numbers[row]}"
 
 
-class _Jsonl:
-    def __init__(self, path: str) -> None:
-        self._lines: list[int] = []
-        self._records: list[dict[str, Any]] = []
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:  # malformed JSON, or not UTF-8
-                    raise DataError(
-                        f"{path}, line {number}: expected a JSON object, got {error}"
-                    ) from None
-                if not isinstance(record, dict):
-                    raise DataError(
-                        f"{path}, line {number}: expected a JSON object, got a "
-                        f"{type(record).__name__}"
-                    )
-                self._lines.append(number)
-                self._records.append(record)
+class _Seen:
+    """The prompts and answers that have been read, by hashes of 128 bits, which no two of a billion
+    texts share.
+    """
 
-    def __len__(self) -> int:
-        return len(self._records)
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+        self._values: set[int] = set()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._records)
+    @property
+    def num_different(self) -> int:
+        """The number of different pairs of prompt and answer."""
+        return len(self._rows)
 
-    def record(self, row: int) -> dict[str, Any]:
-        return self._records[row]
+    def first(self, turns: Messages, answer: str, row: int) -> int:
+        """The first row with this prompt and answer, which is `row` if there was none before."""
+        texts = [answer, *(text for turn in turns for text in turn)]
+        lengths = ",".join(str(len(text)) for text in texts)
+        key = xxhash.xxh3_128_intdigest(f"{lengths}:{''.join(texts)}".encode())
+        return self._rows.setdefault(key, row)
 
-    def place(self, row: int) -> str:
-        return f"line {self._lines[row]}"
-
-
-class _Parquet:
-    def __init__(self, path: str) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
+    def has_values(self, record: dict[str, Any], layout: Layout) -> bool:
+        """Whether the columns of prompt and answer hold values that they held before. It is much
+        faster than to read the prompt; equal prompts of other values are left to `first`.
+        """
         try:
-            self._table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path}: expected a Parquet file, got {error}") from None
+            values = [
+                find_value(record, path) for path in (layout.prompt_column, layout.answer_column)
+            ]
+        except KeyError:
+            return False
+        key = xxhash.xxh3_128_intdigest(pickle.dumps(values, pickle.HIGHEST_PROTOCOL))
+        if key in self._values:
+            return True
+        if len(self._values) >= _MAX_VALUES:
+            self._values.clear()
+        self._values.add(key)
+        return False
 
-    def __len__(self) -> int:
-        return self._table.num_rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._table.to_batches(max_chunksize=1024):
-            yield from batch.to_pylist()
-
-    def record(self, row: int) -> dict[str, Any]:
-        return self._table.slice(row, 1).to_pylist()[0]
-
-    def place(self, row: int) -> str:
-        return f"row {row}"
+_READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[RowBatch]]] = {
+    "jsonl": lambda path, _: read_jsonl(path),
+    "json": lambda path, _: read_json(path),
+    "csv": lambda path, _: read_csv(path),
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+}
 
 
 @lru_cache(maxsize=16)
 def _permutation(num_rows: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(num_rows)
-
-
-def _as_json(record: dict[str, Any]) -> dict[str, Any]:
-    # Parquet contains dates, decimals and bytes, but verifiers get their metadata as JSON.
-    return json.loads(json.dumps(record, default=str))

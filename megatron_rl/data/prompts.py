@@ -6,13 +6,16 @@ a prompt depends neither on the number of ranks nor on earlier calls.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron_rl.config import DataConfig, TaskConfig
-from megatron_rl.data.candidate import Candidate, Layout, Messages
+from megatron_rl.config.rules import is_import_path
+from megatron_rl.data.candidate import Candidate, Layout
 from megatron_rl.data.files import FileSource
 from megatron_rl.data.mixture import Mixture, derive_seed
 from megatron_rl.data.tokenizer import PromptFormat
+from megatron_rl.data.watch import Silence, Watch
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.records import Prompt
 
@@ -26,14 +29,22 @@ class PromptStream:
     Args:
         tokenizer: a transformers tokenizer.
         max_prompt_tokens: the longest prompt; the caller resolves `data.max_prompt_tokens` = 0.
+        watch: is told the progress of reading, and how many rows are left out.
 
     Raises:
-        ConfigError: there is no task, a task is unknown, or it does not accept its options.
+        ConfigError: there is no task, a task is unknown, or it does not accept its options; see
+            also `PromptFormat`.
         DataError: a row of a file cannot be read or is too long, or there are too few distinct
             prompts to hold out.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any, max_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        watch: Watch | None = None,
+    ) -> None:
         if not config.tasks:
             raise ConfigError("data.tasks: expected at least one task or file, got none")
         if max_prompt_tokens < 1:
@@ -42,21 +53,29 @@ class PromptStream:
                 "tokens: lower rollout.sampling.max_tokens, or use a model with a longer context"
             )
         self._config = config
-        self._format = PromptFormat(tokenizer, config.chat_template)
+        self._format = PromptFormat(tokenizer, config)
         self._max_prompt_tokens = max_prompt_tokens
-        self._sources = [_open_source(task) for task in config.tasks]
+        self._watch = watch or Silence()
+        self._sources = [_open_source(task, config, self._watch) for task in config.tasks]
         weights = [task.weight for task in config.tasks]
         self._mixture = Mixture(weights, config.seed)
+        self._num_overlong = [0] * len(config.tasks)  # prompts that were dropped
         self._held_out = self._draw_held_out(weights)
         self._held_out_texts = frozenset(prompt.text for prompt in self._held_out)
-        for source in self._sources:
+        for number, source in enumerate(self._sources):
             if isinstance(source, FileSource):
-                source.keep(self._is_for_training)
+                self._num_overlong[number] = 0
+                source.keep(partial(self._is_for_training, number))
+                self._tell_overlong(number, "its rows")
 
     @property
     def held_out_texts(self) -> frozenset[str]:
         """The texts of the held-out prompts, which training must not see."""
         return self._held_out_texts
+
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """For each task, plain JSON values that tell the questions it gives from others."""
+        return [source.fingerprint for source in self._sources]
 
     def held_out(self) -> list[Prompt]:
         """The `data.num_held_out` prompts for evaluation, indices 0 to n-1, all distinct."""
@@ -75,23 +94,29 @@ class PromptStream:
         number = self._mixture.task(index)
         position = self._mixture.rank(index)
         seed = derive_seed(self._config.seed, number)
+        source = self._config.tasks[number].source
         for attempt in range(_MAX_ATTEMPTS):
             candidate = self._sources[number].candidate(seed, position, attempt)
-            text = self._format.text(candidate.messages)
-            if text not in self._held_out_texts:
-                return self._make(index, number, candidate, text)
+            text = self._format.text(candidate.messages, source)
+            if text in self._held_out_texts:
+                continue
+            prompt = self._make(index, number, candidate, text)
+            if prompt is not None:
+                return prompt
         raise DataError(
-            f"data.tasks: {self._config.tasks[number].source}: expected prompts besides the "
+            f"data.tasks: {source}: expected prompts besides the "
             f"{len(self._held_out)} held-out ones, got none in {_MAX_ATTEMPTS} draws: lower "
-            "data.num_held_out, or widen the task's options"
+            "data.num_held_out, raise data.max_prompt_tokens, or widen the task's options"
         )
 
-    def _is_for_training(self, messages: Messages, where: str) -> bool:
-        text = self._format.text(messages)
+    def _is_for_training(self, number: int, candidate: Candidate, where: str) -> bool:
+        text = self._format.text(candidate.messages, where)
         # In nearly all tokenizers a token covers at least one byte, so most rows need not be
         # tokenized to check their length.
-        if len(text.encode()) > self._max_prompt_tokens:
-            self._check_length(self._format.token_ids(text), text, where)
+        if len(text.encode()) > self._max_prompt_tokens and not self._has_room(
+            number, self._format.token_ids(text), text, where
+        ):
+            return False
         return text not in self._held_out_texts
 
     def _draw_held_out(self, weights: list[float]) -> list[Prompt]:
@@ -109,16 +134,21 @@ class PromptStream:
                 if isinstance(source, FileSource)
                 else _DRAWS_PER_HELD_OUT * self._config.num_held_out + 1000
             )
-            while True:
+            prompt = None
+            while prompt is None:
                 if positions[number] >= limit:
                     raise self._too_few(number, index, len(texts))
                 candidate = source.candidate(derive_seed(seed, number), positions[number])
                 positions[number] += 1
-                text = self._format.text(candidate.messages)
+                text = self._format.text(candidate.messages, self._config.tasks[number].source)
                 if text not in texts:
-                    break
-            texts.add(text)
-            held_out.append(self._make(index, number, candidate, text))
+                    prompt = self._make(index, number, candidate, text)
+            texts.add(prompt.text)
+            held_out.append(prompt)
+        for number, source in enumerate(self._sources):
+            if not isinstance(source, FileSource):
+                what = f"the {positions[number]:,} questions that were drawn to hold prompts out"
+                self._tell_overlong(number, what)
         return held_out
 
     def _too_few(self, number: int, index: int, num_distinct: int) -> DataError:
@@ -129,10 +159,12 @@ class PromptStream:
             + ("give a larger file" if task.path else "widen the task's options")
         )
 
-    def _make(self, index: int, number: int, candidate: Candidate, text: str) -> Prompt:
+    def _make(self, index: int, number: int, candidate: Candidate, text: str) -> Prompt | None:
+        """The prompt; None if it is too long, and such prompts are dropped."""
         token_ids = self._format.token_ids(text)
         source = self._config.tasks[number].source
-        self._check_length(token_ids, text, f"prompt {index} of {source}")
+        if not self._has_room(number, token_ids, text, f"prompt {index} of {source}"):
+            return None
         return Prompt(
             index=index,
             source=source,
@@ -142,27 +174,54 @@ class PromptStream:
             metadata=candidate.metadata,
         )
 
-    def _check_length(self, token_ids: tuple[int, ...], text: str, what: str) -> None:
+    def _has_room(self, number: int, token_ids: tuple[int, ...], text: str, what: str) -> bool:
+        """Whether a prompt of a task is short enough; counts those that are not.
+
+        Raises:
+            DataError: it is not, and `data.overlong` is error; or it has no tokens.
+        """
         if not token_ids:
             raise DataError(f"{what}: expected at least one token, got none")
-        if len(token_ids) > self._max_prompt_tokens:
+        if len(token_ids) <= self._max_prompt_tokens:
+            return True
+        if self._config.overlong == "error":
             raise DataError(
                 f"{what}: expected at most {self._max_prompt_tokens} tokens, got "
-                f"{len(token_ids)}: take it out of the data, or raise data.max_prompt_tokens (0: "
-                "the model's context less rollout.sampling.max_tokens). It begins "
-                f"{text[:60]!r}"
+                f"{len(token_ids)}: drop such prompts by data.overlong=drop, or raise "
+                "data.max_prompt_tokens (0: the model's context less "
+                f"rollout.sampling.max_tokens). It begins {text[:60]!r}"
+            )
+        self._num_overlong[number] += 1
+        return False
+
+    def _tell_overlong(self, number: int, what: str) -> None:
+        if self._num_overlong[number]:
+            self._watch.say(
+                f"{self._config.tasks[number].source}: {self._num_overlong[number]:,} of {what} "
+                f"are dropped, with more than {self._max_prompt_tokens} tokens "
+                "(data.max_prompt_tokens, data.overlong=drop)"
             )
 
 
-def _open_source(task: TaskConfig) -> Any:
+def _open_source(task: TaskConfig, config: DataConfig, watch: Watch) -> Any:
+    system_prompt = config.system_prompt if task.system_prompt is None else task.system_prompt
+    layout = Layout(
+        prompt_column=task.prompt_column,
+        answer_column=task.answer_column,
+        template=task.template,
+        system_prompt=system_prompt,
+        # A user's own verifier may need none.
+        is_answer_required=bool(task.path) and not is_import_path(task.verifier),
+    )
     if task.path:
-        layout = Layout(
-            prompt_column=task.prompt_column,
-            answer_column=task.answer_column,
-            template=task.template,
+        return FileSource(
+            task.path,
+            layout,
+            name=task.source,
+            has_repeats=config.repeats == "keep",
+            watch=watch,
         )
-        return FileSource(task.path, layout)
     # Imported on demand: importing reasoning-gym takes a second, and runs on files do not need it.
     from megatron_rl.data.reasoning_tasks import ReasoningSource
 
-    return ReasoningSource(task)
+    return ReasoningSource(task, layout)

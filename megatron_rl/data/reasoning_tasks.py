@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 from collections import OrderedDict
+from importlib.metadata import version
 from typing import Any
 
 from reasoning_gym.factory import DATASETS, create_dataset
@@ -31,14 +32,10 @@ class ReasoningSource:
             the task does not accept the options.
     """
 
-    def __init__(self, task: TaskConfig) -> None:
+    def __init__(self, task: TaskConfig, layout: Layout) -> None:
         self._name = task.name
         self._options = dict(task.options)
-        self._layout = Layout(
-            prompt_column=task.prompt_column,
-            answer_column=task.answer_column,
-            template=task.template,
-        )
+        self._layout = layout
         self._datasets: OrderedDict[int, Any] = OrderedDict()
         _check_options(task)
         try:
@@ -48,6 +45,11 @@ class ReasoningSource:
                 f"data.tasks: {self._name}: expected options that the task accepts, got "
                 f"{self._options}: {error}"
             ) from error
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the questions depend on besides the settings, as plain JSON values."""
+        return {"reasoning_gym": version("reasoning-gym")}
 
     def candidate(self, seed: int, position: int, attempt: int = 0) -> Candidate:
         """The question at a position; each attempt gives another question.

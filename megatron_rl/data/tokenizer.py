@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.meta
+
+from megatron_rl.config import DataConfig
 from megatron_rl.data.candidate import Messages
 from megatron_rl.errors import ConfigError, DataError
 
+# Arguments of apply_chat_template that are set here or do not concern the text.
+_RESERVED = (
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "messages",
+)
+_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -47,31 +64,58 @@ class PromptFormat:
     without one.
 
     Args:
-        chat_template: "auto", "always" or "never" (`data.chat_template`).
+        config: the settings `chat_template`, `chat_template_file` and `chat_template_arguments`.
 
     Raises:
-        ConfigError: the value is "always", but the tokenizer has no chat template.
+        ConfigError: a template is needed and there is none, it is malformed, or it does not read
+            one of the arguments.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str) -> None:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        if chat_template == "always" and not has_template:
+    def __init__(self, tokenizer: Any, config: DataConfig) -> None:
+        template = getattr(tokenizer, "chat_template", None)
+        if config.chat_template_file:
+            template = _read_template(Path(config.chat_template_file))
+        if not template and (config.chat_template == "always" or config.chat_template_arguments):
+            key = "chat_template" if config.chat_template == "always" else "chat_template_arguments"
             raise ConfigError(
-                "data.chat_template: expected a tokenizer with a chat template, got one without: "
-                "set it to auto or never"
+                f"data.{key}: expected a tokenizer with a chat template, got one without: name one "
+                "by data.chat_template_file, or set data.chat_template to auto or never and "
+                "data.chat_template_arguments to {}"
             )
         self._tokenizer = tokenizer
-        self._is_chat = has_template and chat_template != "never"
+        self._is_chat = bool(template) and config.chat_template != "never"
+        # Without a file, transformers chooses among the tokenizer's own.
+        self._template = template if config.chat_template_file else None
+        self._arguments = dict(config.chat_template_arguments)
+        if self._is_chat:
+            _check_template(template, self._arguments)
 
-    def text(self, messages: Messages) -> str:
-        """The text of a prompt; without a chat template, only the contents of the messages."""
+    def text(self, messages: Messages, where: str = "data") -> str:
+        """The text of a prompt; without a chat template, only the contents of the messages.
+
+        Args:
+            where: names the prompt in an error.
+
+        Raises:
+            DataError: the chat template refuses the messages.
+        """
         if not self._is_chat:
             return "\n\n".join(content for _, content in messages)
-        return self._tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._arguments,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(role for role, _ in messages)
+            raise DataError(
+                f"{where}: expected messages that the chat template accepts, got {roles}: "
+                f"{_brief(error)}; change them, or name another template by "
+                "data.chat_template_file"
+            ) from error
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """[L] ids of a prompt; the tokenizer or the chat template adds a leading bos, if any."""
@@ -95,3 +139,45 @@ class PromptFormat:
 
     def _ends_with_eos(self, text: str) -> bool:
         return bool(self._tokenizer.eos_token) and text.endswith(self._tokenizer.eos_token)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.chat_template_file: expected a Jinja file at {path}, got {_brief(error)}"
+        ) from error
+
+
+def _check_template(template: str | Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a template is malformed or does not read one of the arguments, since
+    Jinja would ignore that silently.
+
+    Args:
+        template: one template, or several by name.
+    """
+    texts = [template] if isinstance(template, str) else list(template.values())
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    known: set[str] = set()
+    for text in texts:
+        try:
+            syntax = environment.parse(_GENERATION_TAG.sub("", text))
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"data.chat_template_file: expected a Jinja template, got one with {error.message} "
+                f"in line {error.lineno}"
+            ) from error
+        known |= jinja2.meta.find_undeclared_variables(syntax)
+    for name in arguments:
+        if name in _RESERVED or name not in known:
+            names = sorted(known.difference(_RESERVED))
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"data.chat_template_arguments: expected variables of the chat template, got "
+                f"{name!r} (nearest: {near[0] if near else 'none'})"
+            )
+
+
+def _brief(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

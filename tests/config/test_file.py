@@ -225,3 +225,37 @@ def test_rules_between_sections():
         with pytest.raises(ConfigError, match=rf"timeout_seconds: expected above rollout\.{key}"):
             replace(config, rollout=RolloutConfig(**{key: 1800.0}))
     replace(config, learner=LearnerConfig(optimizer=OptimizerConfig(learning_rate=0.0)))
+
+
+def test_a_text_or_a_list_of_texts(tmp_path):
+    path = write(tmp_path, "data: {tasks: [{name: a, path: [x.jsonl, y.jsonl]}, {path: z.jsonl}]}")
+    first, second = load_config(path).data.tasks
+    assert (first.path, second.path) == (["x.jsonl", "y.jsonl"], "z.jsonl")
+    assert (first.source, second.source) == ("a", "z")
+    changed = load_config(
+        path,
+        [
+            "data.tasks.0.path.1=w.jsonl",
+            "data.tasks.1.path=[v.csv]",
+            "data.tasks.1.name=b",
+            "warm_start.path=[s.jsonl]",
+        ],
+    )
+    assert changed.data.tasks[0].path == ["x.jsonl", "w.jsonl"]
+    assert changed.data.tasks[1].path == ["v.csv"] and changed.warm_start.path == ["s.jsonl"]
+    save_config(changed, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == changed
+    for override, expected in [
+        ("data.tasks.0.path=7", "data.tasks[0].path: expected a text or a list, got 7"),
+        ("data.tasks.0.path=[x, 7]", "data.tasks[0].path[1]: expected a text, got 7"),
+        ("data.tasks.0.path.2=x", "data.tasks[0].path: expected the index of one of its 2 items"),
+        (
+            "data.tasks.1.path.0=x",
+            "data.tasks[1].path[0]: expected no key below data.tasks[1].path",
+        ),
+        (
+            "data.tasks.0.name=",
+            "name: expected a label for the files of path=['x.jsonl', 'y.jsonl']",
+        ),
+    ]:
+        assert expected in complaint(path, override)

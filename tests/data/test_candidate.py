@@ -1,3 +1,5 @@
+from decimal import Decimal
+
 import pytest
 
 from megatron_rl.data.candidate import Candidate, Layout, read_candidate
@@ -87,5 +89,45 @@ def test_a_prompt_that_is_no_text(value):
 
 @pytest.mark.parametrize("value", [None, [1], {"a": 1}, True])
 def test_an_answer_that_is_no_text(value):
-    with pytest.raises(DataError, match=r"a text or a number in column 'answer'"):
+    with pytest.raises(DataError, match=r"a text or a finite number in column 'answer'"):
         read({"question": "q", "answer": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [(7, "7"), (-0.5, "-0.5"), (10**30, "1" + "0" * 30), (Decimal("1.50"), "1.50"), (" 7 ", " 7 ")],
+)
+def test_numbers_are_answers(value, answer):
+    assert read({"question": "q", "answer": value}, is_answer_required=True).answer == answer
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), Decimal("NaN"), Decimal("-Infinity")]
+)
+def test_numbers_that_are_none(value):
+    with pytest.raises(DataError, match=r"file, line 1: expected a text or a finite number"):
+        read({"question": "q", "answer": value})
+
+
+def test_a_system_prompt_takes_the_place_of_the_records_own():
+    turns = [
+        {"role": "system", "content": "theirs"},
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "4+3"},
+    ]
+    record = {"question": turns, "answer": "7"}
+    kept = read(record, template="{prompt}=").messages
+    assert kept == (("system", "theirs"), ("user", "1+1"), ("assistant", "2"), ("user", "4+3="))
+    mine = read(record, template="{prompt}=", system_prompt="mine").messages
+    assert mine == (("system", "mine"), *kept[1:])
+    plain = read({"question": "4+3", "answer": "7"}, system_prompt="mine").messages
+    assert plain == (("system", "mine"), ("user", "4+3"))
+
+
+def test_only_the_question_must_not_be_empty():
+    chat = [{"role": "system", "content": ""}, {"role": "user", "content": "4+3"}]
+    assert read({"question": chat, "answer": "7"}).messages[0] == ("system", "")
+    chat[1]["content"] = " "
+    with pytest.raises(DataError, match="expected a question in column 'question'"):
+        read({"question": chat, "answer": "7"})

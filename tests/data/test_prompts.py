@@ -1,14 +1,15 @@
 import dataclasses
 import json
 import random
+import re
 from collections import Counter
 
 import pytest
 
-from megatron_rl.config import Config, DataConfig, LearnerConfig, TaskConfig, WarmStartConfig
-from megatron_rl.data.pairs import PairStream
+from megatron_rl.config import DataConfig, TaskConfig
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.errors import ConfigError, DataError
+from tests.fakes.watch import LoggedWatch
 
 SUMS = TaskConfig(
     name="chain_sum",
@@ -178,7 +179,7 @@ def write_text(tmp_path, text, name="bad.jsonl"):
     [
         (b'{"question": "q", "answer": "1"}\n\n{"question": \n', r"bad\.jsonl, line 3: .*JSON obj"),
         (b"[1]\n", r"bad\.jsonl, line 1: expected a JSON object, got a list"),
-        (b'{"question": "\xff"}\n', r"bad\.jsonl, line 1: expected a JSON object"),
+        (b'{"question": "\xff"}\n', r"bad\.jsonl, line 1: expected UTF-8"),
         (b"", r"bad\.jsonl: expected at least one record, got an empty data set"),
         (b"\n\n", r"got an empty data set"),
         (
@@ -195,8 +196,8 @@ def test_bad_files_are_refused_at_the_start(text, message, tokenizer, tmp_path):
 
 def test_other_bad_files(tokenizer, tmp_path, write_jsonl, write_parquet):
     for name, message in [
-        ("none.jsonl", "expected a file, found none"),
-        ("list.csv", r"ending in \.jsonl or \.parquet"),
+        ("none.jsonl", r"expected a file \(data\.tasks\[\]\.path\), found none"),
+        ("list.txt", "found none"),
     ]:
         with pytest.raises(DataError, match=message):
             PromptStream(file_config(str(tmp_path / name)), tokenizer, 100)
@@ -257,46 +258,96 @@ def test_tasks_of_every_kind_give_prompts(name, tokenizer):
     assert all(prompt.metadata["entry"]["question"] for prompt in prompts)
 
 
-def test_pairs_of_the_tasks(tokenizer):
-    config = Config(data=DataConfig(tasks=[SUMS]))
-    stream = PairStream(config, tokenizer)
-    pairs = stream.pairs(0, 200)
-    held_out = {p.token_ids for p in PromptStream(config.data, tokenizer, 100).held_out()}
-    for prompt_ids, response_ids in pairs:
-        expression = tokenizer.decode(prompt_ids[1:]).removesuffix(" =")
-        assert tokenizer.decode(response_ids) == f"{eval(expression)}<eos>"
-        assert prompt_ids not in held_out
-    assert PairStream(config, tokenizer).pairs(150, 50) == pairs[150:]
-    rl_prompts = [p.token_ids for p in PromptStream(config.data, tokenizer, 100).prompts(0, 200)]
-    assert rl_prompts != [prompt_ids for prompt_ids, _ in pairs]
+def test_rows_that_are_too_long_are_dropped_and_counted(tokenizer, write_jsonl):
+    rows = [*gsm8k(20), *({"question": f"{n}" * 40, "answer": "1"} for n in range(3))]
+    config = file_config(write_jsonl(rows), overlong="drop")
+    watch = LoggedWatch()
+    stream = PromptStream(config, tokenizer, 30, watch)
+    texts = {prompt.text for prompt in (*stream.held_out(), *stream.prompts(0, 15))}
+    assert texts == {row["question"] for row in gsm8k(20)}
+    assert watch.lines == [
+        "train: 3 of its rows are dropped, with more than 30 tokens (data.max_prompt_tokens, "
+        "data.overlong=drop)"
+    ]
+    watch = LoggedWatch()
+    assert len(PromptStream(config, tokenizer, 41, watch).prompts(0, 18)) == 18
+    assert watch.lines == []
+    with pytest.raises(DataError, match=r"expected 5 distinct prompts, got 0"):
+        PromptStream(config, tokenizer, 10)
+    with pytest.raises(DataError, match=r"got none: .*raise data\.max_prompt_tokens"):
+        PromptStream(dataclasses.replace(config, num_held_out=0), tokenizer, 10)
 
 
-def test_pairs_of_a_file_leave_the_held_out_prompts_of_the_tasks_out(tokenizer, write_jsonl):
-    data = DataConfig(
-        tasks=[dataclasses.replace(SUMS, options={**SUMS.options, "max_digits": 1})],
-        num_held_out=100,
+def test_questions_of_a_task_that_are_too_long_are_drawn_anew(tokenizer):
+    # "1 + 2 =" has 7 characters and a bos, "-1 + 23 =" more.
+    config = DataConfig(tasks=[SUMS], num_held_out=20, overlong="drop")
+    watch = LoggedWatch()
+    stream = PromptStream(config, tokenizer, 8, watch)
+    prompts = [*stream.held_out(), *stream.prompts(0, 50)]
+    assert {len(prompt.token_ids) for prompt in prompts} == {8}
+    [line] = watch.lines
+    assert re.match(r"chain_sum: \d+ of the \d+ questions that were drawn .* 8 tokens", line)
+    with pytest.raises(DataError, match=r"expected 20 distinct prompts, got 0"):
+        PromptStream(config, tokenizer, 5)
+
+
+def test_a_repeat_is_in_an_epoch_once_unless_it_is_kept(tokenizer, write_jsonl):
+    path = write_jsonl(gsm8k(10) * 3)
+    stream = PromptStream(file_config(path), tokenizer, 100)
+    assert len({prompt.text for prompt in stream.prompts(0, 5)}) == 5
+    stream = PromptStream(file_config(path, repeats="keep"), tokenizer, 100)
+    assert Counter(Counter(prompt.text for prompt in stream.prompts(0, 15)).values()) == {3: 5}
+
+
+def test_the_system_prompt_of_a_task_comes_before_that_of_all(chat_tokenizer, write_jsonl):
+    tasks = [
+        TaskConfig(name="all", path=write_jsonl(gsm8k(3), "a.jsonl")),
+        TaskConfig(name="own", path=write_jsonl(gsm8k(3, 10), "b.jsonl"), system_prompt="Own."),
+        TaskConfig(name="none", path=write_jsonl(gsm8k(3, 20), "c.jsonl"), system_prompt=""),
+        dataclasses.replace(SUMS, name="chain_sum"),
+    ]
+    config = DataConfig(tasks=tasks, num_held_out=0, system_prompt="Be brief.")
+    starts = {
+        "all": "[system]Be brief.<eos>[user]What",
+        "own": "[system]Own.<eos>[user]What",
+        "none": "[user]What",
+        "chain_sum": "[system]Be brief.<eos>[user]",
+    }
+    prompts = PromptStream(config, chat_tokenizer, 200).prompts(0, 60)
+    assert {prompt.source for prompt in prompts} == starts.keys()
+    assert all(prompt.text.startswith(starts[prompt.source]) for prompt in prompts)
+
+
+def test_an_answer_may_be_empty_only_for_a_verifier_of_the_users_own(tokenizer, write_jsonl):
+    path = write_jsonl([{"question": "q", "answer": ""}])
+    for verifier in ("auto", "exact", "numeric"):
+        task = TaskConfig(path=path, verifier=verifier)
+        with pytest.raises(DataError, match=r"line 1: expected an answer in column 'answer'"):
+            PromptStream(DataConfig(tasks=[task], num_held_out=0), tokenizer, 100)
+    task = TaskConfig(path=path, verifier="mine:verify")
+    [prompt] = PromptStream(DataConfig(tasks=[task], num_held_out=0), tokenizer, 100).prompts(0, 1)
+    assert prompt.answer == ""
+
+
+def test_fingerprints_tell_the_questions_of_each_task_from_others(tokenizer, write_jsonl):
+    def fingerprints(rows):
+        config = DataConfig(tasks=[TaskConfig(path=write_jsonl(rows)), SUMS], num_held_out=2)
+        return json.loads(json.dumps(PromptStream(config, tokenizer, 100).fingerprints()))
+
+    [rows, task] = fingerprints(gsm8k(10))
+    assert rows.keys() == {"num_rows", "digest"} and task.keys() == {"reasoning_gym"}
+    assert fingerprints(gsm8k(10)) == [rows, task]
+    assert fingerprints(gsm8k(10)[::-1])[0] != rows
+
+
+def test_a_template_that_refuses_a_row_is_one_line(chat_tokenizer, write_jsonl):
+    chat_tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    config = file_config(write_jsonl(gsm8k(10)), system_prompt="Be brief.", num_held_out=0)
+    with pytest.raises(DataError) as caught:
+        PromptStream(config, chat_tokenizer, 100)
+    assert re.search(
+        r"train\.jsonl, line 1: expected messages that the chat template accepts, got system, "
+        r"user: System role not supported; change them, or name .*data\.chat_template_file",
+        str(caught.value),
     )
-    held_out = [prompt.text for prompt in PromptStream(data, tokenizer, 100).held_out()]
-    records = [{"prompt": text, "response": "never"} for text in held_out]
-    records += [{"prompt": f"{n}?", "response": f"so\n#### {n}"} for n in range(10)]
-    config = Config(data=data, warm_start=WarmStartConfig(path=write_jsonl(records)))
-    pairs = PairStream(config, tokenizer).pairs(0, 10)
-    decoded = sorted((tokenizer.decode(a), tokenizer.decode(b)) for a, b in pairs)
-    assert decoded == [(f"<bos>{n}?", f"so\n#### {n}<eos>") for n in range(10)]
-
-
-def test_bad_pairs(tokenizer, write_jsonl):
-    path = write_jsonl([{"prompt": "p", "respose": "r"}])
-    with pytest.raises(DataError, match=r"warm_start\.response_column.*nearest: respose"):
-        PairStream(Config(warm_start=WarmStartConfig(path=path)), tokenizer)
-    path = write_jsonl([{"prompt": "p", "response": "r" * 400}])
-    config = Config(
-        warm_start=WarmStartConfig(path=path), learner=LearnerConfig(tokens_per_micro_batch=300)
-    )
-    with pytest.raises(DataError, match=r"pair 0: expected at most 300 tokens, got 403"):
-        PairStream(config, tokenizer).pairs(0, 1)
-    with pytest.raises(DataError, match=r"warm_start\.path: expected a file, or data\.tasks"):
-        PairStream(Config(), tokenizer)
-    config = Config(data=DataConfig(tasks=[TaskConfig(name="graph_color")], num_held_out=2))
-    with pytest.raises(DataError, match="graph_color: expected prompts with one answer"):
-        PairStream(config, tokenizer).pairs(0, 1)
+    assert "\n" not in str(caught.value)
