@@ -133,6 +133,9 @@ class RewardConfig:
     timeout_seconds: float = 10.0
     # reward of a response that was cut at max_tokens; null: the verifier's score
     truncated_reward: float | None = None
+    # keep reasoning that did not end from the verifiers: the text behind a `<think>`, opened by the
+    # response or by the end of the prompt, that has no `</think>`
+    skip_unfinished_reasoning: bool = True
     # a verifier whose values are added to the rewards of a group in training: a module of
     # reward/group_verifiers/, or an import path "package.module:function"; "": none
     group_verifier: str = ""

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_rl.config import RewardConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.reward.answers import without_unfinished_reasoning
 from megatron_rl.reward.pool import WorkerPool
 from megatron_rl.reward.registry import check_group_verifier, check_verifier
 
@@ -60,7 +61,8 @@ class Scorer:
         """Scores every rollout of every group, in their order.
 
         A response that was cut at max_tokens gets `reward.truncated_reward` if that is set, counts
-        as not formatted, and is not shown to a verifier.
+        as not formatted, and is not shown to a verifier. Reasoning that did not end is not shown
+        either, with `reward.skip_unfinished_reasoning`.
 
         Args:
             with_group_verifier: whether `reward.group_verifier`, if there is one, sets
@@ -74,7 +76,7 @@ class Scorer:
         """
         judged = self.score_texts(
             [
-                (group.prompt, rollout.text)
+                (group.prompt, self._shown(group.prompt, rollout))
                 for group in groups
                 for rollout in group.rollouts
                 if not is_unseen(rollout, self._config)
@@ -126,6 +128,11 @@ class Scorer:
             )
             for answer in answers
         ]
+
+    def _shown(self, prompt: Prompt, rollout: Rollout) -> str:
+        if self._config.skip_unfinished_reasoning:
+            return without_unfinished_reasoning(rollout.text, prompt.text)
+        return rollout.text
 
     def _add_group_rewards(
         self, groups: Sequence[RolloutGroup], scores: Sequence[tuple[Score, ...]]

@@ -62,9 +62,9 @@ def own_verifier(tmp_path, monkeypatch):
     return {"own": "scratch_verifiers:act"}
 
 
-def make_prompt(source="own", answer="7", **metadata):
+def make_prompt(source="own", answer="7", text="", **metadata):
     return Prompt(
-        index=5, source=source, text="", token_ids=(1,), answer=answer, metadata=dict(metadata)
+        index=5, source=source, text=text, token_ids=(1,), answer=answer, metadata=dict(metadata)
     )
 
 
@@ -171,6 +171,36 @@ def test_truncated_reward(own_verifier):
     with Scorer(RewardConfig(), own_verifier) as scorer:
         ((score,),) = scorer.score([make_group(["abc"], finish_reason="length")])
     assert score.reward == 3.0
+
+
+UNFINISHED = (
+    # prompt, response, where the text ended
+    ("q", r"<think>perhaps \boxed{7}? no wait", "length"),
+    ("q", "<think>perhaps <answer>7</answer> no wait", "length"),
+    ("q<think>\n", r"perhaps \boxed{7}? no wait", "length"),
+    ("q", r"<think>a</think> \boxed{3} <think>or \boxed{7}", "length"),
+    ("q", r"<think>perhaps \boxed{7}", "stop"),
+    ("q<think>", "The answer is 7", "stop"),
+    ("q", "<think>a</think><think>The answer is 7", "stop"),
+    ("q <think>\n\n</think>\n\n<think>\n", "7", "length"),
+)
+
+
+def test_a_guess_in_unfinished_reasoning_earns_nothing():
+    groups = [
+        make_group([response], finish_reason=reason, source=verifier, text=text)
+        for verifier in ("math_verify", "numeric", "exact")
+        for text, response, reason in UNFINISHED
+    ]
+    ended = make_group([r"so</think> \boxed{7}"], source="exact", text="q<think>")
+    verifiers = {name: name for name in ("math_verify", "numeric", "exact")}
+    with Scorer(RewardConfig(), verifiers) as scorer:
+        for (score,) in scorer.score(groups):
+            assert (score.reward, score.failure) == (0.0, None)
+        assert scorer.score([ended])[0][0].reward == 1.0
+    config = RewardConfig(num_workers=1, skip_unfinished_reasoning=False)
+    with Scorer(config, verifiers) as scorer:
+        assert scorer.score(groups[:1])[0][0].reward == 1.0
 
 
 def test_several_sources_from_a_thread_with_math_verify_that_hangs():
