@@ -8,10 +8,21 @@ from typing import Any
 
 import pytest
 
+from tests.support.balance import ByEngine, rank_of
 from tests.support.models import write_sharp_model, write_tiny_model
 from tests.support.ranks import run_module
 from tests.support.served_engine import ServedEngine
 from tests.support.short_run import write_short_run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The scopes that take longest come first."""
+    items.sort(key=lambda item: rank_of(item.nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:
+    """How xdist deals the files to its processes (`tests/run.sh`)."""
+    return ByEngine(config, log)
 
 
 @pytest.fixture(scope="session")

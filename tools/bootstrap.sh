@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv: Python 3.11, the pinned packages of the CPU profile, and this package with its native
-# extension. Does nothing if everything is up to date. It may be interrupted, and two may run at once.
+# extension, which is compiled while packages are being installed. Does nothing if everything is up to
+# date. It may be interrupted, and two may run at once.
 #   tools/bootstrap.sh            PYTHON=/path/to/python3.11 tools/bootstrap.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -58,13 +59,19 @@ build_inputs() {
     [ ! -d megatron_rl/csrc ] || find megatron_rl/csrc -type f | LC_ALL=C sort
 }
 
-pip_install() { "$python" -m pip install --disable-pip-version-check -qq "$@"; }
+# Without --no-compile pip compiles every module of every package, most of which nothing imports.
+pip_install() { "$python" -m pip install --disable-pip-version-check --no-compile -qq "$@"; }
 
 install_torch() {
     say "installing torch $torch_version"
     pip_install --no-deps "torch==$torch_version" 2>/dev/null && return
     say "the configured index has no torch $torch_version; asking PyTorch's own"
     pip_install --no-deps --index-url "$torch_index" "torch==$torch_version"
+}
+
+# What the native extension is built with: torch's dependencies, which importing it needs, too.
+install_build_tools() {
+    pip_install --constraint requirements/cpu.txt "torch==$torch_version" setuptools ninja numpy
 }
 
 install_packages() {
@@ -79,8 +86,16 @@ install_packages() {
     fi
     touch "$mark"
     install_torch
-    say "installing requirements/cpu.txt (a few minutes)"
-    pip_install --no-deps -r requirements/cpu.txt
+    install_build_tools
+    # The compiler is busy while packages are downloaded and unpacked.
+    say "installing requirements/cpu.txt (two minutes or so), and building megatron_rl meanwhile"
+    compile &
+    local compiler=$!
+    local failed=''
+    pip_install --no-deps -r requirements/cpu.txt || failed="installing requirements/cpu.txt"
+    wait "$compiler" || failed="building megatron_rl"
+    [ -z "$failed" ] || { say "$failed failed"; return 1; }
+    check_build
     # An environment made by hand may contain these; importing them fails with the CPU build of torch.
     "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
     verify_packages
@@ -112,11 +127,17 @@ is_built() {
     "$python" -c 'import importlib.util as u; raise SystemExit(u.find_spec("megatron_rl._C") is None)' 2>/dev/null
 }
 
+compile() {
+    PATH="$PWD/.venv/bin:$PATH" pip_install --no-deps --no-build-isolation --editable . # for ninja
+}
+
 build() {
     say "building megatron_rl"
-    PATH="$PWD/.venv/bin:$PATH" pip_install --no-deps --no-build-isolation --editable . # for ninja
-    "$python" -c 'import torch, megatron_rl._C'
+    compile
+    check_build
 }
+
+check_build() { "$python" -c 'import torch, megatron_rl._C'; }
 
 main() {
     # The script itself is the lock file, because it exists before .venv; nothing is written to it.
@@ -133,6 +154,7 @@ main() {
         rm -f "$packages_stamp" "$build_stamp"
         install_packages
         echo "$packages" >"$packages_stamp"
+        echo "$built" >"$build_stamp"
     fi
     if [ "$(cat "$build_stamp" 2>/dev/null)" != "$built" ] || ! is_built; then
         rm -f "$build_stamp"

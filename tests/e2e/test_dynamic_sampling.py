@@ -13,17 +13,24 @@ import pytest
 
 from megatron_rl.rollout.recording import read_recomputed, read_step
 from tests.e2e.runs import read_jsonl, train_to_the_end
+from tests.support.served_engine import ServedEngine
 from tests.support.short_run import chain_sums
 
 PROMPTS, SAMPLES, STEPS = 4, 4, 3
 
 
-def test_dropped_groups_are_refilled(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_dropped_groups_are_refilled(
+    tmp_path: Path, write_config: Callable[..., Path], served_engine: ServedEngine
+) -> None:
     task = chain_sums("tests.e2e.reward:even_answers_only")
     config = write_config(
         tmp_path,
         data={"tasks": [task], "num_held_out": 0},
-        rollout={"dtype": "bfloat16", "sampling": {"max_tokens": 20}},
+        rollout={
+            "quantization": {"format": "int8"},  # a gap to the float32 learner
+            "sampling": {"max_tokens": 20},
+        },
+        sync={"probe_tolerance": 0.1},
         learner={"tokens_per_micro_batch": 256, "optimizer": {"learning_rate": 1e-3}},
         loop={
             "num_steps": STEPS,
@@ -33,7 +40,7 @@ def test_dropped_groups_are_refilled(tmp_path: Path, write_config: Callable[...,
         },
     )
     live, again = tmp_path / "live", tmp_path / "again"
-    train_to_the_end(config, num_ranks=2, run_dir=live)
+    train_to_the_end(config, num_ranks=2, run_dir=live, engine=served_engine)
     metrics = read_jsonl(live / "metrics.jsonl")[1:]
     next_prompt, num_dropped = 0, 0
     for line in metrics:

@@ -13,12 +13,16 @@ from megatron_rl.config import QuantizationConfig
 from megatron_rl.weights.quantization import is_quantized, rounded
 from tests.e2e.gaps import BOUND, gaps_of_step
 from tests.e2e.runs import read_jsonl, train_to_the_end
+from tests.support.served_engine import ServedEngine
 
 LOOP = {"num_steps": 2, "prompts_per_step": 8, "samples_per_prompt": 8}
 
 
 def test_an_engine_serves_exactly_the_rounded_weights(
-    tmp_path: Path, write_config: Callable[..., Path], sharp_checkpoint: Path
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    sharp_checkpoint: Path,
+    served_engine: ServedEngine,
 ) -> None:
     """A large gap to the learner, and none to a learner that holds the rounded weights."""
     settings = {"format": "int4", "strategy": "group", "group_size": 32}
@@ -29,7 +33,9 @@ def test_an_engine_serves_exactly_the_rounded_weights(
         loop=LOOP,
     )
     overrides = [f"rollout.quantization.{key}={value}" for key, value in settings.items()]
-    train_to_the_end(config, *overrides, num_ranks=1, run_dir=tmp_path / "run")
+    train_to_the_end(
+        config, *overrides, num_ranks=1, run_dir=tmp_path / "run", engine=served_engine
+    )
     gaps, _ = gaps_of_step(tmp_path / "run" / "rollouts", 2)
     assert gaps.mean() > 1000 * BOUND
 

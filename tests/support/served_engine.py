@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rl.process.lifetime import die_with_parent
 from megatron_rl.records import TOKEN_VARIABLE
 from tests.support.ranks import ROOT
 
@@ -95,6 +96,7 @@ class ServedEngine:
             [sys.executable, "-m", "megatron_rl.serve", str(config), *settings],
             cwd=ROOT,
             env=without_token | {"OMP_NUM_THREADS": "1"},
+            preexec_fn=die_with_parent,  # a killed test session leaves no engine
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
