@@ -6,6 +6,7 @@ Face checkpoint. The loss is the mean negative log-prob of the response tokens o
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_p
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import RowOutput
 from megatron_rl.objective.normalize import normalized_sum
+from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.metrics import Mean, merge, reduce
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.process.command import Progress, run_command
@@ -40,7 +42,10 @@ def warm_start(config: Config, progress: Progress) -> None:
     geometry = read_geometry(config.model.path)
     geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
     CheckpointReader(config.model.path).check_whole()
-    stream = PairStream(config, load_tokenizer(config.model.path, geometry.vocab_size))
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    with LoadingConsole(is_shown=is_first) as watch:
+        tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
+        stream = PairStream(config, tokenizer, watch)
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(
         config.model,

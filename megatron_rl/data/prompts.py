@@ -152,10 +152,12 @@ class PromptStream:
         return held_out
 
     def _too_few(self, number: int, index: int, num_distinct: int) -> DataError:
-        task = self._config.tasks[number]
+        task, num_overlong = self._config.tasks[number], self._num_overlong[number]
+        limit = f"{self._max_prompt_tokens} tokens (data.max_prompt_tokens)"
+        too_long = f", {num_overlong:,} have more than {limit}" if num_overlong else ""
         return DataError(
             f"data.num_held_out: expected {self._config.num_held_out} distinct prompts, got "
-            f"{num_distinct}: {task.source} has no further one; lower it, or "
+            f"{num_distinct}: {task.source} has no further one{too_long}; lower it, or "
             + ("give a larger file" if task.path else "widen the task's options")
         )
 

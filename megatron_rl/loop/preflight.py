@@ -15,9 +15,11 @@ from typing import Any
 from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.data.watch import Watch
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
+from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.records import Truncation
 from megatron_rl.reward.registry import (
     check_group_verifier,
@@ -51,7 +53,9 @@ def preflight(config: Config) -> Preflight:
     Raises:
         ConfigError, DataError: what is wrong, and where to change it.
     """
-    geometry, tokenizer, stream = prepare_data(config)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    with LoadingConsole(is_shown=is_first) as watch:
+        geometry, tokenizer, stream = prepare_data(config, watch)
     check_world_size(config.parallel)
     verifiers = resolve_verifiers(config.data.tasks)
     for name in verifiers.values():
@@ -70,8 +74,11 @@ def preflight(config: Config) -> Preflight:
     )
 
 
-def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
+def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, Any, PromptStream]:
     """Model shape, tokenizer and prompts, checked against each other before anything is started.
+
+    Args:
+        watch: is told the progress of reading the data, and what was left out of it.
 
     Raises:
         ConfigError, DataError: what is wrong, and where to change it.
@@ -102,7 +109,7 @@ def prepare_data(config: Config) -> tuple[Geometry, Any, PromptStream]:
             f"eval.sampling.max_tokens: expected below the model's context of {context}, "
             f"got {config.eval.sampling.max_tokens}"
         )
-    return geometry, tokenizer, PromptStream(config.data, tokenizer, limit)
+    return geometry, tokenizer, PromptStream(config.data, tokenizer, limit, watch)
 
 
 def check_reference(config: Config, geometry: Geometry) -> None:
