@@ -149,11 +149,16 @@ class Score:
     is_formatted: bool  # an answer could be read from the response, right or wrong
     failure: str | None  # "timeout", "crash", or None if the verifier judged the response
     group_reward: float = 0.0  # added by the group verifier, in training only
+    # of a task with several verifiers: each one's name and reward, without its weight
+    verifier_rewards: tuple[tuple[str, float], ...] = ()
 
     @property
     def is_correct(self) -> bool:
-        """Whether evaluation counts the response as correct: a verifier gave it the full reward."""
-        return self.failure is None and self.reward >= 1.0 - REWARD_ROUNDING
+        """Whether evaluation counts the response as correct: the verifier, or the first one of
+        several, gave it the full reward.
+        """
+        reward = self.verifier_rewards[0][1] if self.verifier_rewards else self.reward
+        return self.failure is None and reward >= 1.0 - REWARD_ROUNDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

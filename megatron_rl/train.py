@@ -35,7 +35,7 @@ def train(config: Config, progress: Progress) -> None:
         evaluate = partial(evaluate_held_out, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
         report = partial(
-            write_metrics, run.recorder, run.stopwatch, learner.parallel, run.task_names
+            write_metrics, run.recorder, run.stopwatch, learner.parallel, run.verifiers
         )
         parity = publish()
         if run.was_resumed:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.data import DataConfig, OverlongConfig, RewardConfig, TaskConfig
+from megatron_rl.config.data import DataConfig, OverlongConfig, RewardConfig, RewardTerm, TaskConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
 from megatron_rl.config.loop import CheckpointConfig, DynamicSamplingConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
@@ -47,6 +47,7 @@ __all__ = [
     "QuantizationConfig",
     "RejectionConfig",
     "RewardConfig",
+    "RewardTerm",
     "RolloutConfig",
     "SamplingConfig",
     "SyncConfig",

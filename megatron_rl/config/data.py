@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,18 @@ _PATTERN = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardTerm:
+    """One of several verifiers of a task, and its weight in the reward."""
+
+    verifier: str = "auto"  # as data.tasks[].verifier
+    weight: float = 1.0  # below 0: a penalty
+
+    def __post_init__(self) -> None:
+        _check_verifier("verifier", self.verifier, ("auto", *VERIFIERS))
+        require(math.isfinite(self.weight), f"weight: expected a finite number, got {self.weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """One source of prompts: a reasoning-gym task, or files."""
 
@@ -42,6 +55,14 @@ class TaskConfig:
     # auto: the task's own scorer for a reasoning-gym task, math_verify for a file; or a module of
     # reward/verifiers/, or an import path "package.module:function"
     verifier: str = "auto"
+    # several verifiers in place of `verifier`; the reward is the sum of weight x reward, and the
+    # first one decides whether a response is correct, and whether it is formatted
+    rewards: list[RewardTerm] = field(default_factory=list)
+
+    @property
+    def terms(self) -> tuple[RewardTerm, ...]:
+        """The verifiers of the task with their weights, the one that decides first."""
+        return tuple(self.rewards) or (RewardTerm(verifier=self.verifier),)
 
     @property
     def source(self) -> str:
@@ -64,6 +85,20 @@ class TaskConfig:
             f"template: expected a text with {{prompt}} in it, got {self.template!r}",
         )
         _check_verifier("verifier", self.verifier, ("auto", *VERIFIERS))
+        require(
+            not self.rewards or self.verifier == "auto",
+            f"rewards: expected no verifier beside it, got verifier={self.verifier}",
+        )
+        names = [term.verifier for term in self.rewards]
+        require(
+            len(set(names)) == len(names),
+            f"rewards: expected every verifier once, got {', '.join(names)}",
+        )
+        require(
+            self.terms[0].weight > 0,
+            "rewards[0].weight: expected above 0, since the first verifier says what is correct, "
+            f"got {self.terms[0].weight}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

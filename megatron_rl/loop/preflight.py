@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config import Config, RolloutConfig
+from megatron_rl.config import Config, RewardTerm, RolloutConfig
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.data.watch import Watch
@@ -37,13 +37,14 @@ class Preflight:
     """The checked inputs of a run.
 
     Example: `Preflight(geometry=Geometry(...), tokenizer=..., stream=PromptStream(...),
-    verifiers={"chain_sum": "exact"}, checkpoint=Path("runs/a/checkpoints/step_000012"))`.
+    verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
+    checkpoint=Path("runs/a/checkpoints/step_000012"))`.
     """
 
     geometry: Geometry
     tokenizer: Any  # of transformers
     stream: PromptStream
-    verifiers: dict[str, str]  # by source
+    verifiers: dict[str, tuple[RewardTerm, ...]]  # by source
     checkpoint: Path | None  # to resume from
 
 
@@ -58,8 +59,9 @@ def preflight(config: Config) -> Preflight:
         geometry, tokenizer, stream = prepare_data(config, watch)
     check_world_size(config.parallel)
     verifiers = resolve_verifiers(config.data.tasks)
-    for name in verifiers.values():
-        check_verifier(name)
+    for terms in verifiers.values():
+        for term in terms:
+            check_verifier(term.verifier)
     if config.reward.group_verifier:
         check_group_verifier(config.reward.group_verifier)
     check_replay(config)

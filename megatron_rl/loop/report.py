@@ -8,13 +8,16 @@ badly formatted, and has no advantage and no penalty.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 
+from megatron_rl.config import RewardTerm
 from megatron_rl.loop.replicas import Replicas
 from megatron_rl.observe.metrics import Max, Metric, Sum, mean_of, reduce
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.records import SampledStep
+from megatron_rl.reward.registry import verifiers_apart
+from megatron_rl.reward.score import rewards_apart
 
 NOTHING_SAMPLED = SampledStep(groups=(), num_prompts=0, num_rounds=0)
 # The phases whose time counts towards tokens per second; evaluations and checkpoints do not count.
@@ -25,7 +28,7 @@ def write_metrics(
     recorder: Recorder,
     stopwatch: Stopwatch,
     replicas: Replicas,
-    sources: Collection[str],
+    verifiers: Mapping[str, Sequence[RewardTerm]],
     step: int,
     *known: Mapping[str, float],
     sampled: SampledStep = NOTHING_SAMPLED,
@@ -35,13 +38,14 @@ def write_metrics(
     Args:
         stopwatch: measures the seconds of each phase since the last line. A checkpoint is written
             after the line of its step, so its seconds appear in the next line.
-        sources: names of all tasks and files; if there are several, the reward of each is recorded.
+        verifiers: of all tasks and files, by their name; if there are several tasks, the reward of
+            each is recorded, and if a task has several verifiers, that of each verifier.
         known: figures that are already final and the same on every head.
         sampled: this replica's rollouts; without groups for an evaluation before the first step.
     """
     if not replicas.is_replica_head:
         return
-    metrics = reduce(rollout_metrics(sampled, sources=sources), replicas.reducer())
+    metrics = reduce(rollout_metrics(sampled, verifiers), replicas.reducer())
     for each in known:
         metrics |= each
     seconds = stopwatch.take()
@@ -54,7 +58,9 @@ def write_metrics(
     recorder.write(step, metrics)
 
 
-def rollout_metrics(sampled: SampledStep, *, sources: Collection[str]) -> dict[str, Metric]:
+def rollout_metrics(
+    sampled: SampledStep, verifiers: Mapping[str, Sequence[RewardTerm]]
+) -> dict[str, Metric]:
     """Rewards, advantages, lengths and rates of one replica's groups, to be reduced over the
     replicas. They cover all sampled responses; `rollout/kept_rate/mean` is the share of them that
     the learner trains on.
@@ -86,9 +92,12 @@ def rollout_metrics(sampled: SampledStep, *, sources: Collection[str]) -> dict[s
         "rollout/kept_rate/mean": mean_of([kept for each in groups for kept in each.is_kept]),
         "reward/overlong_penalty/mean": mean_of(penalties),
     }
-    if len(sources) > 1:
-        for source in sources:
+    if len(verifiers) > 1:
+        for source in verifiers:
             own = [each for each in groups if each.group.prompt.source == source]
             rewards = [s.reward for each in own for s in each.scores if s.failure is None]
             metrics[f"reward/{source}/mean"] = mean_of(rewards)
-    return metrics
+    return metrics | {
+        f"reward/verifier/{name}/mean": mean_of(rewards)
+        for name, rewards in rewards_apart(scored, verifiers_apart(verifiers)).items()
+    }

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, RewardTerm
 from megatron_rl.config.file import replaced_keys, save_config
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.server import Engine, check_given, given_addresses
@@ -52,8 +52,9 @@ class Run:
 
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
     state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...),
-    task_names=("chain_sum",), engine_urls=("http://127.0.0.1:18400",), was_resumed=False,
-    source=None, evaluator=None, link=None)`.
+    verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
+    engine_urls=("http://127.0.0.1:18400",), was_resumed=False, source=None, evaluator=None,
+    link=None)`.
     """
 
     config: Config
@@ -61,7 +62,8 @@ class Run:
     state: LoopState
     recorder: Recorder  # writes only on rank 0
     stopwatch: Stopwatch
-    task_names: tuple[str, ...]  # of the tasks and files that prompts come from
+    # by the name of the task or file that prompts come from
+    verifiers: Mapping[str, tuple[RewardTerm, ...]]
     engine_urls: tuple[str, ...]  # on every rank; empty in a replay
     was_resumed: bool  # from a checkpoint
     source: RolloutSource | None  # on the heads of the replicas
@@ -123,7 +125,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             state=state,
             recorder=recorder,
             stopwatch=stopwatch,
-            task_names=tuple(checked.verifiers),
+            verifiers=checked.verifiers,
             engine_urls=tuple(address.url for address in addresses),
             was_resumed=checked.checkpoint is not None,
             source=source,

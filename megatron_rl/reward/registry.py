@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from megatron_rl.config import TaskConfig
+from megatron_rl.config import RewardTerm, TaskConfig
 from megatron_rl.config.choices import GROUP_VERIFIERS, VERIFIERS
 from megatron_rl.config.rules import is_import_path, join_choices
 from megatron_rl.errors import ConfigError
@@ -23,29 +24,49 @@ from megatron_rl.reward.protocols import GroupVerifier, Verifier
 VERIFIER_KEY, GROUP_VERIFIER_KEY = "data.tasks[].verifier", "reward.group_verifier"
 
 
-def resolve_verifiers(tasks: Sequence[TaskConfig]) -> dict[str, str]:
-    """The verifier of each source, by name: `auto` is the task's own scorer for a reasoning-gym
-    task, and math_verify for a file.
+def resolve_verifiers(tasks: Sequence[TaskConfig]) -> dict[str, tuple[RewardTerm, ...]]:
+    """The verifiers of each source, in the order of its settings: `auto` is the task's own scorer
+    for a reasoning-gym task, and math_verify for a file.
 
     Raises:
         ConfigError: a source name has two verifiers, or a file has the scorer of reasoning-gym.
     """
-    verifiers: dict[str, str] = {}
+    verifiers: dict[str, tuple[RewardTerm, ...]] = {}
     for task in tasks:
-        name = task.verifier
-        if name == "auto":
-            name = "math_verify" if task.path else "reasoning_gym"
-        if name == "reasoning_gym" and task.path:
+        terms = tuple(
+            replace(term, verifier="math_verify" if task.path else "reasoning_gym")
+            if term.verifier == "auto"
+            else term
+            for term in task.terms
+        )
+        if task.path and any(term.verifier == "reasoning_gym" for term in terms):
             raise ConfigError(
                 f"data.tasks: {task.source}: expected a verifier for the file {task.path}, got "
                 "reasoning_gym, which scores its own tasks only"
             )
-        if verifiers.setdefault(task.source, name) != name:
+        if verifiers.setdefault(task.source, terms) != terms:
             raise ConfigError(
-                f"data.tasks: expected one verifier for {task.source}, got {name} and "
-                f"{verifiers[task.source]}: give the two sources different names"
+                f"data.tasks: expected one verifier for {task.source}, got {_describe(terms)} and "
+                f"{_describe(verifiers[task.source])}: give the two sources different names"
             )
     return verifiers
+
+
+def verifiers_apart(verifiers: Mapping[str, Sequence[RewardTerm]]) -> tuple[str, ...]:
+    """Names of the verifiers whose rewards are recorded apart: those of every source that has
+    several.
+
+    Args:
+        verifiers: by source, as `resolve_verifiers` returns them.
+    """
+    several = [terms for terms in verifiers.values() if len(terms) > 1]
+    return tuple(dict.fromkeys(term.verifier for terms in several for term in terms))
+
+
+def _describe(terms: Sequence[RewardTerm]) -> str:
+    if len(terms) == 1 and terms[0].weight == 1:
+        return terms[0].verifier
+    return " + ".join(f"{term.weight:g} x {term.verifier}" for term in terms)
 
 
 def is_built_in(name: str) -> bool:

@@ -8,12 +8,13 @@ stop the run nor count as a wrong answer.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from megatron_rl.config import RewardConfig
+from megatron_rl.config import RewardConfig, RewardTerm
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.reward.answers import without_unfinished_reasoning
@@ -30,20 +31,29 @@ class Scorer:
     them.
 
     Args:
-        verifiers: source name -> verifier name (`reward.registry.resolve_verifiers`).
+        verifiers: source name -> its verifiers (`reward.registry.resolve_verifiers`), or the name
+            of its only one.
 
     Raises:
         ConfigError: a verifier is unknown; raised by `score` if a verifier cannot be imported.
     """
 
-    def __init__(self, config: RewardConfig, verifiers: Mapping[str, str]) -> None:
-        for name in verifiers.values():
-            check_verifier(name)
+    def __init__(
+        self, config: RewardConfig, verifiers: Mapping[str, Sequence[RewardTerm] | str]
+    ) -> None:
+        self._verifiers: dict[str, tuple[RewardTerm, ...]] = {}
+        for source, terms in verifiers.items():
+            if isinstance(terms, str):
+                check_verifier(terms)
+                terms = (RewardTerm(verifier=terms),)
+            for term in terms:
+                check_verifier(term.verifier)
+            self._verifiers[source] = tuple(terms)
+        names = {term.verifier for terms in self._verifiers.values() for term in terms}
         if config.group_verifier:
             check_group_verifier(config.group_verifier)
         self._config = config
-        self._verifiers = dict(verifiers)
-        self._pool = WorkerPool(config, sorted(set(verifiers.values())))
+        self._pool = WorkerPool(config, sorted(names))
 
     def __enter__(self) -> Scorer:
         return self
@@ -107,26 +117,28 @@ class Scorer:
                     f"data.tasks: expected a verifier for every source "
                     f"({', '.join(self._verifiers)}), got a prompt from {prompt.source!r}"
                 )
-        judged_by = [(prompt, self._verifiers[prompt.source]) for prompt, _ in responses]
+        asked = [
+            (prompt, response, term)
+            for prompt, response in responses
+            for term in self._verifiers[prompt.source]
+        ]
         answers = self._pool.ask(
             [
                 {
-                    "verifier": verifier,
+                    "verifier": term.verifier,
                     "response": response,
                     "answer": prompt.answer,
                     "metadata": prompt.metadata,
                 }
-                for (prompt, verifier), (_, response) in zip(judged_by, responses, strict=True)
+                for prompt, response, term in asked
             ]
         )
+        judged_by = [(prompt, term.verifier) for prompt, _, term in asked]
         _log_failures(answers, "responses", judged_by)
+        remaining = iter(answers)
         return [
-            Score(
-                reward=answer.get("reward", 0.0),
-                is_formatted=answer.get("is_formatted", False),
-                failure=answer["failure"],
-            )
-            for answer in answers
+            _sum([(term, next(remaining)) for term in self._verifiers[prompt.source]])
+            for prompt, _ in responses
         ]
 
     def _shown(self, prompt: Prompt, rollout: Rollout) -> str:
@@ -163,6 +175,23 @@ class Scorer:
             )
             for of_group, answer in zip(scores, answers, strict=True)
         ]
+
+
+def _sum(answers: Sequence[tuple[RewardTerm, dict[str, Any]]]) -> Score:
+    """The score of a response from its verifiers' answers. If one of them failed, the response
+    could not be scored.
+    """
+    failures = [answer["failure"] for _, answer in answers if answer["failure"] is not None]
+    if failures:
+        return Score(reward=0.0, is_formatted=False, failure=failures[0])
+    is_one_reward = len(answers) == 1 and answers[0][0].weight == 1
+    rewards = tuple((term.verifier, answer["reward"]) for term, answer in answers)
+    return Score(
+        reward=math.fsum(term.weight * answer["reward"] for term, answer in answers),
+        is_formatted=answers[0][1]["is_formatted"],
+        failure=None,
+        verifier_rewards=() if is_one_reward else rewards,
+    )
 
 
 def _log_failures(
@@ -204,6 +233,18 @@ def rewards_of(scores: Sequence[Score]) -> tuple[float | None, ...]:
     return tuple(
         None if score.failure is not None else score.reward + score.group_reward for score in scores
     )
+
+
+def rewards_apart(scores: Sequence[Score], names: Sequence[str]) -> dict[str, list[float]]:
+    """The rewards that each verifier gave, without its weight, by the verifier's name.
+
+    Args:
+        names: of verifiers of tasks that have several.
+    """
+    return {
+        name: [reward for score in scores for own, reward in score.verifier_rewards if own == name]
+        for name in names
+    }
 
 
 def best_constant_answer(

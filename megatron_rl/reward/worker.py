@@ -77,6 +77,11 @@ def _judge(
     return {"reward": reward, "is_formatted": is_formatted, "failure": score.failure}
 
 
+def _score(fields: dict[str, Any]) -> Score:
+    rewards = tuple((name, reward) for name, reward in fields["verifier_rewards"])
+    return Score(**fields | {"verifier_rewards": rewards})
+
+
 def _judge_group(
     group_rewards: GroupVerifier,
     *,
@@ -90,7 +95,7 @@ def _judge_group(
         answer=answer,
         metadata=metadata,
         responses=tuple(responses),
-        scores=tuple(Score(**score) for score in scores),
+        scores=tuple(map(_score, scores)),
         num_tokens=tuple(num_tokens),
     )
     rewards = [float(reward) for reward in group_rewards(group)]

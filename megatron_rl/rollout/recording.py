@@ -151,6 +151,7 @@ def _line(
         "answer": prompt.answer,
         "reward": float(score.reward),
         "group_reward": float(score.group_reward),
+        "verifier_rewards": dict(score.verifier_rewards),
         "advantage": float(advantage),
         "is_formatted": score.is_formatted,
         "failure": score.failure,
@@ -237,7 +238,9 @@ def _score(line: dict[str, Any]) -> Score:
         reward=line["reward"],
         is_formatted=line["is_formatted"],
         failure=line["failure"],
-        group_reward=line.get("group_reward", 0.0),  # absent from older recordings
+        # absent from older recordings
+        group_reward=line.get("group_reward", 0.0),
+        verifier_rewards=tuple(line.get("verifier_rewards", {}).items()),
     )
 
 

@@ -20,6 +20,7 @@ from megatron_rl.config.choices import (
     VERIFIERS,
     modules_in,
 )
+from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError
 
 
@@ -68,6 +69,23 @@ def test_settings_import_neither_torch_nor_a_verifier():
 def test_a_section_made_in_python_is_checked_too(section, key, expected):
     with pytest.raises(ConfigError, match=expected):
         section(**{key: "no"})
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("{name: maze, verifier: exact, rewards: [{}]}", "beside it, got verifier=exact"),
+        ("{name: maze, rewards: [{}, {}]}", "every verifier once, got auto, auto"),
+        ("{name: maze, rewards: [{weight: 0}]}", r"rewards\[0\].weight: expected above 0"),
+        ("{name: maze, rewards: [{weight: .inf}]}", "expected a finite number, got inf"),
+        ("{name: maze, rewards: [{verifier: exakt}]}", r"rewards\[0\].verifier: expected auto"),
+    ],
+)
+def test_the_rewards_of_a_task(task, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{tasks: [{task}]}}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
 
 
 def test_a_verifier_is_a_module_or_an_import_path():

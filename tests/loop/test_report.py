@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_rl.config import RewardTerm
 from megatron_rl.loop.report import NOTHING_SAMPLED, rollout_metrics, write_metrics
 from megatron_rl.observe.metrics import reduce
 from megatron_rl.observe.stopwatch import Stopwatch
@@ -20,6 +21,13 @@ class FakeRecorder:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.lines.append((step, metrics))
+
+
+TERMS = (RewardTerm(verifier="exact"), RewardTerm(verifier="own:fn", weight=0.5))
+
+
+def by(*sources: str) -> dict[str, tuple[RewardTerm, ...]]:
+    return dict.fromkeys(sources, TERMS[:1])
 
 
 def make_step() -> SampledStep:
@@ -37,7 +45,7 @@ def write(
     with stopwatch.time("learner"):
         pass
     write_metrics(
-        recorder, stopwatch, parallel or FakeParallel(), ("sums",), 7, *known, sampled=sampled
+        recorder, stopwatch, parallel or FakeParallel(), by("sums"), 7, *known, sampled=sampled
     )
     return recorder.lines
 
@@ -75,15 +83,35 @@ def test_advantages_made_by_a_penalty_are_no_signal() -> None:
         is_kept=(True, True, False),
     )
     sampled = SampledStep(groups=(wrong,), num_prompts=1, num_rounds=1)
-    reduced = reduce(rollout_metrics(sampled, sources=("task",)), FakeParallel().reducer())
+    reduced = reduce(rollout_metrics(sampled, by("task")), FakeParallel().reducer())
     assert reduced["reward/groups_with_signal/mean"] == 0.0
     assert reduced["advantage/abs/mean"] == 1.0
     assert reduced["reward/overlong_penalty/mean"] == -0.25
     assert reduced["rollout/kept_rate/mean"] == pytest.approx(2 / 3)
 
 
+def test_the_reward_of_each_verifier() -> None:
+    """Without its weight; "sums" has one verifier, which is no part of it."""
+    group = scored(0, 1.25, 0.5, None, source="both")
+    rewards = ((1.0, 0.5), (0.0, 1.0), None)
+    scores = tuple(
+        score
+        if each is None
+        else replace(score, verifier_rewards=(("exact", each[0]), ("own:fn", each[1])))
+        for score, each in zip(group.scores, rewards, strict=True)
+    )
+    groups = (judged(replace(group, scores=scores), 1.0, -1.0, 0.0), *make_step().groups)
+    sampled = SampledStep(groups=groups, num_prompts=3, num_rounds=1)
+    reduced = reduce(
+        rollout_metrics(sampled, by("sums", "words") | {"both": TERMS}), FakeParallel().reducer()
+    )
+    assert reduced["reward/verifier/exact/mean"] == 0.5
+    assert reduced["reward/verifier/own:fn/mean"] == 0.75
+    assert reduced["reward/both/mean"] == 0.875
+
+
 def test_the_reward_of_each_source() -> None:
-    found = rollout_metrics(make_step(), sources=("sums", "words", "none"))
+    found = rollout_metrics(make_step(), by("sums", "words", "none"))
     reduced = reduce(found, FakeParallel().reducer())
     assert reduced["reward/sums/mean"] == 0.5
     assert reduced["reward/words/mean"] == 1.0
@@ -100,7 +128,7 @@ def test_only_heads_of_replicas_report() -> None:
 
 
 def test_every_rank_holds_the_same_keys() -> None:
-    sources = ("sums", "words")
-    with_groups = rollout_metrics(make_step(), sources=sources)
-    without = rollout_metrics(NOTHING_SAMPLED, sources=sources)
+    verifiers = by("sums", "words") | {"both": TERMS}
+    with_groups = rollout_metrics(make_step(), verifiers)
+    without = rollout_metrics(NOTHING_SAMPLED, verifiers)
     assert with_groups.keys() == without.keys()

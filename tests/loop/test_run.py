@@ -131,7 +131,7 @@ def test_rank_0_starts_the_engines_and_holds_everything(
     assert run.link is not None and run.link.pool.urls == run.engine_urls
     assert run.evaluator is not None and run.evaluator.held_out == ()
     assert (run.was_resumed, run.state.step) == (False, 0)
-    assert run.task_names == ("prompts",)
+    assert tuple(run.verifiers) == ("prompts",)
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 

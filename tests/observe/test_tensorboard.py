@@ -42,7 +42,7 @@ def keys_of_a_step() -> set[str]:
         num_sequences=1,
     )
     keys = set(reduce(of_gap, lambda values, operation: values))
-    keys |= set(rollout_metrics(NOTHING_SAMPLED, sources=["a"]))
+    keys |= set(rollout_metrics(NOTHING_SAMPLED, {"a": ()}))
     keys |= set(evaluation_metrics([], 8))
     return keys | {
         "constraint/lambda",

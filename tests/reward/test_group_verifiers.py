@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from megatron_rl.config import RewardConfig
+from megatron_rl.config import RewardConfig, RewardTerm
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.reward.group_verifiers import length
@@ -109,6 +109,18 @@ def test_length_compares_the_responses_that_were_scored():
     alone = make_inputs([1.0, 0.0], [10, 20], [None, "timeout"])
     assert length.group_rewards(alone) == [0.0, 0.0]
     assert length.group_rewards(make_inputs([0.0], [10], ["crash"])) == [0.0]
+
+
+def test_length_reads_the_rewards_of_several_verifiers():
+    """The group verifier gets the scores as JSON; correct is what the first verifier says."""
+    terms = (RewardTerm(verifier="exact"), RewardTerm(verifier="numeric"))
+    config = RewardConfig(num_workers=1, group_verifier="length")
+    with Scorer(config, {"own": terms}) as scorer:
+        (scores,) = scorer.score([make_group("7.0", "7", "8")], with_group_verifier=True)
+    assert [score.reward for score in scores] == [1.0, 2.0, 0.0]
+    assert [score.is_correct for score in scores] == [False, True, False]
+    # Of lengths 1, 2 and 3, only the second one is correct.
+    assert [score.group_reward for score in scores] == [0.0, 0.0, -0.5]
 
 
 def test_length_is_silent_where_all_lengths_are_equal():

@@ -2,10 +2,15 @@
 
 import pytest
 
-from megatron_rl.config import TaskConfig
+from megatron_rl.config import RewardTerm, TaskConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import Score
-from megatron_rl.reward.registry import check_verifier, load_verifier, resolve_verifiers
+from megatron_rl.reward.registry import (
+    check_verifier,
+    load_verifier,
+    resolve_verifiers,
+    verifiers_apart,
+)
 
 
 def judged(score: Score):
@@ -20,18 +25,38 @@ def test_resolve_verifiers():
         TaskConfig(name="dapo", path="a.parquet", verifier="numeric"),
         TaskConfig(name="mine", path="b.jsonl", verifier="pkg.mod:fn"),
     ]
-    assert resolve_verifiers(tasks) == {
+    only = {
         "chain_sum": "reasoning_gym",
         "gsm8k": "math_verify",
         "dapo": "numeric",
         "mine": "pkg.mod:fn",
     }
+    found = resolve_verifiers(tasks)
+    assert found == {source: (RewardTerm(verifier=name),) for source, name in only.items()}
+    assert verifiers_apart(found) == ()
     with pytest.raises(ConfigError, match="one verifier for chain_sum, got exact and reasoning_g"):
         resolve_verifiers(
             [TaskConfig(name="chain_sum"), TaskConfig(name="chain_sum", verifier="exact")]
         )
     with pytest.raises(ConfigError, match="scores its own tasks only"):
         resolve_verifiers([TaskConfig(path="a.jsonl", verifier="reasoning_gym")])
+
+
+def test_several_verifiers_of_a_task():
+    terms = [RewardTerm(), RewardTerm(verifier="pkg.mod:fn", weight=-0.5)]
+    found = resolve_verifiers([TaskConfig(path="a.jsonl", rewards=terms), TaskConfig(name="maze")])
+    assert [term.verifier for term in found["a"]] == ["math_verify", "pkg.mod:fn"]
+    assert [term.weight for term in found["a"]] == [1.0, -0.5]
+    assert verifiers_apart(found) == ("math_verify", "pkg.mod:fn")
+    with pytest.raises(
+        ConfigError, match=r"got exact and 1 x math_verify \+ -0\.5 x pkg.mod:fn: g"
+    ):
+        resolve_verifiers(
+            [
+                TaskConfig(path="a.jsonl", rewards=terms),
+                TaskConfig(name="a", path="b.jsonl", verifier="exact"),
+            ]
+        )
 
 
 def test_check_verifier():

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_rl.config import RewardConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.records import Score
 from megatron_rl.reward.score import Scorer, best_constant_answer, rewards_of
+from tests.reward.groups import make_group, make_prompt
 
 VERIFIERS = """
 import os, signal, subprocess, sys, time
@@ -60,27 +61,6 @@ def own_verifier(tmp_path, monkeypatch):
     (tmp_path / "scratch_verifiers.py").write_text(VERIFIERS)
     monkeypatch.syspath_prepend(tmp_path)
     return {"own": "scratch_verifiers:act"}
-
-
-def make_prompt(source="own", answer="7", text="", **metadata):
-    return Prompt(
-        index=5, source=source, text=text, token_ids=(1,), answer=answer, metadata=dict(metadata)
-    )
-
-
-def make_group(texts, finish_reason="stop", **prompt):
-    rollouts = tuple(
-        Rollout(
-            token_ids=(1, 2),
-            loss_mask=(False, True),
-            rollout_logprobs=(0.0, -1.0),
-            weight_versions=(-1, 0),
-            finish_reason=finish_reason,
-            text=text,
-        )
-        for text in texts
-    )
-    return RolloutGroup(prompt=make_prompt(**prompt), rollouts=rollouts)
 
 
 def failures(scores):
@@ -171,36 +151,6 @@ def test_truncated_reward(own_verifier):
     with Scorer(RewardConfig(), own_verifier) as scorer:
         ((score,),) = scorer.score([make_group(["abc"], finish_reason="length")])
     assert score.reward == 3.0
-
-
-UNFINISHED = (
-    # prompt, response, where the text ended
-    ("q", r"<think>perhaps \boxed{7}? no wait", "length"),
-    ("q", "<think>perhaps <answer>7</answer> no wait", "length"),
-    ("q<think>\n", r"perhaps \boxed{7}? no wait", "length"),
-    ("q", r"<think>a</think> \boxed{3} <think>or \boxed{7}", "length"),
-    ("q", r"<think>perhaps \boxed{7}", "stop"),
-    ("q<think>", "The answer is 7", "stop"),
-    ("q", "<think>a</think><think>The answer is 7", "stop"),
-    ("q <think>\n\n</think>\n\n<think>\n", "7", "length"),
-)
-
-
-def test_a_guess_in_unfinished_reasoning_earns_nothing():
-    groups = [
-        make_group([response], finish_reason=reason, source=verifier, text=text)
-        for verifier in ("math_verify", "numeric", "exact")
-        for text, response, reason in UNFINISHED
-    ]
-    ended = make_group([r"so</think> \boxed{7}"], source="exact", text="q<think>")
-    verifiers = {name: name for name in ("math_verify", "numeric", "exact")}
-    with Scorer(RewardConfig(), verifiers) as scorer:
-        for (score,) in scorer.score(groups):
-            assert (score.reward, score.failure) == (0.0, None)
-        assert scorer.score([ended])[0][0].reward == 1.0
-    config = RewardConfig(num_workers=1, skip_unfinished_reasoning=False)
-    with Scorer(config, verifiers) as scorer:
-        assert scorer.score(groups[:1])[0][0].reward == 1.0
 
 
 def test_several_sources_from_a_thread_with_math_verify_that_hangs():

@@ -48,6 +48,7 @@ def make_group(index: int, num_samples: int = 3) -> JudgedGroup:
                 is_formatted=sample != 1,
                 failure="timeout" if sample else None,
                 group_reward=chance.uniform(-1, 1),
+                verifier_rewards=(("exact", chance.random()), ("own:fn", -0.1)),
             )
             for sample in range(num_samples)
         ),

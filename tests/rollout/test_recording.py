@@ -70,12 +70,12 @@ def test_a_reward_that_is_not_finite_survives(tmp_path: Path) -> None:
     assert read_step(tmp_path, 0) == [written]
 
 
-def test_recordings_without_engine_and_group_reward_can_be_read(tmp_path: Path) -> None:
+def test_recordings_of_older_versions_can_be_read(tmp_path: Path) -> None:
     write(tmp_path, 1, 0, [7], 1)
     path = tmp_path / "step_000001.rank0.jsonl"
     lines = [json.loads(line) for line in path.read_text().split("\n") if line]
     for line in lines:
-        del line["engine"], line["group_reward"]
+        del line["engine"], line["group_reward"], line["verifier_rewards"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     [read] = read_step(tmp_path, 1)
     expected = scored(7)
@@ -83,7 +83,9 @@ def test_recordings_without_engine_and_group_reward_can_be_read(tmp_path: Path) 
         prompt=expected.group.prompt,
         rollouts=tuple(replace(each, engine="") for each in expected.group.rollouts),
     )
-    assert read.scores == tuple(replace(each, group_reward=0.0) for each in expected.scores)
+    assert read.scores == tuple(
+        replace(each, group_reward=0.0, verifier_rewards=()) for each in expected.scores
+    )
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "safetensors"])
