@@ -72,9 +72,12 @@ def test_the_settings_of_a_row_exist_and_take_their_values(row):
     knobs = list_knobs()
     for name in names_in(row):
         assert name.startswith("megatron_rl.") or name in knobs, name
-    for name, value in settings_in(" ".join(row)).items():
-        keys = tuple(name.split("."))
-        check(hint_at(keys, None, "paper.md"), value, keys, "paper.md")
+    for cell in row:
+        for code in CODE.findall(cell):
+            for name, value in settings_in(f"`{code}`").items():
+                keys = tuple(name.split("."))
+                check(hint_at(keys, None, PAGE), value, keys, PAGE)
+                assert name != "objective.preset" or value in PRESETS
 
 
 def test_the_shipped_run_has_the_values_of_the_page():

@@ -1,5 +1,5 @@
-"""Draws the reward, the discrepancy with its tolerance, and lambda of a run into one PNG; also the
-constrained signal, if it is another one.
+"""Draws a run into one PNG: the reward, the discrepancy with its tolerance, the constrained signal
+if it is another one, lambda, and the log-odds displacement by confidence.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from megatron_rl.errors import DataError
+from megatron_rl.objective.log_odds import CONFIDENCES
 from megatron_rl.observe.run_log import Record, read_metrics
 
 SIGNAL = "constraint/signal/mean"
+QUANTILES = (1, 25, 50, 75, 99)  # of the log-odds displacement, in per cent
 BLUE, ORANGE, RED, GREEN, GREY = "#2563a8", "#d9822b", "#c23b3b", "#2f8f5b", "#5f6b7a"
 
 
@@ -42,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
-    """Write a PNG with three panels that share the axis of steps, or four if the constraint is on
-    another signal than the discrepancy.
+    """Write a PNG of panels that share the axis of steps, and of one with an axis of confidence.
+    Panels of what the records do not have are left out.
 
     Args:
         records: lines of a metrics.jsonl; a step without a key is left out of the curve.
@@ -60,25 +62,44 @@ def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
         "legend.frameon": False,
     }
     with pyplot.rc_context(style):
-        has_signal = bool(series(records, SIGNAL)[0])
-        heights = [1.3, 1.1, 1.1, 0.8] if has_signal else [1.3, 1.1, 0.8]
-        figure, (reward, gap, *signal, dual) = pyplot.subplots(
-            len(heights), 1, figsize=(8, 2.5 * sum(heights)), sharex=True, height_ratios=heights
+        heights = {"reward": 1.3, "gap": 1.1}
+        heights |= {"signal": 1.1} if series(records, SIGNAL)[0] else {}
+        heights |= {"lambda": 0.8}
+        heights |= {"log-odds": 1.3} if has_log_odds(records) else {}
+        figure, all_axes = pyplot.subplots(
+            len(heights),
+            1,
+            figsize=(8, 2.5 * sum(heights.values())),
+            height_ratios=list(heights.values()),
         )
-        _draw_reward(reward, records)
-        _draw_gap(gap, records, "discrepancy/mean", "constraint/tolerance", "|p_train - p_inf|")
-        gap.set_ylabel("discrepancy")
-        for axes in signal:
-            _draw_gap(axes, records, SIGNAL, "constraint/signal/tolerance", "constrained signal")
-            axes.set_ylabel("signal")
-        dual.plot(*series(records, "constraint/lambda"), color=ORANGE, linewidth=2)
-        dual.set_ylabel("lambda")
-        dual.set_xlabel("step")
+        axes = dict(zip(heights, all_axes, strict=True))
+        for name in heights.keys() - {"lambda", "log-odds"}:
+            axes[name].sharex(axes["lambda"])
+            axes[name].tick_params(labelbottom=False)
+        _draw_reward(axes["reward"], records)
+        _draw_gap(
+            axes["gap"], records, "discrepancy/mean", "constraint/tolerance", "|p_train - p_inf|"
+        )
+        axes["gap"].set_ylabel("discrepancy")
+        if "signal" in axes:
+            tolerance = "constraint/signal/tolerance"
+            _draw_gap(axes["signal"], records, SIGNAL, tolerance, "constrained signal")
+            axes["signal"].set_ylabel("signal")
+        axes["lambda"].plot(*series(records, "constraint/lambda"), color=ORANGE, linewidth=2)
+        axes["lambda"].set_ylabel("lambda")
+        axes["lambda"].set_xlabel("step")
+        if "log-odds" in axes:
+            _draw_log_odds(axes["log-odds"], records)
         figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
         figure.align_ylabels()
         figure.tight_layout()
         figure.savefig(output, dpi=150)
         pyplot.close(figure)
+
+
+def has_log_odds(records: Sequence[Record]) -> bool:
+    """Whether the log-odds displacement was measured in a step."""
+    return any(f"discrepancy/{each}/q50" in record for record in records for each in CONFIDENCES)
 
 
 def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
@@ -140,6 +161,40 @@ def _draw_gap(
         top = 1.15 * max(*gaps, *tolerances) if gaps else None
         axes.set_ylim(bottom=0, top=top)
     axes.legend(loc="upper right", ncols=2)
+
+
+def _draw_log_odds(axes: Axes, records: Sequence[Record]) -> None:
+    """Draw the quantiles in every bin of p_inf, over the first and the last tenth of the run: a bar
+    from q25 to q75, a line from q1 to q99, and the median.
+    """
+    for is_last, color in ((False, GREY), (True, BLUE)):
+        label = f"{'last' if is_last else 'first'} tenth of the run"
+        for number, name in enumerate(CONFIDENCES):
+            found = {q: tenth(records, f"discrepancy/{name}/q{q}", is_last) for q in QUANTILES}
+            if None in found.values():
+                continue
+            place = number + (0.12 if is_last else -0.12)
+            axes.vlines(place, found[1], found[99], color=color, linewidth=1.2)
+            axes.vlines(place, found[25], found[75], color=color, linewidth=7, label=label)
+            axes.plot(place, found[50], "o", color="white", markersize=3.5, zorder=3)
+            label = None  # once in the legend
+    axes.axhline(0.0, color=GREY, linewidth=0.8)
+    ranges = [name.removeprefix("log_odds_").replace("_to_", " to\n") for name in CONFIDENCES]
+    axes.set_xticks(range(len(CONFIDENCES)), ranges, fontsize=8)
+    axes.set_xlim(-0.6, len(CONFIDENCES) - 0.4)
+    axes.set_xlabel("p_inf of the sampled token")
+    axes.set_ylabel("logit p_train - logit p_inf")
+    axes.legend(loc="upper right", ncols=2)
+
+
+def tenth(records: Sequence[Record], key: str, is_last: bool) -> float | None:
+    """The mean of a metric over the first or the last tenth of the steps that have it, at least
+    one; None if no step has.
+    """
+    _, values = series(records, key)
+    number = max(1, len(values) // 10)
+    part = values[-number:] if is_last else values[:number]
+    return sum(part) / len(part) if part else None
 
 
 if __name__ == "__main__":

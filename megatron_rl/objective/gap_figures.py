@@ -30,9 +30,10 @@ POSITION_EDGES = (1, 4, 16, 64, 256, 1024, 4096)
 PROBABILITY_EDGES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
-def _names(
+def bin_names(
     what: str, edges: tuple[float, ...], last: str, *, are_integers: bool
 ) -> tuple[str, ...]:
+    """Names of the bins between edges, such as "position_1_to_3"; the last one is open above."""
     lows = (0, *edges)
     highs = [f"{edge - 1}" if are_integers else f"{edge:g}" for edge in edges]
     bounded = [
@@ -42,8 +43,8 @@ def _names(
     return (*bounded, f"{what}_{last}")
 
 
-POSITIONS = _names("position", POSITION_EDGES, f"{POSITION_EDGES[-1]}_plus", are_integers=True)
-PROBABILITIES = _names(
+POSITIONS = bin_names("position", POSITION_EDGES, f"{POSITION_EDGES[-1]}_plus", are_integers=True)
+PROBABILITIES = bin_names(
     "rollout_probability", PROBABILITY_EDGES, f"{PROBABILITY_EDGES[-1]:g}_to_1", are_integers=False
 )
 

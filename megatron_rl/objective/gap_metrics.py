@@ -38,6 +38,7 @@ from megatron_rl.objective.gap_figures import (
     RATIO_LOW,
     finish,
 )
+from megatron_rl.objective.log_odds import bins_of, log_odds_metrics
 from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
 from megatron_rl.observe.metrics import Figures, Histogram, Metric
 
@@ -71,7 +72,8 @@ def discrepancy_metrics(
 
     Returns:
         The sum of delta and the number of tokens, from which `discrepancy/mean` is computed too;
-        and the metrics, that is, the figures listed in gap_figures.py and the quantiles of delta.
+        and the metrics, that is, the figures listed in gap_figures.py, the quantiles of delta, and
+        those of log_odds.py.
         The keys are the same for every input, including an empty mask.
     """
     for name, tensor in (
@@ -95,8 +97,8 @@ def discrepancy_metrics(
     of_sequences = _sequence_terms(sequence_sums)
     bins = {
         AGES: age.clamp(0, len(AGES) - 1),
-        POSITIONS: _bin(_positions(sequence, sequence_sums["tokens"]), POSITION_EDGES),
-        PROBABILITIES: _bin(rollout.exp(), PROBABILITY_EDGES),
+        POSITIONS: bins_of(_positions(sequence, sequence_sums["tokens"]), POSITION_EDGES),
+        PROBABILITIES: bins_of(rollout.exp(), PROBABILITY_EDGES),
     }
     delta = of_tokens[0]["delta"]
     grouped_names, grouped_sums = _grouped(delta, bins)
@@ -106,6 +108,7 @@ def discrepancy_metrics(
     )
     return DiscrepancySum(total=total, num_tokens=num_tokens), {
         "discrepancy": Histogram.of(delta, edges=HISTOGRAM_EDGES),
+        **log_odds_metrics(recomputed, rollout),
         "discrepancy/gap": Figures(
             sum_names=(*of_tokens[0], *of_sequences[0], *grouped_names),
             sums=torch.cat([sums_of_tokens, _sums(of_sequences[0]), grouped_sums]),
@@ -224,12 +227,6 @@ def _positions(sequence: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor
     """[N] the index of each kept token among the kept tokens of its sequence, from 0."""
     before = num_tokens.long().cumsum(0) - num_tokens.long()  # in the preceding sequences
     return torch.arange(len(sequence), device=sequence.device) - before[sequence]
-
-
-def _bin(values: torch.Tensor, edges: tuple[float, ...]) -> torch.Tensor:
-    """[N] the bin of each value: 0 below the first edge, 1 from the first edge on, and so on."""
-    inner = torch.tensor(edges, dtype=values.dtype, device=values.device)
-    return torch.bucketize(values, inner, right=True)
 
 
 def _grouped(

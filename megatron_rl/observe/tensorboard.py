@@ -7,8 +7,20 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-# The Custom Scalars page: category -> chart -> tags (regular expressions) drawn in the chart. The
-# first category summarises the state of the gap; the others help to find its causes.
+# The bins of p_inf in which the log-odds displacement is measured (objective/log_odds.py).
+CONFIDENCES = (
+    "0_to_0.01",
+    "0.01_to_0.1",
+    "0.1_to_0.5",
+    "0.5_to_0.9",
+    "0.9_to_0.99",
+    "0.99_to_0.999",
+    "0.999_to_0.9999",
+    "0.9999_to_1",
+)
+# The Custom Scalars page: category -> chart -> tags (regular expressions; of a Margin the value and
+# the ends of its band) drawn in the chart. The first category summarises the state of the gap; the
+# others help to find its causes.
 LAYOUT = {
     "state of the gap": {
         "reward": ["Multiline", ["^reward/mean$", "^eval/reward/mean$"]],
@@ -27,6 +39,17 @@ LAYOUT = {
         "entropy": ["Multiline", ["^loss/entropy/mean$"]],
         "gradient norm": ["Multiline", ["^learner/grad_norm$"]],
         "age": ["Multiline", ["^discrepancy/age/.*"]],
+    },
+    "log-odds displacement by p_inf": {
+        "median": ["Multiline", ["^discrepancy/log_odds_.*/q50$"]],
+        "quartiles": ["Multiline", ["^discrepancy/log_odds_.*/q(25|75)$"]],
+        **{
+            f"{each.replace('_', ' ')}: median, q1 and q99": [
+                "Margin",
+                [f"discrepancy/log_odds_{each}/{quantile}" for quantile in ("q50", "q1", "q99")],
+            ]
+            for each in CONFIDENCES
+        },
     },
     "discrepancy": {
         "quantiles and max": ["Multiline", ["^discrepancy/q[0-9.]+$", "^discrepancy/max$"]],

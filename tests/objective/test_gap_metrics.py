@@ -125,6 +125,8 @@ EXPECTED = {
 }
 RATIO_SHARES = {"ratio_below/mean", "ratio_above/mean", "ratio_outside/mean"}
 QUANTILES = {"q50", "q90", "q99"}
+# All tokens of HAND have p_inf 1/4.
+LOG_ODDS = {f"log_odds_0.1_to_0.5/q{quantile}" for quantile in (1, 25, 50, 75, 99)}
 KINDS = ("", "sequence_sum_", "sequence_mean_")  # of ratios
 
 
@@ -133,7 +135,7 @@ def test_numbers_worked_by_hand() -> None:
     for name, value in EXPECTED.items():
         assert figures[f"discrepancy/{name}"] == pytest.approx(value, rel=1e-6, abs=1e-6), name
     # p_inf is the same for every token, so there is no correlation.
-    others = {f"discrepancy/{name}" for name in RATIO_SHARES | QUANTILES}
+    others = {f"discrepancy/{name}" for name in RATIO_SHARES | QUANTILES | LOG_ODDS}
     assert set(figures) == {f"discrepancy/{name}" for name in EXPECTED} | others
 
 
@@ -241,9 +243,10 @@ def test_equal_engines_give_the_neutral_figures() -> None:
     for name, value in neutral.items():
         what = name.removeprefix("discrepancy/")
         is_one = what in ones or what.startswith("effective_sample_size")
-        is_quantile = what in QUANTILES
+        is_quantile, is_log_odds = what in QUANTILES, what.startswith("log_odds_")
         expected = 1.0 if is_one else 0.0
-        assert value == pytest.approx(expected, abs=1e-7 if is_quantile else 1e-12), name
+        tolerance = 1e-6 if is_log_odds else 1e-7 if is_quantile else 1e-12  # a bin's width
+        assert value == pytest.approx(expected, abs=tolerance), name
     both = (figures[f"discrepancy/{name}_perplexity/mean"] for name in ("recomputed", "rollout"))
     assert len(set(both)) == 1
 

@@ -6,7 +6,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_rl.loop.evaluate import evaluation_metrics
 from megatron_rl.loop.report import NOTHING_SAMPLED, rollout_metrics
+from megatron_rl.objective import log_odds
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
+from megatron_rl.observe import tensorboard
 from megatron_rl.observe.metrics import reduce
 from megatron_rl.observe.tensorboard import LAYOUT, TensorBoardWriter
 
@@ -30,16 +32,13 @@ def test_scalars_survive_a_resume_without_doubled_steps(tmp_path):
 
 
 def keys_of_a_step() -> set[str]:
-    """What objective and learner report of two tokens, and the others' keys by name."""
-    logprobs, mask = torch.tensor([-0.1, -1.0]), torch.ones(2, dtype=torch.bool)
+    """What objective and learner report of tokens of every confidence, and the others' keys by
+    name.
+    """
+    rollout = torch.tensor([0.005, 0.05, 0.3, 0.7, 0.95, 0.995, 0.9995, 0.99995]).log()
+    zeros = torch.zeros(len(rollout), dtype=torch.int64)
     _, of_gap = discrepancy_metrics(
-        logprobs,
-        logprobs - 0.1,
-        mask,
-        torch.zeros(2, dtype=torch.int64),
-        0,
-        sequence_ids=torch.zeros(2, dtype=torch.int64),
-        num_sequences=1,
+        rollout * 0.9, rollout, zeros == 0, zeros, 0, sequence_ids=zeros, num_sequences=1
     )
     keys = set(reduce(of_gap, lambda values, operation: values))
     keys |= set(rollout_metrics(NOTHING_SAMPLED, {"a": ()}))
@@ -93,6 +92,14 @@ def test_every_chart_has_a_curve():
     for charts in LAYOUT.values():
         for title, (_, tags) in charts.items():
             assert all(any(re.search(tag, key) for key in keys) for tag in tags), title
+
+
+def test_every_bin_of_the_log_odds_has_its_chart():
+    assert [f"log_odds_{each}" for each in tensorboard.CONFIDENCES] == list(log_odds.CONFIDENCES)
+    charts = LAYOUT["log-odds displacement by p_inf"]
+    bands = [tags for kind, tags in charts.values() if kind == "Margin"]
+    keys = keys_of_a_step()
+    assert [set(band) <= keys for band in bands] == [True] * len(log_odds.CONFIDENCES)
 
 
 def test_the_layout_is_written(tmp_path):

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from matplotlib import image
 
 from megatron_rl.observe.run_log import RunLog
-from tools.plot_run import main
+from tools.plot_run import main, tenth
 
 BLUE, ORANGE, RED, GREEN = (37, 99, 168), (217, 130, 43), (194, 59, 59), (47, 143, 91)
+GREY = (95, 107, 122)
 
 
 def colors_of(path: Path) -> set[tuple[int, int, int]]:
@@ -42,6 +44,32 @@ def test_a_run_of_one_step_and_another_path(tmp_path):
         log.write(1, {"reward/mean": 0.5})
     assert main([str(tmp_path), "-o", str(tmp_path / "one.png")]) == 0
     assert BLUE in colors_of(tmp_path / "one.png")
+
+
+def test_the_log_odds_have_a_panel_of_their_own(tmp_path):
+    quantiles = {1: -0.3, 25: -0.1, 50: 0.0, 75: 0.1, 99: 0.3}
+    with RunLog(tmp_path / "metrics.jsonl", keep_through=-1) as log:
+        for step in range(1, 3):
+            metrics = {f"discrepancy/log_odds_0.1_to_0.5/q{q}": v for q, v in quantiles.items()}
+            log.write(step, {"reward/mean": 0.5} | (metrics if step == 2 else {}))
+    assert main([str(tmp_path)]) == 0
+    with_panel = image.imread(tmp_path / "curves.png")
+    with RunLog(tmp_path / "metrics.jsonl", keep_through=-1) as log:
+        log.write(1, {"reward/mean": 0.5})
+    assert main([str(tmp_path), "-o", str(tmp_path / "without.png")]) == 0
+    without = image.imread(tmp_path / "without.png")
+    assert with_panel.shape[0] == pytest.approx(without.shape[0] * 4.5 / 3.2, abs=2)
+    added = with_panel[without.shape[0] :, :, :3]
+    for color in (BLUE, GREY):  # the last and the first tenth
+        assert (abs(added * 255 - color).max(-1) < 1).sum() > 100
+
+
+def test_the_first_and_the_last_tenth():
+    records = [{"step": step, "x": float(step)} for step in range(1, 31)] + [{"step": 31}]
+    assert tenth(records, "x", False) == 2.0
+    assert tenth(records, "x", True) == 29.0
+    assert tenth(records[:3], "x", True) == 3.0
+    assert tenth(records, "y", True) is None
 
 
 def test_a_folder_without_steps_is_named(tmp_path, capsys):
