@@ -287,7 +287,7 @@ class SampledStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A packed row with a fixed token budget, and the samples that it contains. Every `[T]` tensor
+    """A packed row within the token budget, and the samples that it contains. Every `[T]` tensor
     is aligned with the *prediction*: position t of the row predicts `labels[t]`, the next token of
     the sequence, so no later code shifts anything.
 

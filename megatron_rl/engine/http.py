@@ -8,6 +8,8 @@ vllm/entrypoints/serve/dev/cache/api_router.py.
 
 from __future__ import annotations
 
+import ssl
+from functools import cache
 from typing import Any
 
 import httpx
@@ -17,6 +19,14 @@ from megatron_rl.records import EngineAddress
 
 MAX_REASON_CHARACTERS = 600  # of an engine's answer, quoted in an error
 ABANDON_SECONDS = 5.0  # short, because an error is already being raised and must not be delayed
+
+
+@cache
+def tls_context() -> ssl.SSLContext:
+    """The TLS context of all clients of this process. Reading the certificates takes longer than a
+    request, and httpx would read them for every client, also if the engine speaks plain HTTP.
+    """
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def authorization(address: EngineAddress) -> dict[str, str]:
@@ -47,6 +57,7 @@ class EngineControl:
             # uvicorn closes the connection after a failed call; the next call must not reuse it.
             limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=False,  # a proxy from the environment must not see weights or token
+            verify=tls_context(),
         )
 
     def close(self) -> None:
@@ -135,7 +146,9 @@ class ReadinessProbe:
 
     def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
         self._token = authorization(address)
-        self._client = httpx.Client(base_url=address.url, timeout=timeout_seconds, trust_env=False)
+        self._client = httpx.Client(
+            base_url=address.url, timeout=timeout_seconds, trust_env=False, verify=tls_context()
+        )
 
     def __enter__(self) -> ReadinessProbe:
         return self

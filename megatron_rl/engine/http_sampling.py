@@ -14,7 +14,7 @@ import httpx
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.engine.answers import generate_body, read_completions, read_scores, score_body
-from megatron_rl.engine.http import authorization, reason_of
+from megatron_rl.engine.http import authorization, reason_of, tls_context
 from megatron_rl.engine.requests import Completion, GenerateRequest
 from megatron_rl.errors import EngineError
 from megatron_rl.records import EngineAddress
@@ -50,6 +50,7 @@ class SamplingClient:
             timeout=config.request_timeout_seconds,
             limits=httpx.Limits(max_connections=config.max_in_flight),
             trust_env=False,  # a proxy from the environment must not see the token
+            verify=tls_context(),
         )
 
     async def close(self) -> None:

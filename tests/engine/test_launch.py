@@ -52,3 +52,16 @@ def test_settings_reach_the_command_line() -> None:
         RolloutConfig(), model_path="m", port=1, seed=3, weight_backend=None
     )
     assert "--max-model-len" not in without_limit
+
+
+@pytest.mark.parametrize(("num_engines", "is_passive"), [(1, False), (2, True)])
+def test_threads_spin_only_if_each_has_a_core(
+    num_engines: int, is_passive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # a learner's; the engine does not inherit it
+    config = RolloutConfig(num_engines=num_engines, num_threads=2)
+    environment = server_environment(config, token="t", update_timeout_seconds=1.0)
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert (environment.get("OMP_WAIT_POLICY") == "passive") == is_passive
+    assert ("GOMP_SPINCOUNT" in environment) == is_passive

@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-from megatron_rl.learner.batch.packing import deal, fill, pack
+from megatron_rl.learner.batch.packing import deal, fill, largest_size, pack, row_size
 from megatron_rl.learner.layout.exchange import exchange, gather_from_all
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.records import MicroBatch, RecomputedRow, RolloutGroup, Sample, TrainBatch
@@ -66,10 +66,14 @@ def pack_rows(
     """Pack this replica's samples into rows, and add masked rows until every replica has as many
     rows as the one with the most. A collective over the data-parallel ranks.
     """
-    rows = pack(samples, tokens_per_row=tokens_per_row)
+    size = row_size(1, tokens_per_row)
+    if parallel.pp_size > 1:  # the stages exchange tensors of one shape
+        lengths = [len(sample.rollout.token_ids) for sample in samples]
+        size = max(size, largest_size(lengths, tokens_per_row))
+    rows = pack(samples, tokens_per_row=tokens_per_row, min_size=size)
     most = torch.tensor([len(rows)], dtype=torch.int64, device=parallel.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel.dp_group)
-    filled = fill(rows, max(min_rows, int(most)), tokens_per_row)
+    filled = fill(rows, max(min_rows, int(most)), size)
     return tuple(to_device(row, parallel.device) for row in filled)
 
 

@@ -2,7 +2,7 @@
 samples compute the same rows.
 
 `deal` distributes sequences over data-parallel ranks by token count (longest processing time first,
-Graham 1969), `pack` fills rows of a fixed token budget (first fit decreasing), and `fill` adds
+Graham 1969), `pack` fills rows up to a token budget (first fit decreasing), and `fill` adds
 fully masked rows until every rank has the same number. Labels are shifted here and nowhere else:
 position t of a row predicts the sequence's token t+1, and every other tensor is aligned with that
 prediction.
@@ -17,6 +17,10 @@ import torch
 
 from megatron_rl.errors import DataError
 from megatron_rl.records import MicroBatch, Sample
+
+# Rows of few different lengths: products of these sizes are fast on every device, and an allocator
+# that caches blocks by size finds them again.
+ROW_MULTIPLE = 64
 
 
 def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -44,10 +48,13 @@ def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def pack(samples: Sequence[Sample], *, tokens_per_row: int) -> list[MicroBatch]:
-    """Pack whole sequences into rows of `tokens_per_row` positions, the longest first, each into
-    the first row with enough space.
+def pack(samples: Sequence[Sample], *, tokens_per_row: int, min_size: int = 0) -> list[MicroBatch]:
+    """Pack whole sequences into rows of at most `tokens_per_row` positions, the longest first, each
+    into the first row with enough space. A row is as long as its sequences need, rounded up to a
+    multiple of `ROW_MULTIPLE`.
 
+    Args:
+        min_size: positions that each row has at least.
     Returns:
         Rows as described in `MicroBatch`; none if there are no samples. Positions restart at 0 in
         the padding of the row; each token of a sequence carries the sequence's advantage.
@@ -57,12 +64,26 @@ def pack(samples: Sequence[Sample], *, tokens_per_row: int) -> list[MicroBatch]:
     """
     lengths = [_checked_length(sample, tokens_per_row) for sample in samples]
     return [
-        _row([samples[index] for index in row], tokens_per_row)
-        for row in _fit_rows(lengths, tokens_per_row)
+        _row([samples[index] for index in row], max(size, min_size))
+        for row, size in _fit_rows(lengths, tokens_per_row)
     ]
 
 
-def _fit_rows(lengths: Sequence[int], tokens_per_row: int) -> list[list[int]]:
+def largest_size(lengths: Sequence[int], tokens_per_row: int) -> int:
+    """Positions of the longest row that `pack` makes of sequences of these lengths; 0 for none."""
+    return max((size for _, size in _fit_rows(lengths, tokens_per_row)), default=0)
+
+
+def row_size(num_tokens: int, tokens_per_row: int) -> int:
+    """The positions of a row that holds `num_tokens`: the next multiple of `ROW_MULTIPLE`, and at
+    most `tokens_per_row`.
+    """
+    multiple = ROW_MULTIPLE
+    return min(tokens_per_row, -(-max(num_tokens, 1) // multiple) * multiple)
+
+
+def _fit_rows(lengths: Sequence[int], tokens_per_row: int) -> list[tuple[list[int], int]]:
+    """For each row the indices of its sequences, and its positions."""
     rows: list[list[int]] = []
     space: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -73,7 +94,8 @@ def _fit_rows(lengths: Sequence[int], tokens_per_row: int) -> list[list[int]]:
             space.append(tokens_per_row)
         rows[number].append(index)
         space[number] -= length
-    return rows
+    sizes = [row_size(tokens_per_row - left, tokens_per_row) for left in space]
+    return list(zip(rows, sizes, strict=True))
 
 
 def empty_micro_batch(tokens_per_row: int) -> MicroBatch:

@@ -187,7 +187,8 @@ def run_schedule(
     """Run the rows through Megatron's pipeline schedule.
 
     Args:
-        rows: this rank's micro-batches, the same number on every DP rank.
+        rows: this rank's micro-batches, the same number on every DP rank; all of one length if the
+            model has several pipeline stages.
         on_output: `(index of the row, logits [1, T, V / TP])`, called on the last stage. In
             training it returns Megatron's `(sum, count, anything)`; with `forward_only` it returns
             anything.

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from megatron_rl.errors import DataError
-from megatron_rl.learner.batch.packing import deal, empty_micro_batch, fill, pack
+from megatron_rl.learner.batch.packing import (
+    ROW_MULTIPLE,
+    deal,
+    empty_micro_batch,
+    fill,
+    largest_size,
+    pack,
+)
 from megatron_rl.records import MicroBatch, Rollout, Sample
 
 
@@ -196,3 +203,16 @@ def test_fill_reaches_the_common_count_with_masked_rows():
     assert len(fill([], 2, 8)) == 2
     with pytest.raises(ValueError, match="at most 0"):
         fill(rows, 0, 16)
+
+
+def test_rows_are_as_long_as_their_sequences_need() -> None:
+    samples = [make_sample(index, tuple(range(3, 3 + n)), 1) for index, n in enumerate((90, 60, 5))]
+    rows = pack(samples, tokens_per_row=100)  # 90 + 5, and 60
+    assert [row.tokens.numel() for row in rows] == [100, 64]  # 128 is more than the budget
+    assert [row.positions.numel() for row in rows] == [100, 64]
+    assert largest_size([90, 60, 5], 100) == 100
+    uniform = pack(samples, tokens_per_row=100, min_size=100)
+    assert [row.tokens.numel() for row in uniform] == [100, 100]
+    assert [row.tokens.numel() for row in pack(samples[2:], tokens_per_row=500)] == [ROW_MULTIPLE]
+    assert pack([], tokens_per_row=100, min_size=64) == []
+    assert largest_size([], 100) == 0

@@ -123,7 +123,11 @@ def rows_of_rank(samples: list[Sample], case: Case, parallel: Parallel) -> list[
         mine = [samples[index] for index in share]
         in_one_row = [mine] if case.is_packed else [[sample] for sample in mine]
         packed.append(
-            [row for each in in_one_row for row in pack(each, tokens_per_row=TOKENS_PER_ROW)]
+            [
+                row
+                for each in in_one_row
+                for row in pack(each, tokens_per_row=TOKENS_PER_ROW, min_size=TOKENS_PER_ROW)
+            ]
         )
     return fill(packed[parallel.dp_rank], max(len(rows) for rows in packed), TOKENS_PER_ROW)
 

@@ -129,7 +129,10 @@ def one_per_row(batch: TrainBatch, tokens_per_row: int, parallel: Parallel) -> T
     mini_batches = []
     for rows in batch.mini_batches:
         samples = [sample for row in rows for sample in row.samples]
-        packed = [pack([each], tokens_per_row=tokens_per_row)[0] for each in samples]
+        packed = [
+            pack([each], tokens_per_row=tokens_per_row, min_size=tokens_per_row)[0]
+            for each in samples
+        ]
         counts: list[Any] = [None] * parallel.world_size
         dist.all_gather_object(counts, len(packed))
         mini_batches.append(tuple(fill(packed, max(counts), tokens_per_row)))
