@@ -71,6 +71,7 @@ def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
             1,
             figsize=(8, 2.5 * sum(heights.values())),
             height_ratios=list(heights.values()),
+            layout="constrained",
         )
         axes = dict(zip(heights, all_axes, strict=True))
         for name in heights.keys() - {"lambda", "log-odds"}:
@@ -92,7 +93,6 @@ def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
             _draw_log_odds(axes["log-odds"], records)
         figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
         figure.align_ylabels()
-        figure.tight_layout()
         figure.savefig(output, dpi=150)
         pyplot.close(figure)
 
@@ -184,6 +184,7 @@ def _draw_log_odds(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_xlim(-0.6, len(CONFIDENCES) - 0.4)
     axes.set_xlabel("p_inf of the sampled token")
     axes.set_ylabel("logit p_train - logit p_inf")
+    axes.margins(y=0.2)  # room for the legend
     axes.legend(loc="upper right", ncols=2)
 
 
