@@ -72,7 +72,7 @@ def train(config: Config, progress: Progress) -> None:
             report(step, update.metrics, parity, figures, sampled=sampled)
             if should_save(config, step):
                 with phase("checkpoint"):
-                    save_run(learner, state, config)
+                    save_run(learner, state, config, run.inputs)
         if config.checkpoint.save_hf:
             with phase("save"):
                 save_hf_checkpoint(learner, config)

@@ -9,8 +9,8 @@ difference. Settings are an exception, because only one of two commits may have 
 settings are listed.
 
 A metric is a time if its key begins with `speed/`, or if one of its words is `time`, `second`,
-`seconds`, `ms` or `duration`. Settings that contain paths, in config.yaml and in the checkpoint's
-run_state.json, and the file sizes in the latter are not compared either.
+`seconds`, `ms` or `duration`. Settings that contain paths are not compared either, nor are the file
+sizes and the inputs in a checkpoint's run_state.json; the inputs repeat the settings.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-PLACES = re.compile(
-    r"settings/(run_dir|replay|model\.path|data\.tasks\.\d+\.path)"
-    r"|checkpoints/.*/run\.data\.tasks\.\d+\.path"
-)
+PLACES = re.compile(r"settings/(run_dir|replay|model\.path|data\.tasks\.\d+\.path(\.\d+)?)")
 TIME_WORDS = {"time", "second", "seconds", "ms", "duration"}
 ABSENT = "absent"
 MAX_NAMES = 8  # largest number of differences that the report names in each part
@@ -242,6 +239,8 @@ def read_folder(folder: Path, name: str) -> Contents:
             contents |= flat(below, torch.load(path, map_location="cpu", weights_only=False))
         elif path.name == "run_state.json":
             state = json.loads(path.read_text())
+            for inputs in ("inputs", "data"):  # data: of older commits
+                state["run"].pop(inputs, None)
             contents |= flat(below, {key: value for key, value in state.items() if key != "bytes"})
         else:
             if path.suffix == ".safetensors":

@@ -69,6 +69,11 @@ class PromptStream:
                 self._tell_overlong(number, "its rows")
 
     @property
+    def max_prompt_tokens(self) -> int:
+        """The tokens of the longest prompt that is accepted."""
+        return self._max_prompt_tokens
+
+    @property
     def held_out_texts(self) -> frozenset[str]:
         """The texts of the held-out prompts, which training must not see."""
         return self._held_out_texts
@@ -213,7 +218,8 @@ def _open_source(task: TaskConfig, config: DataConfig, watch: Watch) -> Any:
         template=task.template,
         system_prompt=system_prompt,
         # A user's own verifier may need none.
-        is_answer_required=bool(task.path) and not is_import_path(task.verifier),
+        is_answer_required=bool(task.path)
+        and not all(is_import_path(term.verifier) for term in task.terms),
     )
     if task.path:
         return FileSource(

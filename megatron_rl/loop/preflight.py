@@ -6,9 +6,8 @@ Rules that involve nothing but settings are in `config/`.
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.data.watch import Watch
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.parallel import check_world_size
-from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint, saved_run_state
+from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.records import Truncation
 from megatron_rl.reward.registry import (
@@ -37,15 +37,18 @@ class Preflight:
     """The checked inputs of a run.
 
     Example: `Preflight(geometry=Geometry(...), tokenizer=..., stream=PromptStream(...),
-    verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
-    checkpoint=Path("runs/a/checkpoints/step_000012"))`.
+    verifiers={"chain_sum": (RewardTerm(verifier="exact"),)}, inputs={...},
+    checkpoint=Path("runs/a/checkpoints/step_000012"),
+    changes=("objective.clip_high: 0.24 became 0.28",))`.
     """
 
     geometry: Geometry
     tokenizer: Any  # of transformers
     stream: PromptStream
     verifiers: dict[str, tuple[RewardTerm, ...]]  # by source
+    inputs: Inputs  # as they are saved with every checkpoint
     checkpoint: Path | None  # to resume from
+    changes: tuple[str, ...]  # a line for each setting that differs from the checkpoint's
 
 
 def preflight(config: Config) -> Preflight:
@@ -67,12 +70,20 @@ def preflight(config: Config) -> Preflight:
     check_replay(config)
     check_engine_place(config)
     check_fixed_rollouts(config)
+    inputs, checkpoint = run_inputs(config, stream), checkpoint_to_resume(config)
+    changes: list[str] = []
+    if checkpoint is not None:
+        saved = saved_run_state(checkpoint).get("inputs", {})
+        check_same_inputs(saved, inputs, checkpoint)
+        changes = changed_settings(saved, inputs)
     return Preflight(
         geometry=geometry,
         tokenizer=tokenizer,
         stream=stream,
         verifiers=verifiers,
-        checkpoint=checkpoint_to_resume(config),
+        inputs=inputs,
+        checkpoint=checkpoint,
+        changes=tuple(changes),
     )
 
 
@@ -180,28 +191,6 @@ def check_fixed_rollouts(config: Config) -> None:
             f"truncated, got temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, "
             f"top_k={sampling.top_k}, min_p={sampling.min_p:g}"
         )
-
-
-def check_same_data(saved: dict[str, Any], config: Config, folder: Path) -> None:
-    """Raise ConfigError if a checkpoint's cursor would point into a different stream of prompts."""
-    present = data_settings(config)
-    changed = [key for key in present if saved.get(key) != present[key]]
-    if changed:
-        raise ConfigError(
-            f"resume: expected the data settings of {folder}, got others in data.{changed[0]}: "
-            f"{saved.get(changed[0])!r} became {present[changed[0]]!r}; choose another run_dir"
-        )
-
-
-def data_settings(config: Config) -> dict[str, Any]:
-    """The settings that determine which prompt an index refers to, and its seed, as plain JSON
-    values.
-
-    A checkpoint stores them, because its cursor is an index into that stream of prompts.
-    """
-    settings = asdict(config.data) | {"sampling_seed": config.loop.seed}
-    del settings["max_prompt_tokens"]
-    return json.loads(json.dumps(settings))
 
 
 def check_engine_place(config: Config) -> None:

@@ -12,7 +12,7 @@ from megatron_rl.learner.batch.deal import by_sample
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.checkpoint import save_checkpoint
-from megatron_rl.loop.preflight import data_settings
+from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import RecomputedRow, SampledStep
@@ -62,12 +62,16 @@ def _record(
         )
 
 
-def save_run(learner: Learner, state: LoopState, config: Config) -> None:
-    """Write a checkpoint of the step that has just ended. A collective over all ranks."""
+def save_run(learner: Learner, state: LoopState, config: Config, inputs: Inputs) -> None:
+    """Write a checkpoint of the step that has just ended. A collective over all ranks.
+
+    Args:
+        inputs: of `loop/inputs.py`, with which a resumed run compares its own.
+    """
     save_checkpoint(
         Path(config.run_dir) / "checkpoints",
         learner.trained,
-        {**state.state_dict(), "data": data_settings(config)},
+        {**state.state_dict(), "inputs": inputs},
         step=state.step,
         keep=config.checkpoint.keep,
     )

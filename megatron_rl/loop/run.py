@@ -26,8 +26,9 @@ from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.loop.evaluate import Evaluator
+from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
-from megatron_rl.loop.preflight import Preflight, check_same_data, preflight, truncation_of
+from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
 from megatron_rl.loop.state import LoopState, initial_state
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
@@ -53,8 +54,8 @@ class Run:
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
     state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...),
     verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
-    engine_urls=("http://127.0.0.1:18400",), was_resumed=False, source=None, evaluator=None,
-    link=None)`.
+    engine_urls=("http://127.0.0.1:18400",), inputs={...}, was_resumed=False, source=None,
+    evaluator=None, link=None)`.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Run:
     # by the name of the task or file that prompts come from
     verifiers: Mapping[str, tuple[RewardTerm, ...]]
     engine_urls: tuple[str, ...]  # on every rank; empty in a replay
+    inputs: Inputs  # are saved with every checkpoint
     was_resumed: bool  # from a checkpoint
     source: RolloutSource | None  # on the heads of the replicas
     evaluator: Evaluator | None  # on the heads of the replicas, unless rollouts are replayed
@@ -97,7 +99,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
         learner = _build_learner(config, checked, parallel)
         if checked.checkpoint is not None:
-            _resume(checked.checkpoint, learner, state, config)
+            state.load_state_dict(load_checkpoint(checked.checkpoint, learner.trained))
         if is_first and not config.replay:
             _forget_later_steps(run_dir, state.step)
         recorder = stack.enter_context(
@@ -116,6 +118,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         source, evaluator, link = _connect(
             config, checked, parallel, stopwatch, scorer, addresses, engines=engines, stack=stack
         )
+        _tell_resumption(checked, state, recorder)
         recorder.say(f"log-probs: {learner.logprob_backend}")
         for line in replaced_keys(config):
             recorder.say(line)
@@ -127,6 +130,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             stopwatch=stopwatch,
             verifiers=checked.verifiers,
             engine_urls=tuple(address.url for address in addresses),
+            inputs=checked.inputs,
             was_resumed=checked.checkpoint is not None,
             source=source,
             evaluator=evaluator,
@@ -155,10 +159,14 @@ def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Le
     )
 
 
-def _resume(folder: Path, learner: Learner, state: LoopState, config: Config) -> None:
-    saved = load_checkpoint(folder, learner.trained)
-    check_same_data(saved["data"], config, folder)
-    state.load_state_dict(saved)
+def _tell_resumption(checked: Preflight, state: LoopState, recorder: Recorder) -> None:
+    if checked.checkpoint is None:
+        return
+    recorder.say(
+        f"resumed after step {state.step}, at prompt {state.next_prompt}, from {checked.checkpoint}"
+    )
+    for line in checked.changes:
+        recorder.say(f"changed since then: {line}")
 
 
 def _forget_later_steps(run_dir: Path, step: int) -> None:

@@ -23,6 +23,7 @@ from megatron_rl.errors import DataError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of configs, tokenizers and templates
 
 
 class CheckpointReader:
@@ -199,7 +200,7 @@ def _copy_small_files(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if (
             path.is_file()
-            and path.suffix in (".json", ".txt", ".model", ".jinja")
+            and path.suffix in SMALL_SUFFIXES
             and not path.name.endswith(".index.json")
         ):
             shutil.copyfile(path, target / path.name)

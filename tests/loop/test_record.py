@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_rl.config import Config, LoopConfig
+from megatron_rl.config import Config
 from megatron_rl.learner.batch.packing import pack
-from megatron_rl.loop.preflight import data_settings
 from megatron_rl.loop.record import record_rollouts
 from megatron_rl.records import RecomputedRow, SampledStep
 from megatron_rl.rollout.recording import read_recomputed, read_step
@@ -72,13 +70,3 @@ def test_a_replay_records_nothing(tmp_path: Path) -> None:
     config = Config(run_dir=str(tmp_path), replay="runs/a/rollouts")
     record_rollouts(sampled, rows, FakeParallel(), 3, config, phase)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_settings_behind_a_cursor_are_kept() -> None:
-    config = Config(loop=LoopConfig(seed=5))
-    settings = data_settings(config)
-    assert settings["sampling_seed"] == 5 and settings["tasks"] == []
-    longer = replace(config, data=replace(config.data, max_prompt_tokens=9))
-    assert data_settings(longer) == settings  # a limit changes no prompt
-    other = replace(config, data=replace(config.data, seed=9))
-    assert data_settings(other) != settings

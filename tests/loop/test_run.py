@@ -4,6 +4,7 @@ learner and the process groups.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import Config, DataConfig, LoopConfig, ModelConfig, TaskConfig
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.loop import run as loop_run
-from megatron_rl.loop.preflight import data_settings
+from megatron_rl.loop.inputs import run_inputs
+from megatron_rl.loop.preflight import prepare_data
 from megatron_rl.loop.run import start_run
 from megatron_rl.process.command import Progress
 from megatron_rl.records import EngineAddress
@@ -206,29 +208,46 @@ def test_an_unknown_verifier_is_found_before_a_process_is_started(
 
 
 def test_a_resumed_run_takes_the_state_and_forgets_later_steps(
-    log: list[str], monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+    log: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = make_config(tmp_path, tiny_checkpoint)
     run_dir = tmp_path / "run"
     step = run_dir / "checkpoints" / "step_000002"
     step.mkdir(parents=True)
-    (step / "run_state.json").write_text("{}")
-    (run_dir / "checkpoints" / "latest").write_text("step_000002\n")
-    (run_dir / "sync.jsonl").write_text('{"version": 1}\n{"version": 2}\n')
+    prompts = prepare_data(config)[2]
     saved = {
         "step": 2,
         "next_prompt": 128,
         "dual": {"value": 0.7, "num_updates": 2},
-        "data": data_settings(config),
+        "inputs": run_inputs(config, prompts),
     }
+    saved["inputs"]["settings"]["objective"]["clip_high"] = 0.1
+    (step / "run_state.json").write_text(json.dumps({"run": saved}))
+    (run_dir / "checkpoints" / "latest").write_text("step_000002\n")
+    (run_dir / "sync.jsonl").write_text('{"version": 1}\n{"version": 2}\n')
     monkeypatch.setattr(loop_run, "load_checkpoint", lambda folder, trained: saved)
     run = start_as(monkeypatch, config, RankParallel())
-    assert run.was_resumed
+    assert run.was_resumed and run.inputs["rows"] == prompts.fingerprints()
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        f"resumed after step 2, at prompt 128, from {step}",
+        "changed since then: objective.clip_high: 0.1 became 0.24",
+    ]
     assert (run.state.step, run.state.next_prompt, run.state.dual.value) == (2, 128, 0.7)
     assert (run_dir / "sync.jsonl").read_text() == '{"version": 1}\n'
-    saved["data"] = saved["data"] | {"seed": 7}
+    log.clear()
+    saved["inputs"]["data"]["seed"] = 7
+    (step / "run_state.json").write_text(json.dumps({"run": saved}))
     with pytest.raises(ConfigError, match=r"others in data\.seed: 7 became 0"):
         start_as(monkeypatch, config, RankParallel())
+    (step / "run_state.json").write_text("{")
+    with pytest.raises(DataError, match=r"step_000002: expected a whole run_state\.json"):
+        start_as(monkeypatch, config, RankParallel())
+    assert log == []  # before a process was started
 
 
 def test_the_last_words_say_where_the_run_is(

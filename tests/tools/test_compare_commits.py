@@ -58,7 +58,7 @@ def write_run(run_dir: Path) -> Path:
     write_shards(run_dir, WEIGHT)
     torch.save({"groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}, run_dir / STEP / "common.pt")
     tasks = [{"path": str(run_dir / "prompts.jsonl")}]
-    run_state = {"step": 5, "dual": {"lambda": 0.1}, "data": {"tasks": tasks, "seed": 0}}
+    run_state = {"step": 5, "dual": {"lambda": 0.1}, "inputs": {"data": {"tasks": tasks}}}
     state = {"run": run_state, "bytes": {"common.pt": 3}}
     (run_dir / STEP / "run_state.json").write_text(json.dumps(state))
     (run_dir / "checkpoints" / "latest").write_text("step_000005\n")

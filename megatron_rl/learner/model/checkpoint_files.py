@@ -6,9 +6,11 @@ written to the file `latest`, so that after a kill at any moment the previous ch
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.errors import DataError
 
@@ -29,6 +31,22 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if Path(name).name != name or not (folder / name / STATE).is_file():
         raise DataError(f"{pointer}: expected the name of a checkpoint beside it, got {name!r}")
     return folder / name
+
+
+def saved_run_state(folder: Path) -> dict[str, Any]:
+    """The run state that was saved with a checkpoint, before anything else of it is read.
+
+    Raises:
+        DataError: the checkpoint does not have one.
+    """
+    path = folder / STATE
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"checkpoint {folder}: expected a whole {STATE}, got: {type(error).__name__}: {error}; "
+            "resume from another one (resume=FOLDER), or start anew (resume=never)"
+        ) from error
 
 
 def checkpoint_name(step: int) -> str:
