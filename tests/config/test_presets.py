@@ -106,3 +106,17 @@ def test_a_run_names_the_keys_that_replace_those_of_its_preset(tmp_path):
         "objective.normalize_length: 8 replaces 256 of objective.preset=dr_grpo"
     )
     assert replaced_keys(load_config(path, ["objective.preset="])) == []
+
+
+def test_the_saved_settings_of_a_run_replace_those_of_another_preset_and_are_named(tmp_path):
+    """A run's config.yaml holds every key, so that a preset of the command line changes nothing."""
+    path = tmp_path / "run.yaml"
+    path.write_text("objective: {preset: dc_grpo}")
+    save_config(load_config(path), tmp_path / "saved.yaml")
+    lines = replaced_keys(load_config(tmp_path / "saved.yaml", ["objective.preset=gspo"]))
+    assert lines == [
+        "objective.policy_loss: 'ppo_clip' replaces 'gspo' of objective.preset=gspo",
+        "objective.clip_low: 0.2 replaces 0.0003 of objective.preset=gspo",
+        "objective.clip_high: 0.24 replaces 0.0004 of objective.preset=gspo",
+        "objective.constraint.enabled: true replaces false of objective.preset=gspo",
+    ]
