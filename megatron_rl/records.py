@@ -318,10 +318,13 @@ class TrainBatch:
     added where a rank has fewer.
 
     Example: one optimizer step on two rows, and no dropped samples: `TrainBatch(
-    mini_batches=((MicroBatch(...), MicroBatch(...)),), dropped=())`.
+    mini_batches=((MicroBatch(...), MicroBatch(...)),), num_left_out=(0,), dropped=())`.
     """
 
     mini_batches: tuple[tuple[MicroBatch, ...], ...]
+    # for each mini-batch, the samples of this replica's groups that are not kept although another
+    # sample of their group is; `normalize=constant` counts them
+    num_left_out: tuple[int, ...]
     # rows of samples whose discrepancy is measured but on which the learner does not train; the
     # same number on every rank, usually 0
     dropped: tuple[MicroBatch, ...]
@@ -332,11 +335,13 @@ class RecomputedRow:
     """A row with the learner's log-probs, computed at the weights before the update.
 
     Example: the row of `MicroBatch`'s example: `RecomputedRow(micro_batch=MicroBatch(...),
-    recomputed_logprobs=[0, -0.3, -0.1, 0, 0, 0, 0, 0])`.
+    recomputed_logprobs=[0, -0.3, -0.1, 0, 0, 0, 0, 0], is_outside_support=[False] * 8)`.
     """
 
     micro_batch: MicroBatch
     recomputed_logprobs: torch.Tensor  # [T] float32, 0 where the row's loss mask is False
+    # [T] bool: with these log-probs the sampler could not have chosen the label
+    is_outside_support: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

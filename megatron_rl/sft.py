@@ -22,7 +22,7 @@ from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.batch.deal import pack_rows
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.passes.forward import RowOutput
+from megatron_rl.learner.passes.forward import LossTerms, RowOutput
 from megatron_rl.objective.normalize import normalized_sum
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.metrics import Mean, merge, reduce
@@ -116,7 +116,7 @@ def as_samples(pairs: Sequence[Pair], first_index: int) -> list[Sample]:
 def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
     """Take one optimizer step on the mean negative log-prob of the kept tokens; return metrics."""
 
-    def row_loss(index: int, output: RowOutput) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def row_loss(index: int, output: RowOutput) -> LossTerms:
         row = rows[index]
         total, count = normalized_sum(
             -output.logprobs, row.loss_mask, row.sequence_ids, normalize="token_mean"
@@ -126,9 +126,15 @@ def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
                 f"warm start, rank {learner.parallel.rank}: expected a finite loss, got "
                 f"{total.item()}; lower warm_start.learning_rate"
             )
-        return total, count, {"loss/mean": Mean(sum=total.item(), count=int(count))}
+        return LossTerms(
+            total=total,
+            count=count,
+            num_kept=int(count),
+            result={"loss/mean": Mean(sum=total.item(), count=int(count))},
+        )
 
     results, grad_norm = learner.update(rows, row_loss)
+    assert grad_norm is not None, "every response ends with a token, so there was a step"
     parallel = learner.parallel
     reduced = reduce(merge(results), parallel.batch_reducer()) if parallel.is_last_stage else {}
     metrics = parallel.from_last_stage(reduced)

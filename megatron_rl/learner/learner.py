@@ -19,6 +19,7 @@ from megatron_rl.learner.model.training_model import build_training_model
 from megatron_rl.learner.passes.forward import (
     WHOLE,
     FullRow,
+    LossTerms,
     RowOutput,
     evaluate_rows,
     row_output,
@@ -30,9 +31,8 @@ from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.records import MicroBatch, RecomputedRow, Sample, Truncation
 from megatron_rl.weights.geometry import Geometry
 
-# Takes a row's index and the model's output for it; returns the sum and the count that Megatron's
-# loss contract requires, and any object, which `Learner.update` returns to its caller.
-RowLoss = Callable[[int, RowOutput], tuple[torch.Tensor, torch.Tensor, object]]
+# Takes a row's index and the model's output for it.
+RowLoss = Callable[[int, RowOutput], LossTerms]
 
 
 class Learner:
@@ -141,8 +141,9 @@ class Learner:
 
     def update(
         self, rows: Sequence[MicroBatch], row_loss: RowLoss, *, has_entropy_gradient: bool = False
-    ) -> tuple[list[object], float]:
-        """Forward, backward and one optimizer step over all ranks' rows.
+    ) -> tuple[list[object], float | None]:
+        """Forward, backward and one optimizer step over all ranks' rows. If no rank has a kept
+        token, there is no optimizer step: weights, moments and schedule do not change.
 
         Args:
             rows: this rank's micro-batches; the same number on every DP rank.
@@ -150,17 +151,19 @@ class Learner:
             has_entropy_gradient: whether the output's entropy is under gradient, which costs
                 another pass over the logits.
         Returns:
-            The third value that `row_loss` returned for each row (on the last stage; empty on the
-            others), and the gradient's norm before clipping.
+            The result of each row (on the last stage; empty on the others), and the gradient's norm
+            before clipping; None, on every rank, if there was no optimizer step.
         Raises:
             DivergenceError: the gradient's norm is not finite (raised on every rank), or no
                 log-prob can be computed from the logits. DataError: a label is outside the
                 vocabulary.
         """
+        num_kept = 0
 
         def on_output(
             index: int, logits: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, object]:
+            nonlocal num_kept
             output = row_output(
                 logits,
                 rows[index],
@@ -172,12 +175,18 @@ class Learner:
             )
             # The row's loss has synchronised with the device already, so this adds no wait.
             check_broken_rows(logits.device, f"micro-batch {index}")
-            return row_loss(index, output)
+            terms = row_loss(index, output)
+            num_kept += terms.num_kept
+            return terms.total, terms.count, terms.result
 
         trained = self.trained
         trained.model.zero_grad_buffer()
         trained.optimizer.zero_grad()
         results = run_schedule(trained.model, rows, on_output, forward_only=False)
+        # With a gradient of 0, momentum and weight decay would still move the weights. Only the
+        # last stage knows what is kept, and all ranks must decide alike.
+        if not self.parallel.any_rank(num_kept > 0):
+            return results, None
         # Done before the optimizer's step, so that the first step of a warm-up has a rate above 0.
         trained.scheduler.step(1)
         _, grad_norm, _ = trained.optimizer.step()

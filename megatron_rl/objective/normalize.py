@@ -12,10 +12,13 @@ with the weights below the result does not depend on the micro-batch or rank of 
     constant:       weight 1 / L,    count = sequences that were sampled
                                      -> sum over tokens / (sequences x L)
 
-`n_s` is the number of kept tokens of sequence s; each sequence is whole in a row.
+`n_s` is the number of kept tokens of sequence s; each sequence is whole in a row. The sequences
+that were sampled are all responses of the groups that the mini-batch learns from: also a response
+without a token, one whose tokens are all rejected, and one that is left out because it was
+truncated or could not be scored (`TrainBatch.num_left_out`).
 token_mean is the normalisation of DAPO (arXiv 2503.14476), sequence_mean that of GRPO and GSPO, and
 constant that of Dr. GRPO (arXiv 2503.20783), where L is the maximum response length. With constant,
-a token's weight depends neither on the length of its response nor on which tokens are rejected.
+a token's weight depends neither on the length of its response nor on what is rejected or left out.
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ def normalized_sum(
     sequence_ids: torch.Tensor,
     *,
     normalize: str,
-    sampled: torch.Tensor | None = None,
+    num_sampled: int = 0,
     length: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first two values that a Megatron loss function returns.
@@ -106,7 +109,7 @@ def normalized_sum(
         mask: [T] bool, the kept tokens.
         sequence_ids: [T] int64, 0 to S-1, -1 on padding.
         normalize: one of `MODES`, see the docstring of this module.
-        sampled: [T] bool, used by "constant": all sampled tokens, kept or not; None: the mask.
+        num_sampled: used by "constant": the sequences to count, kept or not.
         length: L, used by "constant", at least 1.
 
     Returns:
@@ -120,15 +123,13 @@ def normalized_sum(
     if normalize == "token_mean":
         weights, count = token_weights(mask)
     elif normalize in MODES:
-        counted = sampled if normalize == "constant" and sampled is not None else mask
-        num_kept_tokens = kept_tokens_per_sequence(
-            counted, sequence_ids, num_sequences(sequence_ids)
-        )
+        num_kept_tokens = kept_tokens_per_sequence(mask, sequence_ids, num_sequences(sequence_ids))
         weights, count = sequence_weights(mask, sequence_ids, num_kept_tokens)
         if normalize != "sequence_mean":
             weights = mask.float()
         if normalize == "constant":
             weights = weights.double() / _at_least_one(length)
+            count = torch.full_like(count, num_sampled)
     else:
         raise ConfigError(
             f"objective.normalize: expected one of {', '.join(MODES)}, got {normalize!r}"

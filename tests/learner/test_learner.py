@@ -10,6 +10,7 @@ import torch
 
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner import learner
+from megatron_rl.learner.passes.forward import LossTerms
 from megatron_rl.ops import broken_rows
 from tests.learner.support.single_rank import TOP_K
 
@@ -61,6 +62,10 @@ def test_a_micro_batch_with_a_broken_row_gets_no_loss(monkeypatch: pytest.Monkey
     def schedule(model: Any, rows: Any, on_output: Any, *, forward_only: bool) -> list[Any]:
         return [on_output(index, torch.zeros(1, 4, 8)) for index in range(len(rows))]
 
+    def row_loss(index: int, output: Any) -> LossTerms:
+        losses.append(index)
+        return LossTerms(total=None, count=None, num_kept=1, result=None)
+
     def output(logits: torch.Tensor, row: str, **settings: Any) -> None:
         if row == "broken":
             flag.fill_(2 * 5 + 1)
@@ -76,7 +81,5 @@ def test_a_micro_batch_with_a_broken_row_gets_no_loss(monkeypatch: pytest.Monkey
         parallel=None,
     )
     with pytest.raises(DivergenceError, match="micro-batch 1: logits of row 5"):
-        learner.Learner.update(
-            one, ["sound", "broken", "sound"], lambda index, _: losses.append(index)
-        )
+        learner.Learner.update(one, ["sound", "broken", "sound"], row_loss)
     assert losses == [0]

@@ -27,7 +27,11 @@ def make_step() -> tuple[SampledStep, tuple[RecomputedRow, ...]]:
     groups = tuple(judged(scored(index, 1.0, 0.0), 1.0, -1.0) for index in (7, 8))
     sampled = SampledStep(groups=groups, num_prompts=2, num_rounds=1)
     rows = tuple(
-        RecomputedRow(micro_batch=row, recomputed_logprobs=-torch.arange(6, dtype=torch.float32))
+        RecomputedRow(
+            micro_batch=row,
+            recomputed_logprobs=-torch.arange(6, dtype=torch.float32),
+            is_outside_support=torch.zeros(6, dtype=torch.bool),
+        )
         for row in pack(sampled.samples(), tokens_per_row=6)
     )
     return sampled, rows

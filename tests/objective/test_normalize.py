@@ -33,17 +33,17 @@ def test_sequence_mean_worked_by_hand():
 
 
 def test_sequence_sum_and_constant_worked_by_hand():
-    # Sequence 0 keeps two tokens, 1 one of two, 2 lost its only one, 3 has no response.
+    # Sequence 0 keeps two tokens, 1 one of two, 2 lost its only one, 3 has no response. All four
+    # were sampled, and two more are in no row.
     loss = torch.tensor([1.0, 2.0, 4.0, 0.0, 0.0, 0.0, 0.0])
-    sampled = torch.tensor([True, True, True, True, True, False, False])
     kept = torch.tensor([True, True, True, False, False, False, False])
     ids = torch.tensor([0, 0, 1, 1, 2, 3, -1])
-    total, count = normalized_sum(loss, kept, ids, normalize="sequence_sum", sampled=sampled)
+    total, count = normalized_sum(loss, kept, ids, normalize="sequence_sum")
     assert (total.item(), count.item()) == (7.0, 2)
-    total, count = normalized_sum(loss, kept, ids, normalize="constant", sampled=sampled, length=8)
-    assert (total.item(), count.item(), count.dtype) == (7.0 / 8, 3, torch.int32)
+    total, count = normalized_sum(loss, kept, ids, normalize="constant", num_sampled=6, length=8)
+    assert (total.item(), count.item(), count.dtype) == (7.0 / 8, 6, torch.int32)
     with pytest.raises(ConfigError, match="normalize_length"):
-        normalized_sum(loss, kept, ids, normalize="constant", sampled=sampled)
+        normalized_sum(loss, kept, ids, normalize="constant", num_sampled=6)
 
 
 def test_weights_of_a_sequence_add_up_to_one():
@@ -117,7 +117,9 @@ def _layout_gradient(parameter, sequences, normalize, dp, budget):
                 values[part], mask[part], ids[part] = numbers, kept, index
                 start = part.stop
             loss = torch.where(mask, (parameter * values).sin(), 0.0)
-            total, count = normalized_sum(loss, mask, ids, normalize=normalize, length=LENGTH)
+            total, count = normalized_sum(
+                loss, mask, ids, normalize=normalize, num_sampled=len(row), length=LENGTH
+            )
             totals.append(total)
             counts.append(count)
     count = torch.stack(counts).sum()
@@ -143,7 +145,7 @@ def test_no_layout_changes_loss_or_gradient(normalize):
         "token_mean": torch.cat(means).mean(),
         "sequence_mean": torch.stack([mean.mean() for mean in means]).mean(),
         "sequence_sum": torch.stack([mean.sum() for mean in means]).mean(),
-        "constant": torch.cat(means).sum() / (len(means) * LENGTH),
+        "constant": torch.cat(means).sum() / (len(sequences) * LENGTH),
     }[normalize]
     (expected_gradient,) = torch.autograd.grad(expected_loss, exact)
 
@@ -152,4 +154,5 @@ def test_no_layout_changes_loss_or_gradient(normalize):
         assert loss == pytest.approx(expected_loss.item(), rel=1e-6), (dp, budget)
         assert gradient == pytest.approx(expected_gradient.item(), rel=1e-6), (dp, budget)
         tokens = sum(int(mask.sum()) for _, mask in kept)
-        assert count == (tokens if normalize == "token_mean" else len(kept))
+        counts = {"token_mean": tokens, "constant": len(sequences)}
+        assert count == counts.get(normalize, len(kept))

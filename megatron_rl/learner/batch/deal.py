@@ -9,6 +9,7 @@ The number of ranks affects which rank computes a sequence, but never its mini-b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
@@ -33,7 +34,7 @@ def deal_batch(
 
     The groups with a kept sample, of all replicas, are numbered by prompt index. In that order
     their samples are divided into mini-batches of about equal size. Samples that are not kept are
-    packed into separate rows.
+    packed into separate rows, but those of a numbered group are counted in its mini-batch.
 
     Args:
         samples: this replica's own, read on its head and ignored on its other ranks.
@@ -41,21 +42,22 @@ def deal_batch(
     kept = [sample for sample in samples if sample.is_kept]
     slots = _slots(kept, parallel) if parallel.is_replica_head else {}
     num_slots = max(1, len(slots) * samples_per_prompt)
+
+    def number_of(sample: Sample) -> int:
+        slot = slots[sample.prompt_index] * samples_per_prompt + sample.sample_index
+        return slot * num_mini_batches // num_slots
+
     mini_batches = []
     for number in range(num_mini_batches):
-        own = [
-            sample
-            for sample in kept
-            if (slots[sample.prompt_index] * samples_per_prompt + sample.sample_index)
-            * num_mini_batches
-            // num_slots
-            == number
-        ]
-        dealt = _dealt(own, parallel)
+        dealt = _dealt([sample for sample in kept if number_of(sample) == number], parallel)
         mini_batches.append(pack_rows(dealt, parallel, tokens_per_row, min_rows=1))
-    dropped = _dealt([sample for sample in samples if not sample.is_kept], parallel)
+    dropped = [sample for sample in samples if not sample.is_kept]
+    left_out = Counter(number_of(each) for each in dropped if each.prompt_index in slots)
+    num_left_out = tuple(left_out[number] for number in range(num_mini_batches))
+    dropped = _dealt(dropped, parallel)
     return TrainBatch(
         mini_batches=tuple(mini_batches),
+        num_left_out=parallel.from_replica_head(num_left_out),
         dropped=pack_rows(dropped, parallel, tokens_per_row, min_rows=0),
     )
 

@@ -103,6 +103,12 @@ class Parallel:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def any_rank(self, is_true: bool) -> bool:
+        """Whether it is True on any rank. A collective over all ranks."""
+        flag = torch.tensor([is_true], dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
     def barrier(self) -> None:
         """Return once every rank has called it."""
         dist.barrier()

@@ -42,6 +42,10 @@ def build_optimizer(
         ),
         [model],
     )
+    # Before the first step there would be no moments, and then a checkpoint could not be written or
+    # read. A step can be missing: no optimizer step is taken for a batch without a kept token.
+    for part in chained_optimizers(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -61,3 +65,11 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def chained_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that Megatron has chained, each of which holds parameters of its own; stubs,
+    which hold none, are left out.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

@@ -48,7 +48,11 @@ class RowOutput:
         """The row with `recomputed_logprobs`; the weights must be those before the update. Both the
         separate pass and an update without a separate pass call this method.
         """
-        return RecomputedRow(micro_batch=micro_batch, recomputed_logprobs=self.logprobs.detach())
+        return RecomputedRow(
+            micro_batch=micro_batch,
+            recomputed_logprobs=self.logprobs.detach(),
+            is_outside_support=self.is_outside_support,
+        )
 
     def full_row(self, micro_batch: MicroBatch) -> FullRow:
         """The row with its log-probs over the whole distribution."""
@@ -65,6 +69,21 @@ class FullRow:
 
     micro_batch: MicroBatch
     full_logprobs: torch.Tensor  # [T] float32, 0 where the row's loss mask is False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """The loss of one row.
+
+    Example of a row of five tokens of which two are kept: `LossTerms(total=0.3, count=2,
+    num_kept=2, result=RowResult(...))`.
+    """
+
+    # the sum [] under gradient and the count [] int32 that Megatron's loss contract requires
+    total: torch.Tensor
+    count: torch.Tensor
+    num_kept: int  # tokens that count in the loss
+    result: object  # `Learner.update` returns it to its caller
 
 
 def packed_seq_params(row: MicroBatch) -> Any:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl.config import ObjectiveConfig
-from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.update.row_penalty import penalised_part, signal_of
 from megatron_rl.objective.importance import cis_bound, importance_weights, weight_mean
@@ -112,9 +111,6 @@ def batch_scalars(
         rows: of all mini-batches, in order.
         dropped: rows that count only in the mean of the constrained signal.
         tolerance: c; the gate "mean" compares that mean with it.
-
-    Raises:
-        DivergenceError: the batch has no response token (raised on every rank).
     """
     sums = torch.zeros(6, dtype=torch.float64)
     for row in rows:
@@ -137,12 +133,10 @@ def batch_scalars(
     is_centered = config.constraint.enabled and config.constraint.baseline == "batch"
     reduced = parallel.batch_reducer()(sums, "sum").tolist()
     signal_sum, signal_count, weight_sum, weight_count, penalised_sum, kept_count = reduced
-    if signal_count == 0:
-        raise DivergenceError("training step: expected a response token in the batch, got none")
     return BatchScalars(
         # Without a kept token, or if all weights are 0, there is nothing to normalise.
         weight_mean=weight_sum / weight_count if weight_sum > 0 else 1.0,
-        is_gate_open=signal_sum / signal_count > tolerance,
+        is_gate_open=signal_count > 0 and signal_sum / signal_count > tolerance,
         baseline=penalised_sum / kept_count if is_centered and kept_count else 0.0,
     )
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_rl.config import ObjectiveConfig
 from megatron_rl.errors import DivergenceError
-from megatron_rl.learner.passes.forward import RowOutput
+from megatron_rl.learner.passes.forward import LossTerms, RowOutput
 from megatron_rl.learner.update.row_correction import (
     BatchScalars,
     RowCorrection,
@@ -77,27 +77,25 @@ class StepSettings:
 
 
 class MiniBatchLoss:
-    """The loss function of one mini-batch: `(row index, output) -> (sum, count, RowResult)`."""
+    """The loss function of one mini-batch: `(row index, output) -> LossTerms`."""
 
     def __init__(
-        self, rows: Sequence[UpdateRow], settings: StepSettings, *, is_before_update: bool
+        self, rows: Sequence[UpdateRow], settings: StepSettings, *, num_left_out: int
     ) -> None:
         """
         Args:
             rows: in the order of the mini-batch.
-            is_before_update: whether no optimizer step of this batch has been taken yet.
+            num_left_out: see `TrainBatch`.
         Raises:
             ConfigError: `objective.policy_loss` does not name a policy loss.
         """
         self._rows = rows
         self._settings = settings
-        self._is_before_update = is_before_update
+        self._num_left_out = num_left_out
         self._surrogate = policy_loss_named(settings.config.policy_loss)
 
-    def __call__(
-        self, index: int, output: RowOutput
-    ) -> tuple[torch.Tensor, torch.Tensor, RowResult]:
-        """The sum and count that Megatron's loss contract requires for one row, and its results.
+    def __call__(self, index: int, output: RowOutput) -> LossTerms:
+        """The loss of one row; its result is a `RowResult`.
 
         Raises:
             DivergenceError: a log-prob or the loss is not finite.
@@ -114,7 +112,8 @@ class MiniBatchLoss:
             correction.kept,
             micro_batch.sequence_ids,
             normalize=config.normalize,
-            sampled=micro_batch.loss_mask,
+            # What is left out is in no row of the mini-batch; the first one counts it.
+            num_sampled=len(micro_batch.samples) + (self._num_left_out if index == 0 else 0),
             length=config.normalize_length,
         )
         if not bool(torch.isfinite(total)):
@@ -125,22 +124,13 @@ class MiniBatchLoss:
             )
         gap, of_gap = _gap_metrics(recomputed, self._settings)
         metrics |= correction.metrics | of_gap
-        metrics |= self._support_metrics(micro_batch, output)
         metrics["loss/mean"] = Mean(sum=total.item(), count=int(count))
-        return total, count, RowResult(recomputed=recomputed, discrepancy=gap, metrics=metrics)
-
-    def _support_metrics(self, micro_batch: MicroBatch, output: RowOutput) -> dict[str, Metric]:
-        """The share of tokens outside the support, at the weights before the update. After an
-        update tokens can be outside because the policy has moved, so they are not counted.
-        """
-        mask = micro_batch.loss_mask
-        is_counted = mask if self._is_before_update else mask & False
-        is_outside = output.is_outside_support & is_counted
-        return {
-            "discrepancy/outside_support/mean": Mean(
-                sum=is_outside.sum(dtype=torch.float64), count=is_counted.sum(dtype=torch.float64)
-            )
-        }
+        return LossTerms(
+            total=total,
+            count=count,
+            num_kept=int(correction.kept.sum()),
+            result=RowResult(recomputed=recomputed, discrepancy=gap, metrics=metrics),
+        )
 
     def _per_token(
         self,
@@ -245,6 +235,7 @@ def dropped_results(rows: Iterable[RecomputedRow], settings: StepSettings) -> li
 def _gap_metrics(
     row: RecomputedRow, settings: StepSettings
 ) -> tuple[DiscrepancySum, dict[str, Metric]]:
+    """The gap of every sampled token of the row, and the share of them outside the support."""
     micro_batch = row.micro_batch
     gap, metrics = discrepancy_metrics(
         row.recomputed_logprobs,
@@ -254,6 +245,11 @@ def _gap_metrics(
         settings.weight_version,
         sequence_ids=micro_batch.sequence_ids,
         num_sequences=micro_batch.cu_seqlens.numel() - 1,
+    )
+    is_outside = row.is_outside_support & micro_batch.loss_mask
+    metrics["discrepancy/outside_support/mean"] = Mean(
+        sum=is_outside.sum(dtype=torch.float64),
+        count=micro_batch.loss_mask.sum(dtype=torch.float64),
     )
     signal, of_signal = constrained_sum(row, settings.config.constraint, gap)
     return signal, metrics | of_signal

@@ -54,6 +54,9 @@ def train_step(
 ) -> tuple[StepReport, tuple[RecomputedRow, ...]]:
     """One optimizer step for each mini-batch, then one dual step. A collective over all ranks.
 
+    A mini-batch without a kept token on any rank takes no optimizer step; the metric
+    `learner/num_skipped_updates` counts them, and `learner/grad_norm` is the mean of the others.
+
     Args:
         dual: lambda; this function updates it, unless the constraint is off.
         weight_version: version of the learner's current weights; the age of a rollout is counted
@@ -92,22 +95,25 @@ def train_step(
     )
     results: list[RowResult] = []
     grad_norms = []
-    for number, rows in enumerate(mini_batches):
-        loss = MiniBatchLoss(rows, settings, is_before_update=number == 0)
+    for rows, num_left_out in zip(mini_batches, batch.num_left_out, strict=True):
+        loss = MiniBatchLoss(rows, settings, num_left_out=num_left_out)
         of_rows, grad_norm = learner.update(
             [row.micro_batch for row in rows],
             loss,
             has_entropy_gradient=config.entropy_coefficient > 0,
         )
         results += of_rows
-        grad_norms.append(grad_norm)
+        if grad_norm is not None:
+            grad_norms.append(grad_norm)
     results += dropped_results(dropped, settings)
     metrics, gap = _over_all_ranks(results, learner.parallel)
     metrics |= {
         "constraint/lambda": dual_value,
-        "learner/grad_norm": sum(grad_norms) / len(grad_norms),
         "learner/learning_rate": learner.learning_rate,
+        "learner/num_skipped_updates": float(len(mini_batches) - len(grad_norms)),
     }
+    if grad_norms:
+        metrics["learner/grad_norm"] = sum(grad_norms) / len(grad_norms)
     metrics |= _dual_step(dual, gap, config.constraint)
     report = StepReport(step=step, dual_value=dual.value, metrics=metrics)
     return report, tuple(row.recomputed for row in results)

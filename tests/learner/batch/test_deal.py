@@ -87,13 +87,18 @@ def _deal(
     )
     # Each position's own token in the place of a log-prob: what comes back must be the tokens.
     recomputed = [
-        RecomputedRow(micro_batch=row, recomputed_logprobs=row.labels.float())
+        RecomputedRow(
+            micro_batch=row,
+            recomputed_logprobs=row.labels.float(),
+            is_outside_support=torch.zeros_like(row.loss_mask),
+        )
         for rows in (*batch.mini_batches, batch.dropped)
         for row in rows
     ]
     return {
         "samples": [samples_of(rows) for rows in batch.mini_batches],
         "dropped": samples_of(batch.dropped),
+        "num_left_out": batch.num_left_out,
         "num_dropped_rows": len(batch.dropped),
         "num_rows": [len(rows) for rows in batch.mini_batches],
         "num_kept": [int(sum(row.loss_mask.sum() for row in rows)) for rows in batch.mini_batches],
@@ -163,6 +168,11 @@ def test_what_is_not_kept_stands_in_rows_of_its_own(world_size: int, model_size:
     assert keys == sorted(DROPPED)
     returned = sum(len(each["returned"]) for each in heads)
     assert returned == len(ALL)
+    # Of the dropped ones, the response of prompt 3 belongs to a group that is learnt from.
+    of_heads = [each["num_left_out"] for each in heads]
+    assert [sum(counts) for counts in zip(*of_heads, strict=True)] == [1, 0]
+    for rank, each in enumerate(of_ranks):
+        assert each["num_left_out"] == of_heads[rank // model_size]
 
 
 def test_where_everything_is_kept_nothing_is_dropped() -> None:

@@ -193,7 +193,7 @@ def train_once(learner: Learner, rows: list[MicroBatch]) -> tuple[dict[str, floa
     recomputed = learner.recompute(rows)
     report, trained_on = train_step(
         learner,
-        TrainBatch(mini_batches=(tuple(rows),), dropped=()),
+        TrainBatch(mini_batches=(tuple(rows),), num_left_out=(0,), dropped=()),
         DualVariable(
             value=DUAL_VALUE, learning_rate=1.0, tolerance=0.0037, minimum=0.0, maximum=10.0
         ),

@@ -51,7 +51,7 @@ TOP_K = 5
 def edges(model: Path, out: Path, parallel: Parallel) -> dict[str, Any]:
     """An empty batch, and checkpoints, with every dtype and optimizer."""
     found: dict[str, Any] = {"sizes": {}}
-    batch = TrainBatch(mini_batches=((empty_micro_batch(64),),), dropped=())
+    batch = TrainBatch(mini_batches=((empty_micro_batch(64),),), num_left_out=(0,), dropped=())
     for dtype, is_distributed in WEIGHTS:
         learner = Learner(
             ModelConfig(path=str(model), dtype=dtype),

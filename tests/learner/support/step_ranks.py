@@ -136,7 +136,7 @@ def one_per_row(batch: TrainBatch, tokens_per_row: int, parallel: Parallel) -> T
         counts: list[Any] = [None] * parallel.world_size
         dist.all_gather_object(counts, len(packed))
         mini_batches.append(tuple(fill(packed, max(counts), tokens_per_row)))
-    return TrainBatch(mini_batches=tuple(mini_batches), dropped=())
+    return replace(batch, mini_batches=tuple(mini_batches))
 
 
 def mean_shaped_advantage(recomputed: Sequence[RecomputedRow], dual_value: float) -> float:
@@ -159,7 +159,8 @@ def swap(batch: TrainBatch, parallel: Parallel) -> TrainBatch:
 
 def align(batch: TrainBatch, learner: Learner) -> TrainBatch:
     """As if the engine were the learner to the last bit; without pipeline parallelism."""
-    return TrainBatch(
+    return replace(
+        batch,
         mini_batches=tuple(
             tuple(
                 replace(row.micro_batch, rollout_logprobs=row.recomputed_logprobs)
@@ -167,7 +168,6 @@ def align(batch: TrainBatch, learner: Learner) -> TrainBatch:
             )
             for rows in batch.mini_batches
         ),
-        dropped=(),
     )
 
 

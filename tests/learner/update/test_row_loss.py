@@ -31,12 +31,14 @@ from megatron_rl.learner.update.row_loss import (
     dropped_results,
 )
 from megatron_rl.observe.metrics import reduce
-from megatron_rl.records import MicroBatch, RecomputedRow
+from megatron_rl.records import MicroBatch, RecomputedRow, Sample
+from tests.fakes.groups import make_rollout
 
 TRAIN, ROLLOUT = (0.5, 0.25, 0.5), (0.25, 0.25, 0.625)
 REFERENCE = (0.25, 0.25, 0.5)
 ADVANTAGES = (1.0, 1.0, -2.0)
 DUAL_VALUE = 0.4
+SAMPLE = Sample(prompt_index=0, sample_index=0, rollout=make_rollout(), reward=0.0, advantage=0.0)
 token_mean = partial(ObjectiveConfig, normalize="token_mean")
 FREE = token_mean(constraint=ConstraintConfig(enabled=False))
 
@@ -55,7 +57,7 @@ def row_of(rollout: tuple[float, ...], advantages: tuple[float, ...]) -> MicroBa
         sequence_ids=torch.tensor([0, 0, 1, -1]),
         cu_seqlens=torch.tensor([0, 2, 3], dtype=torch.int32),
         cu_seqlens_padded=torch.tensor([0, 2, 3], dtype=torch.int32),
-        samples=(),
+        samples=(SAMPLE, SAMPLE),
     )
 
 
@@ -64,7 +66,11 @@ def recomputed_row(
 ) -> RecomputedRow:
     """The row with the learner's log-probs before the update."""
     logprobs = torch.tensor([*TRAIN, 1.0]).log()
-    return RecomputedRow(micro_batch=row_of(rollout, advantages), recomputed_logprobs=logprobs)
+    return RecomputedRow(
+        micro_batch=row_of(rollout, advantages),
+        recomputed_logprobs=logprobs,
+        is_outside_support=torch.zeros(4, dtype=torch.bool),
+    )
 
 
 def settings_of(
@@ -94,6 +100,7 @@ def run(
     should_recompute: bool = True,
     weight_mean: float = 1.0,
     baseline: float = 0.0,
+    num_left_out: int = 0,
 ) -> tuple[float, int, list[float], dict[str, float]]:
     """Sum, count, gradient of the sum by the three log-probs, metrics."""
     logprobs = torch.tensor([*policy, 1.0]).log().requires_grad_()
@@ -107,15 +114,16 @@ def run(
         recomputed=known if should_recompute else None,
         reference_logprobs=torch.tensor([*REFERENCE, 1.0]).log() if config.kl.reference else None,
     )
-    loss = MiniBatchLoss([row], settings, is_before_update=True)
+    loss = MiniBatchLoss([row], settings, num_left_out=num_left_out)
     output = RowOutput(
         logprobs=logprobs,
         full_logprobs=logprobs,
         entropy=entropy,
         is_outside_support=torch.tensor([False, True, False, True]),
     )
-    total, count, result = loss(0, output)
-    total.backward()
+    terms = loss(0, output)
+    result = terms.result
+    terms.total.backward()
     assert logprobs.grad[3] == 0
     assert result.recomputed.micro_batch is row.micro_batch
     assert not result.recomputed.recomputed_logprobs.requires_grad
@@ -123,7 +131,7 @@ def run(
     assert result.discrepancy.mean == metrics.get(
         "constraint/signal/mean", metrics["discrepancy/mean"]
     )
-    return total.item(), int(count), logprobs.grad[:3].tolist(), metrics
+    return terms.total.item(), int(terms.count), logprobs.grad[:3].tolist(), metrics
 
 
 def close(*numbers: float) -> object:
@@ -131,9 +139,8 @@ def close(*numbers: float) -> object:
 
 
 def test_plain():
-    total, count, gradient, metrics = run(FREE)
+    total, count, gradient, _ = run(FREE)
     assert (total, count) == (0.0, 3)
-    assert metrics["discrepancy/outside_support/mean"] == pytest.approx(1 / 3)
     assert gradient == close(-1.0, -1.0, 2.0)
 
 
@@ -288,9 +295,10 @@ def test_rejected_tokens_leave_sum_and_count_but_not_the_gap():
     assert metrics["correction/rejected_tokens/mean"] == pytest.approx(1 / 3)
     veto = replace(FREE, rejection=RejectionConfig(veto_ratio=0.9))
     assert run(veto)[1:3] == (2, close(-1.0, -1.0, 0.0))
-    # Dr. GRPO still counts the sequence that was rejected.
+    # Dr. GRPO still counts the sequence that was rejected, and three that are in no row.
     constant = replace(veto, normalize="constant", normalize_length=4)
     assert run(constant)[1:3] == (2, close(-0.25, -0.25, 0.0))
+    assert run(constant, num_left_out=3)[1:3] == (5, close(-0.25, -0.25, 0.0))
     assert run(replace(veto, normalize="sequence_sum"))[1] == 1
 
 

@@ -1,0 +1,265 @@
+"""What the ranks of test_edges.py do: mini-batches of which no rank keeps a token, in every layout
+of this world size, and every preset on the batch of edge_batch.py.
+
+    torchrun --nproc_per_node N -m tests.learner.support.edge_ranks MODEL ROLLOUTS OUT
+
+Rank 0 writes `OUT/<layout>.pt` and `OUT/<layout>.distributed.pt`: what each kind of batch did to
+the state of the ranks; and `OUT/presets.<layout>.pt`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RejectionConfig,
+)
+from megatron_rl.config.presets import PRESETS
+from megatron_rl.learner.batch.deal import deal_batch
+from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
+from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.model.optimizer import chained_optimizers
+from megatron_rl.learner.update.step import train_step
+from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.records import MicroBatch, Sample, StepReport, TrainBatch
+from megatron_rl.weights.geometry import read_geometry
+from tests.learner import recorded
+from tests.learner.support import edge_batch
+from tests.learner.support.exported import exported_weights
+
+LAYOUTS = {"dp1": (1, 1, 1), "dp2": (2, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2)}
+REJECT_ALL = ObjectiveConfig(
+    rejection=RejectionConfig(divergence="k2", level="sequence_max", upper=1e-12)
+)
+# Weights that a step without a gradient would move: with momentum, decay and a schedule.
+MOVING = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, decay="linear")
+# As in step_ranks.py: Adam that is SGD, so that weights after a step are as telling as gradients.
+TELLING = OptimizerConfig(learning_rate=1.0, epsilon=1.0, clip_grad=0.0)
+
+
+def build(model: Path, parallel: Parallel, optimizer: OptimizerConfig) -> Learner:
+    """A learner fresh from the Hugging Face checkpoint."""
+    return Learner(
+        ModelConfig(path=str(model)), optimizer, read_geometry(model), parallel, num_updates=8
+    )
+
+
+def state_of(learner: Learner) -> dict[str, torch.Tensor]:
+    """Everything that an optimizer step changes on this rank."""
+    trained = learner.trained
+    state = {f"model.{name}": value for name, value in trained.model.named_parameters()}
+    numbers = [float(trained.scheduler.num_steps)]
+    for number, part in enumerate(chained_optimizers(trained.optimizer)):
+        for group in part.optimizer.param_groups:
+            numbers += [group["lr"], group["weight_decay"], float(group.get("step", 0))]
+            for index, parameter in enumerate(group["params"]):
+                name = f"{number}.{len(state)}.{index}"
+                state[f"main.{name}"] = parameter
+                for key, value in part.optimizer.state[parameter].items():
+                    state[f"{key}.{name}"] = value
+    state["numbers"] = torch.tensor(numbers, dtype=torch.float64)
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def is_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """To the last bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def without_tokens(samples: Sequence[Sample], prompts: range) -> list[Sample]:
+    """The samples, with the responses to the first so many prompts masked; by order of prompts."""
+    first = min((each.prompt_index for each in samples), default=0)
+    first -= first % recorded.NUM_PROMPTS  # of a step, whichever of its prompts are here
+    changed = []
+    for sample in samples:
+        rollout, length = sample.rollout, len(sample.rollout.token_ids)
+        if sample.prompt_index - first in prompts:
+            rollout = replace(
+                rollout,
+                loss_mask=(False,) * length,
+                rollout_logprobs=(0.0,) * length,
+                weight_versions=(-1,) * length,
+            )
+        changed.append(replace(sample, rollout=rollout))
+    return changed
+
+
+def step(
+    learner: Learner,
+    samples: Sequence[Sample],
+    dual: DualVariable,
+    config: ObjectiveConfig,
+    *,
+    num_mini_batches: int = 1,
+) -> StepReport:
+    batch = deal_batch(
+        samples,
+        learner.parallel,
+        samples_per_prompt=recorded.NUM_SAMPLES,
+        num_mini_batches=num_mini_batches,
+        tokens_per_row=256,
+    )
+    report, _ = train_step(
+        learner, batch, dual, config, step=1, weight_version=0, should_recompute=False
+    )
+    return report
+
+
+def skipped(learner: Learner, other: Learner, rollouts: Path) -> dict[str, Any]:
+    """What batches of which nothing is kept do to a learner that has momentum; and a step with one
+    such mini-batch beside the same step without it, on `other`.
+    """
+    parallel, dual, dual_of_other = learner.parallel, DualVariable(0.1), DualVariable(0.1)
+    config = ObjectiveConfig(entropy_coefficient=0.01)
+    first, second, third = (
+        recorded.read_samples(rollouts, number, parallel) for number in (1, 2, 3)
+    )
+    begins_equal = is_equal(state_of(learner), state_of(other))
+    step(learner, first, dual, config)
+    step(other, first, dual_of_other, config)
+    found: dict[str, Any] = {"begins_equal": begins_equal, "kinds": {}}
+    before = state_of(learner)
+    constant = replace(REJECT_ALL, normalize="constant", normalize_length=8)
+    masked = without_tokens(second, range(recorded.NUM_PROMPTS))
+    # A response whose discrepancy is measured, so that lambda has its step.
+    masked[-1:] = [replace(each, is_kept=False) for each in second[-1:]]
+    for kind, samples, settings in (
+        ("masked", masked, config),
+        ("rejected", second, REJECT_ALL),
+        ("rejected, constant", second, constant),
+        ("left out", [replace(each, is_kept=False) for each in second], config),
+    ):
+        value = dual.value
+        report = step(learner, samples, dual, settings)
+        found["kinds"][kind] = {
+            "is_untouched": is_equal(before, state_of(learner)),
+            "metrics": report.metrics,
+            "has_dual_step": dual.value != value,
+        }
+    dual.value = dual_of_other.value
+    half = recorded.NUM_PROMPTS // 2
+    report = step(learner, without_tokens(third, range(half)), dual, config, num_mini_batches=2)
+    kept = [each for each in third if each.prompt_index % recorded.NUM_PROMPTS >= half]
+    of_other = step(other, kept, dual_of_other, config)
+    found["mixed"] = {
+        "is_equal": is_equal(state_of(learner), state_of(other)),
+        "has_moved": not is_equal(before, state_of(learner)),
+        "metrics": report.metrics,
+        "of_other": of_other.metrics,
+        "dual": (dual.value, dual_of_other.value),
+    }
+    return found
+
+
+def with_distances(batch: TrainBatch, learner: Learner) -> TrainBatch:
+    """The batch of edge_batch.py with log-probs at their distance from the learner's; without
+    pipeline parallelism.
+    """
+
+    def row_with(row: MicroBatch) -> MicroBatch:
+        [known] = learner.recompute([row])
+        distance = torch.full_like(row.rollout_logprobs, edge_batch.NEAR_DISTANCE)
+        distance[1::2] *= -1
+        for number, sample in enumerate(row.samples):
+            if edge_batch.kind_of(sample) == edge_batch.FAR:
+                distance[row.sequence_ids == number] = -edge_batch.FAR_DISTANCE
+        logprobs = torch.where(row.loss_mask, known.recomputed_logprobs + distance, 0.0)
+        return replace(row, rollout_logprobs=logprobs.clamp(max=0.0))
+
+    return replace(
+        batch,
+        mini_batches=tuple(tuple(map(row_with, rows)) for rows in batch.mini_batches),
+        dropped=tuple(map(row_with, batch.dropped)),
+    )
+
+
+def run_preset(config: ObjectiveConfig, model: Path, parallel: Parallel) -> dict[str, Any]:
+    """One step of a preset on the batch of edge_batch.py."""
+    learner = build(model, parallel, TELLING)
+    samples = edge_batch.edge_samples() if parallel.is_replica_head else []
+    if parallel.dp_size > 1:  # the first half of each mini-batch's prompts, and the rest
+        own = (0, 3, 4) if parallel.dp_rank == 0 else (1, 2, 5)
+        samples = [each for each in samples if each.prompt_index in own]
+    batch = deal_batch(
+        samples,
+        parallel,
+        samples_per_prompt=edge_batch.NUM_SAMPLES,
+        num_mini_batches=edge_batch.NUM_MINI_BATCHES,
+        tokens_per_row=edge_batch.TOKENS_PER_ROW,
+    )
+    batch = with_distances(batch, learner)
+    report, rows = train_step(
+        learner,
+        batch,
+        DualVariable(0.5),
+        config,
+        step=1,
+        weight_version=0,
+        should_recompute=False,
+    )
+    return {
+        "report": report,
+        "num_tokens": [
+            sum(int(row.loss_mask.sum()) for row in rows) for rows in batch.mini_batches
+        ],
+        "num_left_out": batch.num_left_out,
+        "num_rows": len(rows),
+        "weights": exported_weights(learner),
+    }
+
+
+def gathered(outcome: dict[str, Any], parallel: Parallel) -> list[dict[str, Any]]:
+    of_ranks: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(of_ranks, outcome)
+    return of_ranks
+
+
+def main(model: Path, rollouts: Path, out: Path) -> None:
+    from megatron.core import parallel_state
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    for layout, (ranks, tensor, pipeline) in LAYOUTS.items():
+        if ranks != world_size:
+            continue
+        parallel = initialize_parallel(
+            ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_seconds=60), seed=0
+        )
+        outcomes = {}
+        for is_distributed in (False, True):
+            optimizer = replace(MOVING, distributed=is_distributed)
+            pair = [build(model, parallel, optimizer) for _ in range(2)]
+            name = layout + (".distributed" if is_distributed else "")
+            outcomes[name] = skipped(*pair, rollouts)
+        if tensor == pipeline == 1:
+            folder = out / f"{layout}.{parallel.rank}"
+            folder.mkdir()
+            configs = edge_batch.preset_configs(folder, iter(PRESETS))
+            outcomes[f"presets.{layout}"] = {
+                name: run_preset(config.objective, model, parallel)
+                for name, config in configs.items()
+            }
+        for name, outcome in outcomes.items():
+            of_ranks = gathered(outcome, parallel)
+            if parallel.rank == 0:
+                torch.save(of_ranks, out / f"{name}.pt")
+        parallel_state.destroy_model_parallel()
+    shut_down_parallel()
+
+
+if __name__ == "__main__":
+    from megatron_rl.learner.layout.cpu_device import run_on_cpu
+
+    run_on_cpu()
+    main(*map(Path, sys.argv[1:]))

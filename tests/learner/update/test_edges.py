@@ -1,0 +1,92 @@
+"""Mini-batches of which no rank keeps a token take no optimizer step, in every layout; and every
+preset, on a batch of rejected, empty, failed and masked responses, gives on two ranks, of which one
+keeps no token, what it gives on one. What the ranks do stands in edge_ranks.py.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rl.config.presets import PRESETS
+from tests.learner.support.comparison import (
+    FIGURE_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    relative_difference,
+)
+from tests.learner.support.edge_batch import NUM_LEFT_OUT
+from tests.learner.support.edge_ranks import LAYOUTS
+from tests.support.ranks import run_module
+
+NAMES = [layout + kind for layout in LAYOUTS for kind in ("", ".distributed")]
+KINDS = ("masked", "rejected", "rejected, constant", "left out")
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    tiny_checkpoint: Path, recorded_rollouts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[Any]]:
+    """What every rank found, by the name of the file."""
+    out = tmp_path_factory.mktemp("edges")
+    for world_size in (1, 2):
+        paths = (tiny_checkpoint, recorded_rollouts, out)
+        run_module("tests.learner.support.edge_ranks", *paths, ranks=world_size)
+    return {path.stem: torch.load(path, weights_only=False) for path in out.glob("*.pt")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_where_no_rank_keeps_a_token_nothing_moves(
+    name: str, kind: str, outcomes: dict[str, list[Any]]
+) -> None:
+    for of_rank in outcomes[name]:
+        assert of_rank["begins_equal"]
+        found = of_rank["kinds"][kind]
+        assert found["is_untouched"]  # weights, moments, the optimizer's count and the schedule
+        assert found["has_dual_step"]
+        assert found["metrics"]["learner/num_skipped_updates"] == 1
+        assert "learner/grad_norm" not in found["metrics"]
+        assert found["metrics"] == outcomes[name][0]["kinds"][kind]["metrics"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_what_its_mini_batches_with_tokens_make_of_it(
+    name: str, outcomes: dict[str, list[Any]]
+) -> None:
+    for of_rank in outcomes[name]:
+        mixed = of_rank["mixed"]
+        assert mixed["is_equal"] and mixed["has_moved"]
+        metrics, expected = mixed["metrics"], mixed["of_other"]
+        assert metrics["learner/num_skipped_updates"] == 1
+        assert expected["learner/num_skipped_updates"] == 0
+        for key in ("learner/grad_norm", "learner/learning_rate", "loss/mean"):
+            assert metrics[key] == expected[key]
+        assert mixed["dual"][0] == mixed["dual"][1]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_beside_a_rank_without_a_kept_token(
+    preset: str, outcomes: dict[str, list[Any]]
+) -> None:
+    [alone] = (of_rank[preset] for of_rank in outcomes["presets.dp1"])
+    first, second = (of_rank[preset] for of_rank in outcomes["presets.dp2"])
+    assert first["num_tokens"] == [0, 0]
+    assert second["num_tokens"] == alone["num_tokens"] and second["num_tokens"][0] > 0
+    assert first["report"] == second["report"]
+    assert alone["num_left_out"] == NUM_LEFT_OUT
+    of_ranks = (first["num_left_out"], second["num_left_out"])
+    assert tuple(map(sum, zip(*of_ranks, strict=True))) == NUM_LEFT_OUT
+    metrics, expected = first["report"].metrics, alone["report"].metrics
+    assert metrics.keys() == expected.keys()
+    assert metrics["learner/num_skipped_updates"] == 1
+    assert metrics["learner/grad_norm"] > 0
+    for key, value in metrics.items():
+        assert math.isfinite(value), key
+        limit = FIGURE_TOLERANCE * max(1.0, abs(expected[key]))
+        assert abs(value - expected[key]) <= limit, key
+    for key, tensor in alone["weights"].items():
+        assert relative_difference(first["weights"][key], tensor) <= GRADIENT_TOLERANCE, key
