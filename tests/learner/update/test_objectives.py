@@ -155,6 +155,8 @@ def test_the_cap_acts_and_the_signal_is_what_moves_lambda(outcomes: Outcomes) ->
         signal = report.metrics["constraint/signal/mean"]
         assert signal > 10 * report.metrics["discrepancy/mean"] > 0
         assert report.dual_value == pytest.approx(DUAL_VALUE + signal - 0.01, abs=1e-12)
+        assert report.metrics["constraint/signal/tolerance"] == 0.01
+        assert "constraint/tolerance" not in report.metrics
 
 
 def test_rejection_changes_neither_the_gap_nor_lambda(outcomes: Outcomes) -> None:
