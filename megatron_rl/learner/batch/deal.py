@@ -73,8 +73,8 @@ def pack_rows(
         lengths = [len(sample.rollout.token_ids) for sample in samples]
         size = max(size, largest_size(lengths, tokens_per_row))
     rows = pack(samples, tokens_per_row=tokens_per_row, min_size=size)
-    most = torch.tensor([len(rows)], dtype=torch.int64, device=parallel.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel.dp_group)
+    most = torch.tensor([len(rows)])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel.host.dp)
     filled = fill(rows, max(min_rows, int(most)), size)
     return tuple(to_device(row, parallel.device) for row in filled)
 
@@ -137,7 +137,7 @@ def split_by_sample(
 def _slots(kept: Sequence[Sample], parallel: Parallel) -> dict[int, int]:
     """Number the groups with a kept sample, of all replicas, by prompt index: index -> number."""
     own = sorted({sample.prompt_index for sample in kept})
-    of_ranks = gather_from_all(own, parallel.dp_group)
+    of_ranks = gather_from_all(own, parallel.host.dp)
     return {index: number for number, index in enumerate(sorted(chain(*of_ranks)))}
 
 
@@ -151,12 +151,12 @@ def _deal_among_heads(samples: Sequence[Sample], parallel: Parallel) -> list[Sam
     if parallel.dp_size > 1:
         own = [(*_key(sample), len(sample.rollout.token_ids)) for sample in samples]
         # Sorted by prompt, so that the result does not depend on which replica held a sample.
-        of_all = sorted(chain(*gather_from_all(own, parallel.dp_group)))
+        of_all = sorted(chain(*gather_from_all(own, parallel.host.dp)))
         by_key = {_key(sample): sample for sample in samples}
         shares = deal([length for *_, length in of_all], parallel.dp_size)
         keys = [[of_all[index][:2] for index in share] for share in shares]
         items_for = [[by_key[key] for key in each if key in by_key] for each in keys]
-        samples = exchange(items_for, parallel.dp_group, parallel.device)
+        samples = exchange(items_for, parallel.host.dp)
     return sorted(samples, key=_key)
 
 

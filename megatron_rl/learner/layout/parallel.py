@@ -19,6 +19,7 @@ from megatron_rl.config import ParallelConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.learner.layout.context import global_batch_group
 from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu
+from megatron_rl.learner.layout.host_groups import HostGroups, host_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class Parallel:
     dp_group: dist.ProcessGroup  # one rank per replica; sequences are distributed among them
     batch_group: dist.ProcessGroup  # the ranks over which the sums of a global batch are added
     model_group: dist.ProcessGroup  # TP x PP: the ranks that hold one replica of the model
+    host: HostGroups  # for Python objects and counts
 
     @property
     def tp_rank(self) -> int:
@@ -84,8 +86,8 @@ class Parallel:
     def from_replica_head(self, value: object) -> object:
         """Broadcast the head's value in the replica; the other ranks' arguments are ignored."""
         box = [value]
-        source = dist.get_global_rank(self.model_group, 0)
-        dist.broadcast_object_list(box, src=source, group=self.model_group, device=self.device)
+        source = dist.get_global_rank(self.host.model, 0)
+        dist.broadcast_object_list(box, src=source, group=self.host.model)
         return box[0]
 
     def from_last_stage(self, value: object) -> object:
@@ -93,14 +95,14 @@ class Parallel:
         ignored.
         """
         box = [value]
-        source = dist.get_global_rank(self.pp_group, self.pp_size - 1)
-        dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
+        source = dist.get_global_rank(self.host.pp, self.pp_size - 1)
+        dist.broadcast_object_list(box, src=source, group=self.host.pp)
         return box[0]
 
     def from_first_rank(self, value: object) -> object:
         """Broadcast global rank 0's value to all ranks; the other ranks' arguments are ignored."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.host.world)
         return box[0]
 
     def any_rank(self, is_true: bool) -> bool:
@@ -111,7 +113,7 @@ class Parallel:
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
-        dist.barrier()
+        dist.barrier(group=self.host.world)
 
     def share(self, count: int) -> tuple[int, int]:
         """The index of the first item and the number of items of this replica, if all replicas
@@ -124,23 +126,27 @@ class Parallel:
         """A function for values that one rank of each replica holds, such as those of its samples:
         `(float64 tensor, "sum" | "max")` to the tensor reduced over the replicas.
         """
-        return self._reducer(self.dp_group)
+        return _reducer(self.host.dp, torch.device("cpu"))
 
     def batch_reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
         """A function for sums over the tokens that a rank of the last pipeline stage computes:
         `(float64 tensor, "sum" | "max")` to the tensor reduced over the global batch.
         """
-        return self._reducer(self.batch_group)
+        return _reducer(self.batch_group, self.device)
 
-    def _reducer(self, group: dist.ProcessGroup) -> Callable[[torch.Tensor, str], torch.Tensor]:
-        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
-        def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
-            on_device = values.to(self.device)
-            dist.all_reduce(on_device, op=operations[operation], group=group)
-            return on_device.to(values.device)
+def _reducer(
+    group: dist.ProcessGroup, device: torch.device
+) -> Callable[[torch.Tensor, str], torch.Tensor]:
+    """All-reduce of small tensors over a group whose backend works on `device`."""
+    operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
-        return reduce
+    def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
+        on_device = values.to(device, copy=True)
+        dist.all_reduce(on_device, op=operations[operation], group=group)
+        return on_device.to(values.device)
+
+    return reduce
 
 
 def check_world_size(config: ParallelConfig) -> int:
@@ -190,15 +196,20 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
             distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    model_group = parallel_state.get_model_parallel_group()
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    dp_group = parallel_state.get_data_parallel_group()
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
     return Parallel(
         rank=rank,
         world_size=world_size,
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        pp_group=pp_group,
+        dp_group=dp_group,
         batch_group=global_batch_group(),
-        model_group=parallel_state.get_model_parallel_group(),
+        model_group=model_group,
+        host=host_groups(model=model_group, pp=pp_group, dp=dp_group, timeout=timeout),
     )
 
 

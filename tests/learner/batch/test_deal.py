@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 
 from megatron_rl.learner.batch.deal import by_sample, deal_batch
+from megatron_rl.learner.layout.host_groups import HostGroups
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.records import MicroBatch, RecomputedRow, Rollout, Sample
 from tests.support.distributed import run_ranks
@@ -59,15 +60,17 @@ def gloo_parallel(rank: int, world_size: int, model_size: int) -> Parallel:
     for number in range(world_size):
         group = distributed.new_group([number])
         alone = group if number == rank else alone
+    dp_group = dp_groups[rank % model_size]
     return Parallel(
         rank=rank,
         world_size=world_size,
         device=torch.device("cpu"),
         tp_group=model_group,
         pp_group=alone,
-        dp_group=dp_groups[rank % model_size],
-        batch_group=dp_groups[rank % model_size],
+        dp_group=dp_group,
+        batch_group=dp_group,
         model_group=model_group,
+        host=HostGroups(model=model_group, pp=alone, dp=dp_group, world=distributed.group.WORLD),
     )
 
 

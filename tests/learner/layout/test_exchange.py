@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import distributed
 
 from megatron_rl.learner.layout.exchange import exchange, gather_from_all
@@ -12,14 +11,14 @@ WORLD_SIZE = 3
 
 
 def _exchange(rank: int) -> list[list[object]]:
-    group, device = distributed.group.WORLD, torch.device("cpu")
+    group = distributed.group.WORLD
     # Rank r packs r + q items for rank q: rank 0 has nothing for itself.
     items_for = [
         [(rank, other, number) for number in range(rank + other)] for other in range(WORLD_SIZE)
     ]
-    nothing = exchange([[] for _ in range(WORLD_SIZE)], group, device)
-    text = exchange([["ä" * 10_000 * rank]] * WORLD_SIZE, group, device)
-    return [exchange(items_for, group, device), nothing, text]
+    nothing = exchange([[] for _ in range(WORLD_SIZE)], group)
+    text = exchange([["ä" * 10_000 * rank]] * WORLD_SIZE, group)
+    return [exchange(items_for, group), nothing, text]
 
 
 def test_every_rank_gets_what_was_packed_for_it() -> None:
