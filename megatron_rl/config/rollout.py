@@ -8,6 +8,14 @@ from megatron_rl.config.choices import DType, QuantizationFormat, QuantizationSt
 from megatron_rl.config.rules import above_zero, at_least, at_most, literal_choices, require
 from megatron_rl.records import MAX_SAMPLES
 
+# Settings of sampling that training refuses, with the value that turns each off.
+_EVALUATION_ONLY = {
+    "min_tokens": 0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -18,10 +26,37 @@ class SamplingConfig:
     top_k: int = 0  # 0: off
     min_p: float = 0.0
     max_tokens: int = 256
+    # texts that end a response. They are part of it, and so is the rest of a token that goes beyond
+    # one: the text of a response is always that of its tokens
+    stop: list[str] = field(default_factory=list)
+    # tokens that end a response, besides the model's own; as those, they are part of its tokens and
+    # not of the text that is judged
+    stop_token_ids: list[int] = field(default_factory=list)
+    # The rest is for evaluation only (rollout.sampling refuses it): it changes the distribution
+    # that tokens are drawn from in a way that the learner's log-probs cannot follow.
+    min_tokens: int = 0  # tokens before a response may end
+    # divides the positive logits of tokens that prompt or response have, and multiplies the
+    # negative ones; 1: off
+    repetition_penalty: float = 1.0
+    # subtracted from the logits of tokens that the response has, once or as often as it has them
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        above_zero(temperature=self.temperature)
+        above_zero(temperature=self.temperature, repetition_penalty=self.repetition_penalty)
         at_least(1, max_tokens=self.max_tokens)
+        require(
+            0 <= self.min_tokens <= self.max_tokens,
+            f"min_tokens: expected 0 to max_tokens={self.max_tokens}, got {self.min_tokens}",
+        )
+        require(all(self.stop), f"stop: expected texts that are not empty, got {self.stop}")
+        require(
+            all(token >= 0 for token in self.stop_token_ids),
+            f"stop_token_ids: expected ids of 0 or more, got {self.stop_token_ids}",
+        )
+        for key in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, key)
+            require(-2 <= value <= 2, f"{key}: expected in [-2, 2], as vLLM does, got {value:g}")
         require(0 < self.top_p <= 1, f"top_p: expected in (0, 1], got {self.top_p:g}")
         require(self.top_k >= 0, f"top_k: expected 0 (off) or more, got {self.top_k}")
         require(0 <= self.min_p < 1, f"min_p: expected in [0, 1), got {self.min_p:g}")
@@ -110,6 +145,14 @@ class RolloutConfig:
             f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
             f"got {self.sampling.max_tokens}",
         )
+        for key, neutral in _EVALUATION_ONLY.items():
+            value = getattr(self.sampling, key)
+            require(
+                value == neutral,
+                f"sampling.{key}: expected {neutral:g} in training, got {value:g}: it changes the "
+                "distribution that tokens are drawn from, which the learner's log-probs cannot "
+                "follow; evaluation may use it (eval.sampling)",
+            )
         require(
             self.sampling.top_k != 1,
             "sampling.top_k: expected 0 (off) or at least 2 in training, got 1, which leaves one "

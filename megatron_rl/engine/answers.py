@@ -18,6 +18,9 @@ from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB
 def generate_body(request: GenerateRequest) -> dict[str, Any]:
     """Body of a request for samples. It states every setting, so that the defaults in the model's
     generation config never apply.
+
+    Stop texts are searched for in the text with special tokens, so that they may be one. vLLM
+    leaves a stop text out of its own text and not out of the tokens; only the tokens are read here.
     """
     sampling = request.sampling
     return {
@@ -30,8 +33,15 @@ def generate_body(request: GenerateRequest) -> dict[str, Any]:
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "max_tokens": sampling.max_tokens,
+            "min_tokens": sampling.min_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "repetition_penalty": sampling.repetition_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
             "logprobs": 0,  # of the sampled token only
-            "detokenize": False,
+            "detokenize": bool(sampling.stop),
+            "skip_special_tokens": False,
         },
     }
 
@@ -73,7 +83,8 @@ def read_completions(
 
 
 def read_completion(choice: dict[str, Any], url: str, where: str) -> Completion:
-    """Parse one sample of an answer.
+    """Parse one sample of an answer. Its `stop_reason` is null after the end-of-sequence token, the
+    id of another stop token, or the stop text that was found.
 
     Args:
         url: the engine that sampled it.
@@ -96,6 +107,8 @@ def read_completion(choice: dict[str, Any], url: str, where: str) -> Completion:
         logprobs=logprobs,
         weight_versions=_versions(choice["weight_versions"], len(token_ids), where),
         finish_reason=choice["finish_reason"],
+        ends_with_stop_token=choice["finish_reason"] == "stop"
+        and not isinstance(choice.get("stop_reason"), str),
         engine=url,
     )
 

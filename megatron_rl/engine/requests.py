@@ -37,13 +37,15 @@ class Completion:
     """One sampled continuation; all its sequences have the same length, at least 1.
 
     Example: `Completion(token_ids=(26, 2), logprobs=(-0.21, -0.03), weight_versions=(3, 3),
-    finish_reason="stop", engine="http://127.0.0.1:18400")`.
+    finish_reason="stop", ends_with_stop_token=True, engine="http://127.0.0.1:18400")`.
     """
 
     token_ids: tuple[int, ...]  # sampled tokens only
     logprobs: tuple[float, ...]  # of each token, under the distribution it was sampled from
     weight_versions: tuple[int, ...]  # version of the weights that sampled each token
     finish_reason: str  # "stop": the model ended the text; "length": it reached max_tokens
+    # whether the last token only ends the text: the end-of-sequence token, or a stop token
+    ends_with_stop_token: bool
     engine: str  # url of the engine that sampled it
 
 

@@ -100,6 +100,7 @@ def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, 
     geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
     CheckpointReader(config.model.path).check_whole()
     check_reference(config, geometry)
+    check_stop_tokens(config, geometry)
     tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
     context = config.rollout.max_model_len or geometry.max_position_embeddings
     if context > geometry.max_position_embeddings:
@@ -123,6 +124,20 @@ def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, 
             f"got {config.eval.sampling.max_tokens}"
         )
     return geometry, tokenizer, PromptStream(config.data, tokenizer, limit, watch)
+
+
+def check_stop_tokens(config: Config, geometry: Geometry) -> None:
+    """Raise ConfigError if a stop token is beyond the model's vocabulary."""
+    for key, sampling in (
+        ("rollout.sampling", config.rollout.sampling),
+        ("eval.sampling", config.eval.sampling),
+    ):
+        beyond = [token for token in sampling.stop_token_ids if token >= geometry.vocab_size]
+        if beyond:
+            raise ConfigError(
+                f"{key}.stop_token_ids: expected ids below the model's vocab_size "
+                f"{geometry.vocab_size}, got {beyond[0]}"
+            )
 
 
 def check_reference(config: Config, geometry: Geometry) -> None:

@@ -85,7 +85,8 @@ def _probe_samples(link: EngineLink, version: int, config: Config) -> list[Sampl
 
     They are drawn from the whole distribution, even if the run's sampling truncates it: rounding
     may move a token across the edge of a truncated support, and then all log-probs at that position
-    would change by more than rounding.
+    would change by more than rounding. Nothing stops them before they have their tokens, except the
+    model's own end-of-sequence token.
     """
     num_tokens = math.ceil(config.sync.probe_num_tokens / (PROBE_PROMPTS * PROBE_SAMPLES))
     sampling = config.rollout.sampling
@@ -100,6 +101,8 @@ def _probe_samples(link: EngineLink, version: int, config: Config) -> list[Sampl
             top_k=0,
             top_p=1.0,
             min_p=0.0,
+            stop=[],
+            stop_token_ids=[],
         ),
         num_samples=PROBE_SAMPLES,
         seeds=[sampling_seed(config.loop.seed, version, prompt.index) for prompt in prompts],

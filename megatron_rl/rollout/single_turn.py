@@ -39,6 +39,8 @@ class SingleTurn:
         episode = Episode()
         episode.say(prompt.token_ids)
         episode.sampled(completion)
+        # A stop token need not be one that decoding leaves out as special.
+        end = -1 if completion.ends_with_stop_token else None
         return episode.rollout(
-            finish_reason=completion.finish_reason, text=self._decode(completion.token_ids)
+            finish_reason=completion.finish_reason, text=self._decode(completion.token_ids[:end])
         )

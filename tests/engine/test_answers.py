@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ def choice(**changes: Any) -> dict[str, Any]:
         "index": 0,
         "token_ids": [7, 2],
         "finish_reason": "stop",
+        "stop_reason": None,
         "logprobs": {"content": content},
         "weight_versions": [{"version": "default", "start": 0, "end": 2}],
     } | changes
@@ -48,10 +50,30 @@ def test_every_setting_is_sent() -> None:
             "top_k": 7,
             "min_p": 0.1,
             "max_tokens": 12,
+            "min_tokens": 0,
+            "stop": [],
+            "stop_token_ids": [],
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "logprobs": 0,
             "detokenize": False,
+            "skip_special_tokens": False,
         },
     }
+    sampling = SamplingConfig(
+        stop=["</answer>"],
+        stop_token_ids=[7],
+        min_tokens=3,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+    )
+    body = generate_body(replace(REQUEST, sampling=sampling))["sampling_params"]
+    assert (body["stop"], body["stop_token_ids"], body["min_tokens"]) == (["</answer>"], [7], 3)
+    assert body["detokenize"]  # without it vLLM does not look for texts
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    assert [body[name] for name in penalties] == [1.5, -0.5, 0.25]
     assert score_body((1, 9))["sampling_params"]["prompt_logprobs"] == 0
 
 
@@ -77,6 +99,20 @@ def test_a_bad_sample_is_named_whole() -> None:
     answer = {"choices": [choice(), choice(index=1, token_ids=[7])]}
     with pytest.raises(EngineError, match="engine http://a, prompt 4, sample 1: expected a log-pr"):
         read_completions(answer, REQUEST, "http://a")
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop_reason", "expected"),
+    [
+        ("stop", None, True),  # the end-of-sequence token
+        ("stop", 2, True),  # another stop token
+        ("stop", "</answer>", False),  # a stop text
+        ("length", None, False),
+    ],
+)
+def test_whether_the_last_token_only_ends_the_text(reason, stop_reason, expected) -> None:
+    ended = choice(finish_reason=reason, stop_reason=stop_reason)
+    assert read_completion(ended, "http://a", "").ends_with_stop_token is expected
 
 
 def test_versions_are_kept_per_token() -> None:

@@ -92,6 +92,7 @@ class FakePool:
             logprobs=tuple(_float32(-3 * chance.random()) for _ in range(num_tokens)),
             weight_versions=(self.weight_version,) * num_tokens,
             finish_reason="stop" if token_ids[-1] == self._end_token else "length",
+            ends_with_stop_token=token_ids[-1] == self._end_token,
             engine=engine_of(self.urls, request.key),
         )
 

@@ -45,9 +45,11 @@ def test_a_single_turn_is_one_request() -> None:
         assert rollout.rollout_logprobs == (0.0,) * 3 + completion.logprobs
         assert rollout.weight_versions == (-1,) * 3 + (5,) * num_tokens
         assert rollout.finish_reason == completion.finish_reason
-        assert rollout.text == str(completion.token_ids)
+        is_stopped = completion.finish_reason == "stop"  # its last token only ends the text
+        assert rollout.text == str(completion.token_ids[: -1 if is_stopped else None])
         assert rollout.engine == "http://b"
     assert len({rollout.token_ids for rollout in rollouts}) == 4
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
 
 
 async def _generate_again(request, sampler: Sampler):

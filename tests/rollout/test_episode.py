@@ -17,6 +17,7 @@ def completion(token_ids: tuple[int, ...], version: int = 3, engine: str = "http
         logprobs=tuple(-0.125 * (index + 1) for index in range(len(token_ids))),
         weight_versions=(version,) * len(token_ids),
         finish_reason="stop",
+        ends_with_stop_token=False,
         engine=engine,
     )
 
@@ -57,6 +58,7 @@ def test_random_episodes_stay_aligned() -> None:
                     logprobs=logprobs,
                     weight_versions=versions,
                     finish_reason="stop",
+                    ends_with_stop_token=False,
                     engine=last_engine,
                 )
             )
