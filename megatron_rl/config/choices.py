@@ -50,6 +50,7 @@ Recompute = Literal["auto", "always"]
 ChatTemplate = Literal["auto", "never", "always"]
 Repeats = Literal["drop", "keep"]
 OverlongPrompts = Literal["error", "drop"]
+UnreadableAnswers = Literal["error", "drop"]
 
 # rollout
 QuantizationFormat = Literal["none", "int8", "fp8", "int4", "int8_w8a8"]

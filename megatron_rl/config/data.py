@@ -13,6 +13,7 @@ from megatron_rl.config.choices import (
     ChatTemplate,
     OverlongPrompts,
     Repeats,
+    UnreadableAnswers,
 )
 from megatron_rl.config.rules import (
     above_zero,
@@ -112,6 +113,8 @@ class DataConfig:
     num_held_out: int = 200
     # rows of one task with the same prompt and the same answer as an earlier row
     repeats: Repeats = "drop"
+    # rows whose answer a verifier of the task cannot read; what is dropped is counted
+    unreadable_answers: UnreadableAnswers = "error"
     max_prompt_tokens: int = 0  # 0: the model's context less rollout.sampling.max_tokens
     overlong: OverlongPrompts = "error"  # prompts of more tokens; what is dropped is counted
     # the first message of every prompt, in place of a system message of the row; "": none

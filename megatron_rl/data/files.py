@@ -50,6 +50,8 @@ class FileSource:
         name: of the data in messages.
         path_key: the setting that names the files, for messages.
         has_repeats: whether rows with the prompt and the answer of an earlier row are kept.
+        check_answer: raises ValueError for an answer that the task's verifier cannot read.
+        drops_unreadable: whether rows with such an answer are left out; else they are an error.
         watch: is told the progress, and how many rows repeat others.
 
     Raises:
@@ -65,19 +67,23 @@ class FileSource:
         name: str = "",
         path_key: str = PATH_KEY,
         has_repeats: bool = False,
+        check_answer: Callable[[str], None] | None = None,
+        drops_unreadable: bool = False,
         watch: Watch | None = None,
     ) -> None:
         self._files = data_files(path, path_key)
         self._name = name or str(path)
         self._layout = layout
         self._has_repeats = has_repeats
+        self._check_answer = check_answer
+        self._drops_unreadable = drops_unreadable
         self._watch = watch or Silence()
         self._store = RecordStore()
         self._file_of = array("L")  # of each stored row, its index in _files
         self._numbers = array("Q")  # of each stored row, its line or row in the file
         self._units: list[str] = []  # of each file, "line" or "row"
         self._first_alike = array("Q")  # of each stored row, the first with its prompt and answer
-        self._num_read = self._num_different = self._num_replaced = 0
+        self._num_read = self._num_different = self._num_replaced = self._num_unreadable = 0
         self._read()
         self._rows: Sequence[int] = range(len(self._store))
         if not self._rows:
@@ -127,6 +133,14 @@ class FileSource:
         order = _permutation(len(self._rows), derive_seed(seed, epoch, attempt))
         return self._candidate(int(self._rows[int(order[place])]))
 
+    def sample(self, count: int) -> list[tuple[str, Candidate]]:
+        """At most so many rows of an epoch, evenly spread over the files, each with its file and
+        line.
+        """
+        places = np.linspace(0, len(self._rows) - 1, min(count, len(self._rows))).astype(int)
+        rows = [int(self._rows[place]) for place in places]
+        return [(self._where(row), self._candidate(row)) for row in rows]
+
     def _candidate(self, row: int) -> Candidate:
         record = self._store.get(row)
         return read_candidate(record, self._layout, self._where(row), record)
@@ -151,8 +165,11 @@ class FileSource:
                 continue
             where = f"{self._files[index]}, {batch.unit} {batch.numbers[position]}"
             turns = read_turns(record, layout, where)
+            answer = read_answer(record, layout, where)
+            if not self._is_readable(answer, where):
+                continue
             row = len(self._first_alike)
-            first_alike = seen.first(turns, read_answer(record, layout, where), row)
+            first_alike = seen.first(turns, answer, row)
             if first_alike < row and not self._has_repeats:
                 continue
             stored.append(position)
@@ -166,8 +183,29 @@ class FileSource:
         for record in batch.whole(stored):
             self._store.add(record)
 
+    def _is_readable(self, answer: str, where: str) -> bool:
+        try:
+            if self._check_answer is not None:
+                self._check_answer(answer)
+        except ValueError as error:
+            if not self._drops_unreadable:
+                raise DataError(
+                    f"{where}: column {self._layout.answer_column!r} ({self._layout.answer_key}): "
+                    f"{error}: choose another data.tasks[].verifier, or drop such rows by "
+                    "data.unreadable_answers=drop"
+                ) from None
+            self._num_unreadable += 1
+            return False
+        return True
+
     def _tell(self) -> None:
-        if num_repeats := self._num_read - self._num_different:
+        if self._num_unreadable:
+            self._watch.say(
+                f"{self._name}: {self._num_unreadable:,} of {self._num_read:,} rows are dropped, "
+                f"with an answer in column {self._layout.answer_column!r} that the task's verifier "
+                "cannot read (data.unreadable_answers=drop)"
+            )
+        if num_repeats := self._num_read - self._num_different - self._num_unreadable:
             what = (
                 "kept (data.repeats=drop takes them out)"
                 if self._has_repeats

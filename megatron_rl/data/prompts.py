@@ -6,6 +6,7 @@ a prompt depends neither on the number of ranks nor on earlier calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,8 @@ class PromptStream:
         tokenizer: a transformers tokenizer.
         max_prompt_tokens: the longest prompt; the caller resolves `data.max_prompt_tokens` = 0.
         watch: is told the progress of reading, and how many rows are left out.
+        answer_checks: by source, a function that raises ValueError for an answer of a row that the
+            source's verifiers cannot read.
 
     Raises:
         ConfigError: there is no task, a task is unknown, or it does not accept its options; see
@@ -44,6 +47,7 @@ class PromptStream:
         tokenizer: Any,
         max_prompt_tokens: int,
         watch: Watch | None = None,
+        answer_checks: Mapping[str, Callable[[str], None]] | None = None,
     ) -> None:
         if not config.tasks:
             raise ConfigError("data.tasks: expected at least one task or file, got none")
@@ -56,7 +60,11 @@ class PromptStream:
         self._format = PromptFormat(tokenizer, config)
         self._max_prompt_tokens = max_prompt_tokens
         self._watch = watch or Silence()
-        self._sources = [_open_source(task, config, self._watch) for task in config.tasks]
+        checks = answer_checks or {}
+        self._sources = [
+            _open_source(task, config, self._watch, checks.get(task.source))
+            for task in config.tasks
+        ]
         weights = [task.weight for task in config.tasks]
         self._mixture = Mixture(weights, config.seed)
         self._num_overlong = [0] * len(config.tasks)  # prompts that were dropped
@@ -85,6 +93,32 @@ class PromptStream:
     def held_out(self) -> list[Prompt]:
         """The `data.num_held_out` prompts for evaluation, indices 0 to n-1, all distinct."""
         return list(self._held_out)
+
+    def expected_answers(self, count: int) -> list[tuple[str, Prompt]]:
+        """Of each task at most so many rows, or held-out questions, to try their answers: where
+        they come from, and a prompt without tokens.
+        """
+        found = []
+        for task, source in zip(self._config.tasks, self._sources, strict=True):
+            if isinstance(source, FileSource):
+                found += [
+                    (
+                        f"{where}, column {task.answer_column!r}",
+                        Prompt(
+                            index=index,
+                            source=task.source,
+                            text="",
+                            token_ids=(),
+                            answer=candidate.answer,
+                            metadata=candidate.metadata,
+                        ),
+                    )
+                    for index, (where, candidate) in enumerate(source.sample(count))
+                ]
+            else:
+                own = [each for each in self._held_out if each.source == task.source][:count]
+                found += [(f"held-out prompt {prompt.index}", prompt) for prompt in own]
+        return found
 
     def prompts(self, start: int, count: int) -> list[Prompt]:
         """The training prompts `start` to `start + count - 1`.
@@ -210,7 +244,9 @@ class PromptStream:
             )
 
 
-def _open_source(task: TaskConfig, config: DataConfig, watch: Watch) -> Any:
+def _open_source(
+    task: TaskConfig, config: DataConfig, watch: Watch, check_answer: Callable[[str], None] | None
+) -> Any:
     system_prompt = config.system_prompt if task.system_prompt is None else task.system_prompt
     layout = Layout(
         prompt_column=task.prompt_column,
@@ -227,6 +263,8 @@ def _open_source(task: TaskConfig, config: DataConfig, watch: Watch) -> Any:
             layout,
             name=task.source,
             has_repeats=config.repeats == "keep",
+            check_answer=check_answer,
+            drops_unreadable=config.unreadable_answers == "drop",
             watch=watch,
         )
     # Imported on demand: importing reasoning-gym takes a second, and runs on files do not need it.

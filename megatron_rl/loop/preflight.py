@@ -21,6 +21,7 @@ from megatron_rl.learner.model.checkpoint_files import latest_checkpoint, saved_
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.records import Truncation
+from megatron_rl.reward.expected import answer_checks
 from megatron_rl.reward.registry import (
     check_group_verifier,
     check_verifier,
@@ -123,7 +124,8 @@ def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, 
             f"eval.sampling.max_tokens: expected below the model's context of {context}, "
             f"got {config.eval.sampling.max_tokens}"
         )
-    return geometry, tokenizer, PromptStream(config.data, tokenizer, limit, watch)
+    checks = answer_checks(resolve_verifiers(config.data.tasks))
+    return geometry, tokenizer, PromptStream(config.data, tokenizer, limit, watch, checks)
 
 
 def check_stop_tokens(config: Config, geometry: Geometry) -> None:

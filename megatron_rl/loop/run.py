@@ -26,6 +26,7 @@ from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.loop.evaluate import Evaluator
+from megatron_rl.loop.expected import MAX_ANSWERS, try_expected_answers
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
@@ -114,13 +115,17 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         if parallel.is_replica_head and not config.replay:
             # Its processes import their verifiers while the engines load.
             scorer = stack.enter_context(Scorer(config.reward, checked.verifiers))
+        tried: list[str] = []
+        if parallel.rank == 0 and scorer is not None:
+            expected = checked.stream.expected_answers(MAX_ANSWERS)
+            tried = try_expected_answers(expected, checked.verifiers, scorer.rejections)
         addresses = _addresses(config, engines, parallel)
         source, evaluator, link = _connect(
             config, checked, parallel, stopwatch, scorer, addresses, engines=engines, stack=stack
         )
         _tell_resumption(checked, state, recorder)
         recorder.say(f"log-probs: {learner.logprob_backend}")
-        for line in replaced_keys(config):
+        for line in (*replaced_keys(config), *tried):
             recorder.say(line)
         yield Run(
             config=config,

@@ -78,8 +78,14 @@ def final_answer(response: str) -> Answer:
 def expected_answer(answer: str) -> str:
     """What a prompt's expected answer states: its `Answer.text`. Nothing is looked for among its
     words.
+
+    Raises:
+        ValueError: it states nothing, so that no response could be right.
     """
-    return final_answer(answer).text
+    text = final_answer(answer).text
+    if not text:
+        raise ValueError(f"expected an answer, got {answer!r}")
+    return text
 
 
 def without_unfinished_reasoning(response: str, prompt: str) -> str:

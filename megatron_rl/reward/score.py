@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_rl.config import RewardConfig, RewardTerm
 from megatron_rl.errors import ConfigError
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.records import REWARD_ROUNDING, Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.reward.answers import without_unfinished_reasoning
 from megatron_rl.reward.pool import WorkerPool
 from megatron_rl.reward.registry import check_group_verifier, check_verifier
@@ -141,6 +141,26 @@ class Scorer:
             for prompt, _ in responses
         ]
 
+    def rejections(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """For each prompt, why its verifier, or the first one of several, does not accept the
+        expected answer as a response; None if it does.
+
+        Raises:
+            ConfigError: see `score`.
+        """
+        answers = self._pool.ask(
+            [
+                {
+                    "verifier": self._verifiers[prompt.source][0].verifier,
+                    "response": prompt.answer,
+                    "answer": prompt.answer,
+                    "metadata": prompt.metadata,
+                }
+                for prompt in prompts
+            ]
+        )
+        return [_rejection(answer) for answer in answers]
+
     def _shown(self, prompt: Prompt, rollout: Rollout) -> str:
         if self._config.skip_unfinished_reasoning:
             return without_unfinished_reasoning(rollout.text, prompt.text)
@@ -192,6 +212,13 @@ def _sum(answers: Sequence[tuple[RewardTerm, dict[str, Any]]]) -> Score:
         failure=None,
         verifier_rewards=() if is_one_reward else rewards,
     )
+
+
+def _rejection(answer: dict[str, Any]) -> str | None:
+    if answer["failure"] is not None:
+        return answer.get("error", answer["failure"])
+    is_accepted = answer["reward"] >= 1.0 - REWARD_ROUNDING
+    return None if is_accepted else f"reward {answer['reward']:g}"
 
 
 def _log_failures(

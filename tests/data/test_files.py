@@ -205,3 +205,49 @@ def test_a_system_prompt_replaces_those_of_the_rows_and_says_so(tmp_path):
         (("system", "Mine."), ("user", "2")),
     }
     assert log.lines == ["x: the system messages of 1 rows are replaced by system_prompt"]
+
+
+def is_digits(answer):
+    if not answer.isdigit():
+        raise ValueError(f"expected digits, got {answer!r}")
+
+
+ANSWERS = [{"q": f"q{n}", "a": "x" if n in (2, 5) else str(n % 4)} for n in range(9)]
+
+
+def test_an_answer_that_cannot_be_read_is_told_by_line_and_column(tmp_path):
+    path = write_as("jsonl", tmp_path, ANSWERS)
+    with pytest.raises(
+        DataError,
+        match=r"data.jsonl, line 3: column 'a' \(data.tasks\[\].answer_column\): expected digits, "
+        r"got 'x': choose another data.tasks\[\].verifier, or drop such rows by "
+        r"data.unreadable_answers=drop$",
+    ):
+        FileSource(path, PLAIN, check_answer=is_digits)
+
+
+def test_rows_whose_answer_cannot_be_read_are_dropped_and_counted(tmp_path):
+    path, log = write_as("jsonl", tmp_path, [*ANSWERS, *ANSWERS[6:]]), LoggedWatch()
+    source = FileSource(
+        path, PLAIN, name="sums", check_answer=is_digits, drops_unreadable=True, watch=log
+    )
+    assert log.lines == [
+        "sums: 2 of 12 rows are dropped, with an answer in column 'a' that the task's verifier "
+        "cannot read (data.unreadable_answers=drop)",
+        "sums: 12 rows, 7 different; 3 with the prompt and answer of an earlier row are taken out "
+        "(data.repeats=keep keeps them)",
+    ]
+    assert [each.metadata["q"] for _, each in source.sample(100)] == [
+        f"q{n}" for n in (0, 1, 3, 4, 6, 7, 8)
+    ]
+
+
+def test_a_sample_is_spread_over_the_rows(tmp_path):
+    source = FileSource(write_as("jsonl", tmp_path, ANSWERS), PLAIN, name="sums")
+    assert [(where[-6:], each.answer) for where, each in source.sample(3)] == [
+        ("line 1", "0"),
+        ("line 5", "0"),
+        ("line 9", "0"),
+    ]
+    source.keep(lambda candidate, _: candidate.metadata["q"] != "q0")
+    assert [where[-6:] for where, _ in source.sample(2)] == ["line 2", "line 9"]

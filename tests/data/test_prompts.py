@@ -329,6 +329,32 @@ def test_an_answer_may_be_empty_only_for_a_verifier_of_the_users_own(tokenizer, 
     assert prompt.answer == ""
 
 
+def test_answers_that_a_verifier_cannot_read(tokenizer, write_jsonl):
+    def is_even(answer):
+        if int(answer) % 2:
+            raise ValueError(f"expected an even number, got {answer!r}")
+
+    config = file_config(write_jsonl(gsm8k(20)))
+    with pytest.raises(DataError, match=r"train.jsonl, line 1: column 'answer' .* even number"):
+        PromptStream(config, tokenizer, 100, answer_checks={"train": is_even})
+    PromptStream(config, tokenizer, 100, answer_checks={"other": is_even})
+    config = dataclasses.replace(config, unreadable_answers="drop")
+    stream = PromptStream(config, tokenizer, 100, answer_checks={"train": is_even})
+    answers = [int(prompt.answer) for prompt in (*stream.held_out(), *stream.prompts(0, 5))]
+    assert sorted(answers) == list(range(2, 21, 2))
+
+
+def test_expected_answers_to_try(tokenizer, write_jsonl):
+    tasks = [SUMS, TaskConfig(path=write_jsonl(gsm8k(40)))]
+    stream = PromptStream(DataConfig(tasks=tasks, num_held_out=10), tokenizer, 100)
+    found = stream.expected_answers(4)
+    assert [prompt.source for _, prompt in found] == ["chain_sum"] * 4 + ["train"] * 4
+    assert found[0][0] == f"held-out prompt {found[0][1].index}"
+    where, last = found[-1]
+    line = int(where.removesuffix(", column 'answer'").rpartition("line ")[2])
+    assert (last.answer, last.metadata["question"]) == (str(line), f"What is {line - 1}+1?")
+
+
 def test_fingerprints_tell_the_questions_of_each_task_from_others(tokenizer, write_jsonl):
     def fingerprints(rows):
         config = DataConfig(tasks=[TaskConfig(path=write_jsonl(rows)), SUMS], num_held_out=2)

@@ -71,6 +71,9 @@ class FakeContext:
 
     score_texts = score
 
+    def rejections(self, prompts: Any) -> list[str | None]:
+        return [None if prompt.answer == "2" else "not 2" for prompt in prompts]
+
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -203,6 +206,28 @@ def test_an_unknown_verifier_is_found_before_a_process_is_started(
         config = replace(config, reward=replace(config.reward, group_verifier="no_such.module:f"))
     expected = pytest.raises(ConfigError, match=r"verifier: expected .* no module 'no_such.module'")
     with expected, start_run(config, Progress()):
+        pass
+    assert log == []
+
+
+def test_the_expected_answers_are_checked(
+    log: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = make_config(tmp_path, tiny_checkpoint)
+    start_as(monkeypatch, config, RankParallel())
+    tried = "prompts: of 1 expected answers, tried as responses, exact accepts all"
+    assert tried in capsys.readouterr().out
+    log.clear()
+    rows = ('{"question": "1+1=", "answer": "2"}', '{"question": "1+x=", "answer": "x+1"}')
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    task = replace(config.data.tasks[0], verifier="numeric")
+    config = replace(config, data=replace(config.data, tasks=[task]))
+    expected = r"prompts.jsonl, line 2: column 'answer' .* expected a number, got 'x\+1'"
+    with pytest.raises(DataError, match=expected), start_run(config, Progress()):
         pass
     assert log == []
 

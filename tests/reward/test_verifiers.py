@@ -26,7 +26,7 @@ def test_exact():
     assert judged(exact.verify("The answer is yes.", "The answer is yes.", {})) == (1.0, True)
     assert judged(exact.verify("7.0", "7", {})) == (0.0, True)
     assert judged(exact.verify(" ", "7", {})) == (0.0, False)
-    with pytest.raises(ValueError, match="expected a text as the prompt's answer, got ' '"):
+    with pytest.raises(ValueError, match="expected an answer, got ' '"):
         exact.verify("", " ", {})
 
 
@@ -37,7 +37,7 @@ def test_numeric():
     assert judged(numeric.verify("seven", "7", {})) == (1.0, True)
     assert judged(numeric.verify(r"\boxed{12:30}", "12", {})) == (0.0, False)
     assert judged(numeric.verify("I do not know", "7", {})) == (0.0, False)
-    with pytest.raises(ValueError, match="expected a number as the prompt's answer, got 'x'"):
+    with pytest.raises(ValueError, match="expected a number, got 'x'"):
         numeric.verify("7", "x", {})
 
 

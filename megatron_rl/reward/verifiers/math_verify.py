@@ -22,7 +22,6 @@ from megatron_rl.reward.symbolic import read_formula, same_formula, same_value
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    text: str
     number: Number | None
     formula: Any | None
 
@@ -38,9 +37,10 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
     Raises:
         ValueError: the expected answer is empty.
     """
-    expected, found = _expected(answer), final_answer(response)
-    if found.text and text_key(expected.text) in map(text_key, (found.text, *found.readings)):
+    right, found = expected_answer(answer), final_answer(response)
+    if found.text and text_key(right) in map(text_key, (found.text, *found.readings)):
         return Score(reward=1.0, is_formatted=True, failure=None)
+    expected = _read(right)
     for text in found.readings:
         said = _read(text)
         if not said.is_text:
@@ -51,16 +51,9 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
 
 
 @lru_cache(maxsize=1024)
-def _expected(answer: str) -> _Reading:
-    found = expected_answer(answer)
-    if not found:
-        raise ValueError(f"expected an answer, got {answer!r}")
-    return _read(found)
-
-
 def _read(text: str) -> _Reading:
     number = read_number(text)
-    return _Reading(text, number, read_formula(text) if number is None and text else None)
+    return _Reading(number, read_formula(text) if number is None and text else None)
 
 
 def _is_equal(expected: _Reading, said: _Reading) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_rl.records import Score
-from megatron_rl.reward.answers import expected_answer, final_answer
+from megatron_rl.reward.answers import final_answer
+from megatron_rl.reward.expected import expected_number
 from megatron_rl.reward.numbers import read_number, same_number
 
 
@@ -15,9 +16,7 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
     Raises:
         ValueError: the expected answer is not a number.
     """
-    expected = read_number(expected_answer(answer))
-    if expected is None:
-        raise ValueError(f"expected a number as the prompt's answer, got {answer!r}")
+    expected = expected_number(answer)
     for text in final_answer(response).readings:
         said = read_number(text)
         if said is not None:
