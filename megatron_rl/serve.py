@@ -23,6 +23,8 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.process.command import Progress, run_command
 from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import TOKEN_VARIABLE
+from megatron_rl.weights.agreement import check_checkpoint
+from megatron_rl.weights.geometry import read_geometry
 
 TOKEN_FILE = "engine_token"
 CHECK_SECONDS = 0.5  # between checks of the engine's process
@@ -34,6 +36,7 @@ def serve(config: Config, progress: Progress) -> None:
         raise ConfigError(
             "rollout.port: expected the port that rollout.urls of the run will name, got 0"
         )
+    check_checkpoint(config.model.path, read_geometry(config.model.path))
     run_dir = Path(config.run_dir)
     [engine] = start_engines_of(
         replace(config, rollout=replace(config.rollout, num_engines=1, urls=[])),

@@ -29,8 +29,9 @@ from megatron_rl.observe.metrics import Mean, merge, reduce
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.process.command import Progress, run_command
 from megatron_rl.records import MicroBatch, Rollout, Sample
+from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import read_geometry
-from megatron_rl.weights.huggingface import CheckpointReader, write_checkpoint
+from megatron_rl.weights.huggingface import write_checkpoint
 
 NUM_RECENT_LOSSES = 20  # their mean is compared with `warm_start.stop_loss`
 
@@ -41,7 +42,7 @@ def warm_start(config: Config, progress: Progress) -> None:
     folder = Path(config.run_dir) / "warm_start"
     geometry = read_geometry(config.model.path)
     geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
-    CheckpointReader(config.model.path).check_whole()
+    check_checkpoint(config.model.path, geometry)
     is_first = int(os.environ.get("RANK", "0")) == 0
     with LoadingConsole(is_shown=is_first) as watch:
         tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)

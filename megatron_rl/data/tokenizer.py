@@ -13,6 +13,7 @@ import jinja2.meta
 
 from megatron_rl.config import DataConfig
 from megatron_rl.data.candidate import Messages
+from megatron_rl.data.end_tokens import end_tokens
 from megatron_rl.errors import ConfigError, DataError
 
 # Arguments of apply_chat_template that are set here or do not concern the text.
@@ -29,7 +30,8 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_tokenizer(path: str, vocab_size: int) -> Any:
-    """The transformers tokenizer of a checkpoint folder; nothing is downloaded.
+    """The transformers tokenizer of a checkpoint folder; nothing is downloaded. If it has no eos
+    but the model's config has, it gets that one.
 
     Args:
         vocab_size: number of rows of the model's embedding (`vocab_size` of its config.json).
@@ -56,6 +58,8 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
             f"{path}: expected token ids below the model's vocab_size {vocab_size}, got {largest} "
             f"({token!r}): the tokenizer belongs to another model"
         )
+    if tokenizer.eos_token_id is None and (ends := end_tokens(path, tokenizer, vocab_size)):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
 
 

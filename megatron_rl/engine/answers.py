@@ -15,12 +15,16 @@ from megatron_rl.errors import EngineError
 from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB
 
 
-def generate_body(request: GenerateRequest) -> dict[str, Any]:
+def generate_body(request: GenerateRequest, end_token_ids: Sequence[int]) -> dict[str, Any]:
     """Body of a request for samples. It states every setting, so that the defaults in the model's
     generation config never apply.
 
     Stop texts are searched for in the text with special tokens, so that they may be one. vLLM
     leaves a stop text out of its own text and not out of the tokens; only the tokens are read here.
+
+    Args:
+        end_token_ids: a sample ends after each of them; the engine adds the tokenizer's eos and
+            those of the generation config.
     """
     sampling = request.sampling
     return {
@@ -35,7 +39,7 @@ def generate_body(request: GenerateRequest) -> dict[str, Any]:
             "max_tokens": sampling.max_tokens,
             "min_tokens": sampling.min_tokens,
             "stop": list(sampling.stop),
-            "stop_token_ids": list(sampling.stop_token_ids),
+            "stop_token_ids": sorted({*end_token_ids, *sampling.stop_token_ids}),
             "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": sampling.frequency_penalty,

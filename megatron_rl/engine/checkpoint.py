@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.weights.agreement import model_names
+from megatron_rl.weights.geometry import read_geometry
 from megatron_rl.weights.huggingface import CheckpointReader, write_checkpoint
 from megatron_rl.weights.quantization import engine_settings, quantized
 
@@ -34,5 +36,5 @@ def engine_model(config: RolloutConfig, model_path: str | Path, folder: Path) ->
 
 def _tensors(model_path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     reader = CheckpointReader(model_path)
-    for name in reader.names:
+    for name in model_names(reader.names, read_geometry(model_path)):
         yield name, reader.read(name, None, 0, 0)

@@ -40,8 +40,11 @@ class SamplingClient:
             invalid answer, or did not answer within `rollout.request_timeout_seconds`.
     """
 
-    def __init__(self, address: EngineAddress, config: RolloutConfig) -> None:
+    def __init__(
+        self, address: EngineAddress, config: RolloutConfig, end_token_ids: Sequence[int]
+    ) -> None:
         self.url = address.url
+        self._end_token_ids = end_token_ids
         self._timeout_seconds = config.request_timeout_seconds
         self._in_flight = asyncio.Semaphore(config.max_in_flight)
         self._client = httpx.AsyncClient(
@@ -59,7 +62,8 @@ class SamplingClient:
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         """[num_samples] completions, in the order of their seeds."""
-        answer = await self._ask(generate_body(request), f"prompt {request.key}")
+        body = generate_body(request, self._end_token_ids)
+        answer = await self._ask(body, f"prompt {request.key}")
         return read_completions(answer, request, self.url)
 
     async def score(self, token_ids: Sequence[int], what: str) -> tuple[float, ...]:

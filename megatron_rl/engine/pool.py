@@ -39,6 +39,7 @@ class HttpEnginePool:
     Args:
         addresses: at least one engine.
         config: timeouts, retries and the bound on open requests.
+        end_token_ids: every sample ends at each of them, and at those that the engine knows.
         check: raises EngineError if an engine's process has died. It is called while requests are
             open, so that a dead engine is reported with the end of its log and not as a timeout.
     """
@@ -48,12 +49,14 @@ class HttpEnginePool:
         addresses: Sequence[EngineAddress],
         config: RolloutConfig,
         *,
+        end_token_ids: Sequence[int] = (),
         check: Callable[[], None],
     ) -> None:
         if not addresses:
             raise EngineError("engine pool: expected at least one engine, got none")
         self._addresses = tuple(addresses)
         self._config = config
+        self._end_token_ids = tuple(end_token_ids)
         self._check = check
 
     @property
@@ -92,7 +95,10 @@ class HttpEnginePool:
         return asyncio.run(self._run(jobs))
 
     async def _run(self, jobs: Sequence[Callable[[_RoutedSampler], Awaitable[T]]]) -> list[T]:
-        clients = [SamplingClient(address, self._config) for address in self._addresses]
+        clients = [
+            SamplingClient(address, self._config, self._end_token_ids)
+            for address in self._addresses
+        ]
         sampler = _RoutedSampler(clients, self._config.max_retries, self._check)
         tasks = [asyncio.ensure_future(job(sampler)) for job in jobs]
         results = asyncio.gather(*tasks)

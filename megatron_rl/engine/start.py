@@ -4,14 +4,17 @@ that share engines.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.engine.checkpoint import engine_model
 from megatron_rl.engine.server import Engine, start_engines
 from megatron_rl.records import TOKEN_VARIABLE
+from megatron_rl.weights.geometry import num_positions, read_hf_config
 
 ENGINE_MODEL = "engine_model"  # folder of the checkpoint that quantised engines start from
 
@@ -32,10 +35,23 @@ def start_engines_of(
     """
     rollout = config.rollout
     return start_engines(
-        rollout,
+        _with_positions(rollout, config.model.path),
         model_path=engine_model(rollout, config.model.path, folder / ENGINE_MODEL),
         log_dir=log_dir or folder / "logs",
         token=token or os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
         seed=config.loop.seed,
         update_timeout_seconds=config.sync.timeout_seconds,
     )
+
+
+def _with_positions(rollout: RolloutConfig, model_path: str) -> RolloutConfig:
+    """The settings of engines that serve as many positions as the learner computes. Under YaRN vLLM
+    takes max_position_embeddings for the extended length (vllm/config/model.py,
+    `_get_and_verify_max_len`), which a config may still have at the original one.
+    """
+    raw = read_hf_config(model_path)
+    positions = num_positions(raw)
+    if positions == raw["max_position_embeddings"]:
+        return rollout
+    overrides = json.dumps({"max_position_embeddings": positions})
+    return replace(rollout, extra_args=["--hf-overrides", overrides, *rollout.extra_args])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import Config, RewardTerm, RolloutConfig
+from megatron_rl.data.end_tokens import end_tokens
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.data.watch import Watch
@@ -27,8 +28,8 @@ from megatron_rl.reward.registry import (
     check_verifier,
     resolve_verifiers,
 )
+from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import Geometry, read_geometry
-from megatron_rl.weights.huggingface import CheckpointReader
 
 FIXED_STEP = 1  # the step of eval.fixed_rollouts that is scored
 
@@ -37,14 +38,15 @@ FIXED_STEP = 1  # the step of eval.fixed_rollouts that is scored
 class Preflight:
     """The checked inputs of a run.
 
-    Example: `Preflight(geometry=Geometry(...), tokenizer=..., stream=PromptStream(...),
-    verifiers={"chain_sum": (RewardTerm(verifier="exact"),)}, inputs={...},
-    checkpoint=Path("runs/a/checkpoints/step_000012"),
+    Example: `Preflight(geometry=Geometry(...), tokenizer=..., end_token_ids=(2,),
+    stream=PromptStream(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
+    inputs={...}, checkpoint=Path("runs/a/checkpoints/step_000012"),
     changes=("objective.clip_high: 0.24 became 0.28",))`.
     """
 
     geometry: Geometry
     tokenizer: Any  # of transformers
+    end_token_ids: tuple[int, ...]  # at each of which a response ends
     stream: PromptStream
     verifiers: dict[str, tuple[RewardTerm, ...]]  # by source
     inputs: Inputs  # as they are saved with every checkpoint
@@ -80,6 +82,7 @@ def preflight(config: Config) -> Preflight:
     return Preflight(
         geometry=geometry,
         tokenizer=tokenizer,
+        end_token_ids=end_tokens(config.model.path, tokenizer, geometry.vocab_size),
         stream=stream,
         verifiers=verifiers,
         inputs=inputs,
@@ -99,7 +102,7 @@ def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, 
     """
     geometry = read_geometry(config.model.path)
     geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
-    CheckpointReader(config.model.path).check_whole()
+    check_checkpoint(config.model.path, geometry)
     check_reference(config, geometry)
     check_stop_tokens(config, geometry)
     tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
@@ -107,8 +110,9 @@ def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, 
     if context > geometry.max_position_embeddings:
         raise ConfigError(
             "rollout.max_model_len: expected at most the model's "
-            f"{geometry.max_position_embeddings} "
-            f"positions, got {context}"
+            f"{geometry.max_position_embeddings} positions, got {context}; lower it, or extend the "
+            "model in config.json: rope_parameters with rope_type yarn, a factor and "
+            "original_max_position_embeddings"
         )
     room = min(context, config.learner.tokens_per_micro_batch)
     limit = config.data.max_prompt_tokens or room - config.rollout.sampling.max_tokens
@@ -156,7 +160,7 @@ def check_reference(config: Config, geometry: Geometry) -> None:
             f"objective.kl.reference={path}: expected the model's vocabulary of "
             f"{geometry.vocab_size}, got {reference.vocab_size}"
         )
-    CheckpointReader(path).check_whole()
+    check_checkpoint(path, reference)
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:

@@ -207,7 +207,9 @@ def _connect(
     def decode(token_ids: Sequence[int]) -> str:
         return checked.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    pool = HttpEnginePool(addresses, config.rollout, check=check_engines)
+    pool = HttpEnginePool(
+        addresses, config.rollout, end_token_ids=checked.end_token_ids, check=check_engines
+    )
     environment = SingleTurn(decode)
     source = LiveSource(
         checked.stream.prompts,

@@ -37,7 +37,7 @@ class Geometry:
     num_query_groups: int
     head_dim: int
     vocab_size: int
-    max_position_embeddings: int
+    max_position_embeddings: int  # positions of the engine, see `num_positions`
     norm_epsilon: float
     has_qk_norm: bool
     has_qkv_bias: bool
@@ -87,16 +87,24 @@ def read_geometry(model_path: str | Path) -> Geometry:
         family = find_family(raw.get("model_type"))
     except ConfigError as error:
         raise ConfigError(f"model.path={model_path}: {error} in config.json") from error
-    _check_supported(raw, family, model_path)
     try:
-        return _geometry(raw, family)
+        _check_supported(raw, family, model_path)
+        return _geometry(raw, family, model_path)
     except KeyError as error:
         raise DataError(f"{model_path}/config.json: expected a key {error}, got none") from error
+    except TypeError as error:
+        raise DataError(f"{model_path}/config.json: expected numbers, got: {error}") from error
 
 
-def _geometry(raw: dict[str, Any], family: ModelFamily) -> Geometry:
+def _geometry(raw: dict[str, Any], family: ModelFamily, model_path: str | Path) -> Geometry:
     rope = rope_parameters(raw)
     num_heads = raw["num_attention_heads"]
+    num_query_groups = raw.get("num_key_value_heads") or num_heads
+    if num_heads % num_query_groups:
+        raise DataError(
+            f"{model_path}/config.json: expected num_attention_heads as a multiple of "
+            f"num_key_value_heads={num_query_groups}, got {num_heads}"
+        )
     default_head_dim = family.default_head_dim or raw["hidden_size"] // num_heads
     return Geometry(
         model_type=family.model_type,
@@ -104,10 +112,10 @@ def _geometry(raw: dict[str, Any], family: ModelFamily) -> Geometry:
         hidden_size=raw["hidden_size"],
         ffn_hidden_size=raw["intermediate_size"],
         num_heads=num_heads,
-        num_query_groups=raw.get("num_key_value_heads") or num_heads,
+        num_query_groups=num_query_groups,
         head_dim=raw.get("head_dim") or default_head_dim,
         vocab_size=raw["vocab_size"],
-        max_position_embeddings=raw["max_position_embeddings"],
+        max_position_embeddings=num_positions(raw),
         norm_epsilon=raw["rms_norm_eps"],
         has_qk_norm=family.has_qk_norm,
         has_qkv_bias=family.has_qkv_bias,
@@ -143,6 +151,30 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def num_positions(raw: dict[str, Any]) -> int:
+    """The longest sequence of a model: `max_position_embeddings` of its config. YaRN extends the
+    original length by its factor, also where max_position_embeddings still holds the original
+    length, as in the instructions of Qwen; vLLM 0.32 has to be told of the longer one.
+    """
+    rope, positions = rope_parameters(raw), raw["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings")
+    if rope["rope_type"] != "yarn" or original is None:
+        return positions
+    return max(positions, int(rope["factor"] * original))
+
+
+def layer_types(raw: dict[str, Any]) -> list[str]:
+    """The kind of attention of each layer, as transformers derives it for Qwen: layers from
+    `max_window_layers` on have a sliding window if `use_sliding_window` is set.
+    """
+    if raw.get("layer_types"):
+        return list(raw["layer_types"])
+    num_layers = raw["num_hidden_layers"]
+    has_window = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
+    num_full = min(num_layers, raw.get("max_window_layers", 28)) if has_window else num_layers
+    return ["full_attention"] * num_full + ["sliding_attention"] * (num_layers - num_full)
+
+
 def _check_supported(raw: dict[str, Any], family: ModelFamily, model_path: str | Path) -> None:
     """Raise ConfigError for an option that changes the forward pass and that the learner does not
     support.
@@ -153,9 +185,15 @@ def _check_supported(raw: dict[str, Any], family: ModelFamily, model_path: str |
         if raw.get(key) is not None and raw[key] not in accepted
     }
     rope = rope_parameters(raw)
-    layer_types = set(raw.get("layer_types") or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        refused["layer_types"] = sorted(layer_types)
+    kinds = layer_types(raw)
+    if len(kinds) != raw["num_hidden_layers"]:
+        raise DataError(
+            f"{model_path}/config.json: expected layer_types for each of num_hidden_layers="
+            f"{raw['num_hidden_layers']} layers, got {len(kinds)}"
+        )
+    if set(kinds) != {"full_attention"}:
+        key = "layer_types" if raw.get("layer_types") else "use_sliding_window"
+        refused[key] = sorted(set(kinds)) if key == "layer_types" else True
     if rope["rope_type"] not in ROPE_TYPES:
         refused["rope_type"] = rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

@@ -2,7 +2,8 @@
 in one file or several.
 
 Tensors are read in slices, so that a rank loads only its own shard. Nothing is unpickled, and an
-index that points outside the checkpoint's folder is refused.
+index that points outside the checkpoint's folder is refused. `weights/agreement.py` compares the
+tensors with `config.json`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from megatron_rl.errors import DataError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of configs, tokenizers and templates
+# Buffers that old checkpoints contain although no model reads them. vLLM computes them, its loader
+# skips them (vllm/model_executor/models/utils.py:AutoWeightsLoader), and no learner publishes them.
+DEAD_BUFFERS = (
+    "rotary_pos_emb.inv_freq",
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
 
 
 class CheckpointReader:
@@ -51,9 +60,29 @@ class CheckpointReader:
         return tensor[start:stop] if dimension == 0 else tensor[:, start:stop]
 
     def check_whole(self) -> None:
-        """Open every file that the index names; DataError if one is missing or truncated."""
-        for path in set(self._file_of.values()):
-            self._opened(path)
+        """Raise DataError unless there is one reading of the folder: every file that the index
+        names is there, whole, and holds what the index says, no tensor is in two files, and no
+        other safetensors file lies beside them, which vLLM would read too.
+        """
+        files = sorted(set(self._file_of.values()))
+        for path in files:
+            names = self._opened(path).keys()
+            for name in names:
+                if self._file_of.get(name) != path and not name.endswith(DEAD_BUFFERS):
+                    named = self._file_of.get(name)
+                    raise DataError(
+                        f"{path}: expected only tensors that {INDEX_NAME} has in this file, got "
+                        f"{name}, which it has in {named.name if named else 'no file'}: one of the "
+                        "two is out of date; save the checkpoint again"
+                    )
+        others = sorted(set(self._folder.glob("*.safetensors")).difference(files))
+        if others:
+            named = INDEX_NAME if (self._folder / INDEX_NAME).is_file() else SINGLE_NAME
+            raise DataError(
+                f"{self._folder}: expected one set of weights, got {named} and beside it "
+                f"{others[0].name}, which does not belong to it; delete or move the one that is "
+                "not meant"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The full shape of a tensor."""

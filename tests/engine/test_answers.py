@@ -40,7 +40,7 @@ def choice(**changes: Any) -> dict[str, Any]:
 
 
 def test_every_setting_is_sent() -> None:
-    assert generate_body(REQUEST) == {
+    assert generate_body(REQUEST, (2, 5)) == {
         "token_ids": [1, 9],
         "sampling_params": {
             "n": 2,
@@ -52,7 +52,7 @@ def test_every_setting_is_sent() -> None:
             "max_tokens": 12,
             "min_tokens": 0,
             "stop": [],
-            "stop_token_ids": [],
+            "stop_token_ids": [2, 5],
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
@@ -69,8 +69,8 @@ def test_every_setting_is_sent() -> None:
         presence_penalty=-0.5,
         frequency_penalty=0.25,
     )
-    body = generate_body(replace(REQUEST, sampling=sampling))["sampling_params"]
-    assert (body["stop"], body["stop_token_ids"], body["min_tokens"]) == (["</answer>"], [7], 3)
+    body = generate_body(replace(REQUEST, sampling=sampling), (5,))["sampling_params"]
+    assert (body["stop"], body["stop_token_ids"], body["min_tokens"]) == (["</answer>"], [5, 7], 3)
     assert body["detokenize"]  # without it vLLM does not look for texts
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     assert [body[name] for name in penalties] == [1.5, -0.5, 0.25]

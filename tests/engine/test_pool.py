@@ -55,6 +55,21 @@ def tokens_of(completions: Completions) -> list[tuple[int, ...]]:
     return [each.token_ids for each in completions]
 
 
+def test_samples_end_at_every_end_token_of_the_run(engine: Engine) -> None:
+    """Which the engine does not know by its own files: eos is 2 there."""
+    whole = generate(pool_of(engine), request(3, num_samples=8, seed=5))[0]
+    end = next(each.token_ids[2] for each in whole if len(each.token_ids) == 12)
+    pool = HttpEnginePool(
+        [engine.address], RolloutConfig(), end_token_ids=(2, end), check=engine.check
+    )
+    cut = generate(pool, request(3, num_samples=8, seed=5))[0]
+    for before, after in zip(whole, cut, strict=True):
+        position = before.token_ids.index(end) if end in before.token_ids else None
+        stop = len(before.token_ids) if position is None else position + 1
+        assert after.token_ids == before.token_ids[:stop]
+        assert position is None or after.finish_reason == "stop"
+
+
 def test_completions_of_a_real_engine(engine: Engine, tiny_checkpoint) -> None:
     prompts = [(1, 20 + index, 14) for index in range(6)]
     answers = generate(

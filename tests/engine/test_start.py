@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,40 @@ def test_engines_with_int8_activations_start_from_a_checkpoint_of_their_own(
     names = CheckpointReader(folder).names
     assert "model.layers.0.mlp.down_proj.weight_scale" in names
     assert len(names) > len(CheckpointReader(tiny_checkpoint).names)
+
+
+def test_engines_under_yarn_are_told_of_the_longer_context(
+    asked: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = make_config(Path(shutil.copytree(tiny_checkpoint, tmp_path / "model")))
+    start.start_engines_of(config, tmp_path)
+    assert asked["rollout"].extra_args == []
+    path = tmp_path / "model" / "config.json"
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    raw = json.loads(path.read_text()) | {"rope_parameters": yarn | {"rope_theta": 1e4}}
+    path.write_text(json.dumps(raw))
+    own = replace(config, rollout=replace(config.rollout, extra_args=["--seed", "3"]))
+    start.start_engines_of(own, tmp_path)
+    option, value, *rest = asked["rollout"].extra_args
+    assert (option, json.loads(value)) == ("--hf-overrides", {"max_position_embeddings": 1024})
+    assert rest == ["--seed", "3"]  # last, so that they win
+    path.write_text(json.dumps(raw | {"max_position_embeddings": 1024}))
+    start.start_engines_of(config, tmp_path)
+    assert asked["rollout"].extra_args == []
+
+
+def test_an_engine_s_own_checkpoint_has_no_copy_of_a_tied_head(
+    asked: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    raw = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (model / "config.json").write_text(json.dumps(raw))
+    assert "lm_head.weight" in CheckpointReader(model).names
+    config = make_config(model)
+    quantization = QuantizationConfig(format="int8_w8a8")
+    config = replace(config, rollout=replace(config.rollout, quantization=quantization))
+    start.start_engines_of(config, tmp_path)
+    assert "lm_head.weight" not in CheckpointReader(asked["model_path"]).names
 
 
 @pytest.mark.parametrize("number", ["none", "int8", "fp8", "int4"])

@@ -62,8 +62,8 @@ INT8 = {
 
 
 def write_checkpoint(folder: Path, variant: str, seed: int) -> Path:
-    """Write `variant` (untied, tied, biased, moe, bfloat16, int8) with weights drawn from
-    `seed`.
+    """Write `variant` (untied, tied, tied_copy, biased, moe, bfloat16, int8) with weights drawn
+    from `seed`.
     """
     torch.manual_seed(seed)
     if variant == "moe":
@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, variant: str, seed: int) -> Path:
     elif variant == "biased":
         config = Qwen2Config(**COMMON, tie_word_embeddings=False)
     else:
-        config = Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=variant == "tied")
+        config = Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=variant.startswith("tied"))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -81,6 +81,8 @@ def write_checkpoint(folder: Path, variant: str, seed: int) -> Path:
                 parameter.add_(1.0)
     dtype = torch.bfloat16 if variant in ("bfloat16", "int8") else torch.float32
     model.to(dtype).save_pretrained(folder)
+    if variant == "tied_copy":
+        _add_head(folder)
     if variant == "int8":
         _quantise(folder)
     if variant == "biased":
@@ -102,10 +104,12 @@ def write_tokenizer(folder: Path) -> None:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors in layer order: embedding, layers, norm, head; what a learner
-    publishes, so without dead buffers.
+    publishes, so without dead buffers and without the copy of a tied head.
     """
     tensors = load_file(folder / "model.safetensors")
-    names = [name for name in tensors if not name.endswith("inv_freq")]
+    is_tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    left_out = ("inv_freq", "lm_head.weight") if is_tied else ("inv_freq",)
+    names = [name for name in tensors if not name.endswith(left_out)]
     return {name: tensors[name] for name in sorted(names, key=_layer_order)}
 
 
@@ -127,6 +131,13 @@ def _layer_order(name: str) -> tuple[int, int, str]:
     if ".layers." in name:
         return 1, int(name.split(".layers.")[1].split(".")[0]), name
     return 2, 0, name
+
+
+def _add_head(folder: Path) -> None:
+    """The head that a tied model has not, equal to the embedding."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _add_dead_buffer(folder: Path) -> None:

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.weights.geometry import read_geometry, rope_parameters
+from megatron_rl.weights.geometry import (
+    layer_types,
+    read_geometry,
+    read_hf_config,
+    rope_parameters,
+)
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -23,6 +29,9 @@ CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -104,8 +113,12 @@ def test_rope_settings_of_old_and_new_form(
         ({"attention_bias": True}, "attention_bias=True"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 5},
+            "use_sliding_window=True",
+        ),
+        ({"layer_types": ["full_attention", *["sliding_attention"] * 5]}, "layer_types="),
+        ({"sliding_window": 128}, "sliding_window=128"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
         (
@@ -137,6 +150,61 @@ def test_options_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     layer_types = ["full_attention"] * 6
     read_geometry(write(tmp_path, attention_bias=False, hidden_act="silu", layer_types=layer_types))
     read_geometry(write(tmp_path, model_type="qwen2", attention_bias=True))  # is always there
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"use_sliding_window": True, "max_window_layers": 6},
+        {"use_sliding_window": True},  # from layer 28 on, by default
+        {"use_sliding_window": False, "sliding_window": 128, "max_window_layers": 0},
+        {"use_sliding_window": True, "max_window_layers": 0, "layer_types": ["full_attention"] * 6},
+    ],
+)
+def test_a_window_of_no_layer_is_full_attention(tmp_path: Path, window: dict[str, Any]) -> None:
+    folder = write(tmp_path, model_type="qwen2", **window)
+    assert layer_types(read_hf_config(folder)) == ["full_attention"] * 6
+    read_geometry(folder)
+    # What vLLM reads (vllm/engine/arg_utils.py): layer types, and a window only without them.
+    assert AutoConfig.from_pretrained(folder).layer_types == ["full_attention"] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "positions"),
+    [
+        ({}, 512),
+        ({"rope_parameters": YARN}, 2048),  # as Qwen documents it: 4 x 512
+        ({"rope_parameters": YARN, "max_position_embeddings": 2048}, 2048),
+        ({"rope_parameters": YARN, "max_position_embeddings": 600}, 2048),
+        (
+            {"rope_parameters": None, "rope_scaling": YARN | {"rope_type": "", "type": "yarn"}},
+            2048,
+        ),
+        ({"rope_parameters": YARN, "max_position_embeddings": 4096}, 4096),
+        # transformers then takes max_position_embeddings for the original length
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 512),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 512),
+    ],
+)
+def test_yarn_extends_the_original_length(
+    tmp_path: Path, changes: dict[str, Any], positions: int
+) -> None:
+    assert read_geometry(write(tmp_path, **changes)).max_position_embeddings == positions
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"layer_types": ["full_attention"] * 4}, "num_hidden_layers=6 layers, got 4"),
+        ({"num_key_value_heads": 3}, "a multiple of num_key_value_heads=3, got 8"),
+        ({"hidden_size": "96"}, "numbers, got: unsupported operand"),
+    ],
+)
+def test_a_config_that_contradicts_itself(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(DataError, match=rf"config\.json: expected .*{named}"):
+        read_geometry(write(tmp_path, **changes))
 
 
 def test_a_folder_without_a_config_is_a_data_error(tmp_path: Path) -> None:

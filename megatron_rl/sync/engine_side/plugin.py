@@ -28,15 +28,6 @@ from megatron_rl.records import WEIGHT_BACKEND
 from megatron_rl.sync.receive import UpdateReceiver
 from megatron_rl.sync.wire import TensorSpec
 
-# Buffers that old checkpoints contain although no model reads them. vLLM computes them, its loader
-# skips them (vllm/model_executor/models/utils.py:AutoWeightsLoader), and no learner publishes them.
-DEAD_BUFFERS = (
-    "rotary_pos_emb.inv_freq",
-    "rotary_emb.inv_freq",
-    "rotary_emb.cos_cached",
-    "rotary_emb.sin_cached",
-)
-
 
 def register() -> None:
     """The `vllm.general_plugins` entry point, which registers the backend. vLLM calls it in each of
@@ -87,8 +78,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: Any) -> None:
         super().__init__(config, vllm_config, device, model)
         parallel = vllm_config.parallel_config
+        self._is_tied = is_tied(model, self.model_config)
         self._update = UpdateReceiver(
-            checkpoint_specs(self.model_config),
+            checkpoint_specs(self.model_config, is_tied=self._is_tied),
             worker=parallel.data_parallel_index * parallel.world_size + parallel.rank,
             device=device,
         )
@@ -149,10 +141,6 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Disconnect from the sender."""
         self._update.close()
 
-    @property
-    def _is_tied(self) -> bool:
-        return bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
-
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
@@ -160,16 +148,27 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.model.load_weights((name, tensor.to(self.device)) for name, tensor in tensors)
 
 
-def checkpoint_specs(model_config: Any) -> dict[str, TensorSpec]:
+def is_tied(model: Any, model_config: Any) -> bool:
+    """Whether the head is the embedding. A config that says so is overruled by vLLM where the
+    checkpoint holds a head, and confirmed again where that head equals the embedding
+    (vllm/model_executor/model_loader/weight_tying.py).
+    """
+    if getattr(model_config.hf_text_config, "tie_word_embeddings", False):
+        return True
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    head = parameters.get("lm_head.weight")
+    return head is not None and head is parameters.get("model.embed_tokens.weight")
+
+
+def checkpoint_specs(model_config: Any, *, is_tied: bool) -> dict[str, TensorSpec]:
     """Dtypes and shapes of the tensors that an update must contain, by name. They are those of the
     checkpoint from which the engine was started.
 
     DEAD_BUFFERS are left out, and so is a tied head, which vLLM takes from the embedding.
     """
-    from megatron_rl.weights.huggingface import CheckpointReader
+    from megatron_rl.weights.huggingface import DEAD_BUFFERS, CheckpointReader
 
     reader = CheckpointReader(_checkpoint_folder(model_config))
-    is_tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
     specs = {}
     for name in reader.names:
         if name.endswith(DEAD_BUFFERS) or (is_tied and name.endswith("lm_head.weight")):

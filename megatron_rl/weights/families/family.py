@@ -189,7 +189,6 @@ ACCEPTED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "use_sliding_window": (False,),
         "quantization_config": ({},),
     }
 )

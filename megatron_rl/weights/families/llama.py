@@ -16,5 +16,6 @@ FAMILY = family.ModelFamily(
     final_norm=family.FINAL_NORM,
     head=family.HEAD,
     default_head_dim=None,
-    accepted=family.ACCEPTED,
+    # transformers ignores a window, but vLLM applies it to every layer.
+    accepted={**family.ACCEPTED, "sliding_window": (0,)},
 )
