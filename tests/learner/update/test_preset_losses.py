@@ -25,11 +25,13 @@ from megatron_rl.config.presets import PRESETS, dotted
 from megatron_rl.learner.passes.forward import RowOutput
 from megatron_rl.learner.update.row_correction import BatchScalars, batch_scalars
 from megatron_rl.learner.update.row_loss import MiniBatchLoss, StepSettings, UpdateRow
-from megatron_rl.records import MicroBatch, RecomputedRow
+from megatron_rl.records import MicroBatch, RecomputedRow, Sample
+from tests.fakes.groups import make_rollout
 
 POLICY, TRAIN, ROLLOUT = (0.78, 0.12, 0.495, 0.55), (0.6, 0.2, 0.45, 0.5), (0.1, 0.5, 0.5, 0.5)
 ADVANTAGES, IDS = (1.0, 1.0, -2.0, 0.5), (0, 0, 1, 2)
 DUAL_VALUE = 0.4
+SAMPLE = Sample(prompt_index=0, sample_index=0, rollout=make_rollout(), reward=0.0, advantage=0.0)
 PPO = (1.24 + 0.6) / 2 - 2.2 + 0.55  # the sum of the sequences' means
 log = math.log
 
@@ -85,9 +87,13 @@ def row() -> RecomputedRow:
         sequence_ids=torch.tensor(IDS),
         cu_seqlens=torch.tensor([0, 2, 3, 4], dtype=torch.int32),
         cu_seqlens_padded=torch.tensor([0, 2, 3, 4], dtype=torch.int32),
-        samples=(),
+        samples=(SAMPLE,) * 3,
     )
-    return RecomputedRow(micro_batch=micro_batch, recomputed_logprobs=torch.tensor(TRAIN).log())
+    return RecomputedRow(
+        micro_batch=micro_batch,
+        recomputed_logprobs=torch.tensor(TRAIN).log(),
+        is_outside_support=torch.zeros(4, dtype=torch.bool),
+    )
 
 
 def test_every_preset_has_its_numbers():
@@ -126,7 +132,7 @@ def test_the_loss_of_a_preset_worked_by_hand(name: str, tmp_path: Path):
         entropy=torch.zeros(4),
         is_outside_support=torch.zeros(4, dtype=torch.bool),
     )
-    total, count, _ = MiniBatchLoss([update], settings, is_before_update=True)(0, output)
+    terms = MiniBatchLoss([update], settings, num_left_out=0)(0, output)
     expected, expected_count = EXPECTED[name]
-    assert int(count) == expected_count
-    assert total.item() == pytest.approx(-expected, rel=2e-6, abs=2e-6)
+    assert int(terms.count) == expected_count
+    assert terms.total.item() == pytest.approx(-expected, rel=2e-6, abs=2e-6)

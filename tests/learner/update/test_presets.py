@@ -51,7 +51,7 @@ def row_of(*kinds: str) -> MicroBatch:
     if not samples:
         return empty_micro_batch(TOKENS_PER_ROW)
     [row] = pack(samples, tokens_per_row=TOKENS_PER_ROW)
-    distance = torch.full((TOKENS_PER_ROW,), NEAR_DISTANCE)
+    distance = torch.full_like(row.rollout_logprobs, NEAR_DISTANCE)
     distance[1::2] = -NEAR_DISTANCE
     far = [number for number, sample in enumerate(row.samples) if kind_of(sample) == FAR]
     distance[torch.isin(row.sequence_ids, torch.tensor(far))] = -FAR_DISTANCE
@@ -112,7 +112,7 @@ def test_rows_without_a_token_give_nothing_and_break_nothing(
     config, row = objectives[preset], row_of(*kinds)
     terms, gradient = loss_of(config, row)
     assert (terms.total.item(), terms.num_kept) == (0.0, 0)
-    assert torch.equal(gradient, torch.zeros(TOKENS_PER_ROW))
+    assert torch.equal(gradient, torch.zeros_like(gradient))
     # A sequence without a kept token counts where the sequences that were sampled count.
     assert int(terms.count) == (len(row.samples) if config.normalize == "constant" else 0)
     # Every rank reduces the same metrics, and this one adds nothing to them.
@@ -142,7 +142,7 @@ def test_a_rejected_response_has_no_loss_and_keeps_its_gap(
     assert torch.isfinite(terms.total) and torch.isfinite(gradient).all()
     if is_rejected:
         assert terms.total.item() == 0.0
-        assert torch.equal(gradient, torch.zeros(TOKENS_PER_ROW))
+        assert torch.equal(gradient, torch.zeros_like(gradient))
     found = figures(terms)
     gap = 0.5 - 0.5 * math.exp(-FAR_DISTANCE)
     assert found["discrepancy/mean"] == pytest.approx(gap, rel=1e-5)
