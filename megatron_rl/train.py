@@ -17,7 +17,7 @@ from megatron_rl.config import Config
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.loop.collect import collect_step
-from megatron_rl.loop.evaluate import evaluate_held_out
+from megatron_rl.loop.evaluate import evaluate_sets
 from megatron_rl.loop.fixed_gap import measure_fixed_gap
 from megatron_rl.loop.publish import publish_weights
 from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_run
@@ -32,7 +32,7 @@ def train(config: Config, progress: Progress) -> None:
     with start_run(config, progress) as run:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
         publish = partial(publish_weights, learner, run.link, run.engine_urls, state, config, phase)
-        evaluate = partial(evaluate_held_out, run.evaluator, state, config, phase)
+        evaluate = partial(evaluate_sets, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
         report = partial(
             write_metrics, run.recorder, run.stopwatch, learner.parallel, run.verifiers

@@ -5,6 +5,7 @@ if it is another one, lambda, and the log-odds displacement by confidence.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 
 from megatron_rl.errors import DataError
 from megatron_rl.objective.log_odds import CONFIDENCES
+from megatron_rl.observe.evaluations import AT_K, evaluation_label
 from megatron_rl.observe.run_log import Record, read_metrics
 
 SIGNAL = "constraint/signal/mean"
@@ -126,13 +128,14 @@ def _draw_curve(axes: Axes, records: Sequence[Record], key: str, *, color: str, 
 
 def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
     _draw_curve(axes, records, "reward/mean", color=BLUE, label="reward, training prompts")
-    keys = sorted({k for record in records for k in record if k.startswith("eval/avg_at_")})
-    for key in keys:
-        steps, values = series(records, key)
-        name = key.removeprefix("eval/").replace("_at_", "@")
-        axes.plot(
-            steps, values, "o--", color=GREEN, linewidth=1, markersize=7, label=f"{name}, held out"
-        )
+    keys = {key for record in records for key in record if key.startswith("eval/")}
+    matches = [
+        match for key in sorted(keys) if (match := AT_K.fullmatch(key)) and match[2] == "avg"
+    ]
+    for match, marker in zip(matches, itertools.cycle("o^sDvP*")):
+        steps, values = series(records, match[0])
+        name = evaluation_label(match[0]) + ("" if match[1] else ", held out")
+        axes.plot(steps, values, f"{marker}--", color=GREEN, linewidth=1, markersize=7, label=name)
         for step, value in zip(steps, values):
             axes.annotate(
                 f"{value:.2f}",

@@ -14,7 +14,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.data import DataConfig, OverlongConfig, RewardConfig, RewardTerm, TaskConfig
+from megatron_rl.config.data import (
+    DataConfig,
+    OverlongConfig,
+    QuestionsConfig,
+    RewardConfig,
+    RewardTerm,
+    TaskConfig,
+)
+from megatron_rl.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
 from megatron_rl.config.loop import CheckpointConfig, DynamicSamplingConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
@@ -25,7 +33,7 @@ from megatron_rl.config.objective import (
     ObjectiveConfig,
     RejectionConfig,
 )
-from megatron_rl.config.rollout import EvalConfig, QuantizationConfig, RolloutConfig, SamplingConfig
+from megatron_rl.config.rollout import QuantizationConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import require
 
 __all__ = [
@@ -35,6 +43,7 @@ __all__ = [
     "DataConfig",
     "DynamicSamplingConfig",
     "EvalConfig",
+    "EvalSetConfig",
     "ImportanceConfig",
     "KLConfig",
     "LearnerConfig",
@@ -45,6 +54,7 @@ __all__ = [
     "OverlongConfig",
     "ParallelConfig",
     "QuantizationConfig",
+    "QuestionsConfig",
     "RejectionConfig",
     "RewardConfig",
     "RewardTerm",
@@ -125,11 +135,14 @@ def _check_lengths(
         f"{longest} tokens (data.max_prompt_tokens, rollout.sampling.max_tokens), "
         f"got {learner.tokens_per_micro_batch}",
     )
-    require(
-        rollout.max_model_len == 0 or evaluation.sampling.max_tokens < rollout.max_model_len,
-        f"eval.sampling.max_tokens: expected below rollout.max_model_len={rollout.max_model_len}, "
-        f"got {evaluation.sampling.max_tokens}",
-    )
+    samplings = {"": evaluation.sampling}
+    samplings |= {f"{key}.": each.sampling for key, each in evaluation.used_sets().items()}
+    for key, sampling in samplings.items():
+        require(
+            rollout.max_model_len == 0 or sampling.max_tokens < rollout.max_model_len,
+            f"eval.{key}sampling.max_tokens: expected below rollout.max_model_len="
+            f"{rollout.max_model_len}, got {sampling.max_tokens}",
+        )
 
 
 def _check_batches(
@@ -144,10 +157,14 @@ def _check_batches(
         f"learner.mini_batches_per_step: expected at most the {sequences} sequences of a step "
         f"(loop), got {learner.mini_batches_per_step}",
     )
-    for key, num_samples in (
-        ("loop.samples_per_prompt", loop.samples_per_prompt),
-        ("eval.num_samples", evaluation.num_samples),
-    ):
+    together = {
+        "loop.samples_per_prompt": loop.samples_per_prompt,
+        "eval.num_samples": evaluation.num_samples,
+    }
+    together |= {
+        f"eval.{key}.num_samples": each.num_samples for key, each in evaluation.used_sets().items()
+    }
+    for key, num_samples in together.items():
         require(
             num_samples <= rollout.max_num_seqs,
             f"rollout.max_num_seqs: expected at least {key}={num_samples}, which an engine samples "

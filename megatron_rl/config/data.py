@@ -40,14 +40,15 @@ class RewardTerm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """One source of prompts: a reasoning-gym task, or files."""
+class QuestionsConfig:
+    """Questions from a reasoning-gym task or from files, and how their answers are scored: what a
+    task of the training data and a set of the evaluation have in common.
+    """
 
     name: str = ""  # a reasoning-gym task; or any label when `path` is given
     # a file (JSONL, JSON, Parquet, CSV, Arrow), a pattern such as data/train-*.parquet, a folder of
     # such files or one that Hugging Face's save_to_disk wrote, or a list of these
     path: str | list[str] = ""
-    weight: float = 1.0  # share in the mixture, relative to the other tasks
     options: dict = field(default_factory=dict)  # the reasoning-gym task's own settings
     prompt_column: str = "question"  # a dotted path into the record, e.g. "metadata.expression"
     answer_column: str = "answer"  # e.g. "reward_model.ground_truth" (DAPO-Math-17k)
@@ -70,6 +71,11 @@ class TaskConfig:
         """Identifies the task in prompts, metrics and messages: its name, or the file's stem."""
         return self.name or (Path(self.path).stem if isinstance(self.path, str) else "")
 
+    @property
+    def generator(self) -> str:
+        """The reasoning-gym task, if no `path` is given."""
+        return self.name
+
     def __post_init__(self) -> None:
         require(
             bool(self.name or self.path),
@@ -80,7 +86,6 @@ class TaskConfig:
             bool(self.name) or is_one_name,
             f"name: expected a label for the files of path={self.path!r}, got none",
         )
-        above_zero(weight=self.weight)
         require(
             "{prompt}" in self.template,
             f"template: expected a text with {{prompt}} in it, got {self.template!r}",
@@ -100,6 +105,17 @@ class TaskConfig:
             "rewards[0].weight: expected above 0, since the first verifier says what is correct, "
             f"got {self.terms[0].weight}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(QuestionsConfig):
+    """One source of training prompts."""
+
+    weight: float = 1.0  # share in the mixture, relative to the other tasks
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above_zero(weight=self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)

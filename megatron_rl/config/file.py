@@ -47,6 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for origin, keys, value in changes:
         check(hint_at(keys, tree, origin), value, keys, origin)
         OmegaConf.update(tree, ".".join(keys), value, merge=True)
+    _complete_sets(tree)
     origin = f"{path} with overrides" if overrides else str(path)
     try:
         resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
@@ -55,6 +56,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{origin}: {key}: {one_line(error)}") from error
     check(Config, resolved, (), origin)
     return build(Config, resolved, (), origin)
+
+
+def _complete_sets(tree: Any) -> None:
+    """Gives every set of `eval.sets` the keys of `eval.sampling` that it does not set itself."""
+    for each in tree.eval.sets if OmegaConf.is_list(tree.eval.sets) else ():
+        each.sampling = OmegaConf.merge(tree.eval.sampling, each.get("sampling") or {})
 
 
 def _preset(

@@ -1,12 +1,11 @@
-"""Settings of sampling, of the engines that sample, and of evaluation."""
+"""Settings of sampling and of the engines that sample."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from megatron_rl.config.choices import DType, QuantizationFormat, QuantizationStrategy, TopKTies
-from megatron_rl.config.rules import above_zero, at_least, at_most, literal_choices, require
-from megatron_rl.records import MAX_SAMPLES
+from megatron_rl.config.rules import above_zero, at_least, literal_choices, require
 
 # Settings of sampling that training refuses, with the value that turns each off.
 _EVALUATION_ONLY = {
@@ -159,23 +158,3 @@ class RolloutConfig:
             "token, of log-prob 0 whatever the weights are; evaluation may be greedy "
             "(eval.sampling)",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """When and how the run evaluates on the held-out prompts."""
-
-    every: int = 0  # steps between evaluations; 0: only before the first and after the last step
-    num_samples: int = 8  # k of avg@k and pass@k
-    at_start: bool = True
-    at_end: bool = True
-    # a run's rollouts/ folder: learner and engine score the sequences of its step 1 at every
-    # evaluation; "": none
-    fixed_rollouts: str = ""
-    num_fixed_rollouts: int = 256  # sequences of that step, at most
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
-
-    def __post_init__(self) -> None:
-        at_least(0, every=self.every)
-        at_least(1, num_samples=self.num_samples, num_fixed_rollouts=self.num_fixed_rollouts)
-        at_most(MAX_SAMPLES, num_samples=self.num_samples)

@@ -127,6 +127,10 @@ class FileSource:
                 "data.num_held_out, raise data.max_prompt_tokens, or give a larger file"
             )
 
+    def row(self, number: int) -> Candidate:
+        """The row of a number, 0 to len - 1, in the order of the files."""
+        return self._candidate(int(self._rows[number]))
+
     def candidate(self, seed: int, position: int, attempt: int = 0) -> Candidate:
         """The row at a position of the shuffled stream; each attempt shuffles in its own order."""
         epoch, place = divmod(position, len(self._rows))

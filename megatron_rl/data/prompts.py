@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from megatron_rl.config import DataConfig, TaskConfig
+from megatron_rl.config import DataConfig, QuestionsConfig
 from megatron_rl.config.rules import is_import_path
 from megatron_rl.data.candidate import Candidate, Layout
 from megatron_rl.data.files import FileSource
@@ -62,8 +62,7 @@ class PromptStream:
         self._watch = watch or Silence()
         checks = answer_checks or {}
         self._sources = [
-            _open_source(task, config, self._watch, checks.get(task.source))
-            for task in config.tasks
+            open_source(task, config, self._watch, checks.get(task.source)) for task in config.tasks
         ]
         weights = [task.weight for task in config.tasks]
         self._mixture = Mixture(weights, config.seed)
@@ -244,24 +243,42 @@ class PromptStream:
             )
 
 
-def _open_source(
-    task: TaskConfig, config: DataConfig, watch: Watch, check_answer: Callable[[str], None] | None
+def open_source(
+    questions: QuestionsConfig,
+    config: DataConfig,
+    watch: Watch,
+    check_answer: Callable[[str], None] | None = None,
+    key: str = "data.tasks[]",
 ) -> Any:
-    system_prompt = config.system_prompt if task.system_prompt is None else task.system_prompt
-    layout = Layout(
-        prompt_column=task.prompt_column,
-        answer_column=task.answer_column,
-        template=task.template,
-        system_prompt=system_prompt,
-        # A user's own verifier may need none.
-        is_answer_required=bool(task.path)
-        and not all(is_import_path(term.verifier) for term in task.terms),
+    """The candidates of a task or of a set: a `FileSource` or a `ReasoningSource`.
+
+    Args:
+        check_answer: raises ValueError for an answer of a row that the verifiers cannot read.
+        key: the setting that describes the questions, for messages.
+
+    Raises:
+        ConfigError, DataError: see `FileSource` and `ReasoningSource`.
+    """
+    system_prompt = (
+        config.system_prompt if questions.system_prompt is None else questions.system_prompt
     )
-    if task.path:
+    layout = Layout(
+        prompt_column=questions.prompt_column,
+        answer_column=questions.answer_column,
+        template=questions.template,
+        system_prompt=system_prompt,
+        prompt_key=f"{key}.prompt_column",
+        answer_key=f"{key}.answer_column",
+        # A user's own verifier may need none.
+        is_answer_required=bool(questions.path)
+        and not all(is_import_path(term.verifier) for term in questions.terms),
+    )
+    if questions.path:
         return FileSource(
-            task.path,
+            questions.path,
             layout,
-            name=task.source,
+            name=questions.source,
+            path_key=f"{key}.path",
             has_repeats=config.repeats == "keep",
             check_answer=check_answer,
             drops_unreadable=config.unreadable_answers == "drop",
@@ -270,4 +287,4 @@ def _open_source(
     # Imported on demand: importing reasoning-gym takes a second, and runs on files do not need it.
     from megatron_rl.data.reasoning_tasks import ReasoningSource
 
-    return ReasoningSource(task, layout)
+    return ReasoningSource(questions.generator, questions.options, layout, key=key)

@@ -10,12 +10,12 @@ import dataclasses
 import difflib
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from reasoning_gym.factory import DATASETS, create_dataset
 
-from megatron_rl.config import TaskConfig
 from megatron_rl.data.candidate import Candidate, Layout, read_candidate
 from megatron_rl.data.mixture import derive_seed
 from megatron_rl.errors import ConfigError
@@ -27,22 +27,32 @@ _NUM_KEPT = 4  # data sets that are kept in memory
 class ReasoningSource:
     """A reasoning-gym task with its options.
 
+    Args:
+        key: the setting that names the task, for messages.
+
     Raises:
         ConfigError: the task or an option is unknown (the message names the nearest valid one), or
             the task does not accept the options.
     """
 
-    def __init__(self, task: TaskConfig, layout: Layout) -> None:
-        self._name = task.name
-        self._options = dict(task.options)
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        layout: Layout,
+        *,
+        key: str = "data.tasks[]",
+    ) -> None:
+        self._name = name
+        self._options = dict(options)
         self._layout = layout
         self._datasets: OrderedDict[int, Any] = OrderedDict()
-        _check_options(task)
+        _check_options(name, self._options, key)
         try:
             create_dataset(self._name, seed=0, size=1, **self._options)
         except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ConfigError(
-                f"data.tasks: {self._name}: expected options that the task accepts, got "
+                f"{key}: {self._name}: expected options that the task accepts, got "
                 f"{self._options}: {error}"
             ) from error
 
@@ -79,22 +89,20 @@ class ReasoningSource:
         return self._datasets[seed]
 
 
-def _check_options(task: TaskConfig) -> None:
-    if task.name not in DATASETS:
-        near = difflib.get_close_matches(task.name, DATASETS, n=3, cutoff=0.0)
+def _check_options(task: str, options: Mapping[str, Any], key: str) -> None:
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.0)
         raise ConfigError(
-            f"data.tasks[].name: expected a reasoning-gym task (or a path beside it), got "
-            f"{task.name!r} (nearest: {', '.join(near)})"
+            f"{key}.name: expected a reasoning-gym task (or a path beside it), got "
+            f"{task!r} (nearest: {', '.join(near)})"
         )
-    names = [field.name for field in dataclasses.fields(DATASETS[task.name][1])]
-    for option in task.options:
+    names = [field.name for field in dataclasses.fields(DATASETS[task][1])]
+    for option in options:
         if option in ("seed", "size"):
             raise ConfigError(
-                f"data.tasks: {task.name}: options.{option} is set by the stream of prompts: "
+                f"{key}: {task}: options.{option} is set by the stream of prompts: "
                 "change data.seed and data.held_out_seed instead"
             )
         if option not in names:
             near = difflib.get_close_matches(option, names, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"data.tasks: {task.name}: unknown option {option!r} (nearest: {near})"
-            )
+            raise ConfigError(f"{key}: {task}: unknown option {option!r} (nearest: {near})")

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from megatron_rl.config import DataConfig
+from megatron_rl.config.data import DataConfig
 from megatron_rl.data.candidate import Messages
 from megatron_rl.data.end_tokens import end_tokens
 from megatron_rl.errors import ConfigError, DataError

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_rl.config import Config, RewardTerm, RolloutConfig
 from megatron_rl.data.end_tokens import end_tokens
+from megatron_rl.data.evaluation_sets import EvaluationSet, held_out_set, open_sets
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.data.watch import Watch
@@ -40,7 +41,9 @@ class Preflight:
 
     Example: `Preflight(geometry=Geometry(...), tokenizer=..., end_token_ids=(2,),
     stream=PromptStream(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
-    inputs={...}, checkpoint=Path("runs/a/checkpoints/step_000012"),
+    sets=(EvaluationSet(...),),
+    set_verifiers={"eval/aime24": (RewardTerm(verifier="math_verify"),)}, inputs={...},
+    checkpoint=Path("runs/a/checkpoints/step_000012"),
     changes=("objective.clip_high: 0.24 became 0.28",))`.
     """
 
@@ -48,7 +51,9 @@ class Preflight:
     tokenizer: Any  # of transformers
     end_token_ids: tuple[int, ...]  # at each of which a response ends
     stream: PromptStream
-    verifiers: dict[str, tuple[RewardTerm, ...]]  # by source
+    verifiers: dict[str, tuple[RewardTerm, ...]]  # by source, of the training data
+    sets: tuple[EvaluationSet, ...]  # that the run evaluates on
+    set_verifiers: dict[str, tuple[RewardTerm, ...]]  # by source, of the named sets
     inputs: Inputs  # as they are saved with every checkpoint
     checkpoint: Path | None  # to resume from
     changes: tuple[str, ...]  # a line for each setting that differs from the checkpoint's
@@ -60,12 +65,20 @@ def preflight(config: Config) -> Preflight:
     Raises:
         ConfigError, DataError: what is wrong, and where to change it.
     """
+    geometry, tokenizer = prepare_model(config)
     is_first = int(os.environ.get("RANK", "0")) == 0
+    sets: tuple[EvaluationSet, ...] = ()
     with LoadingConsole(is_shown=is_first) as watch:
-        geometry, tokenizer, stream = prepare_data(config, watch)
+        # The sets first, since the training data may take a minute to read.
+        if is_evaluated(config):
+            sets = prepare_sets(config, geometry, tokenizer, watch)
+        stream = prepare_stream(config, geometry, tokenizer, watch)
+    if is_evaluated(config) and config.data.num_held_out:
+        sets = (held_out_set(stream.held_out(), config.eval), *sets)
     check_world_size(config.parallel)
     verifiers = resolve_verifiers(config.data.tasks)
-    for terms in verifiers.values():
+    set_verifiers = set_verifiers_of(config)
+    for terms in (verifiers | set_verifiers).values():
         for term in terms:
             check_verifier(term.verifier)
     if config.reward.group_verifier:
@@ -85,17 +98,28 @@ def preflight(config: Config) -> Preflight:
         end_token_ids=end_tokens(config.model.path, tokenizer, geometry.vocab_size),
         stream=stream,
         verifiers=verifiers,
+        sets=sets,
+        set_verifiers=set_verifiers,
         inputs=inputs,
         checkpoint=checkpoint,
         changes=tuple(changes),
     )
 
 
-def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, Any, PromptStream]:
-    """Model shape, tokenizer and prompts, checked against each other before anything is started.
+def is_evaluated(config: Config) -> bool:
+    """Whether the run evaluates at all."""
+    evaluation = config.eval
+    return not config.replay and bool(evaluation.every or evaluation.at_start or evaluation.at_end)
 
-    Args:
-        watch: is told the progress of reading the data, and what was left out of it.
+
+def context_of(config: Config, geometry: Geometry) -> int:
+    """The largest number of tokens of a prompt with its response in the engines."""
+    return config.rollout.max_model_len or geometry.max_position_embeddings
+
+
+def prepare_model(config: Config) -> tuple[Geometry, Any]:
+    """Model shape and tokenizer, checked against the checkpoint, the layout and the settings of the
+    engines.
 
     Raises:
         ConfigError, DataError: what is wrong, and where to change it.
@@ -106,14 +130,41 @@ def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, 
     check_reference(config, geometry)
     check_stop_tokens(config, geometry)
     tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
-    context = config.rollout.max_model_len or geometry.max_position_embeddings
-    if context > geometry.max_position_embeddings:
+    if context_of(config, geometry) > geometry.max_position_embeddings:
         raise ConfigError(
             "rollout.max_model_len: expected at most the model's "
-            f"{geometry.max_position_embeddings} positions, got {context}; lower it, or extend the "
-            "model in config.json: rope_parameters with rope_type yarn, a factor and "
-            "original_max_position_embeddings"
+            f"{geometry.max_position_embeddings} positions, got {config.rollout.max_model_len}; "
+            "lower it, or extend the model in config.json: rope_parameters with rope_type yarn, a "
+            "factor and original_max_position_embeddings"
         )
+    return geometry, tokenizer
+
+
+def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, Any, PromptStream]:
+    """Model shape, tokenizer and prompts, checked against each other.
+
+    Args:
+        watch: is told the progress of reading the data, and what was left out of it.
+
+    Raises:
+        ConfigError, DataError: what is wrong, and where to change it.
+    """
+    geometry, tokenizer = prepare_model(config)
+    return geometry, tokenizer, prepare_stream(config, geometry, tokenizer, watch)
+
+
+def prepare_stream(
+    config: Config, geometry: Geometry, tokenizer: Any, watch: Watch | None = None
+) -> PromptStream:
+    """The stream of prompts, whose lengths have room in the model's context.
+
+    Args:
+        watch: is told the progress of reading the data, and what was left out of it.
+
+    Raises:
+        ConfigError, DataError: what is wrong, and where to change it.
+    """
+    context = context_of(config, geometry)
     room = min(context, config.learner.tokens_per_micro_batch)
     limit = config.data.max_prompt_tokens or room - config.rollout.sampling.max_tokens
     if limit + config.rollout.sampling.max_tokens > context:
@@ -121,23 +172,47 @@ def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, 
             f"data.max_prompt_tokens={limit}: expected room for rollout.sampling.max_tokens="
             f"{config.rollout.sampling.max_tokens} in the model's context of {context}"
         )
-    is_evaluated = config.eval.every or config.eval.at_start or config.eval.at_end
     has_room = config.eval.sampling.max_tokens < context
-    if is_evaluated and config.data.num_held_out and not has_room:
+    if is_evaluated(config) and config.data.num_held_out and not has_room:
         raise ConfigError(
             f"eval.sampling.max_tokens: expected below the model's context of {context}, "
             f"got {config.eval.sampling.max_tokens}"
         )
     checks = answer_checks(resolve_verifiers(config.data.tasks))
-    return geometry, tokenizer, PromptStream(config.data, tokenizer, limit, watch, checks)
+    return PromptStream(config.data, tokenizer, limit, watch, checks)
+
+
+def prepare_sets(
+    config: Config, geometry: Geometry, tokenizer: Any, watch: Watch | None = None
+) -> tuple[EvaluationSet, ...]:
+    """The named sets that the run evaluates on.
+
+    Raises:
+        ConfigError, DataError: see `open_sets`.
+    """
+    checks = answer_checks(set_verifiers_of(config))
+    return open_sets(config, tokenizer, context_of(config, geometry), watch, checks)
+
+
+def set_verifiers_of(config: Config) -> dict[str, tuple[RewardTerm, ...]]:
+    """The verifiers of the named sets, by source.
+
+    Raises:
+        ConfigError: see `resolve_verifiers`.
+    """
+    return resolve_verifiers(tuple(config.eval.used_sets().values()), "eval.sets")
 
 
 def check_stop_tokens(config: Config, geometry: Geometry) -> None:
     """Raise ConfigError if a stop token is beyond the model's vocabulary."""
-    for key, sampling in (
-        ("rollout.sampling", config.rollout.sampling),
-        ("eval.sampling", config.eval.sampling),
-    ):
+    samplings = {
+        "rollout.sampling": config.rollout.sampling,
+        "eval.sampling": config.eval.sampling,
+    }
+    samplings |= {
+        f"eval.{key}.sampling": each.sampling for key, each in config.eval.used_sets().items()
+    }
+    for key, sampling in samplings.items():
         beyond = [token for token in sampling.stop_token_ids if token >= geometry.vocab_size]
         if beyond:
             raise ConfigError(

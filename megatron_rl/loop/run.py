@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_rl.config import Config, RewardTerm
 from megatron_rl.config.file import replaced_keys, save_config
+from megatron_rl.data.evaluation_sets import questions_of
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.server import Engine, check_given, given_addresses
 from megatron_rl.engine.start import start_engines_of
@@ -114,11 +115,13 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         scorer = None
         if parallel.is_replica_head and not config.replay:
             # Its processes import their verifiers while the engines load.
-            scorer = stack.enter_context(Scorer(config.reward, checked.verifiers))
+            verifiers = checked.verifiers | checked.set_verifiers
+            scorer = stack.enter_context(Scorer(config.reward, verifiers))
         tried: list[str] = []
         if parallel.rank == 0 and scorer is not None:
             expected = checked.stream.expected_answers(MAX_ANSWERS)
-            tried = try_expected_answers(expected, checked.verifiers, scorer.rejections)
+            expected += questions_of(checked.sets, MAX_ANSWERS)
+            tried = try_expected_answers(expected, verifiers, scorer.rejections)
         addresses = _addresses(config, engines, parallel)
         source, evaluator, link = _connect(
             config, checked, parallel, stopwatch, scorer, addresses, engines=engines, stack=stack
@@ -177,7 +180,8 @@ def _tell_resumption(checked: Preflight, state: LoopState, recorder: Recorder) -
 def _forget_later_steps(run_dir: Path, step: int) -> None:
     """Delete the records that an interrupted process left of steps that are now repeated."""
     truncate_after(run_dir / "rollouts", step)
-    truncate_after(run_dir / "rollouts" / "eval", step)
+    for folder in (run_dir / "rollouts" / "eval").glob("**"):  # of the sets, too
+        truncate_after(folder, step)
     cut_sync_log(run_dir / SYNC_LOG, step)
 
 
@@ -227,7 +231,7 @@ def _connect(
         environment=environment,
         score=scorer.score,
         score_texts=scorer.score_texts,
-        held_out=tuple(checked.stream.held_out()),
+        sets=checked.sets,
         folder=Path(config.run_dir) / "rollouts" / "eval",
         replica=parallel.dp_rank,
         num_replicas=parallel.dp_size,

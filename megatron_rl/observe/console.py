@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.observe.evaluations import AT_K, evaluation_label, evaluation_lines
 from megatron_rl.process.lifetime import register_cleanup, unregister_cleanup
 
 SECONDS = "speed/seconds/"  # prefix of a phase's name in a metric key
@@ -59,8 +60,12 @@ class StepConsole:
         self._progress.update(self._task, description=phase)
 
     def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print the line of a step; metrics that are missing are left out."""
+        """Print the line of a step, and one for each named evaluation set; metrics that are missing
+        are left out.
+        """
         self.console.print(step_line(step, metrics, width=self._width))
+        for line in evaluation_lines(metrics):
+            self.console.print(line)
         self._progress.update(self._task, completed=step)
 
     def say(self, message: str) -> None:
@@ -156,8 +161,8 @@ def _add_row(
 def _label(key: str) -> str:
     if key.startswith(SECONDS):
         return f"seconds, {key.removeprefix(SECONDS)}"
-    if key.startswith(("eval/avg_at_", "eval/pass_at_")):
-        return key.removeprefix("eval/").replace("_at_", "@")
+    if AT_K.fullmatch(key):
+        return evaluation_label(key)
     if key.startswith("constraint/signal/"):
         return f"constrained {key.removeprefix('constraint/').replace('/', ' ')}"
     return key.removeprefix("constraint/").replace("/", " ").replace("_", " ")

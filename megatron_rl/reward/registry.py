@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_rl.config import RewardTerm, TaskConfig
+from megatron_rl.config import QuestionsConfig, RewardTerm
 from megatron_rl.config.choices import GROUP_VERIFIERS, VERIFIERS
 from megatron_rl.config.rules import is_import_path, join_choices
 from megatron_rl.errors import ConfigError
@@ -24,9 +24,14 @@ from megatron_rl.reward.protocols import GroupVerifier, Verifier
 VERIFIER_KEY, GROUP_VERIFIER_KEY = "data.tasks[].verifier", "reward.group_verifier"
 
 
-def resolve_verifiers(tasks: Sequence[TaskConfig]) -> dict[str, tuple[RewardTerm, ...]]:
+def resolve_verifiers(
+    tasks: Sequence[QuestionsConfig], key: str = "data.tasks"
+) -> dict[str, tuple[RewardTerm, ...]]:
     """The verifiers of each source, in the order of its settings: `auto` is the task's own scorer
     for a reasoning-gym task, and math_verify for a file.
+
+    Args:
+        key: the setting that lists the tasks, for messages.
 
     Raises:
         ConfigError: a source name has two verifiers, or a file has the scorer of reasoning-gym.
@@ -41,12 +46,12 @@ def resolve_verifiers(tasks: Sequence[TaskConfig]) -> dict[str, tuple[RewardTerm
         )
         if task.path and any(term.verifier == "reasoning_gym" for term in terms):
             raise ConfigError(
-                f"data.tasks: {task.source}: expected a verifier for the file {task.path}, got "
+                f"{key}: {task.source}: expected a verifier for the file {task.path}, got "
                 "reasoning_gym, which scores its own tasks only"
             )
         if verifiers.setdefault(task.source, terms) != terms:
             raise ConfigError(
-                f"data.tasks: expected one verifier for {task.source}, got {_describe(terms)} and "
+                f"{key}: expected one verifier for {task.source}, got {_describe(terms)} and "
                 f"{_describe(verifiers[task.source])}: give the two sources different names"
             )
     return verifiers

@@ -110,6 +110,27 @@ def sample_groups(
     requests = [
         EpisodeRequest(num_samples=num_samples, seed=seed, sampling=sampling) for seed in seeds
     ]
+    return run_episodes(pool, environment, prompts, requests)
+
+
+def run_episodes(
+    pool: EnginePool,
+    environment: Environment,
+    prompts: Sequence[Prompt],
+    requests: Sequence[EpisodeRequest],
+) -> list[RolloutGroup]:
+    """The rollouts of each prompt that its request asks for; blocks until all are complete.
+
+    Args:
+        requests: [P]
+
+    Returns:
+        A group for each prompt, in the order of the prompts.
+
+    Raises:
+        EngineError: see `EnginePool.run`.
+        ValueError: the environment returned a wrong number of rollouts.
+    """
     return pool.run(
         [
             partial(_sample_group, environment, prompt, request)

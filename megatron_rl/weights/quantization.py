@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.config import QuantizationConfig
+from megatron_rl.config.rollout import QuantizationConfig
 
 BLOCK = 128
 _ELEMENTS = {"int8": (8, "int"), "fp8": (8, "float"), "int4": (4, "int"), "int8_w8a8": (8, "int")}

@@ -134,7 +134,7 @@ def test_rank_0_starts_the_engines_and_holds_everything(
     assert isinstance(run.source, LiveSource)
     assert run.engine_urls == (ADDRESS.url,)
     assert run.link is not None and run.link.pool.urls == run.engine_urls
-    assert run.evaluator is not None and run.evaluator.held_out == ()
+    assert run.evaluator is not None and run.evaluator.sets == ()
     assert (run.was_resumed, run.state.step) == (False, 0)
     assert tuple(run.verifiers) == ("prompts",)
     assert (tmp_path / "run" / "config.yaml").is_file()

@@ -4,7 +4,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from megatron_rl.loop.evaluate import evaluation_metrics
+from megatron_rl.loop.evaluation_metrics import evaluation_metrics
 from megatron_rl.loop.report import NOTHING_SAMPLED, rollout_metrics
 from megatron_rl.objective import log_odds
 from megatron_rl.objective.gap_metrics import discrepancy_metrics
@@ -42,7 +42,7 @@ def keys_of_a_step() -> set[str]:
     )
     keys = set(reduce(of_gap, lambda values, operation: values))
     keys |= set(rollout_metrics(NOTHING_SAMPLED, {"a": ()}))
-    keys |= set(evaluation_metrics([], 8))
+    keys |= {key for name in ("", "aime24") for key in evaluation_metrics([], 8, name=name)}
     return keys | {
         "constraint/lambda",
         "constraint/penalty_share/mean",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config import ParallelConfig
+from megatron_rl.config.model import ParallelConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.learner.layout.context import global_batch_group
 from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_rl.config import ModelConfig
+from megatron_rl.config.model import ModelConfig
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.cpu_device import is_cpu_run
 from megatron_rl.learner.layout.parallel import Parallel
