@@ -199,6 +199,8 @@ def heading(sample: Shown) -> Text:
         f"  advantage {line['advantage']:+.3f}  {line['finish_reason']}",
         f"  answer {line['answer']!r}",
     )
+    for name, reward in line.get("verifier_rewards", {}).items():
+        text.append(f"  {name} {reward:g}")
     if line["failure"]:
         text.append(f"  verifier: {line['failure']}", "bold red")
     if not line["is_formatted"]:

@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megatron_rl.reward.formulas import formulas_in
 from megatron_rl.reward.notation import without_delimiters
+from megatron_rl.reward.numbers import read_number
 
 THINK, END_THINK = "<think>", "</think>"
 _TAG, _END_TAG = "<answer>", "</answer>"
@@ -49,7 +51,7 @@ class Answer:
     readings: tuple[str, ...]
 
 
-def final_answer(response: str) -> Answer:
+def find_answer(response: str) -> Answer:
     """The answer of a response, by the rule above."""
     said = response.rpartition(END_THINK)[2]
     if _TAG in said:
@@ -75,6 +77,20 @@ def final_answer(response: str) -> Answer:
     return Answer(text=text, readings=(*formulas_in(end)[-1:], text))
 
 
+def final_answer(response: str) -> str:
+    """The text of a response's answer, by the rule above; "" if there is none."""
+    return find_answer(response).text
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text, read with all that belongs to it; None if there is none."""
+    for reading in (*formulas_in(text[-_MAX_SEARCHED:])[-1:], text):
+        number = read_number(reading)
+        if number is not None:
+            return number.value
+    return None
+
+
 def expected_answer(answer: str) -> str:
     """What a prompt's expected answer states: its `Answer.text`. Nothing is looked for among its
     words.
@@ -82,7 +98,7 @@ def expected_answer(answer: str) -> str:
     Raises:
         ValueError: it states nothing, so that no response could be right.
     """
-    text = final_answer(answer).text
+    text = final_answer(answer)
     if not text:
         raise ValueError(f"expected an answer, got {answer!r}")
     return text

@@ -44,9 +44,9 @@ _SPACE = re.compile(r"(?:(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~|[\s\u00a0\u2007
 _ANY_FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf)|mbox|boldsymbol|bm|operatorname)"
-    r"\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
+    r"\s*\{((?>[^{}]*(?:\{[^{}]*\}[^{}]*)*))\}"
 )
-_MAX_LENGTH = 10_000  # characters of a text that is brought to one notation
+_MAX_LENGTH = 2000  # characters of a text that is brought to one notation
 _QUOTES = "\"'\u201c\u201d"
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 

@@ -1,8 +1,12 @@
+from fractions import Fraction
+
 import pytest
 
 from megatron_rl.reward.answers import (
     expected_answer,
     final_answer,
+    find_answer,
+    last_number,
     without_unfinished_reasoning,
 )
 
@@ -41,7 +45,7 @@ from megatron_rl.reward.answers import (
     ],
 )
 def test_the_text_of_the_answer(response, text):
-    assert final_answer(response).text == text
+    assert final_answer(response) == text
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,42 @@ def test_the_text_of_the_answer(response, text):
     ],
 )
 def test_where_a_number_or_formula_is_looked_for(response, readings):
-    assert final_answer(response).readings == readings
+    assert find_answer(response).readings == readings
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ("1{,}000", 1000),
+        (r"1\,000", 1000),
+        ("1 000", 1000),
+        (r"\frac12", Fraction(1, 2)),
+        (r"2\frac{2}{3}", Fraction(8, 3)),
+        ("2 2/3", Fraction(8, 3)),
+        ("10^5", 100000),
+        (r"3 \times 10^4", 30000),
+        (r"5\text{ cm}^2", 5),
+        ("7 (see step 3)", None),
+        (r"50\%", 50),
+        (r"\sqrt{2}", None),
+        (r"2\pi", None),
+        ("5!", None),
+        ("2+3", None),
+        ("1/2/3", None),
+        ("5_{10}", None),
+        ("12:30", None),
+        ("(3,4)", None),
+        ("1,00,000", 100000),
+        ("0x1F", None),
+        (r"\frac{a}{7}", None),
+        ("-3", -3),
+        ("1,000", 1000),
+        ("first 7, so 8", 8),
+        ("five", 5),
+    ],
+)
+def test_the_last_number_of_an_answer(said, value):
+    assert last_number(final_answer(rf"\boxed{{{said}}}")) == value
 
 
 def test_nothing_is_looked_for_among_the_words_of_an_expected_answer():
@@ -95,4 +134,4 @@ def test_without_unfinished_reasoning(prompt, response, rest):
     ],
 )
 def test_a_response_of_megabytes_takes_no_time(text):
-    assert isinstance(final_answer(text).text, str)  # a quadratic search would take hours
+    assert isinstance(final_answer(text), str)  # a quadratic search would take hours

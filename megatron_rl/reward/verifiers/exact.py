@@ -15,5 +15,5 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
         ValueError: the expected answer is empty.
     """
     expected = expected_answer(answer)
-    said = final_answer(response).text
+    said = final_answer(response)
     return Score(reward=float(said == expected), is_formatted=bool(said), failure=None)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_rl.records import Score
-from megatron_rl.reward.answers import expected_answer, final_answer
+from megatron_rl.reward.answers import expected_answer, find_answer
 from megatron_rl.reward.notation import text_key
 from megatron_rl.reward.numbers import Number, read_number, same_number
 from megatron_rl.reward.symbolic import read_formula, same_formula, same_value
@@ -37,7 +37,7 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
     Raises:
         ValueError: the expected answer is empty.
     """
-    right, found = expected_answer(answer), final_answer(response)
+    right, found = expected_answer(answer), find_answer(response)
     if found.text and text_key(right) in map(text_key, (found.text, *found.readings)):
         return Score(reward=1.0, is_formatted=True, failure=None)
     expected = _read(right)

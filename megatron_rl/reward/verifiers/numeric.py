@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_rl.records import Score
-from megatron_rl.reward.answers import final_answer
+from megatron_rl.reward.answers import find_answer
 from megatron_rl.reward.expected import expected_number
 from megatron_rl.reward.numbers import read_number, same_number
 
@@ -17,7 +17,7 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
         ValueError: the expected answer is not a number.
     """
     expected = expected_number(answer)
-    for text in final_answer(response).readings:
+    for text in find_answer(response).readings:
         said = read_number(text)
         if said is not None:
             is_equal = same_number(expected, said)

@@ -33,7 +33,7 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> Score:
             f"expected the metadata of a reasoning-gym prompt, got none of {', '.join(missing)}: "
             "choose another data.tasks[].verifier for this source"
         )
-    said = final_answer(response).text
+    said = final_answer(response)
     entry = metadata["entry"]
     if metadata["task"] in _GRID_TASKS:
         grid = tuple(tuple(line) for line in entry["metadata"]["output"])
