@@ -3,7 +3,7 @@
 Legend of shapes, used in every docstring of the package:
 `P` prompts, `G` samples per prompt (the group), `L` tokens of one sequence, `T` tokens of one
 packed row, `S` packed sequences in a row, `M` micro-batches, `V` vocabulary size (of the local
-shard where a docstring says so), `H` hidden size.
+shard where a docstring says so), `H` hidden size, `K` tokens of a head.
 
 Three policies, three names, never shortened:
 `rollout_logprobs` (the engine's, when it sampled), `recomputed_logprobs` (the learner's at the
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # reward workers and the launcher read these records without paying for torch
+    import numpy as np
     import torch
 
 # How the engines' HTTP routes write a log-prob that is NaN or -inf.
@@ -53,6 +54,31 @@ class Prompt:
     )  # the task's own record, for its verifier; plain JSON values
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RolloutHead:
+    """The `K` likeliest tokens of the distribution from which each response token was sampled, the
+    likeliest first, for score centering. Equal heads hold the same bits.
+
+    Example of one response token, K=3, sampled with top_k=2: `RolloutHead(token_ids=[[26, 7, -1]],
+    logprobs=[[-0.21, -1.66, -inf]])`.
+    """
+
+    token_ids: np.ndarray  # [response tokens, K] int32, -1 where the engine had no further token
+    logprobs: np.ndarray  # [response tokens, K] float32, -inf there
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RolloutHead) and all(
+            one.shape == another.shape and one.tobytes() == another.tobytes()
+            for one, another in zip(self._arrays(), other._arrays(), strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.token_ids.tobytes())
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.token_ids, self.logprobs
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One sampled sequence. The tokens where `loss_mask` is True are the response, wherever they
@@ -75,6 +101,8 @@ class Rollout:
     finish_reason: str  # "stop": the model ended the response; "length": it reached max_tokens
     text: str  # the response, decoded without special tokens
     engine: str = ""  # url of the engine that sampled it (the last one of an episode); "": unknown
+    # of the response tokens, in order; None: there are no such tokens, or no head was requested
+    head: RolloutHead | None = None
 
     @property
     def num_response_tokens(self) -> int:
@@ -309,6 +337,10 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # [S+1] int32, real lengths, cumulated
     cu_seqlens_padded: torch.Tensor  # [S+1] int32, where each sequence starts in the row
     samples: tuple[Sample, ...]  # [S] in the order of the row; () in a filler row
+    # The heads of the rollouts, absent where the mask is False; None in a filler row, and where no
+    # heads were requested.
+    head_ids: torch.Tensor | None = None  # [T, K] int32, -1 where there is no token
+    rollout_head_logprobs: torch.Tensor | None = None  # [T, K] float32, -inf where there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,6 +374,8 @@ class RecomputedRow:
     recomputed_logprobs: torch.Tensor  # [T] float32, 0 where the row's loss mask is False
     # [T] bool: with these log-probs the sampler could not have chosen the label
     is_outside_support: torch.Tensor
+    # [T, K] float32 of the tokens of `head_ids`, 0 where there is none; None without heads
+    recomputed_head_logprobs: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_rl.config.correction import (
+    ImportanceConfig,
+    RejectionConfig,
+    ScoreCenteringConfig,
+)
 from megatron_rl.config.data import (
     DataConfig,
     OverlongConfig,
@@ -26,13 +31,7 @@ from megatron_rl.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
 from megatron_rl.config.loop import CheckpointConfig, DynamicSamplingConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.config.objective import (
-    ConstraintConfig,
-    ImportanceConfig,
-    KLConfig,
-    ObjectiveConfig,
-    RejectionConfig,
-)
+from megatron_rl.config.objective import ConstraintConfig, KLConfig, ObjectiveConfig
 from megatron_rl.config.rollout import QuantizationConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import require
 
@@ -60,6 +59,7 @@ __all__ = [
     "RewardTerm",
     "RolloutConfig",
     "SamplingConfig",
+    "ScoreCenteringConfig",
     "SyncConfig",
     "TaskConfig",
     "WarmStartConfig",

@@ -1,10 +1,11 @@
-"""Settings of the objective: advantages, the constraint, corrections of the gap, and the loss."""
+"""Settings of the objective: advantages, the constraint, and the loss. Those of the corrections of
+the gap are in config/correction.py.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from megatron_rl.config.choices import (
     ABSOLUTE_BOUND_LOSSES,
@@ -14,14 +15,16 @@ from megatron_rl.config.choices import (
     AdvantageStd,
     Baseline,
     Gate,
-    ImportanceLevel,
-    ImportanceMode,
     KLEstimator,
     Measure,
     Normalize,
     OldPolicy,
     Penalty,
-    RejectionLevel,
+)
+from megatron_rl.config.correction import (
+    ImportanceConfig,
+    RejectionConfig,
+    ScoreCenteringConfig,
 )
 from megatron_rl.config.presets import PRESETS
 from megatron_rl.config.rules import (
@@ -131,85 +134,6 @@ class ConstraintConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportanceConfig:
-    """Importance weights rho = p_train / p_inf on the surrogate (objective/importance.py)."""
-
-    # sequence_sum: the product of the sequence's rho; sequence_mean: their geometric mean
-    level: Literal["none", ImportanceLevel] = "none"
-    # truncate: clip to the bounds; mask: 0 outside them; cis: truncate at 1 + cis_slope *
-    # max(1 - p_train, cis_floor), a bound that is tighter for likelier tokens
-    mode: ImportanceMode = "truncate"
-    lower: float = 0.0
-    upper: float = 2.0
-    cis_slope: float = 2.3
-    cis_floor: float = 5e-3
-    # divide the weights by their mean over the global batch (one more forward pass)
-    batch_normalize: bool = False
-
-    def __post_init__(self) -> None:
-        literal_choices(self)
-        check_ratio_bounds(self.lower, self.upper)
-        at_least(0, cis_slope=self.cis_slope, cis_floor=self.cis_floor)
-        at_most(1, cis_floor=self.cis_floor)
-        if self.mode == "cis":
-            self._check_cis()
-        require(
-            not self.batch_normalize or self.level != "none",
-            "batch_normalize: expected a level other than none, whose weights it normalises, got "
-            "level=none",
-        )
-
-    def _check_cis(self) -> None:
-        require(
-            self.level == "token",
-            f"level: expected token with mode=cis, whose bound is a token's, got {self.level}",
-        )
-        for key, default in (("lower", type(self).lower), ("upper", type(self).upper)):
-            given = getattr(self, key)
-            require(
-                given == default,
-                f"{key}: expected its default of {default:g} with mode=cis, whose bound follows "
-                f"from cis_slope and cis_floor, got {given:g}",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RejectionConfig:
-    """Which tokens and sequences are left out of the loss (objective/rejection.py)."""
-
-    # k1 = -log rho, k2 = (log rho)^2 / 2, k3 = rho - 1 - log rho, with rho = p_train / p_inf
-    divergence: Literal["none", KLEstimator] = "none"
-    level: RejectionLevel = "token"
-    lower: float = 0.0  # k1 only, where both bounds are ratios: lower <= exp(-k1) <= upper
-    upper: float = 2.0  # for k2 and k3 in nats
-    veto_ratio: float = 0.0  # a sequence with a token whose rho is below this is rejected; 0: off
-    veto_probability: float = 0.0  # the same for a token whose p_train is below this; 0: off
-    # OPSM: a sequence with a negative advantage gets weight 0 if its
-    # mean(log p_inf - log p_theta) exceeds this; null: off
-    opsm_threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        literal_choices(self)
-        if self.divergence in ("none", "k1"):
-            check_ratio_bounds(self.lower, self.upper)
-        else:
-            above_zero(upper=self.upper)
-            require(
-                self.lower == 0,
-                f"lower: expected 0 with divergence={self.divergence}, which has an upper bound "
-                f"only, got {self.lower:g}",
-            )
-        at_least(0, veto_ratio=self.veto_ratio, veto_probability=self.veto_probability)
-        require(self.veto_ratio < 1, f"veto_ratio: expected in [0, 1), got {self.veto_ratio:g}")
-        require(
-            self.veto_probability < 1,
-            f"veto_probability: expected in [0, 1), got {self.veto_probability:g}",
-        )
-        if self.opsm_threshold is not None:
-            at_least(0, opsm_threshold=self.opsm_threshold)
-
-
-@dataclass(frozen=True, kw_only=True)
 class KLConfig:
     """The KL to a frozen reference policy (objective/regularizers.py)."""
 
@@ -266,6 +190,7 @@ class ObjectiveConfig:
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    score_centering: ScoreCenteringConfig = field(default_factory=ScoreCenteringConfig)
     kl: KLConfig = field(default_factory=KLConfig)
 
     def __post_init__(self) -> None:
@@ -287,6 +212,30 @@ class ObjectiveConfig:
         above_zero(advantage_epsilon=self.advantage_epsilon)
         self._check_ratio_bounds()
         self._check_combinations()
+        if self.score_centering.enabled:
+            self._check_score_centering()
+
+    def _check_score_centering(self) -> None:
+        """Score centering needs a weight of every token that the engine could have sampled."""
+        reason = "with score_centering.enabled, which needs the weight of tokens not sampled"
+        require(
+            self.policy_loss not in SEQUENCE_LOSSES,
+            f"policy_loss: expected the loss of a token {reason}, got {self.policy_loss}",
+        )
+        require(
+            self.importance.level in ("none", "token"),
+            f"importance.level: expected none or token {reason}, got {self.importance.level}",
+        )
+        require(
+            self.rejection.divergence == "none" or self.rejection.level != "token",
+            f"rejection.level: expected one of a sequence {reason} (importance.mode=mask gives "
+            "tokens outside the bounds a weight of 0), got token",
+        )
+        require(
+            self.old_policy == "recomputed",
+            "old_policy: expected recomputed with score_centering.enabled, because the score has "
+            f"mean 0 already if the ratio is p_theta / p_inf, got {self.old_policy}",
+        )
 
     @property
     def ratio_bound(self) -> float:
@@ -353,11 +302,3 @@ class ObjectiveConfig:
             "rejection.level: expected one of a sequence with policy_loss=gspo, whose ratio is the "
             "sequence's, got token",
         )
-
-
-def check_ratio_bounds(lower: float, upper: float) -> None:
-    """Raises ConfigError unless the bounds of a ratio contain 1, so that equal policies are never
-    corrected.
-    """
-    require(0 <= lower <= 1, f"lower: expected a ratio in [0, 1], got {lower:g}")
-    require(upper >= 1, f"upper: expected a ratio of at least 1, got {upper:g}")

@@ -27,6 +27,7 @@ COMMON: dict[str, Any] = {
     "constraint": {"enabled": False},
     "importance": {"level": "none"},
     "rejection": {"divergence": "none"},
+    "score_centering": {"enabled": False},
 }
 # The constraint as published: a penalty on every token's advantage, in every step.
 _SHAPING: dict[str, Any] = {
@@ -37,6 +38,7 @@ _SHAPING: dict[str, Any] = {
     "baseline": "none",
 }
 _TIS: dict[str, Any] = {"level": "token", "mode": "truncate", "lower": 0.0, "upper": 2.0}
+_CENTERING: dict[str, Any] = {"enabled": True}
 
 _OBJECTIVES: dict[str, dict[str, Any]] = {
     # arXiv 2402.03300; its KL term needs a reference: objective.kl.{coefficient,reference}
@@ -96,6 +98,9 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "k3_rejection": {
         "rejection": {"divergence": "k3", "level": "sequence_mean", "lower": 0.0, "upper": 0.01},
     },
+    # arXiv 2609.20807: the score of a token less its mean under the engine, alone and with TIS
+    "score_centering": {"score_centering": _CENTERING},
+    "score_centering_tis": {"score_centering": _CENTERING, "importance": _TIS},
     # arXiv 2606.08779, Alg. 1: the defaults, under a name
     "dc_grpo": {"constraint": _SHAPING},
     "dc_grpo_centered": {"constraint": {**_SHAPING, "baseline": "batch"}},
@@ -105,6 +110,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "dc_grpo_squared_ratio": {"constraint": {**_SHAPING, "penalty": "squared_ratio"}},
     "dc_grpo_squared_log_ratio": {"constraint": {**_SHAPING, "penalty": "squared_log_ratio"}},
     "dc_grpo_tis": {"constraint": _SHAPING, "importance": _TIS},
+    "dc_grpo_score_centering": {"constraint": _SHAPING, "score_centering": _CENTERING},
 }
 
 _OTHER_SECTIONS: dict[str, dict[str, Any]] = {

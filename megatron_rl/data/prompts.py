@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from megatron_rl.config import DataConfig, QuestionsConfig
+from megatron_rl.config.data import DataConfig, QuestionsConfig
 from megatron_rl.config.rules import is_import_path
 from megatron_rl.data.candidate import Candidate, Layout
 from megatron_rl.data.files import FileSource

@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_rl.engine.requests import Completion, GenerateRequest
 from megatron_rl.errors import EngineError
-from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB
+from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB, RolloutHead
+
+GENERATE_ROUTE = "/inference/v1/generate"
+MAX_MASS_ROUNDING = 1e-3  # by which probabilities of float32 log-probs may add up to more than 1
 
 
 def generate_body(request: GenerateRequest, end_token_ids: Sequence[int]) -> dict[str, Any]:
@@ -43,11 +48,20 @@ def generate_body(request: GenerateRequest, end_token_ids: Sequence[int]) -> dic
             "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": sampling.frequency_penalty,
-            "logprobs": 0,  # of the sampled token only
+            "logprobs": num_requested_logprobs(request.num_logprobs),
             "detokenize": bool(sampling.stop),
             "skip_special_tokens": False,
         },
     }
+
+
+def num_requested_logprobs(num_logprobs: int) -> int:
+    """vLLM's `logprobs` for heads of K tokens; 0, the sampled token only, without heads.
+
+    The route lists at most as many tokens as are requested, and the sampled token first, even if it
+    is not one of the likeliest. Of K + 1 tokens, the K likeliest are always listed.
+    """
+    return num_logprobs + 1 if num_logprobs else 0
 
 
 def score_body(token_ids: Sequence[int]) -> dict[str, Any]:
@@ -81,21 +95,30 @@ def read_completions(
             f"got {len(choices)}"
         )
     return tuple(
-        read_completion(choice, url, f"engine {url}, prompt {request.key}, sample {index}")
+        read_completion(
+            choice,
+            url,
+            f"engine {url}, prompt {request.key}, sample {index}",
+            num_logprobs=request.num_logprobs,
+        )
         for index, choice in enumerate(choices)
     )
 
 
-def read_completion(choice: dict[str, Any], url: str, where: str) -> Completion:
+def read_completion(
+    choice: dict[str, Any], url: str, where: str, *, num_logprobs: int = 0
+) -> Completion:
     """Parse one sample of an answer. Its `stop_reason` is null after the end-of-sequence token, the
     id of another stop token, or the stop text that was found.
 
     Args:
         url: the engine that sampled it.
         where: the beginning of an error message.
+        num_logprobs: K of the head; 0: no head was requested.
 
     Raises:
-        EngineError: the sample has no tokens, or a token has no valid log-prob or weight version.
+        EngineError: the sample has no tokens, or a token has no valid log-prob, weight version or
+            head.
     """
     token_ids = tuple(choice["token_ids"])
     content = choice["logprobs"]["content"]
@@ -114,6 +137,52 @@ def read_completion(choice: dict[str, Any], url: str, where: str) -> Completion:
         ends_with_stop_token=choice["finish_reason"] == "stop"
         and not isinstance(choice.get("stop_reason"), str),
         engine=url,
+        head=read_head(content, num_logprobs, where) if num_logprobs else None,
+    )
+
+
+def read_head(content: Sequence[dict[str, Any]], num_logprobs: int, where: str) -> RolloutHead:
+    """The K likeliest tokens of every sampled token's distribution.
+
+    Args:
+        content: for every token its id, its log-prob, and in `top_logprobs` K + 1 tokens with their
+            log-probs, the sampled one first; those that the sampler excludes have MISSING_LOGPROB.
+        where: the beginning of an error message.
+
+    Raises:
+        EngineError: a list is not of K + 1 tokens, or its log-probs are not those of one
+            distribution, or not the sampled token's.
+    """
+    listed = [entry.get("top_logprobs") or () for entry in content]
+    for position, tokens in enumerate(listed):
+        if len(tokens) != num_logprobs + 1:
+            raise EngineError(
+                f"{where}, response token {position}: expected {num_logprobs + 1} log-probs "
+                f"(objective.score_centering.num_logprobs and one more), got {len(tokens)}"
+            )
+    ids = np.array([[each["token_id"] for each in tokens] for tokens in listed], dtype=np.int64)
+    logprobs = np.array([[each["logprob"] for each in tokens] for tokens in listed], dtype=float)
+    ordered = np.sort(ids, axis=1)
+    is_sound = (ordered[:, 0] >= 0) & (ordered[:, 1:] != ordered[:, :-1]).all(axis=1)
+    # Comparisons are written so that NaN fails them.
+    is_logprob = (logprobs >= MISSING_LOGPROB) & (logprobs <= MAX_LOGPROB_ROUNDING)
+    is_sound &= is_logprob.all(axis=1)
+    is_sound &= np.exp(logprobs).sum(axis=1) <= 1 + MAX_MASS_ROUNDING
+    is_sound &= ids[:, 0] == [entry["token_id"] for entry in content]
+    is_sound &= logprobs[:, 0] == [entry["logprob"] for entry in content]
+    if not is_sound.all():
+        position = int(is_sound.argmin())
+        raise EngineError(
+            f"{where}, response token {position}: expected distinct tokens with log-probs of one "
+            f"distribution, the sampled one first, got {listed[position]}"
+        )
+    likeliest = np.argsort(-logprobs, axis=1, kind="stable")[:, :num_logprobs]
+    ids = np.take_along_axis(ids, likeliest, axis=1)
+    logprobs = np.take_along_axis(logprobs, likeliest, axis=1)
+    is_excluded = logprobs <= MISSING_LOGPROB
+    return RolloutHead(
+        token_ids=np.where(is_excluded, -1, ids).astype(np.int32),
+        logprobs=np.where(is_excluded, -np.inf, logprobs).astype(np.float32),
     )
 
 

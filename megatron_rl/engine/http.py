@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from megatron_rl.engine.answers import GENERATE_ROUTE
 from megatron_rl.errors import SyncError
 from megatron_rl.records import EngineAddress
 
@@ -167,6 +168,20 @@ class ReadinessProbe:
     def accepts_token(self) -> bool:
         """Whether the server answers a request with the run's token."""
         return self._answers("/version", self._token)
+
+    def refuses_logprobs(self, num_logprobs: int) -> bool:
+        """Whether the server refuses a request because it asks for so many log-probs a token. A
+        server that does not answer now, for instance because it is paused, refuses nothing.
+        """
+        body = {
+            "token_ids": [0],
+            "sampling_params": {"max_tokens": 1, "logprobs": num_logprobs, "detokenize": False},
+        }
+        try:
+            response = self._client.post(GENERATE_ROUTE, headers=self._token, json=body)
+        except httpx.TransportError:
+            return False
+        return response.status_code == httpx.codes.BAD_REQUEST and "logprobs" in response.text
 
     def _answers(self, path: str, headers: dict[str, str]) -> bool:
         try:

@@ -13,13 +13,18 @@ from typing import Any
 import httpx
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.engine.answers import generate_body, read_completions, read_scores, score_body
+from megatron_rl.engine.answers import (
+    GENERATE_ROUTE,
+    generate_body,
+    read_completions,
+    read_scores,
+    score_body,
+)
 from megatron_rl.engine.http import authorization, reason_of, tls_context
 from megatron_rl.engine.requests import Completion, GenerateRequest
 from megatron_rl.errors import EngineError
 from megatron_rl.records import EngineAddress
 
-GENERATE_ROUTE = "/inference/v1/generate"
 POISONED = "weights_poisoned"  # error type of engine/gate.py; a retry cannot succeed
 
 

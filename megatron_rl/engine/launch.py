@@ -15,11 +15,13 @@ import sys
 import torch
 
 from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.engine.answers import num_requested_logprobs
 from megatron_rl.records import TOKEN_VARIABLE
 
 HOST = "127.0.0.1"
 UPDATE_TIMEOUT_VARIABLE = "MEGATRON_RL_UPDATE_TIMEOUT"
 GATE = "megatron_rl.engine.gate.Gate"
+DEFAULT_MAX_LOGPROBS = 20  # vLLM's, which a request may not exceed (vllm/config/model.py)
 # Variables that torchrun sets for its ranks; an engine is not a rank and must not inherit them.
 TORCHRUN_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OMP_.*"
@@ -27,13 +29,20 @@ TORCHRUN_VARIABLES = re.compile(
 
 
 def server_command(
-    config: RolloutConfig, *, model_path: str, port: int, seed: int, weight_backend: str | None
+    config: RolloutConfig,
+    *,
+    model_path: str,
+    port: int,
+    seed: int,
+    weight_backend: str | None,
+    num_logprobs: int = 0,
 ) -> list[str]:
     """The command line of one server.
 
     Args:
         seed: for the engine's own random state; every request for samples has its own seed.
         weight_backend: backend of vLLM's weight-transfer API; None if the weights never change.
+        num_logprobs: K of the heads that requests may ask for; 0: they ask for none.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model_path, "--host", HOST, "--port", str(port), "--seed", str(seed)]
@@ -42,6 +51,8 @@ def server_command(
     command += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs"]
     command += ["--enable-prefix-caching", "--middleware", GATE]
     command += ["--disable-uvicorn-access-log", "--disable-fastapi-docs"]
+    if num_requested_logprobs(num_logprobs) > DEFAULT_MAX_LOGPROBS:
+        command += ["--max-logprobs", str(num_requested_logprobs(num_logprobs))]
     if config.max_model_len:
         command += ["--max-model-len", str(config.max_model_len)]
     if weight_backend is not None:

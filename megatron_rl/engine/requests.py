@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from megatron_rl.config.rollout import SamplingConfig
+from megatron_rl.records import RolloutHead
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class GenerateRequest:
     # Index of the prompt, also used in error messages. Requests with the same key are sent to the
     # same engine, whose prefix cache holds the earlier turns.
     key: int
+    num_logprobs: int = 0  # K of the completions' heads; 0: no heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class Completion:
     # whether the last token only ends the text: the end-of-sequence token, or a stop token
     ends_with_stop_token: bool
     engine: str  # url of the engine that sampled it
+    head: RolloutHead | None = None  # of each token; None: none was requested
 
 
 class Sampler(Protocol):

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.engine.answers import num_requested_logprobs
 from megatron_rl.engine.http import ReadinessProbe
 from megatron_rl.engine.launch import HOST, server_command, server_environment
 from megatron_rl.errors import ConfigError, EngineError
@@ -174,6 +175,7 @@ def start_engines(
     seed: int,
     update_timeout_seconds: float,
     weight_backend: str | None = WEIGHT_BACKEND,
+    num_logprobs: int = 0,
 ) -> list[Engine]:
     """Start `config.num_engines` servers concurrently, without waiting for them. With `config.urls`
     none is started. `Engine.wait_ready` reports a start that failed.
@@ -184,6 +186,7 @@ def start_engines(
         update_timeout_seconds: an update that is unfinished for this long poisons the engine
             (sync.timeout_seconds).
         weight_backend: backend of vLLM's weight-transfer API; None if the weights never change.
+        num_logprobs: K of the heads that requests may ask for; 0: they ask for none.
 
     Raises:
         EngineError: a port is already in use.
@@ -202,6 +205,7 @@ def start_engines(
                     port=port,
                     seed=seed,
                     weight_backend=weight_backend,
+                    num_logprobs=num_logprobs,
                 ),
                 environment=server_environment(
                     config, token=token, update_timeout_seconds=update_timeout_seconds
@@ -255,6 +259,29 @@ def check_given(addresses: Sequence[EngineAddress]) -> None:
                 raise EngineError(
                     f"rollout.urls: expected the server at {address.url} to take the token in "
                     f"{TOKEN_VARIABLE}, it refuses it"
+                )
+
+
+def check_max_logprobs(addresses: Sequence[EngineAddress], num_logprobs: int) -> None:
+    """Check that every server, started or given, sends heads of K log-probs.
+
+    Args:
+        num_logprobs: K; 0: nothing is checked.
+
+    Raises:
+        EngineError: the message names the URL of the first server that refuses them.
+    """
+    if not num_logprobs:
+        return
+    wanted = num_requested_logprobs(num_logprobs)
+    for address in addresses:
+        with ReadinessProbe(address, GIVEN_TIMEOUT_SECONDS) as probe:
+            if probe.refuses_logprobs(wanted):
+                raise EngineError(
+                    f"objective.score_centering.num_logprobs={num_logprobs}: expected an engine at "
+                    f"{address.url} that sends {wanted} log-probs a token, it refuses them; start "
+                    f"it with --max-logprobs {wanted} (rollout.extra_args), or with python -m "
+                    "megatron_rl.serve and this config"
                 )
 
 

@@ -41,6 +41,7 @@ def start_engines_of(
         token=token or os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
         seed=config.loop.seed,
         update_timeout_seconds=config.sync.timeout_seconds,
+        num_logprobs=config.objective.score_centering.num_requested,
     )
 
 

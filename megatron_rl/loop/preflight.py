@@ -129,6 +129,7 @@ def prepare_model(config: Config) -> tuple[Geometry, Any]:
     check_checkpoint(config.model.path, geometry)
     check_reference(config, geometry)
     check_stop_tokens(config, geometry)
+    check_score_centering(config, geometry)
     tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
     if context_of(config, geometry) > geometry.max_position_embeddings:
         raise ConfigError(
@@ -236,6 +237,18 @@ def check_reference(config: Config, geometry: Geometry) -> None:
             f"{geometry.vocab_size}, got {reference.vocab_size}"
         )
     check_checkpoint(path, reference)
+
+
+def check_score_centering(config: Config, geometry: Geometry) -> None:
+    """Raise ConfigError if score centering asks the engine for as many log-probs as the vocabulary
+    has tokens. The engine is asked for one more than the setting (engine/answers.py).
+    """
+    wanted = config.objective.score_centering.num_requested
+    if wanted >= geometry.vocab_size:
+        raise ConfigError(
+            "objective.score_centering.num_logprobs: expected below the model's vocabulary of "
+            f"{geometry.vocab_size}, got {wanted}"
+        )
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:

@@ -19,7 +19,12 @@ from megatron_rl.config import Config, RewardTerm
 from megatron_rl.config.file import replaced_keys, save_config
 from megatron_rl.data.evaluation_sets import questions_of
 from megatron_rl.engine.pool import HttpEnginePool
-from megatron_rl.engine.server import Engine, check_given, given_addresses
+from megatron_rl.engine.server import (
+    Engine,
+    check_given,
+    check_max_logprobs,
+    given_addresses,
+)
 from megatron_rl.engine.start import start_engines_of
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
@@ -199,8 +204,12 @@ def _connect(
     """The source, evaluator and link with which this rank talks to the engines; None where the rank
     does not need one.
     """
+    num_logprobs = config.objective.score_centering.num_requested
     if config.replay and parallel.is_replica_head:
-        return ReplaySource(Path(config.replay), config.loop, share=parallel.share), None, None
+        replay = ReplaySource(
+            Path(config.replay), config.loop, share=parallel.share, num_logprobs=num_logprobs
+        )
+        return replay, None, None
     if scorer is None:
         return None, None, None
 
@@ -225,6 +234,7 @@ def _connect(
         seed=config.loop.seed,
         share=parallel.share,
         time=stopwatch.time,
+        num_logprobs=num_logprobs,
     )
     evaluator = Evaluator(
         pool=pool,
@@ -273,6 +283,7 @@ def _addresses(
         given = given_addresses(config.rollout)
         check_given(given)
         addresses = [*(engine.address for engine in engines), *given]
+        check_max_logprobs(addresses, config.objective.score_centering.num_requested)
     return parallel.from_first_rank(addresses)
 
 

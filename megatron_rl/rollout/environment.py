@@ -28,6 +28,7 @@ class EpisodeRequest:
     # The prompt owns records.MAX_SAMPLES consecutive seeds, starting with this one; see `seed_of`.
     seed: int
     sampling: SamplingConfig  # max_tokens bounds each request
+    num_logprobs: int = 0  # of every `GenerateRequest`: K of the rollouts' heads; 0: no heads
 
     def seed_of(self, sample: int, turn: int) -> int:
         """The seed of one turn of one rollout. No two are equal: the random numbers of a later turn

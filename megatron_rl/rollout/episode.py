@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_rl.engine.requests import Completion
-from megatron_rl.records import Rollout
+from megatron_rl.records import Rollout, RolloutHead
 
 
 class Episode:
@@ -24,6 +26,7 @@ class Episode:
         self._loss_mask: list[bool] = []
         self._logprobs: list[float] = []
         self._weight_versions: list[int] = []
+        self._heads: list[RolloutHead] = []
         self._engine = ""
 
     @property
@@ -42,7 +45,8 @@ class Episode:
         """Append tokens that the policy chose.
 
         Raises:
-            ValueError: the completion does not have one log-prob and one version for each token.
+            ValueError: the completion does not have one log-prob and one version for each token,
+                or it has a head and an earlier one has not, or the other way round.
         """
         num_tokens = len(completion.token_ids)
         for name in ("logprobs", "weight_versions"):
@@ -51,6 +55,19 @@ class Episode:
                     f"completion.{name}: expected one for each of its {num_tokens} tokens, "
                     f"got {len(getattr(completion, name))}"
                 )
+        has_earlier = any(self._loss_mask)
+        if has_earlier and (completion.head is None) == bool(self._heads):
+            raise ValueError(
+                "completion.head: expected a head with every turn of an episode or with none, got "
+                f"{len(self._heads)} turns with one before a turn with{'out' * bool(self._heads)}"
+            )
+        if completion.head is not None:
+            if len(completion.head.token_ids) != num_tokens:
+                raise ValueError(
+                    f"completion.head: expected one for each of its {num_tokens} tokens, got "
+                    f"{len(completion.head.token_ids)}"
+                )
+            self._heads.append(completion.head)
         self._token_ids += completion.token_ids
         self._loss_mask += [True] * num_tokens
         self._logprobs += completion.logprobs
@@ -72,4 +89,15 @@ class Episode:
             finish_reason=finish_reason,
             text=text,
             engine=self._engine,
+            head=_joined(self._heads),
         )
+
+
+def _joined(heads: Sequence[RolloutHead]) -> RolloutHead | None:
+    """The heads of all turns, one after another."""
+    if not heads:
+        return None
+    return RolloutHead(
+        token_ids=np.concatenate([head.token_ids for head in heads]),
+        logprobs=np.concatenate([head.logprobs for head in heads]),
+    )

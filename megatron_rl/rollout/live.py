@@ -11,6 +11,7 @@ from megatron_rl.engine.requests import EnginePool, Sampler
 from megatron_rl.errors import EngineError
 from megatron_rl.records import MAX_SAMPLES, Prompt, RolloutGroup, Score, ScoredGroup
 from megatron_rl.rollout.environment import Environment, EpisodeRequest
+from megatron_rl.rollout.heads import check_heads
 from megatron_rl.rollout.seeds import sampling_seed
 from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
 
@@ -26,6 +27,7 @@ class LiveSource:
         share: given the number of items of all replicas together, returns the index of this
             replica's first item and the number of its items.
         time: returns a context manager that times the named phase, "rollout" or "reward".
+        num_logprobs: K of the rollouts' heads; 0: no heads are requested.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class LiveSource:
         seed: int,
         share: Callable[[int], tuple[int, int]],
         time: Callable[[str], AbstractContextManager[None]],
+        num_logprobs: int = 0,
     ) -> None:
         self._prompts = prompts
         self._environment = environment
@@ -50,6 +53,7 @@ class LiveSource:
         self._seed = seed
         self._share = share
         self._time = time
+        self._num_logprobs = num_logprobs
 
     def take(self, request: RolloutRequest) -> TakenRollouts:
         """This replica's share of `request.num_prompts` prompts, sampled and scored.
@@ -67,8 +71,10 @@ class LiveSource:
                 self._sampling,
                 num_samples=self._num_samples,
                 seeds=[sampling_seed(self._seed, request.step, each.index) for each in prompts],
+                num_logprobs=self._num_logprobs,
             )
         check_versions(groups, request.weight_version)
+        check_heads(groups, self._num_logprobs, f"environment {type(self._environment).__name__}")
         with self._time("reward"):
             scores = self._score(groups)
         return TakenRollouts(
@@ -90,11 +96,13 @@ def sample_groups(
     *,
     num_samples: int,
     seeds: Sequence[int],
+    num_logprobs: int = 0,
 ) -> list[RolloutGroup]:
     """Sample `num_samples` rollouts for each prompt; blocks until all of them are complete.
 
     Args:
         seeds: [P] see `rollout/seeds.py`; rollout j of prompt i is drawn with `seeds[i] + j`.
+        num_logprobs: K of the rollouts' heads; 0: no heads.
 
     Returns:
         A group for each prompt, in the order of the prompts.
@@ -108,7 +116,10 @@ def sample_groups(
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ValueError(f"num_samples: expected 1 to {MAX_SAMPLES}, got {num_samples}")
     requests = [
-        EpisodeRequest(num_samples=num_samples, seed=seed, sampling=sampling) for seed in seeds
+        EpisodeRequest(
+            num_samples=num_samples, seed=seed, sampling=sampling, num_logprobs=num_logprobs
+        )
+        for seed in seeds
     ]
     return run_episodes(pool, environment, prompts, requests)
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -29,6 +30,7 @@ from megatron_rl.records import (
     Prompt,
     Rollout,
     RolloutGroup,
+    RolloutHead,
     Score,
     ScoredGroup,
 )
@@ -55,7 +57,8 @@ def write_step(
     ]
     metadata = {"num_ranks": str(num_ranks), "num_samples": str(len(lines))}
     stem = f"step_{step:06d}.rank{rank}"
-    _write(folder / f"{stem}.safetensors", save(_tensors(lines), metadata))
+    rollouts = [rollout for judged in groups for rollout in judged.group.rollouts]
+    _write(folder / f"{stem}.safetensors", save(_tensors(lines) | _heads(rollouts), metadata))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
     _write(folder / f"{stem}.jsonl", text.encode(errors="backslashreplace"))
@@ -195,6 +198,36 @@ def _tensors(lines: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+HEAD_IDS, HEAD_LOGPROBS = "head_ids", "head_logprobs"  # [response tokens, K], if there are heads
+
+
+def _heads(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+    """The heads of all response tokens, one rollout after another. They are in no JSONL file, which
+    they would make K times as long.
+    """
+    heads = [rollout.head for rollout in rollouts if rollout.num_response_tokens]
+    if all(head is None for head in heads):
+        return {}
+    return {
+        HEAD_IDS: torch.from_numpy(np.concatenate([head.token_ids for head in heads])),
+        HEAD_LOGPROBS: torch.from_numpy(np.concatenate([head.logprobs for head in heads])),
+    }
+
+
+def _split_heads(
+    tensors: dict[str, torch.Tensor], masks: Sequence[Sequence[bool]]
+) -> list[RolloutHead | None]:
+    """The head of each sample, by the loss masks of the samples."""
+    if HEAD_IDS not in tensors:
+        return [None] * len(masks)
+    counts = [sum(mask) for mask in masks]
+    pieces = (tensors[key].split(counts) for key in (HEAD_IDS, HEAD_LOGPROBS))
+    return [
+        RolloutHead(token_ids=ids.numpy(), logprobs=logprobs.numpy()) if len(ids) else None
+        for ids, logprobs in zip(*pieces, strict=True)
+    ]
+
+
 def _read_rank(stem: Path) -> Iterator[ScoredGroup]:
     """The groups of one rank: texts from the JSONL file, numbers from the safetensors file."""
     lines = _read_lines(Path(f"{stem}.jsonl"))
@@ -209,6 +242,7 @@ def _read_rank(stem: Path) -> Iterator[ScoredGroup]:
     columns |= {
         key: [piece.tolist() for piece in tensors[key].split(lengths)] for key in TOKEN_TENSORS
     }
+    columns["head"] = _split_heads(tensors, columns["loss_mask"])
     groups: dict[int, list[dict[str, Any]]] = {}
     for row, line in enumerate(lines):
         exact = line | {key: column[row] for key, column in columns.items()}
@@ -230,6 +264,7 @@ def _rollout(line: dict[str, Any]) -> Rollout:
         finish_reason=line["finish_reason"],
         text=line["response"],
         engine=line.get("engine", ""),  # absent from older recordings
+        head=line["head"],
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_rl.config.loop import LoopConfig
 from megatron_rl.errors import DataError
 from megatron_rl.records import ScoredGroup
+from megatron_rl.rollout.heads import check_heads, without_heads
 from megatron_rl.rollout.recording import read_step
 from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
 
@@ -20,14 +21,21 @@ class ReplaySource:
         config: gives the number of prompts and samples that a step of this run expects.
         share: given the number of items of all replicas together, returns the index of this
             replica's first item and the number of its items.
+        num_logprobs: K of the heads that the rollouts must have; 0: heads are left out.
     """
 
     def __init__(
-        self, folder: Path, config: LoopConfig, *, share: Callable[[int], tuple[int, int]]
+        self,
+        folder: Path,
+        config: LoopConfig,
+        *,
+        share: Callable[[int], tuple[int, int]],
+        num_logprobs: int = 0,
     ) -> None:
         self._folder = folder
         self._config = config
         self._share = share
+        self._num_logprobs = num_logprobs
 
     def take(self, request: RolloutRequest) -> TakenRollouts:
         """This replica's share of all rollouts that were recorded for `request.step`. With dynamic
@@ -35,10 +43,14 @@ class ReplaySource:
         recorded weight versions are not compared with the request's version.
 
         Raises:
-            DataError: the step is missing or damaged, or its batch is not the requested one.
+            DataError: the step is missing or damaged, its batch is not the requested one, or its
+                rollouts have no heads, or smaller ones.
         """
         groups = read_step(self._folder, request.step)
         self._check(groups, request)
+        check_heads([each.group for each in groups], self._num_logprobs, f"replay={self._folder}")
+        if not self._num_logprobs:
+            groups = without_heads(groups)
         start, count = self._share(len(groups))
         return TakenRollouts(
             groups=tuple(groups[start : start + count]),

@@ -31,6 +31,7 @@ class SingleTurn:
                 seed=request.seed,
                 sampling=request.sampling,
                 key=prompt.index,
+                num_logprobs=request.num_logprobs,
             )
         )
         return tuple(self._rollout(prompt, completion) for completion in completions)

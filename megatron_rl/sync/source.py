@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config import QuantizationConfig
+from megatron_rl.config.rollout import QuantizationConfig
 from megatron_rl.errors import SyncError
 from megatron_rl.sync.wire import CASTABLE, TensorSpec, new_checksum
 from megatron_rl.weights.quantization import quantized, quantized_shapes

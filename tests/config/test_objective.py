@@ -12,11 +12,14 @@ from megatron_rl.config import (
     LearnerConfig,
     ObjectiveConfig,
     RejectionConfig,
+    ScoreCenteringConfig,
 )
 from megatron_rl.config.choices import SQUARED_PENALTIES
 from megatron_rl.config.file import load_config, save_config
 from megatron_rl.config.presets import PRESETS
 from megatron_rl.errors import ConfigError
+
+CENTERED = ScoreCenteringConfig(enabled=True)
 
 
 @pytest.fixture
@@ -177,6 +180,26 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
         ),
         (["constraint.max_discrepancy=2"], "constraint.max_discrepancy: expected at most 1, got 2"),
         (["constraint.max_discrepancy=0"], "constraint.max_discrepancy: expected above 0, got 0"),
+        (
+            ["score_centering.num_logprobs=0"],
+            "score_centering.num_logprobs: expected at least 1,",
+        ),
+        (
+            ["preset=gspo", "score_centering.enabled=true"],
+            "objective.policy_loss: expected the loss of a token with score_centering.enabled, whi",
+        ),
+        (
+            ["preset=sequence_tis", "score_centering.enabled=true"],
+            "importance.level: expected none or token with score_centering.enabled, which needs th",
+        ),
+        (
+            ["preset=score_centering", "rejection.divergence=k1"],
+            "rejection.level: expected one of a sequence with score_centering.enabled, which need",
+        ),
+        (
+            ["preset=dppo_tv", "score_centering.enabled=true"],
+            "old_policy: expected recomputed with score_centering.enabled, because the score has m",
+        ),
         (["entropy_coefficient=-1"], "entropy_coefficient: expected at least 0, got -1"),
     ],
 )
@@ -224,5 +247,11 @@ def test_sound_combinations():
         },
         {"constraint": ConstraintConfig(measure="log_ratio", penalty="squared_log_ratio")},
         {"constraint": ConstraintConfig(penalty="squared_difference", gate="mean")},
+        {
+            "score_centering": CENTERED,
+            "importance": ImportanceConfig(level="token", mode="cis", batch_normalize=True),
+            "rejection": RejectionConfig(divergence="k3", level="sequence_max", upper=0.1),
+        },
+        {"score_centering": CENTERED, "policy_loss": "cispo"},
     ):
         ObjectiveConfig(**settings)

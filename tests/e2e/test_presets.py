@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rl.config.presets import PRESETS
 from tests.e2e.runs import read_jsonl
-from tests.learner.recorded import NUM_PROMPTS, NUM_SAMPLES
+from tests.learner.recorded import NUM_HEAD, NUM_PROMPTS, NUM_SAMPLES
 from tests.support.ranks import run_module
 
 NUM_STEPS = 3
@@ -27,6 +27,8 @@ FIGURES = {
     "cis": "correction/weight/mean",
     "geometric_rejection": "correction/vetoed_sequences/mean",
     "k3_rejection": "correction/rejected_sequences/mean",
+    "score_centering": "score_centering/size/mean",
+    "score_centering_tis": "correction/weight/mean",
     "dc_grpo": "constraint/penalty/mean",
     "dc_grpo_centered": "constraint/penalty/mean",
     "dc_grpo_penalty": "constraint/penalty/mean",
@@ -34,11 +36,17 @@ FIGURES = {
     "dc_grpo_squared_ratio": "constraint/penalty/mean",
     "dc_grpo_squared_log_ratio": "constraint/penalty/mean",
     "dc_grpo_tis": "correction/weight/mean",
+    "dc_grpo_score_centering": "score_centering/size/mean",
 }
-# Bounds for thousands of tokens and a gap of rounding, not for thirty and a gap of noise.
+# Bounds for thousands of tokens and a gap of rounding, not for thirty and a gap of noise; and heads
+# as they are recorded.
+HEADS = [f"objective.score_centering.num_logprobs={NUM_HEAD}"]
 WIDER = {
     "geometric_rejection": ["objective.rejection.upper=1.2", "objective.rejection.lower=0.8"],
     "k3_rejection": ["objective.rejection.upper=0.05"],
+    "score_centering": HEADS,
+    "score_centering_tis": HEADS,
+    "dc_grpo_score_centering": HEADS,
 }
 # What no preset has: a reference policy, entropy, a measured tolerance, mini-batches.
 COMBINED = [

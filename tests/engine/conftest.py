@@ -11,6 +11,8 @@ import pytest
 from megatron_rl.config import RolloutConfig
 from megatron_rl.engine.server import Engine, start_engines
 
+MAX_HEAD = 24  # tokens of a head that the engine is started for; vLLM's own limit is lower
+
 
 @pytest.fixture(scope="session")
 def engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
@@ -21,6 +23,7 @@ def engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         token=secrets.token_urlsafe(),
         seed=0,
         update_timeout_seconds=60.0,
+        num_logprobs=MAX_HEAD,
     )
     with started:
         started.wait_ready()

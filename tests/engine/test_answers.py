@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_rl.config import SamplingConfig
@@ -75,6 +76,9 @@ def test_every_setting_is_sent() -> None:
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     assert [body[name] for name in penalties] == [1.5, -0.5, 0.25]
     assert score_body((1, 9))["sampling_params"]["prompt_logprobs"] == 0
+    # One more than K: the route lists the sampled token first, likely or not.
+    with_heads = generate_body(replace(REQUEST, num_logprobs=32), ())
+    assert with_heads["sampling_params"]["logprobs"] == 33
 
 
 def test_completions_come_by_sample_index_and_name_their_engine() -> None:
@@ -142,6 +146,72 @@ def test_a_logprob_that_is_none_is_an_error(logprob) -> None:
     content = [{"token_id": 7, "logprob": -0.5}, {"token_id": 2, "logprob": logprob}]
     with pytest.raises(EngineError, match=r"engine A, response token 1 \(id 2\): expected a log-"):
         read_completion(choice(logprobs={"content": content}), "http://a", "engine A")
+
+
+def with_heads(*lists: list[tuple[int, float]]) -> dict[str, Any]:
+    """A sample whose tokens are the first ones of the lists."""
+    content = [
+        {
+            "token_id": tokens[0][0],
+            "logprob": tokens[0][1],
+            "top_logprobs": [{"token_id": token, "logprob": value} for token, value in tokens],
+        }
+        for tokens in lists
+    ]
+    return choice(
+        token_ids=[each[0][0] for each in lists],
+        logprobs={"content": content},
+        weight_versions=[{"version": "default", "start": 0, "end": len(lists)}],
+    )
+
+
+def test_a_head_is_the_likeliest_tokens() -> None:
+    sample = with_heads(
+        [(7, -3.0), (4, -0.25), (9, -2.0)],  # K=2: the sampled token is not one of them
+        [(2, -0.5), (3, -1.25), (8, -9999.0)],
+    )
+    head = read_completion(sample, "http://a", "engine A", num_logprobs=2).head
+    assert head.token_ids.tolist() == [[4, 9], [2, 3]]
+    assert head.logprobs.tolist() == [[-0.25, -2.0], [-0.5, -1.25]]
+    assert (head.token_ids.dtype, head.logprobs.dtype) == (np.int32, np.float32)
+    # The sampler left one token at the second place: nothing else is in the support.
+    sample = with_heads([(7, -3.0), (4, -0.25), (9, -2.0)], [(2, 0.0), (3, -9999.0), (8, -9999.0)])
+    head = read_completion(sample, "http://a", "engine A", num_logprobs=2).head
+    assert head.token_ids.tolist() == [[4, 9], [2, -1]]
+    assert head.logprobs.tolist() == [[-0.25, -2.0], [0.0, -np.inf]]
+    assert read_completion(sample, "http://a", "engine A").head is None
+    sample |= {"index": 0}
+    [completion] = read_completions(
+        {"choices": [sample]}, replace(REQUEST, num_samples=1, num_logprobs=2), "http://a"
+    )
+    assert completion.head == head
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        ([(2, -0.5), (3, -1.25)], r"expected 3 log-probs \(objective\.score_cent.* more\), got 2"),
+        ([(2, -0.5), (3, -1.25), (4, -2.0), (5, -2.5)], "got 4"),
+        ([(2, -0.5), (3, -1.25), (3, -1.25)], "expected distinct tokens"),
+        ([(2, -0.5), (3, -1.25), (-4, -3.0)], "expected distinct tokens"),
+        ([(2, -0.5), (3, float("nan")), (4, -2.0)], "expected distinct tokens"),
+        ([(2, -0.5), (3, None), (4, -2.0)], "expected distinct tokens"),
+        ([(2, -0.5), (3, -9999.5), (4, -2.0)], "expected distinct tokens"),
+        ([(2, -0.5), (3, -0.5), (4, -2.0)], "log-probs of one distribution, the sampled one first"),
+    ],
+)
+def test_a_head_that_is_none(second: list[tuple[int, Any]], expected: str) -> None:
+    sample = with_heads([(7, -3.0), (4, -0.25), (9, -2.0)], second)
+    with pytest.raises(EngineError, match=f"engine A, response token 1: .*{expected}"):
+        read_completion(sample, "http://a", "engine A", num_logprobs=2)
+
+
+@pytest.mark.parametrize(("key", "value"), [("token_id", 3), ("logprob", -0.75)])
+def test_a_head_of_another_token(key: str, value: float) -> None:
+    sample = with_heads([(2, -0.5), (3, -1.25), (4, -2.0)])
+    sample["logprobs"]["content"][0]["top_logprobs"][0][key] = value
+    with pytest.raises(EngineError, match="response token 0: expected distinct tokens"):
+        read_completion(sample, "http://a", "engine A", num_logprobs=2)
 
 
 def test_missing_logprobs_are_an_error() -> None:

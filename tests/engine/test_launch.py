@@ -48,6 +48,19 @@ def test_settings_reach_the_command_line() -> None:
     assert "--weight-transfer-config" not in command
     with_weights = server_command(config, model_path="m", port=1, seed=3, weight_backend="ours")
     assert '{"backend": "ours"}' in with_weights
+    for num_logprobs, expected in ((0, None), (19, None), (20, "21"), (32, "33")):
+        command = server_command(
+            config,
+            model_path="m",
+            port=1,
+            seed=3,
+            weight_backend=None,
+            num_logprobs=num_logprobs,
+        )
+        found = None
+        if "--max-logprobs" in command:
+            found = command[command.index("--max-logprobs") + 1]
+        assert found == expected, num_logprobs
     without_limit = server_command(
         RolloutConfig(), model_path="m", port=1, seed=3, weight_backend=None
     )

@@ -37,9 +37,15 @@ def request(
     num_samples: int = 1,
     seed: int = 0,
     sampling: SamplingConfig = SAMPLING,
+    num_logprobs: int = 0,
 ) -> GenerateRequest:
     return GenerateRequest(
-        token_ids=tuple(token_ids), num_samples=num_samples, seed=seed, sampling=sampling, key=key
+        token_ids=tuple(token_ids),
+        num_samples=num_samples,
+        seed=seed,
+        sampling=sampling,
+        key=key,
+        num_logprobs=num_logprobs,
     )
 
 
@@ -94,6 +100,52 @@ def test_completions_of_a_real_engine(engine: Engine, tiny_checkpoint) -> None:
             expected = logits.log_softmax(-1).gather(1, torch.tensor([response]).T)[:, 0]
             seen = torch.tensor(completion.logprobs)
             torch.testing.assert_close(seen, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_heads_of_a_real_engine(engine: Engine, tiny_checkpoint) -> None:
+    """Of the distribution that the engine samples from, whichever token it sampled."""
+    asked = partial(request, 0, num_samples=4, seed=sampling_seed(0, 1, 0))
+    [plain], [with_heads] = (
+        generate(pool_of(engine), asked(num_logprobs=number)) for number in (0, 24)
+    )
+    # The samples, and their log-probs to the bit, do not depend on the heads.
+    assert [replace(each, head=None) for each in with_heads] == list(plain)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    num_sampled_in_head = 0
+    for completion in with_heads:
+        prompt, response = list(asked().token_ids), list(completion.token_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).topk(24)
+        found = torch.from_numpy(completion.head.logprobs)
+        torch.testing.assert_close(found, expected.values, atol=2e-5, rtol=2e-5)
+        ids = torch.from_numpy(completion.head.token_ids)
+        assert (ids == expected.indices).float().mean() > 0.9  # but for near ties
+        is_sampled = ids == torch.tensor(response)[:, None]
+        own = torch.tensor(completion.logprobs, dtype=torch.float32)
+        assert torch.equal(found[is_sampled], own[is_sampled.any(1)])
+        num_sampled_in_head += int(is_sampled.sum())
+    assert 0 < num_sampled_in_head < sum(len(each.token_ids) for each in with_heads)
+
+
+def test_a_head_holds_the_whole_support_of_a_truncating_sampler(engine: Engine) -> None:
+    sampling = SamplingConfig(max_tokens=6, temperature=0.7, top_k=5)
+    [completions] = generate(
+        pool_of(engine), request(0, num_samples=3, sampling=sampling, num_logprobs=8)
+    )
+    for completion in completions:
+        head = completion.head
+        assert (head.token_ids[:, :5] >= 0).all() and (head.token_ids[:, 5:] == -1).all()
+        masses = torch.from_numpy(head.logprobs).double().exp().sum(1)
+        assert (masses - 1).abs().max() < 1e-6
+        for token, logprob, ids, logprobs in zip(
+            completion.token_ids,
+            completion.logprobs,
+            head.token_ids.tolist(),
+            head.logprobs.tolist(),
+            strict=True,
+        ):
+            assert logprobs[ids.index(token)] == logprob
 
 
 def test_scores_of_a_real_engine(engine: Engine, tiny_checkpoint) -> None:

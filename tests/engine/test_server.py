@@ -21,7 +21,13 @@ import httpx
 import pytest
 
 from megatron_rl.config import RolloutConfig
-from megatron_rl.engine.server import Engine, check_given, given_addresses, start_engines
+from megatron_rl.engine.server import (
+    Engine,
+    check_given,
+    check_max_logprobs,
+    given_addresses,
+    start_engines,
+)
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.guard import find_engine_core
 from megatron_rl.process.listener import listens
@@ -267,6 +273,21 @@ def test_given_servers_are_looked_at(engine: Engine) -> None:
         assert set(seen) == {None}
     with pytest.raises(EngineError, match=f"ready at {open_to_all.url}, none answers"):
         check_given([open_to_all])
+
+
+def test_servers_are_asked_whether_they_send_heads(engine: Engine) -> None:
+    """It was started for heads of 24 tokens."""
+    for number in (0, 1, 24):
+        check_max_logprobs([engine.address], number)
+    expected = (
+        rf"num_logprobs=25: expected an engine at {engine.address.url} that sends 26 log-probs a "
+        r"token, it refuses them; start it with --max-logprobs 26"
+    )
+    with pytest.raises(EngineError, match=expected):
+        check_max_logprobs([engine.address], 25)
+    with stranger() as (port, _):
+        gone = EngineAddress(url=f"http://127.0.0.1:{port}", token="secret")
+    check_max_logprobs([gone], 25)  # which others report
 
 
 def test_a_bad_model_folder_gives_vllm_s_reason(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config import Config, LoopConfig, ModelConfig, QuantizationConfig, RolloutConfig
+from megatron_rl.config import (
+    Config,
+    LoopConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    QuantizationConfig,
+    RolloutConfig,
+    ScoreCenteringConfig,
+)
 from megatron_rl.engine import start
 from megatron_rl.engine.checkpoint import engine_model
 from megatron_rl.records import TOKEN_VARIABLE
@@ -45,6 +53,10 @@ def test_they_serve_the_learners_checkpoint_with_a_token_of_their_own(
     assert first["model_path"] == str(tiny_checkpoint)
     assert first["log_dir"] == tmp_path / "logs"
     assert (first["seed"], first["update_timeout_seconds"]) == (7, config.sync.timeout_seconds)
+    assert first["num_logprobs"] == 0
+    centered = ObjectiveConfig(score_centering=ScoreCenteringConfig(enabled=True, num_logprobs=40))
+    start.start_engines_of(replace(config, objective=centered), tmp_path)
+    assert asked["num_logprobs"] == 40
     start.start_engines_of(config, tmp_path)
     assert len(first["token"]) >= 32 and asked["token"] != first["token"]
 

@@ -9,8 +9,11 @@ import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from megatron_rl.engine.pool import engine_of
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
+from megatron_rl.records import RolloutHead
 
 T = TypeVar("T")
 FIRST_TOKEN = 3  # below are pad, begin and end, as in tools/make_tiny_model.py
@@ -87,6 +90,13 @@ class FakePool:
                 break
             token_ids.append(chance.randrange(FIRST_TOKEN, self._vocab_size))
         num_tokens = len(token_ids)
+        head = None
+        if request.num_logprobs:
+            shape = (num_tokens, request.num_logprobs)
+            head = RolloutHead(
+                token_ids=np.tile(np.arange(shape[1], dtype=np.int32) + FIRST_TOKEN, (shape[0], 1)),
+                logprobs=np.full(shape, -5.0, dtype=np.float32),
+            )
         return Completion(
             token_ids=tuple(token_ids),
             logprobs=tuple(_float32(-3 * chance.random()) for _ in range(num_tokens)),
@@ -94,6 +104,7 @@ class FakePool:
             finish_reason="stop" if token_ids[-1] == self._end_token else "length",
             ends_with_stop_token=token_ids[-1] == self._end_token,
             engine=engine_of(self.urls, request.key),
+            head=head,
         )
 
 

@@ -41,6 +41,7 @@ class TwoTurns:
                     seed=request.seed_of(sample, turn),
                     sampling=request.sampling,
                     key=prompt.index,
+                    num_logprobs=request.num_logprobs,
                 )
             )
             episode.sampled(completion)

@@ -5,17 +5,20 @@ near the model's own.
 
 Among them: a group of equal rewards, a response with a gap in its mask (two turns), rollouts
 without any response, and a prompt of one token whose rollout is that token alone. `sparse_groups`
-is a batch of which one of two data-parallel ranks is dealt no kept token.
+is a batch of which one of two data-parallel ranks is dealt no kept token. Every response token has
+a head, in which the sampled token is or is not.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -23,7 +26,17 @@ from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.objective.advantage import group_advantages
-from megatron_rl.records import Prompt, Rollout, RolloutGroup, Sample, Score, ScoredGroup
+from megatron_rl.records import (
+    Prompt,
+    RecomputedRow,
+    Rollout,
+    RolloutGroup,
+    RolloutHead,
+    Sample,
+    Score,
+    ScoredGroup,
+)
+from megatron_rl.rollout.heads import without_heads
 from megatron_rl.rollout.recording import read_step, write_step
 from megatron_rl.weights.geometry import read_geometry
 
@@ -33,6 +46,7 @@ SPARSE_STEP = 99  # where the sparse batch stands, behind the steps of a replay
 FIRST_TOKEN, LAST_TOKEN = 3, 97
 LONGEST = 44  # tokens of a sequence
 ENGINE_NOISE = 0.3  # standard deviation of rollout minus recomputed log-prob
+NUM_HEAD = 6  # tokens of a head
 
 Groups = list[RolloutGroup]
 Scores = list[tuple[Score, ...]]
@@ -124,11 +138,15 @@ def as_samples(groups: Sequence[RolloutGroup], scores: Sequence[Sequence[Score]]
     return samples
 
 
-def read_samples(folder: Path, step: int, parallel: Parallel) -> list[Sample]:
+def read_samples(
+    folder: Path, step: int, parallel: Parallel, *, has_heads: bool = False
+) -> list[Sample]:
     """This replica's share of a recorded step, on its head; nothing elsewhere."""
     if not parallel.is_replica_head:
         return []
     recorded = read_step(folder, step)
+    if not has_heads:
+        recorded = without_heads(recorded)
     groups, scores = [each.group for each in recorded], [each.scores for each in recorded]
     start = len(groups) * parallel.dp_rank // parallel.dp_size
     stop = len(groups) * (parallel.dp_rank + 1) // parallel.dp_size
@@ -148,7 +166,9 @@ def record(model: Path, folder: Path) -> None:
     rng = random.Random(5)
     steps = {step: mixed_groups(step, rng) for step in range(1, NUM_STEPS + 1)}
     steps[SPARSE_STEP] = sparse_groups(rng)
+    chance = np.random.default_rng(6)  # of the heads
     for step, (groups, scores) in steps.items():
+        groups = _with_rollouts(groups, lambda _, __, rollout: _with_head(rollout, chance))
         samples = as_samples(groups, scores)
         batch = deal_batch(
             samples,
@@ -162,16 +182,8 @@ def record(model: Path, folder: Path) -> None:
             (sample.prompt_index, sample.sample_index): _with_noise(sample.rollout, values, rng)
             for sample, values in by_sample(recomputed)
         }
-        groups = [
-            replace(
-                group,
-                rollouts=tuple(
-                    replace(rollout, rollout_logprobs=known[group.prompt.index, index])
-                    for index, rollout in enumerate(group.rollouts)
-                ),
-            )
-            for group in groups
-        ]
+        heads = {key: head for row in recomputed for key, head in _noisy_heads(row, chance)}
+        groups = _with_rollouts(groups, partial(_as_sampled, known, heads))
         judged = [
             ScoredGroup(group=group, scores=of_group).without_judgement()
             for group, of_group in zip(groups, scores, strict=True)
@@ -186,6 +198,68 @@ def _with_noise(rollout: Rollout, values: torch.Tensor, rng: random.Random) -> t
         for value, kept in zip(values.tolist(), rollout.loss_mask)
     ]
     return tuple(torch.tensor(noisy, dtype=torch.float32).tolist())
+
+
+def _with_rollouts(groups: Groups, change: Callable[[int, int, Rollout], Rollout]) -> Groups:
+    """The groups, with every rollout changed by prompt index, sample index and itself."""
+    return [
+        replace(
+            group,
+            rollouts=tuple(
+                change(group.prompt.index, index, rollout)
+                for index, rollout in enumerate(group.rollouts)
+            ),
+        )
+        for group in groups
+    ]
+
+
+def _as_sampled(
+    known: dict[tuple[int, int], tuple[float, ...]],
+    heads: dict[tuple[int, int], RolloutHead],
+    prompt: int,
+    sample: int,
+    rollout: Rollout,
+) -> Rollout:
+    key = prompt, sample
+    return replace(rollout, rollout_logprobs=known[key], head=heads.get(key))
+
+
+def _with_head(rollout: Rollout, chance: np.random.Generator) -> Rollout:
+    """Tokens of a head for every response token: every other head holds the sampled one."""
+    sampled = [token for token, kept in zip(rollout.token_ids, rollout.loss_mask) if kept]
+    if not sampled:
+        return rollout
+    ids = []
+    for place, token in enumerate(sampled):
+        others = [each for each in range(FIRST_TOKEN, LAST_TOKEN) if each != token]
+        drawn = chance.choice(others, NUM_HEAD, replace=False)
+        if place % 2:
+            drawn[place % NUM_HEAD] = token
+        ids.append(drawn)
+    token_ids = np.array(ids, dtype=np.int32)
+    return replace(
+        rollout, head=RolloutHead(token_ids=token_ids, logprobs=np.zeros(token_ids.shape, "f4"))
+    )
+
+
+def _noisy_heads(
+    row: RecomputedRow, chance: np.random.Generator
+) -> Iterator[tuple[tuple[int, int], RolloutHead]]:
+    """Each sample's head with the learner's log-probs and noise, by prompt and sample index; a last
+    entry is absent now and then.
+    """
+    micro_batch = row.micro_batch
+    for number, sample in enumerate(micro_batch.samples):
+        is_own = micro_batch.loss_mask & (micro_batch.sequence_ids == number)
+        if not is_own.any():
+            continue
+        logprobs = row.recomputed_head_logprobs[is_own].numpy()
+        logprobs = (logprobs + chance.normal(0, ENGINE_NOISE, logprobs.shape)).astype(np.float32)
+        token_ids = sample.rollout.head.token_ids.copy()
+        token_ids[::5, -1], logprobs[::5, -1] = -1, -np.inf
+        key = (sample.prompt_index, sample.sample_index)
+        yield key, RolloutHead(token_ids=token_ids, logprobs=np.minimum(logprobs, 0.0))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import torch
 
-from megatron_rl.records import JudgedGroup, Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.records import (
+    JudgedGroup,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    RolloutHead,
+    Score,
+)
 
 
 def make_prompt(index: int) -> Prompt:
@@ -57,3 +66,17 @@ def make_group(index: int, num_samples: int = 3) -> JudgedGroup:
         is_kept=(True,) * num_samples,
         has_signal=True,
     )
+
+
+def with_heads(judged: JudgedGroup, num_logprobs: int) -> JudgedGroup:
+    """The group with random heads of so many tokens; a last one is absent now and then."""
+    chance = np.random.default_rng(judged.group.prompt.index)
+    rollouts = []
+    for rollout in judged.group.rollouts:
+        shape = (rollout.num_response_tokens, num_logprobs)
+        token_ids = chance.integers(0, 128, shape, dtype=np.int32)
+        logprobs = -chance.random(shape, dtype=np.float32)
+        token_ids[::2, -1], logprobs[::2, -1] = -1, -np.inf
+        head = RolloutHead(token_ids=token_ids, logprobs=logprobs) if shape[0] else None
+        rollouts.append(replace(rollout, head=head))
+    return replace(judged, group=replace(judged.group, rollouts=tuple(rollouts)))

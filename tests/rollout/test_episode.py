@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_rl.engine.requests import Completion
+from megatron_rl.records import RolloutHead
 from megatron_rl.rollout.episode import Episode
 
 
@@ -36,6 +38,32 @@ def test_two_turns_by_hand() -> None:
     assert rollout.weight_versions == (-1, -1, 3, 3, -1, 4, 4)
     assert (rollout.finish_reason, rollout.text, rollout.engine) == ("length", "7", "http://b")
     assert rollout.num_response_tokens == 4 and rollout.is_truncated
+
+
+def head_of(*rows: tuple[int, ...]) -> RolloutHead:
+    token_ids = np.array(rows, dtype=np.int32)
+    return RolloutHead(token_ids=token_ids, logprobs=-token_ids.astype(np.float32))
+
+
+def test_heads_of_all_turns_follow_each_other() -> None:
+    first = replace(completion((40, 41)), head=head_of((40, 9), (8, 7)))
+    episode = Episode()
+    episode.say((1, 23))
+    assert episode.rollout(finish_reason="stop", text="").head is None
+    episode.sampled(first)
+    episode.say((99,))
+    episode.sampled(replace(completion((7,)), head=head_of((7, 6))))
+    rollout = episode.rollout(finish_reason="stop", text="")
+    assert rollout.head == head_of((40, 9), (8, 7), (7, 6)) != head_of((40, 9), (8, 7), (7, 5))
+    assert len(rollout.head.token_ids) == rollout.num_response_tokens
+    with pytest.raises(ValueError, match="with none, got 2 turns with one before a turn without"):
+        episode.sampled(completion((7,)))
+    episode = Episode()
+    episode.sampled(completion((7,)))
+    with pytest.raises(ValueError, match=r"with none, got 0 turns with one before a turn with$"):
+        episode.sampled(first)
+    with pytest.raises(ValueError, match="expected one for each of its 2 tokens, got 1"):
+        Episode().sampled(replace(first, head=head_of((7, 6))))
 
 
 def test_random_episodes_stay_aligned() -> None:

@@ -9,13 +9,16 @@ from dataclasses import replace
 import pytest
 
 from megatron_rl.config import SamplingConfig
-from megatron_rl.errors import EngineError
-from megatron_rl.records import Prompt, RolloutGroup, Score
+from megatron_rl.engine.requests import Sampler
+from megatron_rl.errors import DataError, EngineError
+from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.rollout.environment import Environment, EpisodeRequest
 from megatron_rl.rollout.live import LiveSource, check_versions, sample_groups
 from megatron_rl.rollout.seeds import sampling_seed
 from megatron_rl.rollout.single_turn import SingleTurn
 from megatron_rl.rollout.source import RolloutRequest, RolloutSource, TakenRollouts
 from tests.fakes.engine_pool import FakePool
+from tests.fakes.environment import TwoTurns
 from tests.rollout.groups import make_prompt
 
 SAMPLING = SamplingConfig(max_tokens=5)
@@ -25,12 +28,19 @@ REQUEST = RolloutRequest(step=3, first_prompt=10, num_prompts=5, weight_version=
 class Setting:
     """A source on fakes, and what it did with them."""
 
-    def __init__(self, replica: int = 0, num_replicas: int = 1, version: int = 2) -> None:
+    def __init__(
+        self,
+        replica: int = 0,
+        num_replicas: int = 1,
+        version: int = 2,
+        num_logprobs: int = 0,
+        environment: Environment | None = None,
+    ) -> None:
         self.pool = FakePool(("http://a", "http://b"), weight_version=version)
         self.events: list[str] = []
         self.source: RolloutSource = LiveSource(
             self._prompts,
-            SingleTurn(str),
+            environment or SingleTurn(str),
             self.pool,
             self._score,
             sampling=SAMPLING,
@@ -38,6 +48,7 @@ class Setting:
             seed=11,
             share=lambda count: share(count, replica, num_replicas),
             time=self._time,
+            num_logprobs=num_logprobs,
         )
 
     def _prompts(self, first: int, count: int) -> list[Prompt]:
@@ -124,6 +135,32 @@ def test_other_weights_than_published_are_an_error_before_scoring() -> None:
     with pytest.raises(EngineError, match=expected):
         setting.source.take(REQUEST)
     assert "score" not in setting.events
+
+
+class Forgetful:
+    """An environment that does not pass on that heads are needed."""
+
+    async def rollouts(
+        self, prompt: Prompt, request: EpisodeRequest, sampler: Sampler
+    ) -> tuple[Rollout, ...]:
+        return await SingleTurn(str).rollouts(prompt, replace(request, num_logprobs=0), sampler)
+
+
+@pytest.mark.parametrize("environment", [SingleTurn(str), TwoTurns()])
+def test_heads_are_requested_where_the_objective_needs_them(environment: Environment) -> None:
+    setting = Setting(num_logprobs=4, environment=environment)
+    taken = setting.source.take(REQUEST)
+    assert {each.num_logprobs for each in setting.pool.requests} == {4}
+    for each in taken.groups:
+        for rollout in each.group.rollouts:
+            assert rollout.head.token_ids.shape == (rollout.num_response_tokens, 4)
+    assert {each.num_logprobs for each in take()[1].pool.requests} == {0}
+
+
+def test_an_environment_that_forgets_the_heads_is_named() -> None:
+    setting = Setting(num_logprobs=4, environment=Forgetful())
+    with pytest.raises(DataError, match=r"environment Forgetful, prompt 10: .* 4 log-.* got none"):
+        setting.source.take(REQUEST)
 
 
 def test_one_stray_token_is_found() -> None:

@@ -19,7 +19,7 @@ from megatron_rl.rollout.recording import (
     write_recomputed,
     write_step,
 )
-from tests.rollout.groups import make_group
+from tests.rollout.groups import make_group, with_heads
 
 
 def write(folder: Path, step: int, rank: int, indices: list[int], num_ranks: int) -> None:
@@ -86,6 +86,30 @@ def test_recordings_of_older_versions_can_be_read(tmp_path: Path) -> None:
     assert read.scores == tuple(
         replace(each, group_reward=0.0, verifier_rewards=()) for each in expected.scores
     )
+
+
+def test_heads_come_back_to_the_bit_and_are_in_no_line(tmp_path: Path) -> None:
+    """Also of a rollout without a response token, which has none."""
+    first, second = (with_heads(make_group(index), 5) for index in (3, 7))
+    rollout = second.group.rollouts[1]
+    length = len(rollout.token_ids)
+    silent = replace(
+        rollout, loss_mask=(False,) * length, weight_versions=(-1,) * length, head=None
+    )
+    rollouts = (second.group.rollouts[0], silent, second.group.rollouts[2])
+    second = replace(second, group=replace(second.group, rollouts=rollouts))
+    write_step(tmp_path, 1, 0, [second], num_ranks=3)
+    write_step(tmp_path, 1, 1, [], num_ranks=3)
+    write_step(tmp_path, 1, 2, [first], num_ranks=3)
+    read = [each.group for each in read_step(tmp_path, 1)]
+    assert read == [first.group, second.group]
+    assert [each.head is None for each in read[1].rollouts] == [False, True, False]
+    write_step(tmp_path / "without", 1, 0, [make_group(3)], num_ranks=1)
+    with_head, without = (
+        (folder / f"step_000001.rank{rank}.jsonl").read_text()
+        for folder, rank in ((tmp_path, 2), (tmp_path / "without", 0))
+    )
+    assert with_head == without
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "safetensors"])

@@ -14,7 +14,7 @@ from megatron_rl.records import JudgedGroup, ScoredGroup
 from megatron_rl.rollout.recording import write_step
 from megatron_rl.rollout.replay import ReplaySource
 from megatron_rl.rollout.source import RolloutRequest, RolloutSource
-from tests.rollout.groups import make_group
+from tests.rollout.groups import make_group, with_heads
 
 REQUEST = RolloutRequest(step=2, first_prompt=4, num_prompts=4, weight_version=1)
 
@@ -25,7 +25,12 @@ def record(folder: Path, *of_ranks: Sequence[JudgedGroup]) -> None:
 
 
 def source(
-    folder: Path, *, start: int = 0, stop: int | None = None, is_dynamic: bool = False
+    folder: Path,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    is_dynamic: bool = False,
+    num_logprobs: int = 0,
 ) -> RolloutSource:
     """The share is all items from `start` to `stop`."""
     config = LoopConfig(
@@ -37,7 +42,7 @@ def source(
     def share(count: int) -> tuple[int, int]:
         return start, (count if stop is None else stop) - start
 
-    return ReplaySource(folder, config, share=share)
+    return ReplaySource(folder, config, share=share, num_logprobs=num_logprobs)
 
 
 def scored(index: int) -> ScoredGroup:
@@ -50,6 +55,20 @@ def test_what_was_recorded_comes_back_exactly(tmp_path: Path) -> None:
     taken = source(tmp_path).take(REQUEST)
     assert taken.groups == tuple(scored(index) for index in range(4, 8))
     assert (taken.num_prompts, taken.num_rounds) == (4, 0)
+
+
+def test_heads_are_replayed_if_the_objective_needs_them(tmp_path: Path) -> None:
+    groups = [with_heads(make_group(index), 5) for index in range(4, 8)]
+    record(tmp_path, groups)
+    taken = source(tmp_path, num_logprobs=5).take(REQUEST)
+    assert [each.group for each in taken.groups] == [each.group for each in groups]
+    assert source(tmp_path).take(REQUEST).groups == tuple(scored(index) for index in range(4, 8))
+    expected = rf"replay={tmp_path}, prompt 4: expected a head of 6 log-probs .* got 5 for each of"
+    with pytest.raises(DataError, match=expected):
+        source(tmp_path, num_logprobs=6).take(REQUEST)
+    record(tmp_path, [make_group(index) for index in range(4, 8)])
+    with pytest.raises(DataError, match=r"a head of 5 log-probs \(objective.score_.*, got none"):
+        source(tmp_path, num_logprobs=5).take(REQUEST)
 
 
 def test_each_replica_gets_its_share(tmp_path: Path) -> None:

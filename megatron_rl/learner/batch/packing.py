@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from megatron_rl.errors import DataError
@@ -60,7 +61,8 @@ def pack(samples: Sequence[Sample], *, tokens_per_row: int, min_size: int = 0) -
         the padding of the row; each token of a sequence carries the sequence's advantage.
     Raises:
         DataError: a sequence is empty or longer than the budget, its fields have different lengths,
-            or its first token was sampled by the policy.
+            its first token was sampled by the policy, or some sequences have heads and others have
+            none or smaller ones.
     """
     lengths = [_checked_length(sample, tokens_per_row) for sample in samples]
     return [
@@ -179,11 +181,13 @@ def _row(samples: Sequence[Sample], tokens_per_row: int) -> MicroBatch:
         sequence_ids += [number] * length
         ends.append(ends[-1] + length)
     rest = tokens_per_row - len(tokens)
+    is_sampled = torch.tensor(loss_mask + [False] * rest)
+    head_ids, head_logprobs = _heads(samples, is_sampled)
     return MicroBatch(
         tokens=torch.tensor(tokens + [0] * rest),
         labels=torch.tensor(labels + [0] * rest),
         positions=torch.tensor([*positions, *range(rest)]),
-        loss_mask=torch.tensor(loss_mask + [False] * rest),
+        loss_mask=is_sampled,
         rollout_logprobs=torch.tensor(rollout_logprobs + [0.0] * rest, dtype=torch.float32),
         advantages=torch.tensor(advantages + [0.0] * rest, dtype=torch.float32),
         weight_versions=torch.tensor(weight_versions + [-1] * rest),
@@ -191,4 +195,33 @@ def _row(samples: Sequence[Sample], tokens_per_row: int) -> MicroBatch:
         cu_seqlens=torch.tensor(ends, dtype=torch.int32),
         cu_seqlens_padded=torch.tensor(ends, dtype=torch.int32),
         samples=tuple(samples),
+        head_ids=head_ids,
+        rollout_head_logprobs=head_logprobs,
     )
+
+
+def _heads(
+    samples: Sequence[Sample], is_sampled: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The heads of a row, [T, K] each, absent where `is_sampled` [T] is False; None without heads.
+
+    No sequence begins with a sampled token, so the heads of the samples, one after another, are
+    those of the positions of the row at which `is_sampled` is True.
+    """
+    heads = [each.rollout.head for each in samples if each.rollout.head is not None]
+    if not heads:
+        return None, None
+    sizes = {head.token_ids.shape[1] for head in heads}
+    num_tokens = sum(len(head.token_ids) for head in heads)
+    if len(sizes) > 1 or num_tokens != int(is_sampled.sum()):
+        raise DataError(
+            f"row of prompts {sorted({each.prompt_index for each in samples})}: expected heads of "
+            f"one size for all of its {int(is_sampled.sum())} response tokens, got heads of "
+            f"{sorted(sizes)} tokens for {num_tokens} of them"
+        )
+    shape = (len(is_sampled), sizes.pop())
+    ids = torch.full(shape, -1, dtype=torch.int32)
+    logprobs = torch.full(shape, -torch.inf)
+    ids[is_sampled] = torch.from_numpy(np.concatenate([head.token_ids for head in heads]))
+    logprobs[is_sampled] = torch.from_numpy(np.concatenate([head.logprobs for head in heads]))
+    return ids, logprobs

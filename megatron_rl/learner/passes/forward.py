@@ -43,15 +43,20 @@ class RowOutput:
     entropy: torch.Tensor
     # bool: the sampler could not have chosen this label with these logits; the token is kept anyway
     is_outside_support: torch.Tensor
+    # [T, K] float32, of the tokens of the row's heads, from the distribution of `logprobs`; 0 where
+    # there is no token; under gradient in training. None: the row has no heads
+    head_logprobs: torch.Tensor | None = None
 
     def recomputed_row(self, micro_batch: MicroBatch) -> RecomputedRow:
         """The row with `recomputed_logprobs`; the weights must be those before the update. Both the
         separate pass and an update without a separate pass call this method.
         """
+        head = self.head_logprobs
         return RecomputedRow(
             micro_batch=micro_batch,
             recomputed_logprobs=self.logprobs.detach(),
             is_outside_support=self.is_outside_support,
+            recomputed_head_logprobs=None if head is None else head.detach(),
         )
 
     def full_row(self, micro_batch: MicroBatch) -> FullRow:
@@ -140,16 +145,22 @@ def row_output(
         **place,
         # `kept_logits` is a copy that only the separate pass for the entropy still needs.
         overwrite_logits=not has_entropy_gradient,
+        head=None if row.head_ids is None else row.head_ids[kept].long(),
     )
     entropy = output.entropy
     if has_entropy_gradient:
         entropy = differentiable_entropy(kept_logits, **place)
     zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)
+    head_logprobs = output.head_logprobs
+    if head_logprobs is not None:
+        no_heads = zeros.new_zeros(row.head_ids.shape)
+        head_logprobs = no_heads.index_copy(0, kept, head_logprobs)
     return RowOutput(
         logprobs=zeros.index_copy(0, kept, output.logprobs),
         full_logprobs=zeros.index_copy(0, kept, output.full_logprobs),
         entropy=zeros.index_copy(0, kept, entropy),
         is_outside_support=zeros.bool().index_copy(0, kept, output.is_outside),
+        head_logprobs=head_logprobs,
     )
 
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config import ObjectiveConfig
+from megatron_rl.config import ImportanceConfig, ObjectiveConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.update.row_penalty import penalised_part, signal_of
 from megatron_rl.objective.importance import cis_bound, importance_weights, weight_mean
 from megatron_rl.objective.rejection import rejection_mask, rejection_metrics, veto_mask
+from megatron_rl.objective.score_centering import TokenWeights
 from megatron_rl.observe.metrics import Metric
 from megatron_rl.records import RecomputedRow
 
@@ -82,18 +83,50 @@ def correct_row(row: RecomputedRow, config: ObjectiveConfig) -> RowCorrection:
         kept = kept & stays
     weights = is_outside = None
     if importance.level != "none":
-        upper: float | torch.Tensor = importance.upper
-        if importance.mode == "cis":
-            slope, floor = importance.cis_slope, importance.cis_floor
-            upper = cis_bound(row.recomputed_logprobs, slope=slope, floor=floor)
-        weights, is_outside = importance_weights(
-            *tokens,
-            level=importance.level,
-            mode=importance.mode,
-            lower=importance.lower,
-            upper=upper,
-        )
+        weights, is_outside = bounded_weights(*tokens, importance)
     return RowCorrection(kept=kept, weights=weights, is_outside=is_outside, metrics=metrics)
+
+
+def bounded_weights(
+    recomputed_logprobs: torch.Tensor,
+    rollout_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    importance: ImportanceConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`importance_weights` with the bounds of the settings, whose level is not "none"."""
+    upper: float | torch.Tensor = importance.upper
+    if importance.mode == "cis":
+        slope, floor = importance.cis_slope, importance.cis_floor
+        upper = cis_bound(recomputed_logprobs, slope=slope, floor=floor)
+    return importance_weights(
+        recomputed_logprobs,
+        rollout_logprobs,
+        mask,
+        sequence_ids,
+        level=importance.level,
+        mode=importance.mode,
+        lower=importance.lower,
+        upper=upper,
+    )
+
+
+def weights_of_tokens(importance: ImportanceConfig, scalars: BatchScalars) -> TokenWeights | None:
+    """The importance weights of the settings, whose level is that of a token, as a function of any
+    tokens' old and rollout log-probs; None: all weights are 1.
+    """
+    if importance.level == "none":
+        return None
+
+    def weights(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> torch.Tensor:
+        everything = torch.ones_like(old_logprobs, dtype=torch.bool)
+        one_sequence = torch.zeros_like(everything, dtype=torch.int64)
+        found, _ = bounded_weights(
+            old_logprobs, rollout_logprobs, everything, one_sequence, importance
+        )
+        return found / scalars.weight_mean if importance.batch_normalize else found
+
+    return weights
 
 
 def batch_scalars(

@@ -9,17 +9,19 @@ it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_rl.config import ObjectiveConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.passes.forward import LossTerms, RowOutput
+from megatron_rl.learner.update.row_centering import center_row
 from megatron_rl.learner.update.row_correction import (
     BatchScalars,
     RowCorrection,
     correct_row,
+    weights_of_tokens,
 )
 from megatron_rl.learner.update.row_penalty import constrained_sum, penalise
 from megatron_rl.objective.discrepancy import DiscrepancySum, check_logprobs
@@ -160,7 +162,9 @@ class MiniBatchLoss:
                 policy = output.full_logprobs.detach()
                 gap = reference_kl(policy, reference, kept, estimator="k1")
                 advantages = advantages - config.kl.coefficient * gap
-        weights, of_weights = self._weights(row.micro_batch, output, correction)
+        stays, of_opsm = self._opsm_mask(row.micro_batch, output, kept)
+        weights, of_weights = self._weights(correction, stays)
+        metrics |= of_weights | of_opsm
         inputs = LossInputs.of(
             policy_logprobs=output.logprobs,
             old_logprobs=old,
@@ -179,6 +183,11 @@ class MiniBatchLoss:
             entropy=output.entropy.detach(),
             old_policy=config.old_policy,
         )
+        if config.score_centering.enabled:
+            scored = inputs if stays is None else replace(inputs, mask=kept & stays)
+            of_tokens = weights_of_tokens(config.importance, settings.scalars)
+            centering, of_centering = center_row(self._surrogate, scored, row, output, of_tokens)
+            per_token, metrics = per_token + centering, metrics | of_centering
         if penalty.term is not None:
             per_token = per_token + penalty.term
         if reference is not None and config.kl.coefficient > 0 and config.kl.estimator != "k1":
@@ -188,32 +197,36 @@ class MiniBatchLoss:
         if config.entropy_coefficient > 0:
             bonus = config.entropy_coefficient * torch.where(kept, output.entropy, 0.0)
             per_token = per_token - bonus
-        return per_token, metrics | of_weights | of_loss
+        return per_token, metrics | of_loss
+
+    def _opsm_mask(
+        self, micro_batch: MicroBatch, output: RowOutput, kept: torch.Tensor
+    ) -> tuple[torch.Tensor | None, dict[str, Metric]]:
+        """The tokens [T] that OPSM does not mask; None: it is off."""
+        threshold = self._settings.config.rejection.opsm_threshold
+        if threshold is None:
+            return None, {}
+        stays = off_policy_sequence_mask(
+            output.logprobs,
+            micro_batch.rollout_logprobs,
+            micro_batch.advantages,
+            micro_batch.loss_mask,
+            micro_batch.sequence_ids,
+            threshold=threshold,
+        )
+        ids = micro_batch.sequence_ids
+        return stays, rejection_metrics(stays, kept, ids, name="opsm_masked")
 
     def _weights(
-        self,
-        micro_batch: MicroBatch,
-        output: RowOutput,
-        correction: RowCorrection,
+        self, correction: RowCorrection, stays: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, dict[str, Metric]]:
         """The factor of the surrogate: the importance weights, and 0 where OPSM masks a token."""
-        config, kept, weights = self._settings.config, correction.kept, correction.weights
-        metrics: dict[str, Metric] = {}
-        if weights is not None and config.importance.batch_normalize:
+        weights, metrics = correction.weights, {}
+        if weights is not None and self._settings.config.importance.batch_normalize:
             weights = weights / self._settings.scalars.weight_mean
         if weights is not None:
-            metrics |= weight_metrics(weights, correction.is_outside, kept)
-        threshold = config.rejection.opsm_threshold
-        if threshold is not None:
-            stays = off_policy_sequence_mask(
-                output.logprobs,
-                micro_batch.rollout_logprobs,
-                micro_batch.advantages,
-                micro_batch.loss_mask,
-                micro_batch.sequence_ids,
-                threshold=threshold,
-            )
-            metrics |= rejection_metrics(stays, kept, micro_batch.sequence_ids, name="opsm_masked")
+            metrics = weight_metrics(weights, correction.is_outside, correction.kept)
+        if stays is not None:
             weights = stays.float() if weights is None else torch.where(stays, weights, 0.0)
         return weights, metrics
 

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
@@ -13,7 +14,7 @@ from torch import distributed
 from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.host_groups import HostGroups
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.records import MicroBatch, RecomputedRow, Rollout, Sample
+from megatron_rl.records import MicroBatch, RecomputedRow, Rollout, RolloutHead, Sample
 from tests.support.distributed import run_ranks
 
 NUM_PROMPTS, NUM_SAMPLES, TOKENS_PER_ROW = 6, 3, 40
@@ -25,6 +26,7 @@ def make_sample(prompt: int, index: int, *, is_kept: bool = True) -> Sample:
     length = rng.randint(1, TOKENS_PER_ROW)
     num_prompt = rng.randint(1, length)
     kept = tuple(position >= num_prompt for position in range(length))
+    head = np.random.default_rng(100 * prompt + index).random((sum(kept), 3), dtype=np.float32)
     return Sample(
         prompt_index=FIRST_PROMPT + prompt,
         sample_index=index,
@@ -35,6 +37,9 @@ def make_sample(prompt: int, index: int, *, is_kept: bool = True) -> Sample:
             weight_versions=tuple(4 if each else -1 for each in kept),
             finish_reason="stop",
             text="",
+            head=RolloutHead(token_ids=(9 * head).astype(np.int32), logprobs=-head)
+            if len(head)
+            else None,
         ),
         reward=rng.random(),
         advantage=rng.gauss(0.0, 1.0),

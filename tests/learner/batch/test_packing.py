@@ -1,5 +1,7 @@
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from megatron_rl.learner.batch.packing import (
     largest_size,
     pack,
 )
-from megatron_rl.records import MicroBatch, Rollout, Sample
+from megatron_rl.records import MicroBatch, Rollout, RolloutHead, Sample
 
 
 def make_sample(prompt_index, token_ids, num_prompt, *, advantage=0.5, version=3, sample_index=0):
@@ -143,6 +145,43 @@ def test_pack_keeps_every_prediction_once(seed):
     )
 
 
+def with_head(sample, token_ids):
+    head = RolloutHead(
+        token_ids=np.array(token_ids, dtype=np.int32),
+        logprobs=-np.array(token_ids, dtype=np.float32) / 8,
+    )
+    return replace(sample, rollout=replace(sample.rollout, head=head))
+
+
+def test_heads_stand_where_their_tokens_are_predicted():
+    samples = [
+        with_head(make_sample(0, (5, 6, 7), 1), [(60, 61), (70, -1)]),
+        make_sample(1, (4,), 1),  # no response, and so no head
+        with_head(make_sample(2, (9, 8, 7, 6, 5), 4), [(50, 51)]),
+    ]
+    (row,) = pack(samples, tokens_per_row=10)
+    none = [-1, -1]
+    # The longest first: its only response token is predicted at 3; those of the second at 5 and 6.
+    expected = [none] * 3 + [[50, 51], none, [60, 61], [70, -1]] + [none] * 3
+    assert row.head_ids.tolist() == expected
+    assert (row.head_ids.dtype, row.rollout_head_logprobs.dtype) == (torch.int32, torch.float32)
+    assert row.rollout_head_logprobs[3].tolist() == [-6.25, -6.375]
+    assert row.rollout_head_logprobs[~row.loss_mask].eq(-torch.inf).all()
+    (without,) = pack([make_sample(0, (5, 6, 7), 1)], tokens_per_row=10)
+    for batch in (without, empty_micro_batch(10)):
+        assert batch.head_ids is None and batch.rollout_head_logprobs is None
+
+
+def test_heads_of_some_sequences_or_of_several_sizes_are_refused():
+    whole = with_head(make_sample(0, (5, 6, 7), 1), [(60, 61), (70, 71)])
+    for other, got in (
+        (make_sample(3, (5, 6), 1), r"heads of \[2\] tokens for 2 of them"),
+        (with_head(make_sample(3, (5, 6), 1), [(1, 2, 3)]), r"heads of \[2, 3\] tokens for 3 of"),
+    ):
+        with pytest.raises(DataError, match=rf"prompts \[0, 3\]: .* 3 response tokens, got {got}"):
+            pack([whole, other], tokens_per_row=10)
+
+
 def test_pack_is_deterministic_and_dense():
     samples = random_samples(1, 200, 60)
     first, second = (pack(samples, tokens_per_row=256) for _ in range(2))
@@ -161,7 +200,7 @@ def test_pack_dtypes():
             "cu_seqlens": torch.int32,
             "cu_seqlens_padded": torch.int32,
         }
-        for name in set(MicroBatch.__slots__) - {"samples"}:
+        for name in set(MicroBatch.__slots__) - {"samples", "head_ids", "rollout_head_logprobs"}:
             tensor = getattr(batch, name)
             assert tensor.dtype == expected.get(name, torch.int64), name
             if not name.startswith("cu_"):

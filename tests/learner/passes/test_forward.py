@@ -4,6 +4,7 @@ pass and the training pass are the same arithmetic.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,3 +106,8 @@ def test_rows_take_their_own_logprobs_from_an_output() -> None:
     assert torch.equal(full.full_logprobs, full_logprobs)
     assert not recomputed.recomputed_logprobs.requires_grad
     assert not full.full_logprobs.requires_grad
+    assert recomputed.recomputed_head_logprobs is None
+    head = torch.tensor([[-0.5, -2.0], [0.0, 0.0]], requires_grad=True)
+    recomputed = replace(output, head_logprobs=head).recomputed_row("row")
+    assert torch.equal(recomputed.recomputed_head_logprobs, head)
+    assert not recomputed.recomputed_head_logprobs.requires_grad

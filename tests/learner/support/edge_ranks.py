@@ -188,7 +188,8 @@ def with_distances(batch: TrainBatch, learner: Learner) -> TrainBatch:
 def run_preset(config: ObjectiveConfig, model: Path, parallel: Parallel) -> dict[str, Any]:
     """One step of a preset on the batch of edge_batch.py."""
     learner = build(model, parallel, TELLING)
-    samples = edge_batch.edge_samples() if parallel.is_replica_head else []
+    has_heads = config.score_centering.enabled
+    samples = edge_batch.edge_samples(has_heads=has_heads) if parallel.is_replica_head else []
     if parallel.dp_size > 1:  # the first half of each mini-batch's prompts, and the rest
         own = (0, 3, 4) if parallel.dp_rank == 0 else (1, 2, 5)
         samples = [each for each in samples if each.prompt_index in own]

@@ -21,12 +21,14 @@ from megatron_rl.config import (
     KLConfig,
     ObjectiveConfig,
     RejectionConfig,
+    ScoreCenteringConfig,
 )
 from megatron_rl.learner.layout.parallel import Parallel
 from tests.learner.support.step_ranks import DUAL_VALUE, Case, run_case, run_cases
 
 DUAL = ConstraintConfig(initial=DUAL_VALUE)
 REFERENCE = "REFERENCE"  # stands for the path
+CENTERED = ScoreCenteringConfig(enabled=True)
 
 OBJECTIVES = {
     "dapo_tis_rejection": ObjectiveConfig(
@@ -98,13 +100,26 @@ OBJECTIVES = {
         ratio_cap=1.2,
         constraint=replace(DUAL, penalty="squared_log_ratio", measure="ratio", tolerance=0.01),
     ),
+    "score_centering_opsm": ObjectiveConfig(
+        constraint=DUAL,
+        importance=ImportanceConfig(level="token", mode="cis", cis_slope=0.3),
+        rejection=RejectionConfig(opsm_threshold=0.0),
+        score_centering=CENTERED,
+    ),
+    "score_centering_rejection": ObjectiveConfig(
+        constraint=DUAL,
+        importance=ImportanceConfig(level="token", upper=1.3, batch_normalize=True),
+        rejection=RejectionConfig(divergence="k2", level="sequence_max", upper=0.3),
+        score_centering=CENTERED,
+    ),
     "all_rejected": ObjectiveConfig(
         constraint=DUAL,
+        score_centering=CENTERED,
         rejection=RejectionConfig(divergence="k2", level="sequence_max", upper=1e-9),
     ),
 }
 
-NUM_MINI_BATCHES = {"cis_squared_ratio": 2}
+NUM_MINI_BATCHES = {"cis_squared_ratio": 2, "score_centering_opsm": 2}
 # What equal engines turn into the plain loss of the same name.
 CORRECTED = tuple(name for name, config in OBJECTIVES.items() if not config.kl.reference)
 PLAIN = "plain_"
@@ -135,7 +150,7 @@ CASES = (
 
 
 def objective_of(name: str) -> ObjectiveConfig:
-    """Of that name; behind PLAIN, without constraint, weights and rejection."""
+    """Of that name; behind PLAIN, without constraint, weights, rejection and centering."""
     config = OBJECTIVES[name.removeprefix(PLAIN)]
     if not name.startswith(PLAIN):
         return config
@@ -144,6 +159,7 @@ def objective_of(name: str) -> ObjectiveConfig:
         constraint=ConstraintConfig(enabled=False),
         importance=ImportanceConfig(),
         rejection=RejectionConfig(),
+        score_centering=ScoreCenteringConfig(),
     )
 
 
@@ -152,7 +168,9 @@ def main(model: Path, reference: Path, rollouts: Path, out: Path) -> None:
         config = objective_of(case.objective)
         if config.kl.reference:
             config = replace(config, kl=replace(config.kl, reference=str(reference)))
-        return run_case(case, model, rollouts, parallel, config)
+        # The plain loss on the same rows: a head changes the rounding of gradients.
+        has_heads = OBJECTIVES[case.objective.removeprefix(PLAIN)].score_centering.enabled
+        return run_case(case, model, rollouts, parallel, config, has_heads=has_heads)
 
     run_cases(CASES, out, run)
 

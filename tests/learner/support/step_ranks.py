@@ -111,10 +111,10 @@ CASES = (
 )
 
 
-def deal(case: Case, rollouts: Path, parallel: Parallel) -> TrainBatch:
+def deal(case: Case, rollouts: Path, parallel: Parallel, *, has_heads: bool) -> TrainBatch:
     """The batch of the case, as this rank's rows."""
     step = recorded.SPARSE_STEP if case.is_sparse else 1
-    samples = recorded.read_samples(rollouts, step, parallel)
+    samples = recorded.read_samples(rollouts, step, parallel, has_heads=has_heads)
     return deal_batch(
         samples,
         parallel,
@@ -163,7 +163,11 @@ def align(batch: TrainBatch, learner: Learner) -> TrainBatch:
         batch,
         mini_batches=tuple(
             tuple(
-                replace(row.micro_batch, rollout_logprobs=row.recomputed_logprobs)
+                replace(
+                    row.micro_batch,
+                    rollout_logprobs=row.recomputed_logprobs,
+                    rollout_head_logprobs=row.recomputed_head_logprobs,
+                )
                 for row in learner.recompute(rows)
             )
             for rows in batch.mini_batches
@@ -177,6 +181,8 @@ def run_case(
     rollouts: Path,
     parallel: Parallel,
     config: ObjectiveConfig | None = None,
+    *,
+    has_heads: bool = False,
 ) -> dict[str, Any]:
     """One training step; what it did to everything."""
     if config is None:
@@ -194,7 +200,7 @@ def run_case(
         num_updates=2,
         reference_path=config.kl.reference,
     )
-    batch = deal(case, rollouts, parallel)
+    batch = deal(case, rollouts, parallel, has_heads=has_heads)
     if not case.is_packed:
         batch = one_per_row(batch, case.tokens_per_row, parallel)
     if case.is_swapped:

@@ -127,6 +127,8 @@ def test_equal_engines_leave_the_plain_loss_and_lambda_falls(name: str, outcomes
         if key.startswith("correction/"):
             is_one = key.rsplit("/")[1] in ("weight", "effective_sample_size")
             assert value == (is_one and not key.endswith("std")), key
+        if key.startswith("score_centering/size"):
+            assert value == 0, key
     constraint = OBJECTIVES[name].constraint
     fallen = constraint.initial - constraint.tolerance
     assert corrected["reports"][0].dual_value == pytest.approx(fallen, abs=1e-15)
@@ -141,6 +143,8 @@ def test_the_rules_took_some_and_left_some(outcomes: Outcomes) -> None:
         "dr_grpo_batch_normalized": ("outside_bounds/mean",),
         "cis_squared_ratio": ("outside_bounds/mean",),
         "decoupled_opsm": ("outside_bounds/mean", "opsm_masked_sequences/mean"),
+        "score_centering_opsm": ("opsm_masked_sequences/mean",),
+        "score_centering_rejection": ("outside_bounds/mean", "rejected_sequences/mean"),
     }.items():
         metrics = metrics_of(outcomes[one_of(name)])
         for key in keys:
@@ -185,6 +189,15 @@ def test_batch_normalised_weights_have_a_mean_of_one(outcomes: Outcomes) -> None
     metrics = metrics_of(outcomes[one_of("dr_grpo_batch_normalized", layout="dp2")])
     assert abs(metrics["correction/weight/mean"] - 1) < 0.2
     assert metrics["correction/weight/max"] != 1.5
+
+
+def test_heads_are_part_of_the_engines_distribution(outcomes: Outcomes) -> None:
+    """Six of 98 tokens, every other one of them the sampled one; centering changes the loss."""
+    for name in ("score_centering_opsm", "score_centering_rejection"):
+        metrics = metrics_of(outcomes[one_of(name)])
+        assert 0.02 < metrics["score_centering/head_mass/mean"] < 0.5
+        assert metrics["score_centering/size/mean"] > 1e-3
+    assert "score_centering/size/mean" not in metrics_of(outcomes[one_of("all_rejected")])
 
 
 def test_the_reference_is_another_policy(outcomes: Outcomes) -> None:

@@ -47,7 +47,7 @@ ALONE: Any = SimpleNamespace(batch_reducer=lambda: lambda tensor, _operation: te
 
 def row_of(*kinds: str) -> MicroBatch:
     """All responses of these kinds; of no kind, a row that only fills up."""
-    samples = [sample for sample in edge_samples() if kind_of(sample) in kinds]
+    samples = [sample for sample in edge_samples(has_heads=True) if kind_of(sample) in kinds]
     if not samples:
         return empty_micro_batch(TOKENS_PER_ROW)
     [row] = pack(samples, tokens_per_row=TOKENS_PER_ROW)
@@ -64,6 +64,7 @@ def recomputed_of(row: MicroBatch) -> RecomputedRow:
         micro_batch=row,
         recomputed_logprobs=torch.where(row.loss_mask, RECOMPUTED, 0.0),
         is_outside_support=torch.zeros_like(row.loss_mask),
+        recomputed_head_logprobs=None if row.head_ids is None else row.rollout_head_logprobs + 0.5,
     )
 
 
@@ -80,6 +81,7 @@ def loss_of(
         full_logprobs=logprobs,
         entropy=torch.where(row.loss_mask, 1.0, 0.0),
         is_outside_support=torch.zeros_like(row.loss_mask),
+        head_logprobs=known.recomputed_head_logprobs,
     )
     terms = loss(0, output)
     terms.total.backward()
