@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:  # reward workers and the launcher read these records without paying for torch
-    import numpy as np
     import torch
 
 # How the engines' HTTP routes write a log-prob that is NaN or -inf.
@@ -79,10 +80,18 @@ class RolloutHead:
         return self.token_ids, self.logprobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+ROLLOUT_DTYPES = {
+    "token_ids": np.int32,
+    "loss_mask": np.bool_,
+    "rollout_logprobs": np.float64,
+    "weight_versions": np.int32,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
     """One sampled sequence. The tokens where `loss_mask` is True are the response, wherever they
-    are in the sequence.
+    are in the sequence. The first four fields take any sequence, and hold an array.
 
     Example: prompt "4+3=" and the answer "7<eos>": `Rollout(token_ids=(1, 23, 14, 22, 32, 26, 2),
     loss_mask=(False,) * 5 + (True, True), rollout_logprobs=(0.0,) * 5 + (-0.21, -0.03),
@@ -90,24 +99,35 @@ class Rollout:
     engine="http://127.0.0.1:18400")`.
     """
 
-    token_ids: tuple[int, ...]  # [L], prompt included
-    loss_mask: tuple[bool, ...]  # [L], True where the policy chose the token
-    rollout_logprobs: tuple[
-        float, ...
-    ]  # [L] log-prob of token_ids[t] when sampled, 0.0 where the mask is False
-    weight_versions: tuple[
-        int, ...
-    ]  # [L] version of the weights that sampled the token, -1 where the mask is False
+    token_ids: np.ndarray  # [L] int32, prompt included
+    loss_mask: np.ndarray  # [L] bool, True where the policy chose the token
+    # [L] float64, log-prob of token_ids[t] when sampled, 0.0 where the mask is False
+    rollout_logprobs: np.ndarray
+    # [L] int32, version of the weights that sampled the token, -1 where the mask is False
+    weight_versions: np.ndarray
     finish_reason: str  # "stop": the model ended the response; "length": it reached max_tokens
     text: str  # the response, decoded without special tokens
     engine: str = ""  # url of the engine that sampled it (the last one of an episode); "": unknown
     # of the response tokens, in order; None: there are no such tokens, or no head was requested
     head: RolloutHead | None = None
 
+    def __post_init__(self) -> None:
+        for name, dtype in ROLLOUT_DTYPES.items():
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rollout) and all(
+            np.array_equal(getattr(self, name), getattr(other, name))
+            for name in self.__dataclass_fields__
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.token_ids.tobytes())
+
     @property
     def num_response_tokens(self) -> int:
         """Tokens that the policy chose."""
-        return sum(self.loss_mask)
+        return int(np.count_nonzero(self.loss_mask))
 
     @property
     def is_truncated(self) -> bool:

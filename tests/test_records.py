@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
 
 from megatron_rl.records import (
+    ROLLOUT_DTYPES,
     JudgedGroup,
     Prompt,
     Rollout,
@@ -15,6 +17,7 @@ from megatron_rl.records import (
     Score,
     ScoredGroup,
 )
+from tests.fakes.groups import make_rollout
 
 ROLLOUTS = tuple(
     Rollout(
@@ -91,3 +94,14 @@ def test_a_full_reward_is_full_within_rounding(reward: float, is_correct: bool) 
     assert score.is_correct == is_correct
     assert not replace(score, failure="timeout").is_correct
     assert Score(reward=sum([0.1] * 10), is_formatted=True, failure=None).is_correct  # 1 - 1.1e-16
+
+
+def test_a_rollout_holds_arrays_and_equals_one_with_the_same_values() -> None:
+    rollout = make_rollout(2)
+    for name, dtype in ROLLOUT_DTYPES.items():
+        assert getattr(rollout, name).dtype == dtype
+    assert rollout.num_response_tokens == 2
+    assert rollout == make_rollout(2) and hash(rollout) == hash(make_rollout(2))
+    assert rollout != make_rollout(3)
+    assert rollout != replace(rollout, rollout_logprobs=[0.0, 0.0, -0.5, -0.25])
+    assert pickle.loads(pickle.dumps(rollout)) == rollout

@@ -177,8 +177,8 @@ def measure(folder: Path, step: int, name: str) -> Gap:
     of_sequences, relative = [], []
     for group in groups:
         for index, rollout in enumerate(group.rollouts):
-            is_sampled = torch.tensor(rollout.loss_mask)
-            served = torch.tensor(rollout.rollout_logprobs, dtype=torch.float64)[is_sampled]
+            is_sampled = torch.from_numpy(rollout.loss_mask)
+            served = torch.from_numpy(rollout.rollout_logprobs)[is_sampled]
             learned = recomputed[group.prompt.index, index].double()[is_sampled]
             of_sequences.append(discrepancy(learned, served).double())
             relative.append((learned - served).abs() / learned.abs().clamp(min=1.0))

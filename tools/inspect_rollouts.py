@@ -24,6 +24,7 @@ from megatron_rl.config import ConstraintConfig
 from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.recording import read_recomputed
+from megatron_rl.rollout.recording import read_samples as read_recorded
 
 # (largest multiple of the tolerance, style of the tokens up to it)
 SHADES = (
@@ -160,19 +161,11 @@ def read_samples(folder: Path, step: int, decode: Callable[[int], str]) -> list[
     """The samples of all ranks of a step, sorted by prompt and sample index.
 
     Raises:
-        DataError: the step was not recorded.
+        DataError: the step was not recorded, or a file of it is damaged.
     """
-    paths = sorted(folder.glob(f"step_{step:06d}.rank*.jsonl"))
-    if not paths:
-        raise DataError(f"{folder}: expected files of step {step}, got none; see --step")
-    # Not splitlines: a response may contain line separators other than \n.
-    lines = [
-        json.loads(line) for path in paths for line in path.read_text().split("\n") if line.strip()
-    ]
-    lines.sort(key=lambda line: (line["prompt_index"], line["sample_index"]))
     recomputed = read_recomputed(folder, step)
     samples = []
-    for line in lines:
+    for line in read_recorded(folder, step):
         logprobs = recomputed.get((line["prompt_index"], line["sample_index"]))
         tokens = tuple(
             Token(
@@ -181,7 +174,7 @@ def read_samples(folder: Path, step: int, decode: Callable[[int], str]) -> list[
                 p_rollout=math.exp(line["rollout_logprobs"][index]),
                 p_recomputed=None if logprobs is None else math.exp(logprobs[index].item()),
             )
-            for index, token_id in enumerate(line["token_ids"])
+            for index, token_id in enumerate(line["token_ids"].tolist())
             if line["loss_mask"][index]
         )
         samples.append(Shown(line=line, tokens=tokens))

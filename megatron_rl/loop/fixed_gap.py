@@ -62,8 +62,8 @@ def gap_figures(scored: Sequence[tuple[Sample, torch.Tensor]]) -> dict[str, floa
     """
     gaps, logprobs = [], []
     for sample, learned in scored:
-        is_sampled = torch.tensor(sample.rollout.loss_mask)
-        served = torch.tensor(sample.rollout.rollout_logprobs)[is_sampled]
+        is_sampled = torch.from_numpy(sample.rollout.loss_mask)
+        served = torch.from_numpy(sample.rollout.rollout_logprobs).float()[is_sampled]
         gaps.append(discrepancy(learned[is_sampled], served).double())
         logprobs.append(learned[is_sampled].double())
     return {
@@ -77,7 +77,7 @@ def _scored_by_engines(pool: EnginePool, config: Config) -> list[Sample]:
     """The recorded samples, with the log-probs that the engines assign to their tokens now."""
     recorded = read_step(Path(config.eval.fixed_rollouts), FIXED_STEP)
     samples = unscored_samples([each.group for each in recorded])[: config.eval.num_fixed_rollouts]
-    logprobs = pool.score([sample.rollout.token_ids for sample in samples])
+    logprobs = pool.score([sample.rollout.token_ids.tolist() for sample in samples])
     return [
         replace(sample, rollout=replace(sample.rollout, rollout_logprobs=each))
         for sample, each in zip(samples, logprobs, strict=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
+import numpy as np
+
 from megatron_rl.config.rollout import SamplingConfig
 from megatron_rl.engine.requests import EnginePool, Sampler
 from megatron_rl.errors import EngineError
@@ -171,10 +173,11 @@ def check_versions(groups: Sequence[RolloutGroup], expected: int) -> None:
     """
     for group in groups:
         for rollout in group.rollouts:
-            strays = {each for each in rollout.weight_versions if each not in (-1, expected)}
+            versions = rollout.weight_versions
+            strays = np.unique(versions[(versions != -1) & (versions != expected)]).tolist()
             if strays:
                 raise EngineError(
                     f"prompt {group.prompt.index}: expected samples of weight version {expected}, "
-                    f"got {sorted(strays)}; was the engine restarted, or published to by another "
+                    f"got {strays}; was the engine restarted, or published to by another "
                     "run?"
                 )

@@ -1,8 +1,8 @@
 """Writes the rollouts of every step to disk and reads them back, for inspection and for replay
 without an engine.
 
-    step_000012.rank0.jsonl                    one line per sample, readable
-    step_000012.rank0.safetensors              the same numbers, exact
+    step_000012.rank0.jsonl                    one line per sample, readable: texts and rewards
+    step_000012.rank0.safetensors              rewards again, and the values of every token
     step_000012.rank0.recomputed.safetensors   log-probs, by the learner's rank that computed them
 
 Each file is written under a temporary name and renamed when it is complete. All samples of a group
@@ -58,7 +58,8 @@ def write_step(
     metadata = {"num_ranks": str(num_ranks), "num_samples": str(len(lines))}
     stem = f"step_{step:06d}.rank{rank}"
     rollouts = [rollout for judged in groups for rollout in judged.group.rollouts]
-    _write(folder / f"{stem}.safetensors", save(_tensors(lines) | _heads(rollouts), metadata))
+    tensors = _tensors(lines, rollouts) | _heads(rollouts)
+    _write(folder / f"{stem}.safetensors", save(tensors, metadata))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
     _write(folder / f"{stem}.jsonl", text.encode(errors="backslashreplace"))
@@ -108,12 +109,26 @@ def read_step(folder: Path, step: int) -> list[ScoredGroup]:
         DataError: a file is missing, truncated, or inconsistent with its counterpart; the message
             names it.
     """
+    scored = [each for stem in _stems(folder, step) for each in _read_rank(stem)]
+    return sorted(scored, key=lambda each: each.group.prompt.index)
+
+
+def read_samples(folder: Path, step: int) -> list[dict[str, Any]]:
+    """All ranks' samples of a step, sorted by prompt and sample index: the keys of the JSONL file,
+    `token_ids`, `loss_mask`, `rollout_logprobs` and `weight_versions` as arrays [L], and `head`.
+
+    Raises:
+        DataError: as `read_step`.
+    """
+    samples = [line for stem in _stems(folder, step) for line in _read_samples(stem)]
+    return sorted(samples, key=lambda line: (line["prompt_index"], line["sample_index"]))
+
+
+def _stems(folder: Path, step: int) -> list[Path]:
+    """The paths, without their suffix, of the files of every rank that wrote the step."""
     first = folder / f"step_{step:06d}.rank0.safetensors"
     num_ranks = int(_open(first)[1].get("num_ranks", "1"))
-    scored: list[ScoredGroup] = []
-    for rank in range(num_ranks):
-        scored += _read_rank(folder / f"step_{step:06d}.rank{rank}")
-    return sorted(scored, key=lambda each: each.group.prompt.index)
+    return [folder / f"step_{step:06d}.rank{rank}" for rank in range(num_ranks)]
 
 
 def read_recomputed(folder: Path, step: int) -> dict[tuple[int, int], torch.Tensor]:
@@ -160,10 +175,7 @@ def _line(
         "failure": score.failure,
         "finish_reason": rollout.finish_reason,
         "num_prompt_tokens": len(prompt.token_ids),
-        "token_ids": list(rollout.token_ids),
-        "loss_mask": [int(kept) for kept in rollout.loss_mask],
-        "rollout_logprobs": list(rollout.rollout_logprobs),
-        "weight_versions": list(rollout.weight_versions),
+        "num_tokens": len(rollout.token_ids),
         "engine": rollout.engine,
         "metadata": prompt.metadata,
     }
@@ -185,16 +197,17 @@ TOKEN_TENSORS = {
 }
 
 
-def _tensors(lines: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _tensors(
+    lines: Sequence[dict[str, Any]], rollouts: Sequence[Rollout]
+) -> dict[str, torch.Tensor]:
     tensors = {
         key: torch.tensor([line[key] for line in lines], dtype=dtype)
         for key, dtype in SAMPLE_TENSORS.items()
     }
     for key, dtype in TOKEN_TENSORS.items():
-        values = [value for line in lines for value in line[key]]
-        tensors[key] = torch.tensor(values, dtype=dtype)
-    lengths = [len(line["token_ids"]) for line in lines]
-    tensors["lengths"] = torch.tensor(lengths, dtype=torch.int64)
+        pieces = [torch.from_numpy(getattr(rollout, key)).to(dtype) for rollout in rollouts]
+        tensors[key] = torch.cat([torch.zeros(0, dtype=dtype), *pieces])
+    tensors["lengths"] = torch.tensor([line["num_tokens"] for line in lines], dtype=torch.int64)
     return tensors
 
 
@@ -215,12 +228,12 @@ def _heads(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
 
 
 def _split_heads(
-    tensors: dict[str, torch.Tensor], masks: Sequence[Sequence[bool]]
+    tensors: dict[str, torch.Tensor], masks: Sequence[np.ndarray]
 ) -> list[RolloutHead | None]:
     """The head of each sample, by the loss masks of the samples."""
     if HEAD_IDS not in tensors:
         return [None] * len(masks)
-    counts = [sum(mask) for mask in masks]
+    counts = [int(np.count_nonzero(mask)) for mask in masks]
     pieces = (tensors[key].split(counts) for key in (HEAD_IDS, HEAD_LOGPROBS))
     return [
         RolloutHead(token_ids=ids.numpy(), logprobs=logprobs.numpy()) if len(ids) else None
@@ -229,7 +242,20 @@ def _split_heads(
 
 
 def _read_rank(stem: Path) -> Iterator[ScoredGroup]:
-    """The groups of one rank: texts from the JSONL file, numbers from the safetensors file."""
+    """The groups of one rank."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for line in _read_samples(stem):
+        groups.setdefault(line["prompt_index"], []).append(line)
+    for samples in groups.values():
+        samples.sort(key=lambda line: line["sample_index"])
+        yield ScoredGroup(
+            group=RolloutGroup(prompt=_prompt(samples[0]), rollouts=tuple(map(_rollout, samples))),
+            scores=tuple(map(_score, samples)),
+        )
+
+
+def _read_samples(stem: Path) -> Iterator[dict[str, Any]]:
+    """The samples of one rank: texts from the JSONL file, numbers from the safetensors file."""
     lines = _read_lines(Path(f"{stem}.jsonl"))
     tensors, metadata = _open(Path(f"{stem}.safetensors"))
     if len(lines) != int(metadata.get("num_samples", "-1")):
@@ -240,27 +266,19 @@ def _read_rank(stem: Path) -> Iterator[ScoredGroup]:
     lengths = tensors["lengths"].tolist()
     columns = {key: tensors[key].tolist() for key in SAMPLE_TENSORS}
     columns |= {
-        key: [piece.tolist() for piece in tensors[key].split(lengths)] for key in TOKEN_TENSORS
+        key: [piece.numpy() for piece in tensors[key].split(lengths)] for key in TOKEN_TENSORS
     }
     columns["head"] = _split_heads(tensors, columns["loss_mask"])
-    groups: dict[int, list[dict[str, Any]]] = {}
     for row, line in enumerate(lines):
-        exact = line | {key: column[row] for key, column in columns.items()}
-        groups.setdefault(exact["prompt_index"], []).append(exact)
-    for samples in groups.values():
-        samples.sort(key=lambda line: line["sample_index"])
-        yield ScoredGroup(
-            group=RolloutGroup(prompt=_prompt(samples[0]), rollouts=tuple(map(_rollout, samples))),
-            scores=tuple(map(_score, samples)),
-        )
+        yield line | {key: column[row] for key, column in columns.items()}
 
 
 def _rollout(line: dict[str, Any]) -> Rollout:
     return Rollout(
-        token_ids=tuple(line["token_ids"]),
-        loss_mask=tuple(line["loss_mask"]),
-        rollout_logprobs=tuple(line["rollout_logprobs"]),
-        weight_versions=tuple(line["weight_versions"]),
+        token_ids=line["token_ids"],
+        loss_mask=line["loss_mask"],
+        rollout_logprobs=line["rollout_logprobs"],
+        weight_versions=line["weight_versions"],
         finish_reason=line["finish_reason"],
         text=line["response"],
         engine=line.get("engine", ""),  # absent from older recordings
@@ -284,7 +302,7 @@ def _prompt(line: dict[str, Any]) -> Prompt:
         index=line["prompt_index"],
         source=line["source"],
         text=line["prompt"],
-        token_ids=tuple(line["token_ids"][: line["num_prompt_tokens"]]),
+        token_ids=tuple(line["token_ids"][: line["num_prompt_tokens"]].tolist()),
         answer=line["answer"],
         metadata=line["metadata"],
     )

@@ -101,8 +101,10 @@ def check_engines(
         own[sample.rollout.engine].append((sample, full_logprobs))
     reports = {}
     for url, of_engine in own.items():
-        masks = [torch.tensor(sample.rollout.loss_mask) for sample, _ in of_engine]
-        served = [torch.tensor(sample.rollout.rollout_logprobs) for sample, _ in of_engine]
+        masks = [torch.from_numpy(sample.rollout.loss_mask) for sample, _ in of_engine]
+        served = [
+            torch.from_numpy(sample.rollout.rollout_logprobs).float() for sample, _ in of_engine
+        ]
         try:
             reports[url] = check_parity(
                 _join(served, masks),

@@ -32,10 +32,10 @@ def test_two_turns_by_hand() -> None:
     episode.say((99,))
     episode.sampled(completion((7, 2), version=4, engine="http://b"))
     rollout = episode.rollout(finish_reason="length", text="7")
-    assert rollout.token_ids == (1, 23, 40, 41, 99, 7, 2)
-    assert rollout.loss_mask == (False, False, True, True, False, True, True)
-    assert rollout.rollout_logprobs == (0.0, 0.0, -0.125, -0.25, 0.0, -0.125, -0.25)
-    assert rollout.weight_versions == (-1, -1, 3, 3, -1, 4, 4)
+    assert tuple(rollout.token_ids) == (1, 23, 40, 41, 99, 7, 2)
+    assert tuple(rollout.loss_mask) == (False, False, True, True, False, True, True)
+    assert tuple(rollout.rollout_logprobs) == (0.0, 0.0, -0.125, -0.25, 0.0, -0.125, -0.25)
+    assert tuple(rollout.weight_versions) == (-1, -1, 3, 3, -1, 4, 4)
     assert (rollout.finish_reason, rollout.text, rollout.engine) == ("length", "7", "http://b")
     assert rollout.num_response_tokens == 4 and rollout.is_truncated
 
@@ -99,7 +99,7 @@ def test_random_episodes_stay_aligned() -> None:
             rollout.weight_versions,
         )
         assert list(zip(*columns, strict=True)) == expected
-        assert rollout.token_ids == episode.token_ids
+        assert tuple(rollout.token_ids) == episode.token_ids
         assert rollout.engine == last_engine
 
 

@@ -14,6 +14,7 @@ from megatron_rl.errors import DataError
 from megatron_rl.records import RolloutGroup, Score, ScoredGroup
 from megatron_rl.rollout.recording import (
     read_recomputed,
+    read_samples,
     read_step,
     truncate_after,
     write_recomputed,
@@ -49,8 +50,8 @@ def test_lines_can_be_read_by_anybody(tmp_path: Path) -> None:
         assert (line["step"], line["prompt_index"], line["sample_index"]) == (12, 7, sample)
         assert line["prompt"] == 'say "ü"\n' and line["answer"] == "7"
         assert line["response"] == rollout.text
-        assert line["rollout_logprobs"] == list(rollout.rollout_logprobs)
-        assert line["weight_versions"] == list(rollout.weight_versions)
+        assert line["num_tokens"] == len(rollout.token_ids)
+        assert "token_ids" not in line  # the values of tokens are in the other file
         assert line["engine"] == rollout.engine != ""
         assert line["reward"] == written.scores[sample].reward
         assert line["group_reward"] == written.scores[sample].group_reward != 0.0
@@ -188,3 +189,17 @@ def test_later_steps_are_truncated(tmp_path: Path) -> None:
     stems = {path.name.split(".")[0] for path in tmp_path.iterdir()}
     assert stems == {"step_000001", "step_000002", "notes"}
     truncate_after(tmp_path / "absent", 2)
+
+
+def test_samples_come_back_with_the_values_of_their_tokens(tmp_path: Path) -> None:
+    for rank, prompts in ((0, [7]), (1, [5])):
+        write(tmp_path, 12, rank, prompts, 2)
+    samples = read_samples(tmp_path, 12)
+    assert [(line["prompt_index"], line["sample_index"]) for line in samples] == [
+        (prompt, sample) for prompt in (5, 7) for sample in range(3)
+    ]
+    rollouts = [rollout for prompt in (5, 7) for rollout in make_group(prompt).group.rollouts]
+    for line, rollout in zip(samples, rollouts, strict=True):
+        assert line["response"] == rollout.text
+        for name in ("token_ids", "loss_mask", "rollout_logprobs", "weight_versions"):
+            assert line[name].tolist() == getattr(rollout, name).tolist()

@@ -135,7 +135,8 @@ def test_a_step_without_recomputed_logprobs_says_so(run_dir, inspect):
 
 def test_what_is_missing_is_named(run_dir, inspect, tmp_path):
     status, _, error = inspect(run_dir, "--step", 99)
-    assert status == 1 and "expected files of step 99" in error
+    assert status == 1
+    assert "step_000099.rank0.safetensors: expected the tensors of a recorded step" in error
     status, _, error = inspect(tmp_path)
     assert status == 1 and "config.yaml: expected a readable YAML" in error
 

@@ -157,43 +157,39 @@ def _checked_length(sample: Sample, tokens_per_row: int) -> int:
     return length
 
 
-def _row(samples: Sequence[Sample], tokens_per_row: int) -> MicroBatch:
-    tokens: list[int] = []
-    labels: list[int] = []
-    positions: list[int] = []
-    loss_mask: list[bool] = []
-    rollout_logprobs: list[float] = []
-    advantages: list[float] = []
-    weight_versions: list[int] = []
-    sequence_ids: list[int] = []
-    ends = [0]
+def _row(samples: Sequence[Sample], size: int) -> MicroBatch:
+    tokens, labels = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    positions, loss_mask = np.zeros(size, np.int64), np.zeros(size, np.bool_)
+    rollout_logprobs, advantages = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    weight_versions, sequence_ids = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
+    starts = [0]
     for number, sample in enumerate(samples):
-        rollout = sample.rollout
-        length = len(rollout.token_ids)
-        tokens += rollout.token_ids
+        rollout, start = sample.rollout, starts[-1]
+        end = start + len(rollout.token_ids)
+        tokens[start:end] = rollout.token_ids
+        positions[start:end] = np.arange(end - start)
+        advantages[start:end] = sample.advantage
+        sequence_ids[start:end] = number
         # The last token predicts nothing, because the next position belongs to another sequence.
-        labels += [*rollout.token_ids[1:], 0]
-        positions += range(length)
-        loss_mask += [*rollout.loss_mask[1:], False]
-        rollout_logprobs += [*rollout.rollout_logprobs[1:], 0.0]
-        weight_versions += [*rollout.weight_versions[1:], -1]
-        advantages += [sample.advantage] * length
-        sequence_ids += [number] * length
-        ends.append(ends[-1] + length)
-    rest = tokens_per_row - len(tokens)
-    is_sampled = torch.tensor(loss_mask + [False] * rest)
+        labels[start : end - 1] = rollout.token_ids[1:]
+        loss_mask[start : end - 1] = rollout.loss_mask[1:]
+        rollout_logprobs[start : end - 1] = rollout.rollout_logprobs[1:]
+        weight_versions[start : end - 1] = rollout.weight_versions[1:]
+        starts.append(end)
+    positions[starts[-1] :] = np.arange(size - starts[-1])
+    is_sampled = torch.from_numpy(loss_mask)
     head_ids, head_logprobs = _heads(samples, is_sampled)
     return MicroBatch(
-        tokens=torch.tensor(tokens + [0] * rest),
-        labels=torch.tensor(labels + [0] * rest),
-        positions=torch.tensor([*positions, *range(rest)]),
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions),
         loss_mask=is_sampled,
-        rollout_logprobs=torch.tensor(rollout_logprobs + [0.0] * rest, dtype=torch.float32),
-        advantages=torch.tensor(advantages + [0.0] * rest, dtype=torch.float32),
-        weight_versions=torch.tensor(weight_versions + [-1] * rest),
-        sequence_ids=torch.tensor(sequence_ids + [-1] * rest),
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-        cu_seqlens_padded=torch.tensor(ends, dtype=torch.int32),
+        rollout_logprobs=torch.from_numpy(rollout_logprobs),
+        advantages=torch.from_numpy(advantages),
+        weight_versions=torch.from_numpy(weight_versions),
+        sequence_ids=torch.from_numpy(sequence_ids),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        cu_seqlens_padded=torch.tensor(starts, dtype=torch.int32),
         samples=tuple(samples),
         head_ids=head_ids,
         rollout_head_logprobs=head_logprobs,
