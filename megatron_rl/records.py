@@ -50,15 +50,22 @@ class Prompt:
     text: str  # the tokenizer's input, chat template included
     token_ids: tuple[int, ...]
     answer: str  # the reference that the verifier compares the response with
-    metadata: dict[str, Any] = field(
-        default_factory=dict
-    )  # the task's own record, for its verifier; plain JSON values
+    # the task's own record, for its verifier; plain JSON values
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two records of one class hold equal arrays and equal other values."""
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in one.__dataclass_fields__
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RolloutHead:
     """The `K` likeliest tokens of the distribution from which each response token was sampled, the
-    likeliest first, for score centering. Equal heads hold the same bits.
+    likeliest first, for score centering.
 
     Example of one response token, K=3, sampled with top_k=2: `RolloutHead(token_ids=[[26, 7, -1]],
     logprobs=[[-0.21, -1.66, -inf]])`.
@@ -68,16 +75,10 @@ class RolloutHead:
     logprobs: np.ndarray  # [response tokens, K] float32, -inf there
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RolloutHead) and all(
-            one.shape == another.shape and one.tobytes() == another.tobytes()
-            for one, another in zip(self._arrays(), other._arrays(), strict=True)
-        )
+        return isinstance(other, RolloutHead) and _are_equal(self, other)
 
     def __hash__(self) -> int:
         return hash(self.token_ids.tobytes())
-
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.token_ids, self.logprobs
 
 
 ROLLOUT_DTYPES = {
@@ -116,10 +117,7 @@ class Rollout:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rollout) and all(
-            np.array_equal(getattr(self, name), getattr(other, name))
-            for name in self.__dataclass_fields__
-        )
+        return isinstance(other, Rollout) and _are_equal(self, other)
 
     def __hash__(self) -> int:
         return hash(self.token_ids.tobytes())
@@ -160,17 +158,6 @@ class Truncation:
     def is_active(self) -> bool:
         """Whether a token can be excluded at all."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineAddress:
-    """Where a rollout engine listens, and the run's bearer token; the token is never printed.
-
-    Example: `EngineAddress(url="http://127.0.0.1:18400", token="...")`.
-    """
-
-    url: str
-    token: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,11 @@ import psutil
 import pytest
 
 from megatron_rl.config import Config, RolloutConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.server import check_given, given_addresses
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.command import Progress
-from megatron_rl.records import TOKEN_VARIABLE, EngineAddress
+from megatron_rl.records import TOKEN_VARIABLE
 from megatron_rl.serve import serve, token_in
 from tests.support.processes import is_alive
 from tests.support.served_engine import ServedEngine

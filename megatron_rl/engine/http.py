@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.answers import GENERATE_ROUTE
 from megatron_rl.errors import SyncError
-from megatron_rl.records import EngineAddress
 
 MAX_REASON_CHARACTERS = 600  # of an engine's answer, quoted in an error
 ABANDON_SECONDS = 5.0  # short, because an error is already being raised and must not be delayed

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.answers import (
     GENERATE_ROUTE,
     generate_body,
@@ -23,7 +24,6 @@ from megatron_rl.engine.answers import (
 from megatron_rl.engine.http import authorization, reason_of, tls_context
 from megatron_rl.engine.requests import Completion, GenerateRequest
 from megatron_rl.errors import EngineError
-from megatron_rl.records import EngineAddress
 
 POISONED = "weights_poisoned"  # error type of engine/gate.py; a retry cannot succeed
 

@@ -16,10 +16,10 @@ from functools import partial
 from typing import TypeVar
 
 from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http_sampling import SamplingClient, TransientError
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
 from megatron_rl.errors import EngineError
-from megatron_rl.records import EngineAddress
 
 CHECK_SECONDS = 0.5  # between checks of the engines' processes
 FIRST_BACKOFF_SECONDS = 0.5

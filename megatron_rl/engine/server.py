@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.answers import num_requested_logprobs
 from megatron_rl.engine.http import ReadinessProbe
 from megatron_rl.engine.launch import HOST, server_command, server_environment
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.listener import listens
-from megatron_rl.records import TOKEN_VARIABLE, WEIGHT_BACKEND, EngineAddress
+from megatron_rl.records import TOKEN_VARIABLE, WEIGHT_BACKEND
 
 TAIL_LINES = 20
 STOP_SECONDS = 8.0

@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_rl.config import Config, RewardTerm
 from megatron_rl.config.file import replaced_keys, save_config
 from megatron_rl.data.evaluation_sets import questions_of
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.server import (
     Engine,
@@ -41,7 +42,6 @@ from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.process.command import Progress
 from megatron_rl.process.lifetime import register_cleanup
-from megatron_rl.records import EngineAddress
 from megatron_rl.reward.score import Scorer
 from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.recording import truncate_after

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl.config import SyncConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
 from megatron_rl.errors import SyncError
-from megatron_rl.records import EngineAddress
 from megatron_rl.sync.source import TensorSource, WeightStream
 from megatron_rl.sync.transports.transport import ALIGNMENT, Bucket, Transfer, sender_class
 from megatron_rl.sync.wire import (

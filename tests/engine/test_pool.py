@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import RolloutConfig, SamplingConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
 from megatron_rl.engine.server import Engine
 from megatron_rl.errors import EngineError
-from megatron_rl.records import EngineAddress
 from megatron_rl.rollout.seeds import sampling_seed
 from tests.fakes.http_server import Answer, FakeServer
 

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from megatron_rl.config import RolloutConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.server import (
     Engine,
     check_given,
@@ -31,7 +32,6 @@ from megatron_rl.engine.server import (
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.guard import find_engine_core
 from megatron_rl.process.listener import listens
-from megatron_rl.records import EngineAddress
 from tests.support.processes import children_of, descendants_of, is_alive
 
 SMALL = {"dtype": "float32", "kv_cache_gib": 0.1, "max_num_seqs": 8}

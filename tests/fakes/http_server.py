@@ -8,7 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from megatron_rl.records import EngineAddress
+from megatron_rl.engine.address import EngineAddress
 
 HANG_SECONDS = 3.0
 Answer = tuple[int, dict[str, Any]] | str

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import Config, DataConfig, LoopConfig, ModelConfig, TaskConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.loop import run as loop_run
 from megatron_rl.loop.inputs import run_inputs
 from megatron_rl.loop.preflight import prepare_data
 from megatron_rl.loop.run import start_run
 from megatron_rl.process.command import Progress
-from megatron_rl.records import EngineAddress
 from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.replay import ReplaySource
 from tests.fakes.learner import FakeParallel

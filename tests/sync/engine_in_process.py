@@ -28,8 +28,9 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from megatron_rl.config import SyncConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.errors import SyncError
-from megatron_rl.records import WEIGHT_BACKEND, EngineAddress
+from megatron_rl.records import WEIGHT_BACKEND
 from megatron_rl.sync.engine_side import reload as cpu_reload
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import WeightStream

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
-from megatron_rl.records import EngineAddress
 from megatron_rl.sync.transports.shared_memory import Sender
 from megatron_rl.sync.transports.transport import Bucket, Transfer
 from megatron_rl.sync.wire import (

@@ -20,10 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import RolloutConfig, SyncConfig
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
 from megatron_rl.engine.server import start_engines
 from megatron_rl.errors import SyncError
-from megatron_rl.records import EngineAddress
 from megatron_rl.sync.probe import check_parity
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import WeightStream

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.errors import SyncError
-from megatron_rl.records import EngineAddress
 from megatron_rl.sync import transports
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import WeightStream

@@ -1,0 +1,16 @@
+"""Where a rollout engine listens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAddress:
+    """Where a rollout engine listens, and the run's bearer token; the token is never printed.
+
+    Example: `EngineAddress(url="http://127.0.0.1:18400", token="...")`.
+    """
+
+    url: str
+    token: str = field(repr=False)
