@@ -62,7 +62,7 @@ def _spans(tokens: list[str], kinds: list[str]) -> list[tuple[int, int]]:
             place == len(tokens) or kinds[place] == "word" or tokens[place - 1].endswith(_STOPS)
         ):
             span = _trimmed(tokens, kinds, start, place)
-            if span is not None and spans and _is_one_amount(tokens, spans[-1], start, span):
+            if span is not None and spans and _is_one_amount(tokens, spans[-1], span):
                 spans[-1] = (spans[-1][0], span[1])
             elif span is not None:
                 spans.append(span)
@@ -89,17 +89,16 @@ def _trimmed(tokens: list[str], kinds: list[str], start: int, end: int) -> tuple
     return start, end
 
 
-def _is_one_amount(
-    tokens: list[str], before: tuple[int, int], start: int, span: tuple[int, int]
-) -> bool:
-    """Whether two formulas with one or two words between them are one amount: "5 feet 3 inches",
-    "3 apples and 4 pears".
+def _is_one_amount(tokens: list[str], before: tuple[int, int], span: tuple[int, int]) -> bool:
+    """Whether two formulas with few words between them are one amount: "5 feet 3 inches", "3 apples
+    and 4 pears".
     """
     between = tokens[before[1] : span[0]]
     has_stop = any(token.endswith(_STOPS) for token in tokens[before[1] - 1 : span[0]])
     if has_stop or not 1 <= len(between) <= 3:
         return False
-    return between[-1].lower() == "and" or between[0].lower() in MEASURES
+    is_measure = len(between) == 1 and between[0].lower() in MEASURES
+    return is_measure or between[-1].lower() == "and"
 
 
 def _joined(tokens: list[str]) -> str:

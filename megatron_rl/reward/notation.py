@@ -78,6 +78,7 @@ def text_key(answer: str) -> str:
     if len(answer) > _MAX_LENGTH:
         return answer.strip()
     text = re.sub(r"([_^])\s?\{\s?(\w+)\s?\}(?!\w)", r"\1\2", plain(answer)).strip(_QUOTES)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text)  # not "2 2/3"
     choice = re.fullmatch(r"\(?\s?([A-Za-z])\s?\)?", text)
     return (choice[1] if choice else text).casefold()
 

@@ -45,7 +45,7 @@ _MISREAD = re.compile(
     r"|(?<!\\)\b[A-Za-z]{2,}\s+(?:[A-Za-z]{2}|\d)"  # "it is 5"
 )
 _MIXED = re.compile(r"\d\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-_WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z .,'-]*[A-Za-z]")
+_WORDS_ONLY = re.compile(r"[A-Za-z]+(?:[ .'][A-Za-z]+)+|[A-Za-z]{2,}")
 _COMMANDS = frozenset(  # LaTeX commands, also where the backslash is missing
     (
         "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh",

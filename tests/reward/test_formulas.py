@@ -26,6 +26,7 @@ from megatron_rl.reward.formulas import formulas_in
         ("It took 5 feet 3 inches", ["5 feet 3"]),
         ("2 hours and 30 minutes", ["2 hours and 30"]),
         ("3 apples and 4 pears", ["3 apples and 4"]),
+        ("works 8 hours and earns 96", ["8", "96"]),
         ("4 plus 3 makes 7", ["4 plus 3", "7"]),
         ("so $x = 3$ and finally 5", ["x = 3", "5"]),
         ("where $n$ is 5, for every $x$", ["5"]),

@@ -26,5 +26,11 @@ def test_a_text_is_the_same_in_every_notation():
         assert text_key(choice) == "b"
     assert text_key(r"\text{No  Solution}") == text_key("no solution.")
     assert text_key("x_{1}") == text_key("x_1")
-    for first, second in (("evil", "live"), (r"\frac{1}{23}", r"\frac{12}{3}"), ("12 34", "1234")):
+    assert text_key("p - q") == text_key("p-q") and text_key("5 m") == text_key("5m")
+    for first, second in (
+        ("evil", "live"),
+        (r"\frac{1}{23}", r"\frac{12}{3}"),
+        ("12 34", "1234"),
+        ("2 2/3", "22/3"),
+    ):
         assert text_key(first) != text_key(second)

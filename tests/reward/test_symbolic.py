@@ -25,6 +25,7 @@ def test_a_text_is_not_given_to_the_library(text):
     ("expected", "said"),
     [
         ("x+1", "1 + x"),
+        ("p - q", "-q + p"),
         ("x^2-1", "(x-1)(x+1)"),
         ("2xy", "2yx"),
         ("2abc", "2cba"),
