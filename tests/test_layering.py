@@ -23,6 +23,7 @@ ARROWS = {
     "train": {"loop", "learner"},
     "sft": {"data", "learner", "objective", "observe"},
     "serve": {"engine"},
+    "evaluate": {"loop", "data", "rollout", "reward", "engine", "observe"},
     "study": {"engine"},
     "loop": {
         "data",

@@ -20,7 +20,12 @@ ENGINE_MODEL = "engine_model"  # folder of the checkpoint that quantised engines
 
 
 def start_engines_of(
-    config: Config, folder: Path, *, log_dir: Path | None = None, token: str = ""
+    config: Config,
+    folder: Path,
+    *,
+    log_dir: Path | None = None,
+    token: str = "",
+    is_sent_weights: bool = True,
 ) -> list[Engine]:
     """Start `config.rollout.num_engines` engines, without waiting for them.
 
@@ -28,15 +33,19 @@ def start_engines_of(
         folder: the run folder; a checkpoint for the engines is written there if they need one.
         log_dir: folder of the engines' logs; None means `folder`/logs.
         token: the bearer token; "" means the one in MEGATRON_RL_TOKEN, or a random one.
+        is_sent_weights: whether a weight sync sends them weights before they are used.
 
     Raises:
         DataError: the checkpoint cannot be read.
         EngineError: a port is already in use.
     """
     rollout = config.rollout
+    model_path = engine_model(
+        rollout, config.model.path, folder / ENGINE_MODEL, is_sent_weights=is_sent_weights
+    )
     return start_engines(
         _with_positions(rollout, config.model.path),
-        model_path=engine_model(rollout, config.model.path, folder / ENGINE_MODEL),
+        model_path=model_path,
         log_dir=log_dir or folder / "logs",
         token=token or os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32),
         seed=config.loop.seed,

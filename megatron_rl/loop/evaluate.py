@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.data.evaluation_sets import EvaluationSet
 from megatron_rl.engine.requests import EnginePool
-from megatron_rl.loop.evaluation_metrics import HELD_OUT, evaluation_metrics
+from megatron_rl.loop.evaluation_metrics import HELD_OUT, evaluation_metrics, prefix_of
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.metrics import AllReduce, Metric, reduce
 from megatron_rl.observe.stopwatch import Phase
@@ -60,7 +60,8 @@ def evaluate_sets(
             the held-out prompts that the best single answer, given to all of them, would solve.
 
     Returns:
-        The figures of `evaluation_metrics`; empty without an evaluator or a set.
+        The figures of `evaluation_metrics` and `mean_of_sets`; empty without an evaluator or a
+        set.
 
     Raises:
         EngineError: an engine failed, or does not serve the weights that were published last.
@@ -69,11 +70,22 @@ def evaluate_sets(
         return {}
     with phase("eval"):
         figures = _evaluate(evaluator, state, config)
+        figures |= mean_of_sets(figures, evaluator.sets)
         held_out = [each.prompts for each in evaluator.sets if each.name == HELD_OUT]
         if with_constant_answer and evaluator.replica == 0 and held_out:
             _, accuracy = best_constant_answer(held_out[0], evaluator.score_texts)
             figures["eval/best_constant_answer"] = accuracy
         return figures
+
+
+def mean_of_sets(figures: dict[str, float], sets: Sequence[EvaluationSet]) -> dict[str, float]:
+    """`eval/mean_of_sets`, the mean of the named sets' avg@k; empty unless there are several."""
+    keys = [
+        f"{prefix_of(each.name)}avg_at_{each.num_samples}" for each in sets if each.name != HELD_OUT
+    ]
+    if len(keys) < 2 or not all(key in figures for key in keys):
+        return {}
+    return {"eval/mean_of_sets": sum(figures[key] for key in keys) / len(keys)}
 
 
 def _evaluate(evaluator: Evaluator, state: LoopState, config: Config) -> dict[str, float]:

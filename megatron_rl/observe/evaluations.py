@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-HELD_OUT = "held-out prompts"  # how the set without a name is called
+HELD_OUT_LABEL = "held-out prompts"  # how the set without a name is called
+MEAN_KEY, MEAN_LABEL = "eval/mean_of_sets", "mean of sets"
 AT_K = re.compile(r"eval/(?:([^/]+)/)?(avg|pass)_at_(\d+)")  # keys of avg@k and pass@k
 
 
@@ -39,7 +40,7 @@ def evaluation_label(key: str) -> str:
 
 
 def evaluation_lines(metrics: Mapping[str, float]) -> list[Text]:
-    """A line for each named evaluation set, for example:
+    """A line for each named evaluation set and for their mean, for example:
 
     `  eval aime24  avg@32 0.312 +- 0.061  pass@8 0.533  pass@32 0.633  cut 0.021  tokens 9,412`.
     """
@@ -59,11 +60,14 @@ def evaluation_lines(metrics: Mapping[str, float]) -> list[Text]:
             if key in figures:
                 line.append(f"  {what} ", "dim").append(f"{figures[key]:{form}}")
         lines.append(line)
+    if MEAN_KEY in metrics:
+        line = Text.assemble(("  eval ", "dim"), (MEAN_LABEL, "bold"), ("  avg ", "dim"))
+        lines.append(line.append(f"{metrics[MEAN_KEY]:.3f}", "bold magenta"))
     return lines
 
 
 def evaluation_table(metrics: Mapping[str, float], *, title: str) -> Table:
-    """A table with a row for each evaluation set."""
+    """A table with a row for each evaluation set, and one for the mean of the named ones."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     columns = {
@@ -80,7 +84,9 @@ def evaluation_table(metrics: Mapping[str, float], *, title: str) -> Table:
         cells = [
             f"{figures[key]:{form}}" if key in figures else "" for key, form in columns.values()
         ]
-        table.add_row(name or HELD_OUT, average, cells[0], "\n".join(passes), *cells[1:])
+        table.add_row(name or HELD_OUT_LABEL, average, cells[0], "\n".join(passes), *cells[1:])
+    if MEAN_KEY in metrics:
+        table.add_row(MEAN_LABEL, f"{metrics[MEAN_KEY]:.3f}")
     return table
 
 

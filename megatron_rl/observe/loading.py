@@ -25,6 +25,7 @@ class LoadingConsole:
     Args:
         is_shown: False on all ranks but the first.
         console: the console to print on; standard output by default.
+        line_seconds: between two lines, if the output is no terminal.
         clock: seconds.
     """
 
@@ -33,10 +34,12 @@ class LoadingConsole:
         *,
         is_shown: bool,
         console: Console | None = None,
+        line_seconds: float = LINE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._is_shown = is_shown
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._line_seconds = line_seconds
         self._clock = clock
         self._start = clock()
         self._num_lines = 0
@@ -64,8 +67,8 @@ class LoadingConsole:
             return
         seconds = self._clock() - self._start
         if not self._console.is_terminal:
-            if seconds >= LINE_SECONDS * (self._num_lines + 1):
-                self._num_lines = int(seconds / LINE_SECONDS)
+            if seconds >= self._line_seconds * (self._num_lines + 1):
+                self._num_lines = int(seconds / self._line_seconds)
                 self.say(f"{what}: {share:.0%} after {seconds:.0f} s")
             return
         if seconds >= BAR_SECONDS and not self._bar.live.is_started:

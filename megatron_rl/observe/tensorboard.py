@@ -80,7 +80,10 @@ LAYOUT = {
     },
     "reward": {
         "evaluation": ["Multiline", ["^eval/(avg|pass)_at_[0-9]+$"]],
-        "evaluation sets, avg@k": ["Multiline", ["^eval/[^/]+/avg_at_[0-9]+$"]],
+        "evaluation sets, avg@k": [
+            "Multiline",
+            ["^eval/[^/]+/avg_at_[0-9]+$", "^eval/mean_of_sets$"],
+        ],
         "evaluation sets, pass@k": ["Multiline", ["^eval/[^/]+/pass_at_[0-9]+$"]],
         "evaluation sets, responses cut": ["Multiline", ["^eval/[^/]+/truncation_rate/mean$"]],
         "rates": ["Multiline", ["^reward/[^/]+_rate/mean$", "^rollout/truncation_rate/mean$"]],

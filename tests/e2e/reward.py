@@ -23,3 +23,8 @@ def count_digits(response: str, answer: str, metadata: dict[str, Any]) -> float:
 def even_answers_only(response: str, answer: str, metadata: dict[str, Any]) -> float:
     """Everything is right where the answer is odd: such a group has no signal."""
     return 1.0 if int(answer) % 2 else count_digits(response, answer, metadata)
+
+
+def has_a_digit(response: str, answer: str, metadata: dict) -> float:
+    """1 for a response with a digit among its first characters."""
+    return float(any(character.isdigit() for character in response[:4]))

@@ -135,7 +135,12 @@ def test_named_sets_have_figures_records_and_samples_of_their_own(tmp_path: Path
     figures = evaluate_sets(make_evaluator(tmp_path, environment, *sets), STATE, CONFIG, phase)
     assert (figures["eval/avg_at_2"], figures["eval/even/avg_at_3"]) == (0.5, 1.0)
     assert (figures["eval/all/avg_at_1"], figures["eval/all/pass_at_1"]) == (0.5, 0.5)
-    assert {key for key in figures if key.count("/") == 1} == {"eval/avg_at_2", "eval/pass_at_2"}
+    assert {key for key in figures if key.count("/") == 1} == {
+        "eval/avg_at_2",
+        "eval/pass_at_2",
+        "eval/mean_of_sets",
+    }
+    assert figures["eval/mean_of_sets"] == 0.75
     asked = [(index, request.num_samples) for index, request in environment.asked]
     assert asked == [(0, 2), (1, 2), (2, 2), (3, 2), (0, 3), (2, 3), *[(i, 1) for i in range(4)]]
     assert [request.sampling.max_tokens for _, request in environment.asked][-5:] == [9, *[7] * 4]

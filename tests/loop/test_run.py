@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config import Config, DataConfig, LoopConfig, ModelConfig, TaskConfig
+from megatron_rl.config import (
+    Config,
+    DataConfig,
+    EvalSetConfig,
+    LoopConfig,
+    ModelConfig,
+    SamplingConfig,
+    TaskConfig,
+)
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.loop import run as loop_run
@@ -138,6 +146,24 @@ def test_rank_0_starts_the_engines_and_holds_everything(
     assert (run.was_resumed, run.state.step) == (False, 0)
     assert tuple(run.verifiers) == ("prompts",)
     assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_the_named_sets_are_evaluated_beside_the_held_out_prompts(
+    log: list[str], monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tiny_checkpoint)
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"question": "2+2=", "answer": "4"}\n{"question": "2+3=", "answer": "5"}\n')
+    one = EvalSetConfig(name="two", path=str(path), sampling=SamplingConfig(max_tokens=32))
+    config = replace(config, eval=replace(config.eval, sets=[one]))
+    run = start_as(monkeypatch, config, RankParallel())
+    assert run.evaluator is not None
+    [found] = run.evaluator.sets
+    assert (found.name, [prompt.answer for prompt in found.prompts]) == ("two", ["4", "5"])
+    assert tuple(run.verifiers) == ("prompts",)  # of the training data alone
+    never = replace(config.eval, at_start=False, at_end=False)
+    run = start_as(monkeypatch, replace(config, eval=never), RankParallel())
+    assert run.evaluator is not None and run.evaluator.sets == ()
 
 
 @pytest.mark.parametrize("is_head", [True, False])

@@ -44,6 +44,7 @@ def keys_of_a_step() -> set[str]:
     keys |= set(rollout_metrics(NOTHING_SAMPLED, {"a": ()}))
     keys |= {key for name in ("", "aime24") for key in evaluation_metrics([], 8, name=name)}
     return keys | {
+        "eval/mean_of_sets",
         "constraint/lambda",
         "constraint/penalty_share/mean",
         "constraint/signal/mean",
