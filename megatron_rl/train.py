@@ -65,13 +65,14 @@ def train(config: Config, progress: Progress) -> None:
                 )
             state.next_prompt += sampled.num_prompts
             parity = publish() if should_publish(config, step) else {}
-            record_rollouts(sampled, rows, learner.parallel, step, config, phase)
+            record_rollouts(run.writer, sampled, rows, learner.parallel, step, config, phase)
             figures = evaluate() | fixed_gap() if should_evaluate(config, step) else {}
             # The line is written before the checkpoint: then every step up to a checkpoint has its
             # line, and a resumed run removes the lines of the steps that it repeats.
             report(step, update.metrics, parity, figures, sampled=sampled)
             if should_save(config, step):
                 with phase("checkpoint"):
+                    run.writer.wait()  # a run that resumes here finds the rollouts of every step
                     save_run(learner, state, config, run.inputs)
         if config.checkpoint.save_hf:
             with phase("save"):

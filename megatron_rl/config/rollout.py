@@ -92,6 +92,7 @@ class RolloutConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     max_model_len: int = 0  # 0: the model's own context
     max_num_seqs: int = 256
+    keep_steps: int = 200  # steps whose rollouts stay in run_dir/rollouts; 0: all
     kv_cache_gib: float = 1.0  # CPU engines: memory for the KV cache
     gpu_memory_utilization: float = 0.8  # CUDA engines
     num_threads: int = 0  # CPU engines: OpenMP threads; 0: vLLM decides
@@ -123,6 +124,7 @@ class RolloutConfig:
             max_model_len=self.max_model_len,
             num_threads=self.num_threads,
             max_retries=self.max_retries,
+            keep_steps=self.keep_steps,
         )
         at_least(1, max_num_seqs=self.max_num_seqs, max_in_flight=self.max_in_flight)
         above_zero(

@@ -17,10 +17,12 @@ from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import RecomputedRow, SampledStep
 from megatron_rl.rollout.recording import write_recomputed, write_step
+from megatron_rl.rollout.writer import RolloutWriter
 from megatron_rl.weights.huggingface import write_checkpoint
 
 
 def record_rollouts(
+    writer: RolloutWriter,
     sampled: SampledStep,
     rows: Iterable[RecomputedRow],
     parallel: Parallel,
@@ -28,8 +30,8 @@ def record_rollouts(
     config: Config,
     phase: Phase,
 ) -> None:
-    """Write every rollout of the step to `<run_dir>/rollouts`, with the learner's log-probs if they
-    were computed. A replay writes nothing.
+    """Have every rollout of the step written, with the learner's log-probs if they were computed,
+    while the loop goes on. A replay writes nothing.
 
     Args:
         rows: of the training step; empty except on the last pipeline stage.
@@ -37,29 +39,26 @@ def record_rollouts(
     if config.replay:
         return
     with phase("record"):
-        _record(sampled, rows, parallel, step, Path(config.run_dir) / "rollouts")
+        holds_logprobs = parallel.is_last_stage and parallel.tp_rank == 0
+        found = by_sample(rows) if holds_logprobs else []  # copies them from the device
 
+        def write(folder: Path) -> None:
+            if parallel.is_replica_head:
+                num_ranks = parallel.dp_size
+                write_step(folder, step, parallel.dp_rank, sampled.groups, num_ranks=num_ranks)
+            if holds_logprobs:
+                write_recomputed(
+                    folder,
+                    step,
+                    parallel.dp_rank,
+                    prompt_index=[sample.prompt_index for sample, _ in found],
+                    sample_index=[sample.sample_index for sample, _ in found],
+                    lengths=[len(logprobs) for _, logprobs in found],
+                    recomputed_logprobs=torch.cat([torch.zeros(0), *(each for _, each in found)]),
+                )
 
-def _record(
-    sampled: SampledStep,
-    rows: Iterable[RecomputedRow],
-    parallel: Parallel,
-    step: int,
-    folder: Path,
-) -> None:
-    if parallel.is_replica_head:
-        write_step(folder, step, parallel.dp_rank, sampled.groups, num_ranks=parallel.dp_size)
-    if parallel.is_last_stage and parallel.tp_rank == 0:
-        found = by_sample(rows)
-        write_recomputed(
-            folder,
-            step,
-            parallel.dp_rank,
-            prompt_index=[sample.prompt_index for sample, _ in found],
-            sample_index=[sample.sample_index for sample, _ in found],
-            lengths=[len(logprobs) for _, logprobs in found],
-            recomputed_logprobs=torch.cat([torch.zeros(0), *(logprobs for _, logprobs in found)]),
-        )
+        if parallel.is_replica_head or holds_logprobs:
+            writer.submit(step, write)
 
 
 def save_run(learner: Learner, state: LoopState, config: Config, inputs: Inputs) -> None:

@@ -48,6 +48,7 @@ from megatron_rl.rollout.recording import truncate_after
 from megatron_rl.rollout.replay import ReplaySource
 from megatron_rl.rollout.single_turn import SingleTurn
 from megatron_rl.rollout.source import RolloutSource
+from megatron_rl.rollout.writer import RolloutWriter
 from megatron_rl.sync.publish import Publisher
 
 # Time within which a guard notices that its server has died; the connection breaks earlier.
@@ -59,8 +60,8 @@ class Run:
     """The parts of a run on one rank; parts that this rank does not need are None.
 
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
-    state=LoopState(...), recorder=Recorder(...), stopwatch=Stopwatch(...),
-    verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
+    state=LoopState(...), recorder=Recorder(...), writer=RolloutWriter(...),
+    stopwatch=Stopwatch(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
     engine_urls=("http://127.0.0.1:18400",), inputs={...}, was_resumed=False, source=None,
     evaluator=None, link=None)`.
     """
@@ -69,6 +70,7 @@ class Run:
     learner: Learner
     state: LoopState
     recorder: Recorder  # writes only on rank 0
+    writer: RolloutWriter  # writes on the ranks that hold rollouts or their log-probs
     stopwatch: Stopwatch
     # by the name of the task or file that prompts come from
     verifiers: Mapping[str, tuple[RewardTerm, ...]]
@@ -117,6 +119,8 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
                 last_step=-1 if checked.checkpoint is None else state.step,
             )
         )
+        keep = config.rollout.keep_steps
+        writer = stack.enter_context(RolloutWriter(run_dir / "rollouts", keep=keep))
         scorer = None
         if parallel.is_replica_head and not config.replay:
             # Its processes import their verifiers while the engines load.
@@ -140,6 +144,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             learner=learner,
             state=state,
             recorder=recorder,
+            writer=writer,
             stopwatch=stopwatch,
             verifiers=checked.verifiers,
             engine_urls=tuple(address.url for address in addresses),

@@ -156,6 +156,13 @@ def truncate_after(folder: Path, step: int) -> None:
             path.unlink()
 
 
+def forget_before(folder: Path, step: int) -> None:
+    """Delete the files of the steps before `step`. Another rank may be deleting its own."""
+    for path, found_step in _step_files(folder):
+        if found_step < step:
+            path.unlink(missing_ok=True)
+
+
 def _line(
     step: int, prompt: Prompt, sample_index: int, rollout: Rollout, score: Score, advantage: float
 ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from megatron_rl.learner.batch.packing import pack
 from megatron_rl.loop.record import record_rollouts
 from megatron_rl.records import RecomputedRow, SampledStep
 from megatron_rl.rollout.recording import read_recomputed, read_step
+from megatron_rl.rollout.writer import RolloutWriter
 from tests.fakes.groups import judged, scored
 from tests.fakes.learner import FakeParallel
 
@@ -40,7 +41,8 @@ def make_step() -> tuple[SampledStep, tuple[RecomputedRow, ...]]:
 def test_rollouts_and_recomputed_logprobs_come_back(tmp_path: Path) -> None:
     sampled, rows = make_step()
     config = Config(run_dir=str(tmp_path))
-    record_rollouts(sampled, rows, FakeParallel(), 3, config, phase)
+    with RolloutWriter(tmp_path / "rollouts", keep=0) as writer:
+        record_rollouts(writer, sampled, rows, FakeParallel(), 3, config, phase)
     recorded = read_step(tmp_path / "rollouts", 3)
     assert [each.group for each in recorded] == [each.group for each in sampled.groups]
     assert [each.scores for each in recorded] == [each.scores for each in sampled.groups]
@@ -64,7 +66,9 @@ def test_each_rank_writes_what_it_holds(
     parallel: FakeParallel, expected: set[str], tmp_path: Path
 ) -> None:
     sampled, rows = make_step()
-    record_rollouts(sampled, rows, parallel, 3, Config(run_dir=str(tmp_path)), phase)
+    with RolloutWriter(tmp_path / "rollouts", keep=0) as writer:
+        config = Config(run_dir=str(tmp_path))
+        record_rollouts(writer, sampled, rows, parallel, 3, config, phase)
     found = {path.name.partition("rank0.")[2] for path in (tmp_path).rglob("step_*")}
     assert found == expected
 
@@ -72,5 +76,6 @@ def test_each_rank_writes_what_it_holds(
 def test_a_replay_records_nothing(tmp_path: Path) -> None:
     sampled, rows = make_step()
     config = Config(run_dir=str(tmp_path), replay="runs/a/rollouts")
-    record_rollouts(sampled, rows, FakeParallel(), 3, config, phase)
+    with RolloutWriter(tmp_path / "rollouts", keep=0) as writer:
+        record_rollouts(writer, sampled, rows, FakeParallel(), 3, config, phase)
     assert list(tmp_path.iterdir()) == []
