@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from megatron_rl.data.readers.columns import find_value
 from megatron_rl.errors import DataError
 
 Messages = tuple[tuple[str, str], ...]  # (role, content), in order
@@ -185,22 +186,6 @@ def _lookup(record: dict[str, Any], path: str, key: str, where: str) -> Any:
             f"{where}: expected a column {path!r} ({key}), got {', '.join(names[:12])}"
             f"{', ...' if len(names) > 12 else ''} (nearest: {near[0] if near else 'none'})"
         ) from None
-
-
-def find_value(value: Any, path: str) -> Any:
-    """The value at a dotted path, of names in dicts and numbers in lists; a name may hold dots.
-
-    Raises:
-        KeyError: there is no value.
-    """
-    if isinstance(value, dict) and path in value:
-        return value[path]
-    head, dot, rest = path.partition(".")
-    if isinstance(value, list) and head.isdigit() and int(head) < len(value):
-        return find_value(value[int(head)], rest) if dot else value[int(head)]
-    if isinstance(value, dict) and dot and head in value:
-        return find_value(value[head], rest)
-    raise KeyError(path)
 
 
 def _paths(record: dict[str, Any], before: str = "") -> Iterator[str]:

@@ -7,7 +7,6 @@ asked for.
 
 from __future__ import annotations
 
-import pickle
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -22,7 +21,6 @@ from megatron_rl.data.candidate import (
     Candidate,
     Layout,
     Messages,
-    find_value,
     read_answer,
     read_candidate,
     read_turns,
@@ -37,6 +35,7 @@ from megatron_rl.data.watch import Silence, Watch
 from megatron_rl.errors import DataError
 
 PATH_KEY = "data.tasks[].path"
+REFUSED = -1  # in the place of a row's number
 _MAX_VALUES = 2**18  # that are compared as they are in the file
 _NOTICE_ROWS = 256  # between two reports of progress
 
@@ -154,6 +153,7 @@ class FileSource:
         seen = _Seen()
         for index, path in enumerate(self._files):
             self._units.append("row")
+            seen.next_file()
             for batch in _READERS[KINDS[path.suffix]](path, columns):
                 self._units[-1] = batch.unit
                 self._add(batch, index, seen)
@@ -164,16 +164,26 @@ class FileSource:
     def _add(self, batch: RowBatch, index: int, seen: _Seen) -> None:
         layout = self._layout
         stored: list[int] = []
-        for position, record in enumerate(batch.records):
-            if not self._has_repeats and seen.has_values(record, layout):
+        positions: Sequence[int] = range(len(batch.numbers))
+        # Repeats are found by their hashes where they can be, which is much faster.
+        hashes = [] if self._has_repeats else batch.hashes()
+        if hashes:
+            positions = [position for position in positions if not seen.has(hashes[position])]
+        for position, record in zip(positions, batch.partial(positions), strict=True):
+            if hashes and seen.has(hashes[position]):
                 continue
             where = f"{self._files[index]}, {batch.unit} {batch.numbers[position]}"
             turns = read_turns(record, layout, where)
             answer = read_answer(record, layout, where)
-            if not self._is_readable(answer, where):
-                continue
             row = len(self._first_alike)
             first_alike = seen.first(turns, answer, row)
+            if first_alike == row and not self._is_readable(answer, where):
+                first_alike = seen.refuse(turns, answer)
+            if first_alike == REFUSED:
+                self._num_unreadable += 1
+                continue
+            if hashes:
+                seen.add(hashes[position])
             if first_alike < row and not self._has_repeats:
                 continue
             stored.append(position)
@@ -182,7 +192,7 @@ class FileSource:
             self._numbers.append(batch.numbers[position])
             has_system = any(role == SYSTEM for role, _ in turns)
             self._num_replaced += has_system and bool(layout.system_prompt)
-        self._num_read += len(batch.records)
+        self._num_read += len(batch.numbers)
         self._num_different = seen.num_different
         for record in batch.whole(stored):
             self._store.add(record)
@@ -198,7 +208,6 @@ class FileSource:
                     f"{error}: choose another data.tasks[].verifier, or drop such rows by "
                     "data.unreadable_answers=drop"
                 ) from None
-            self._num_unreadable += 1
             return False
         return True
 
@@ -232,48 +241,58 @@ class FileSource:
 
 class _Seen:
     """The prompts and answers that have been read, by hashes of 128 bits, which no two of a billion
-    texts share.
+    texts share, and beside them the hashes of 64 bits that the readers make of the rows of a file.
     """
 
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
+        self._num_refused = 0
         self._values: set[int] = set()
 
     @property
     def num_different(self) -> int:
-        """The number of different pairs of prompt and answer."""
-        return len(self._rows)
+        """The number of different pairs of prompt and answer that were not refused."""
+        return len(self._rows) - self._num_refused
 
     def first(self, turns: Messages, answer: str, row: int) -> int:
-        """The first row with this prompt and answer, which is `row` if there was none before."""
-        texts = [answer, *(text for turn in turns for text in turn)]
-        lengths = ",".join(str(len(text)) for text in texts)
-        key = xxhash.xxh3_128_intdigest(f"{lengths}:{''.join(texts)}".encode())
-        return self._rows.setdefault(key, row)
-
-    def has_values(self, record: dict[str, Any], layout: Layout) -> bool:
-        """Whether the columns of prompt and answer hold values that they held before. It is much
-        faster than to read the prompt; equal prompts of other values are left to `first`.
+        """The first row with this prompt and answer: `row` if there was none before, REFUSED if it
+        was refused.
         """
-        try:
-            values = [
-                find_value(record, path) for path in (layout.prompt_column, layout.answer_column)
-            ]
-        except KeyError:
-            return False
-        key = xxhash.xxh3_128_intdigest(pickle.dumps(values, pickle.HIGHEST_PROTOCOL))
-        if key in self._values:
-            return True
+        return self._rows.setdefault(_key(turns, answer), row)
+
+    def refuse(self, turns: Messages, answer: str) -> int:
+        """Take back that this prompt and answer were read, also for later rows; returns REFUSED."""
+        self._rows[_key(turns, answer)] = REFUSED
+        self._num_refused += 1
+        return REFUSED
+
+    def has(self, values: int) -> bool:
+        """Whether a row of this file had columns of this hash. Rows with other ones may have the
+        same prompt and answer; those `first` finds.
+        """
+        return values in self._values
+
+    def add(self, values: int) -> None:
+        """Remember the hash of a row; there is a limit, beyond which all are forgotten."""
         if len(self._values) >= _MAX_VALUES:
             self._values.clear()
-        self._values.add(key)
-        return False
+        self._values.add(values)
+
+    def next_file(self) -> None:
+        """Forget the hashes, which may mean something else in another file."""
+        self._values.clear()
+
+
+def _key(turns: Messages, answer: str) -> int:
+    texts = [answer, *(text for turn in turns for text in turn)]
+    lengths = ",".join(str(len(text)) for text in texts)
+    return xxhash.xxh3_128_intdigest(f"{lengths}:{''.join(texts)}".encode())
 
 
 _READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[RowBatch]]] = {
-    "jsonl": lambda path, _: read_jsonl(path),
-    "json": lambda path, _: read_json(path),
-    "csv": lambda path, _: read_csv(path),
+    "jsonl": read_jsonl,
+    "json": read_json,
+    "csv": read_csv,
     "parquet": read_parquet,
     "arrow": read_arrow,
 }

@@ -58,6 +58,7 @@ def data_settings(config: Config, max_prompt_tokens: int) -> dict[str, Any]:
             task.pop(key, None)
     # A limit changes the stream only if longer prompts are dropped from it.
     is_dropping = settings.pop("overlong") == "drop"
+    del settings["unreadable_answers"]  # the rows that are left are compared
     settings["max_prompt_tokens"] = max_prompt_tokens if is_dropping else 0
     if config.data.chat_template_file:
         content = Path(config.data.chat_template_file).read_bytes()

@@ -8,18 +8,19 @@ its classes, not as their numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.data.readers.batch import RowBatch
+from megatron_rl.data.readers.columns import hash_values
 from megatron_rl.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
 
-ROWS = 4096  # of one batch, at most
+ROWS = 2**15  # of one batch, at most; with more, fewer texts are hashed twice
 BATCH_BYTES = 32 * 2**20  # of one batch, by the file's own account of its size
 SMALLER = 64  # how much smaller the batches become if a column of one exceeds Arrow's 2 GiB
 
@@ -129,23 +130,54 @@ def _row_batch(
     share: float,
 ) -> RowBatch:
     labels = _class_labels(schema)
-    wanted = _top_level(columns, schema.names)
-    partial = batch if wanted is None else batch.select(wanted)
-    records = _to_records(partial, labels, count(first), path)
+    names = _top_level(columns, schema.names)
+    wanted = batch if names is None else batch.select(names)
 
-    def whole(positions: Sequence[int]) -> list[dict[str, Any]]:
-        if wanted is None or not positions:
-            return [records[position] for position in positions]
-        numbers = (first + position for position in positions)
-        return _to_records(batch.take(list(positions)), labels, numbers, path)
+    def records(of: pyarrow.RecordBatch, positions: Sequence[int]) -> list[dict[str, Any]]:
+        if len(positions) < of.num_rows:
+            of = of.take(list(positions)) if positions else of.slice(0, 0)
+        return _to_records(of, labels, [first + position for position in positions], path)
 
     return RowBatch(
-        records=records,
         numbers=range(first, first + batch.num_rows),
         unit="row",
         share=share,
-        whole=whole,
+        hashes=lambda: _hashes(wanted, columns, lambda: records(wanted, range(wanted.num_rows))),
+        partial=partial(records, wanted),
+        whole=partial(records, batch),
     )
+
+
+def _hashes(
+    batch: pyarrow.RecordBatch,
+    columns: Sequence[str],
+    records: Callable[[], list[dict[str, Any]]],
+) -> Sequence[int]:
+    """Hashes of the columns; from the records if pyarrow cannot compare the values."""
+    import pyarrow
+
+    from megatron_rl.data.readers.arrow_hash import hash_array
+
+    try:
+        arrays = [_array_at(batch, column) for column in columns]
+        row = pyarrow.StructArray.from_arrays(arrays, [str(n) for n in range(len(arrays))])
+        return hash_array(row).tolist()
+    except (KeyError, ValueError, pyarrow.ArrowNotImplementedError):
+        return hash_values(records(), columns)
+
+
+def _array_at(batch: pyarrow.RecordBatch, column: str) -> pyarrow.Array:
+    """The array at a dotted path, through the fields of structs; KeyError if there is none."""
+    import pyarrow.compute
+
+    [name] = _top_level([column], batch.schema.names) or [""]
+    array, rest = batch.column(name), column[len(name) + 1 :]
+    while rest:
+        head, _, rest = rest.partition(".")
+        if not pyarrow.types.is_struct(array.type) or array.type.get_field_index(head) < 0:
+            raise KeyError(column)
+        array = pyarrow.compute.struct_field(array, head)  # null where the struct is
+    return array
 
 
 def _top_level(columns: Sequence[str], names: Sequence[str]) -> list[str] | None:
@@ -177,7 +209,7 @@ def _class_labels(schema: pyarrow.Schema) -> dict[str, list[str]]:
 
 
 def _to_records(
-    batch: pyarrow.RecordBatch, labels: dict[str, list[str]], numbers: Iterator[int], path: Path
+    batch: pyarrow.RecordBatch, labels: dict[str, list[str]], numbers: Sequence[int], path: Path
 ) -> list[dict[str, Any]]:
     try:
         records = batch.to_pylist()
@@ -191,7 +223,7 @@ def _to_records(
     return records
 
 
-def _bad_row(batch: pyarrow.RecordBatch, numbers: Iterator[int], path: Path) -> DataError:
+def _bad_row(batch: pyarrow.RecordBatch, numbers: Sequence[int], path: Path) -> DataError:
     for position, number in zip(range(batch.num_rows), numbers, strict=False):
         try:
             batch.slice(position, 1).to_pylist()

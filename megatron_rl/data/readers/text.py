@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _JSON_SPACE = " \t\n\r"
 _LONGEST_WORD = 16  # more than -Infinity or an escape in a text has
 
 
-def read_jsonl(path: Path) -> Iterator[RowBatch]:
+def read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[RowBatch]:
     """The objects of a file with one JSON object a line; empty lines are skipped.
 
     Raises:
@@ -33,8 +33,7 @@ def read_jsonl(path: Path) -> Iterator[RowBatch]:
     with path.open("rb") as file:
         lines = _objects(file, path)
         while batch := list(islice(lines, ROWS)):
-            numbers, records = zip(*batch, strict=True)
-            yield batch_of_lines(records, numbers, file.tell() / num_bytes)
+            yield batch_of_lines(batch, columns, file.tell() / num_bytes)
 
 
 def _objects(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -77,7 +76,7 @@ def _check_encoding(start: bytes, path: Path) -> None:
         )
 
 
-def read_json(path: Path) -> Iterator[RowBatch]:
+def read_json(path: Path, columns: Sequence[str]) -> Iterator[RowBatch]:
     """The objects of a JSON list; or, as many files of this name hold, one object a line.
 
     The list is read in pieces, so that memory does not grow with the file.
@@ -90,7 +89,7 @@ def read_json(path: Path) -> Iterator[RowBatch]:
         _check_encoding(start, path)
     if start.decode("utf-8", "replace").removeprefix(_MARK).lstrip()[:1] != "[":
         try:
-            yield from read_jsonl(path)
+            yield from read_jsonl(path, columns)
         except DataError as error:
             raise DataError(f"{error}; a .json file holds a list, or one object a line") from None
         return
@@ -98,8 +97,7 @@ def read_json(path: Path) -> Iterator[RowBatch]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         items = iter(_ListReader(file, path))
         while batch := list(islice(items, ROWS)):
-            numbers, records = zip(*batch, strict=True)
-            yield batch_of_lines(records, numbers, file.buffer.tell() / num_bytes)
+            yield batch_of_lines(batch, columns, file.buffer.tell() / num_bytes)
 
 
 class _ListReader:
@@ -186,7 +184,7 @@ def _may_be_cut(error: json.JSONDecodeError) -> bool:
     return is_at_end or error.msg.startswith("Unterminated string")
 
 
-def read_csv(path: Path) -> Iterator[RowBatch]:
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[RowBatch]:
     """The rows of a CSV file (.tsv: separated by tabs) whose first line names the columns; every
     value is a text.
 
@@ -197,8 +195,7 @@ def read_csv(path: Path) -> Iterator[RowBatch]:
     with path.open("rb") as file:
         rows = _csv_rows(file, path)
         while batch := list(islice(rows, ROWS)):
-            numbers, records = zip(*batch, strict=True)
-            yield batch_of_lines(records, numbers, file.tell() / num_bytes)
+            yield batch_of_lines(batch, columns, file.tell() / num_bytes)
 
 
 def _csv_rows(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -45,7 +45,7 @@ def write_file(path, table, rows=7):
 def whole_rows(batches):
     found, numbers = [], []
     for batch in batches:
-        found += batch.whole(range(len(batch.records)))
+        found += batch.whole(range(len(batch.numbers)))
         numbers += batch.numbers
         assert batch.unit == "row" and 0 < batch.share <= 1
     assert numbers == list(range(len(found)))
@@ -60,7 +60,7 @@ def test_parquet_in_any_pieces(row_group, rows, tmp_path, monkeypatch):
     assert whole_rows(read_parquet(path, COLUMNS)) == ROWS
     batches = list(read_parquet(path, COLUMNS))
     assert batches[-1].share == 1.0
-    assert batches[0].records[0].keys() == {"prompt", "reward_model"}
+    assert batches[0].partial([0])[0].keys() == {"prompt", "reward_model"}
     assert batches[0].whole([0]) == [ROWS[0]]
     assert batches[0].whole([]) == []
 
@@ -68,20 +68,20 @@ def test_parquet_in_any_pieces(row_group, rows, tmp_path, monkeypatch):
 def test_the_batch_is_small_if_the_rows_are_large(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", [chat(n) for n in range(200, 300)])
     monkeypatch.setattr(arrow, "BATCH_BYTES", 5000)
-    assert max(len(batch.records) for batch in read_parquet(path, COLUMNS)) < 20
+    assert max(len(batch.numbers) for batch in read_parquet(path, COLUMNS)) < 20
 
 
 def test_a_missing_column_reads_all_so_that_a_message_can_name_them(tmp_path):
     path = write_parquet(tmp_path / "a.parquet")
     [batch] = read_parquet(path, ("prompt", "answer"))
-    assert batch.records[0].keys() == {"prompt", "reward_model", "extra"}
+    assert batch.partial([0])[0].keys() == {"prompt", "reward_model", "extra"}
     assert batch.whole([3]) == [ROWS[3]]
 
 
 def test_a_column_whose_name_has_a_dot(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [{"a.b": "x", "a": {"b": "y"}, "c": 1}])
     [batch] = read_parquet(path, ("a.b",))
-    assert batch.records == [{"a.b": "x", "a": {"b": "y"}}]
+    assert batch.partial([0]) == [{"a.b": "x", "a": {"b": "y"}}]
 
 
 class WideFile:
@@ -137,8 +137,9 @@ def test_more_than_2_gib_of_text_in_a_nested_column(is_equal, tmp_path):
     del part
     num_read = 0
     for batch in read_parquet(path, ("prompt",)):
-        assert all(len(record["prompt"][0]["content"]) == length for record in batch.records)
-        num_read += len(batch.records)
+        records = batch.partial(range(len(batch.numbers)))
+        assert all(len(record["prompt"][0]["content"]) == length for record in records)
+        num_read += len(records)
     assert num_read == num
 
 
@@ -209,4 +210,30 @@ def test_text_that_is_not_utf8_names_the_row(tmp_path):
     with pytest.raises(
         DataError, match=r"a\.parquet, row 2: expected readable values, got 'utf-8'"
     ):
-        list(read_parquet(tmp_path / "a.parquet", ("q",)))
+        whole_rows(read_parquet(tmp_path / "a.parquet", ("q",)))
+
+
+def test_hashes_are_of_the_columns_that_were_asked_for(tmp_path):
+    rows = [chat(n) | {"extra": {"id": index}} for index, n in enumerate((0, 1, 0, 2, 1))]
+    rows[3]["reward_model"]["style"] = "another"
+    rows.append(rows[3] | {"reward_model": {"ground_truth": "3", "style": "rule"}})
+    [batch] = read_parquet(write_parquet(tmp_path / "a.parquet", rows), COLUMNS)
+    hashes = batch.hashes()
+    assert hashes[0] == hashes[2] and hashes[1] == hashes[4] and hashes[3] == hashes[5]
+    assert len(set(hashes)) == 3
+
+
+def test_a_struct_that_is_null_hashes_as_no_value(tmp_path):
+    """Arrow keeps a value below a null struct, which must not count."""
+    below = pa.array(["7", "7", "8"])
+    answers = pa.StructArray.from_arrays([below], ["truth"], mask=pa.array([False, True, False]))
+    pq.write_table(pa.table({"q": ["x", "x", "x"], "a": answers}), tmp_path / "a.parquet")
+    [batch] = read_parquet(tmp_path / "a.parquet", ("q", "a.truth"))
+    assert len(set(batch.hashes())) == 3
+
+
+@pytest.mark.parametrize("path", ["turns.0.t", "turns.9", "none", "turns.0.t.x"])
+def test_paths_that_arrow_cannot_follow_hash_the_records(path, tmp_path):
+    rows = [{"turns": [{"t": f"{n % 2}"}], "id": n} for n in range(4)]
+    [batch] = read_parquet(write_parquet(tmp_path / "a.parquet", rows), (path,))
+    assert len(set(batch.hashes())) == (4 if path == "none" else 2)  # all columns, or turns

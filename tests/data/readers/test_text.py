@@ -8,16 +8,20 @@ from megatron_rl.data.readers import text
 from megatron_rl.data.readers.text import read_csv, read_json, read_jsonl
 from megatron_rl.errors import DataError
 
+COLUMNS = ("a",)
+
 
 def rows_of(batches):
     """(number, record) of every row; whole records are those of the batch."""
     found = []
     for batch in batches:
-        assert batch.whole(range(len(batch.records))) == list(batch.records)
+        records = batch.whole(range(len(batch.numbers)))
+        assert batch.partial([0]) == batch.whole([0]) == records[:1]
         assert batch.unit == "line"
         assert batch.place(0) == f"line {batch.numbers[0]}"
         assert 0 < batch.share <= 1
-        found += zip(batch.numbers, batch.records, strict=True)
+        assert len(batch.hashes()) == len(records)
+        found += zip(batch.numbers, records, strict=True)
     return found
 
 
@@ -41,12 +45,18 @@ def write(tmp_path):
     ],
 )
 def test_jsonl(content, write):
-    assert rows_of(read_jsonl(write("a.jsonl", content))) == [(1, {"a": 1}), (3, {"a": "é"})]
+    assert rows_of(read_jsonl(write("a.jsonl", content), COLUMNS)) == [
+        (1, {"a": 1}),
+        (3, {"a": "é"}),
+    ]
 
 
 def test_a_line_separator_within_a_text_ends_no_line(write):
     content = '{"a": "x\u2028y\u0085z"}\n{"a": 2}\n'.encode()
-    assert [number for number, _ in rows_of(read_jsonl(write("a.jsonl", content)))] == [1, 2]
+    assert [number for number, _ in rows_of(read_jsonl(write("a.jsonl", content), COLUMNS))] == [
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +74,7 @@ def test_a_line_separator_within_a_text_ends_no_line(write):
 )
 def test_broken_jsonl(content, message, write):
     with pytest.raises(DataError, match=rf"a\.jsonl,? ?.*{message}") as caught:
-        rows_of(read_jsonl(write("a.jsonl", content)))
+        rows_of(read_jsonl(write("a.jsonl", content), COLUMNS))
     assert "\n" not in str(caught.value)
 
 
@@ -78,24 +88,24 @@ def test_broken_jsonl(content, message, write):
 )
 def test_a_json_list_in_pieces_of_any_size(content, chunk, write, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", chunk)
-    rows = rows_of(read_json(write("a.json", content)))
+    rows = rows_of(read_json(write("a.json", content), COLUMNS))
     assert [record for _, record in rows] == [{"a": 1}, {"a": "é"}]
     assert [number for number, _ in rows] == ([1, 2] if content.startswith(b"[") else [2, 3])
 
 
 def test_an_empty_list_has_no_rows(write):
-    assert rows_of(read_json(write("a.json", b" [ ] \n"))) == []
+    assert rows_of(read_json(write("a.json", b" [ ] \n"), COLUMNS)) == []
 
 
 def test_a_list_longer_than_a_batch_is_whole(write, monkeypatch):
     records = [{"n": n, "text": "x" * (n % 50), "deep": [{"m": -1.5e-3}]} for n in range(3000)]
     path = write("a.json", json.dumps(records, indent=1).encode())
     monkeypatch.setattr(text, "CHUNK", 1000)
-    assert [record for _, record in rows_of(read_json(path))] == records
+    assert [record for _, record in rows_of(read_json(path, COLUMNS))] == records
 
 
 def test_a_json_file_may_hold_an_object_a_line(write):
-    assert rows_of(read_json(write("a.json", b'{"a": 1}\n{"a": 2}\n'))) == [
+    assert rows_of(read_json(write("a.json", b'{"a": 1}\n{"a": 2}\n'), COLUMNS)) == [
         (1, {"a": 1}),
         (2, {"a": 2}),
     ]
@@ -120,28 +130,30 @@ def test_a_json_file_may_hold_an_object_a_line(write):
 def test_broken_json(content, message, chunk, write, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", chunk)
     with pytest.raises(DataError, match=message) as caught:
-        rows_of(read_json(write("a.json", content)))
+        rows_of(read_json(write("a.json", content), COLUMNS))
     assert "\n" not in str(caught.value)
 
 
 def test_a_malformed_object_does_not_make_the_whole_file_be_read(write):
     path = write("a.json", b'[{"a" 1}' + b" " * 10_000_000 + b"]")
-    reader = read_json(path)
+    reader = read_json(path, COLUMNS)
     with pytest.raises(DataError, match="line 1"):
         next(reader)
 
 
 def test_csv(write):
     content = b'\xef\xbb\xbfq,"a"\r\n"two\r\nlines, quoted ""x""",007\r\n\r\nplain,1e5\r\n'
-    assert rows_of(read_csv(write("a.csv", content))) == [
+    assert rows_of(read_csv(write("a.csv", content), COLUMNS)) == [
         (2, {"q": 'two\r\nlines, quoted "x"', "a": "007"}),
         (5, {"q": "plain", "a": "1e5"}),
     ]
-    assert rows_of(read_csv(write("a.tsv", b"q\ta\n1,5\t2\n"))) == [(2, {"q": "1,5", "a": "2"})]
+    assert rows_of(read_csv(write("a.tsv", b"q\ta\n1,5\t2\n"), COLUMNS)) == [
+        (2, {"q": "1,5", "a": "2"})
+    ]
 
 
 def test_a_csv_field_may_be_long(write):
-    [(_, record)] = rows_of(read_csv(write("a.csv", b"q,a\n" + b"x" * 200_000 + b",1\n")))
+    [(_, record)] = rows_of(read_csv(write("a.csv", b"q,a\n" + b"x" * 200_000 + b",1\n"), COLUMNS))
     assert len(record["q"]) == 200_000
 
 
@@ -159,5 +171,5 @@ def test_a_csv_field_may_be_long(write):
 )
 def test_broken_csv(content, message, write):
     with pytest.raises(DataError, match=rf"a\.csv, {message}") as caught:
-        rows_of(read_csv(write("a.csv", content)))
+        rows_of(read_csv(write("a.csv", content), COLUMNS))
     assert "\n" not in str(caught.value)
