@@ -37,12 +37,11 @@ def serve(config: Config, progress: Progress) -> None:
             "rollout.port: expected the port that rollout.urls of the run will name, got 0"
         )
     check_checkpoint(config.model.path, read_geometry(config.model.path))
-    run_dir = Path(config.run_dir)
     [engine] = start_engines_of(
         replace(config, rollout=replace(config.rollout, num_engines=1, urls=[])),
-        run_dir,
-        log_dir=run_dir / "logs" / f"port_{config.rollout.port}",
-        token=os.environ.get(TOKEN_VARIABLE) or token_in(run_dir / TOKEN_FILE),
+        Path(config.run_dir),
+        log_dir=engine_folder(config),
+        token=os.environ.get(TOKEN_VARIABLE) or token_in(Path(config.run_dir) / TOKEN_FILE),
     )
     register_cleanup(engine.stop)
     progress.describe = lambda: f"the engine at {engine.address.url} ends too"
@@ -53,6 +52,11 @@ def serve(config: Config, progress: Progress) -> None:
         while True:
             engine.check()
             time.sleep(CHECK_SECONDS)
+
+
+def engine_folder(config: Config) -> Path:
+    """The folder of one engine's logs; several may be served in a `run_dir`."""
+    return Path(config.run_dir) / "logs" / f"port_{config.rollout.port}"
 
 
 def token_in(path: Path) -> str:
@@ -82,4 +86,4 @@ def token_in(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("One rollout engine, until Ctrl-C.", serve))
+    sys.exit(run_command("One rollout engine, until Ctrl-C.", serve, folder_of=engine_folder))

@@ -39,7 +39,7 @@ NUM_RECENT_LOSSES = 20  # their mean is compared with `warm_start.stop_loss`
 def warm_start(config: Config, progress: Progress) -> None:
     """Train on the responses and save the checkpoint; see the docstring of this module."""
     settings = config.warm_start
-    folder = Path(config.run_dir) / "warm_start"
+    folder = warm_start_folder(config)
     geometry = read_geometry(config.model.path)
     geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
     check_checkpoint(config.model.path, geometry)
@@ -87,6 +87,11 @@ def warm_start(config: Config, progress: Progress) -> None:
     else:
         learner.give_tensors()
     shut_down_parallel()
+
+
+def warm_start_folder(config: Config) -> Path:
+    """The folder of a warm start, in that of the run."""
+    return Path(config.run_dir) / "warm_start"
 
 
 def as_samples(pairs: Sequence[Pair], first_index: int) -> list[Sample]:
@@ -146,4 +151,4 @@ def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("Supervised warm start.", warm_start))
+    sys.exit(run_command("Supervised warm start.", warm_start, folder_of=warm_start_folder))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 
 from megatron_rl.config import Config
 from megatron_rl.learner.batch.deal import deal_batch
@@ -80,5 +81,10 @@ def train(config: Config, progress: Progress) -> None:
         run.recorder.summarize()
 
 
+def run_folder(config: Config) -> Path:
+    """The folder that a run holds."""
+    return Path(config.run_dir)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("Train by RL with a discrepancy constraint.", train))
+    sys.exit(run_command("Train by RL with a discrepancy constraint.", train, folder_of=run_folder))

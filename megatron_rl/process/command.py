@@ -1,9 +1,9 @@
 """Starts and ends `python -m megatron_rl.<command> CONFIG [key=value ...]` on every rank.
 
 A rank ends together with its torchrun agent, and at once on SIGINT or SIGTERM. An error is reported
-once, by the first rank that fails: on stderr, in `<run_dir>/error.txt`, and to the agent, whose own
-failure report then ends with the same message. An error that the user can fix is one line, any
-other one a traceback. The other ranks exit without a report.
+once, by the first rank that fails: on stderr, in `error.txt` of the folder that the command holds,
+and to the agent, whose own failure report then ends with the same message. An error that the user
+can fix is one line, any other one a traceback. The other ranks exit without a report.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -24,6 +25,13 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, DataError, DivergenceError, EngineError, SyncError
+from megatron_rl.process.folder import (
+    AGENT_VARIABLE,
+    check_temporary_folder,
+    disk_problem,
+    hold_folder,
+    is_held_by_another,
+)
 from megatron_rl.process.lifetime import (
     bind_forked_children,
     die_with_parent,
@@ -37,8 +45,6 @@ COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError")
 LOST_PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
 )
-# The file in which torchrun looks for the error of a failed rank.
-AGENT_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
 class Progress:
@@ -52,7 +58,11 @@ class Progress:
 
 
 def run_command(
-    description: str, work: Callable[[Config, Progress], None], argv: list[str] | None = None
+    description: str,
+    work: Callable[[Config, Progress], None],
+    argv: list[str] | None = None,
+    *,
+    folder_of: Callable[[Config], Path] | None = None,
 ) -> int:
     """Parse the command line, do the work on this rank, and return the exit code 0.
 
@@ -63,6 +73,8 @@ def run_command(
         description: of the command, for --help.
         work: called with the config and a `Progress`, in which it records its progress.
         argv: arguments of the command line; by default those of this process.
+        folder_of: the folder, `run_dir` or one in it, that rank 0 holds until it ends, so that no
+            other process writes it; None if the command writes none.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="YAML file, see configs/")
@@ -75,22 +87,44 @@ def run_command(
     progress = Progress()
     watch_signals((lambda: progress.describe()) if rank == 0 else None)
     _quiet_libraries()
-    run_dir = None
+    folder: Path | None = None
+    threading.excepthook = lambda raised: _end_after_thread(raised, folder)
     try:
         config = load_config(arguments.config, arguments.overrides)
-        run_dir = Path(config.run_dir)
-        if rank == 0:
-            _delete_stale(run_dir / ERROR_FILE)
+        check_temporary_folder()
+        wanted = None if folder_of is None else folder_of(config)
+        if rank == 0 and wanted is not None:
+            hold_folder(wanted, f"run_dir={config.run_dir}")
+            _delete_stale(wanted / ERROR_FILE)
+        folder = wanted
         work(config, progress)
     except BaseException as error:
-        if lost := _lost_peer(error):
-            _tell(f"rank {rank}: another rank ended in the middle of a collective: {lost}", run_dir)
-        elif isinstance(error, USER_ERRORS):
-            _tell(f"{type(error).__name__}: {error}", run_dir)
-        else:
-            _tell(f"rank {rank}:\n{traceback.format_exc()}", run_dir)
+        _tell(_message(error, rank), folder)
         _leave(1)
     return 0
+
+
+def _message(error: BaseException, rank: int) -> str:
+    """What the user is told: a line, or a traceback if it is nothing that the user can fix."""
+    if lost := _lost_peer(error):
+        return f"rank {rank}: another rank ended in the middle of a collective: {lost}"
+    if isinstance(error, USER_ERRORS):
+        return f"{type(error).__name__}: {error}"
+    if problem := disk_problem(error):
+        return f"OSError: {problem}"
+    return f"rank {rank}:\n{''.join(traceback.format_exception(error))}"
+
+
+def _end_after_thread(raised: threading.ExceptHookArgs, folder: Path | None) -> None:
+    """End the process after a disk error in a thread, such as that of TensorBoard's writer; report
+    any other error of a thread as Python does.
+    """
+    error = raised.exc_value
+    if error is None or not disk_problem(error):
+        threading.__excepthook__(raised)
+        return
+    _tell(_message(error, int(os.environ.get("RANK", "0"))), folder)
+    _leave(1)
 
 
 def _lost_peer(error: BaseException | None) -> str:
@@ -110,17 +144,27 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _tell(message: str, run_dir: Path | None) -> None:
-    """Print the message and write it to the run's folder, unless another rank failed earlier."""
+def _tell(message: str, folder: Path | None) -> None:
+    """Print the message and write it to the folder, unless another rank failed earlier. A folder
+    that another run holds remains as it is.
+    """
     is_first = _is_first()
     _tell_agent(message if is_first else "another rank failed first", is_first)
     if not is_first:
         return
     print(message, file=sys.stderr, flush=True)
-    if run_dir is not None:
+    if folder is not None and not is_held_by_another(folder):
         with contextlib.suppress(OSError):  # the disk may be the cause; the message is on stderr
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / ERROR_FILE).write_text(message + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(folder / ERROR_FILE, message + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError:
+        path.unlink(missing_ok=True)  # an empty message says less than none
+        raise
 
 
 def _is_first() -> bool:

@@ -6,6 +6,7 @@ started for real, alone and below torchrun.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import socket
@@ -15,13 +16,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_rl.process.folder import LOCK_FILE
 from tests.e2e.runs import training
 from tests.support.ranks import run_module
 
 SECONDS = 120.0  # an error that takes longer is a hang
 
 
-def fail(config: Path, *overrides: str, num_ranks: int = 0) -> tuple[str, Path]:
+def fail(
+    config: Path, *overrides: str, num_ranks: int = 0, variables: dict[str, str] | None = None
+) -> tuple[str, Path]:
     """Trains, expects failure and nothing left of it; returns the output and the run folder."""
     run_dir = config.parent / "run"
     kept = keep_something(run_dir)
@@ -33,6 +37,7 @@ def fail(config: Path, *overrides: str, num_ranks: int = 0) -> tuple[str, Path]:
         ranks=num_ranks,
         must_succeed=False,
         timeout=SECONDS,
+        variables=variables,
     )
     assert finished.returncode != 0, finished.stdout
     assert kept.read_text() == "of an earlier run"
@@ -157,6 +162,78 @@ def test_a_data_file_that_cannot_be_used(
     output, run_dir = fail(write_config(tmp_path, data=section))
     assert_one_line(output, "DataError", str(path), *fragments)
     assert not (run_dir / "logs").exists()
+
+
+def test_a_template_that_refuses(
+    tmp_path: Path, write_config: Callable[..., Path], sharp_checkpoint: Path
+) -> None:
+    model = Path(shutil.copytree(sharp_checkpoint, tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception('no system role') }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    output, _ = fail(write_config(tmp_path), f"model.path={model}")
+    assert_one_line(output, "DataError", "no system role", "data.chat_template_file")
+
+
+@pytest.mark.parametrize(
+    ("path", "fragments"),
+    [
+        ("a file", ("File exists", "not taken by a file")),
+        ("a file/run", ("Not a directory",)),
+        ("/proc/nowhere", ("No such file or directory",)),
+    ],
+)
+def test_a_run_folder_that_cannot_be_made(
+    path: str, fragments: tuple[str, ...], tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    (tmp_path / "a file").write_text("kept")
+    run_dir = tmp_path / path
+    output, _ = fail(write_config(tmp_path), f"run_dir={run_dir}")
+    assert_one_line(output, "ConfigError", f"run_dir={run_dir}", *fragments)
+    assert (tmp_path / "a file").read_text() == "kept"
+
+
+def test_a_temporary_folder_that_is_too_deep(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    deep = tmp_path / ("x" * 80)
+    deep.mkdir()
+    output, _ = fail(write_config(tmp_path), variables={"TMPDIR": str(deep)})
+    assert_one_line(output, "ConfigError", f"TMPDIR={deep}", "at most 70 bytes")
+
+
+@pytest.mark.parametrize("num_ranks", [0, 2])
+def test_a_second_run_in_the_folder_of_a_living_one(
+    num_ranks: int, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """It is refused at once, and nothing in the folder becomes another."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "error.txt").write_text("of the living run")
+    (run_dir / "config.yaml").write_text("of the living run")
+    with (run_dir / LOCK_FILE).open("w") as lock:
+        lock.write('{"pid": 4711, "host": "node7", "launch": "another"}')
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        overrides = ["learner.optimizer.learning_rate=1e-6", f"parallel.tensor={max(num_ranks, 1)}"]
+        output, _ = fail(write_config(tmp_path), *overrides, num_ranks=num_ranks)
+    assert_one_line(output, "ConfigError", f"run_dir={run_dir}", "process 4711 on host node7")
+    assert (run_dir / "error.txt").read_text() == "of the living run"
+    assert (run_dir / "config.yaml").read_text() == "of the living run"
+    assert not (run_dir / "logs").exists() and not (run_dir / "metrics.jsonl").exists()
+
+
+def test_a_run_that_is_refused_leaves_the_settings_of_the_one_before(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / "latest").write_text("step_000007")
+    (run_dir / "config.yaml").write_text("of an earlier run")
+    output, _ = fail(write_config(tmp_path), "resume=never")
+    assert_one_line(output, "ConfigError", "resume=never")
+    assert (run_dir / "config.yaml").read_text() == "of an earlier run"
+    assert (run_dir / "error.txt").read_text() == output
 
 
 def test_a_port_in_use(tmp_path: Path, write_config: Callable[..., Path]) -> None:

@@ -33,6 +33,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -155,6 +156,7 @@ def become(request: Request, of_rank: dict[str, str]) -> None:
     os.close(nothing)
     os.environ.clear()
     os.environ.update(request["environment"] | of_rank)
+    tempfile.tempdir = None  # TMPDIR is read again
 
 
 def run(request: Request) -> NoReturn:
