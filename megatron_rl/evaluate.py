@@ -197,7 +197,7 @@ def served_version(pool: EnginePool, environment: Environment, prompt: Prompt) -
         requests * len(pool.urls),
     )
     rollouts = [group.rollouts[0] for group in groups]
-    versions = {rollout.engine: max(rollout.weight_versions) for rollout in rollouts}
+    versions = {rollout.engine: int(max(rollout.weight_versions)) for rollout in rollouts}
     if len(set(versions.values())) > 1:
         raise EngineError(
             "rollout.urls: expected engines that serve the same weights, got versions "
