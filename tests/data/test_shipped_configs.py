@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.file import load_config, replaced_keys
+from megatron_rl.data.evaluation_sets import open_sets
 from megatron_rl.data.prompts import PromptStream
+from megatron_rl.errors import DataError
+from megatron_rl.loop.preflight import set_verifiers_of
+from megatron_rl.reward.expected import answer_checks
 from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.reward.score import Scorer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NUM_RECORDS = 230  # 200 are held out
+NUM_RECORDS = 230  # of which 200 may be held out
+SETS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")
 
 
 def gsm8k_record(n):
@@ -73,9 +78,10 @@ def test_a_file_of_the_layout_gives_prompts_and_rewards(
     stream = PromptStream(
         replace(config.data, tasks=tasks), chat_tokenizer, config.data.max_prompt_tokens
     )
-    assert len(stream.held_out()) == 200
-    prompts = stream.prompts(0, NUM_RECORDS - 200)
-    assert len({prompt.text for prompt in prompts}) == NUM_RECORDS - 200
+    num_held_out = 200 if name == "gsm8k" else 0
+    assert len(stream.held_out()) == num_held_out
+    prompts = stream.prompts(0, NUM_RECORDS - num_held_out)
+    assert len({prompt.text for prompt in prompts}) == NUM_RECORDS - num_held_out
     for prompt in prompts:
         assert prompt.source == name
         assert f"{int(prompt.answer) - 1} + 1" in prompt.text
@@ -88,3 +94,67 @@ def test_a_file_of_the_layout_gives_prompts_and_rewards(
         right, wrong = scorer.score_texts([(prompt, response) for response in responses])
     assert right.is_correct
     assert wrong.reward == 0.0 and wrong.failure is None
+
+
+def test_the_papers_sets_have_the_published_numbers_of_responses():
+    config = load_config(CONFIGS / "evaluation" / "math.yaml")
+    for name in ("dapo", "dapo_30b_a3b"):
+        assert load_config(CONFIGS / f"{name}.yaml").eval.sets == config.eval.sets
+    used = config.eval.used_sets().values()
+    assert [each.name for each in used] == list(SETS)
+    assert [each.num_samples for each in used] == [32, 32, 32, 4, 4, 4]
+    for each in used:
+        sampling = each.sampling
+        assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.7, 1, 32768)
+        assert each.origin and each.verifier == "math_verify"
+
+
+def test_files_as_they_are_published_give_questions_and_rewards(
+    chat_tokenizer, write_jsonl, write_parquet
+):
+    """Two rows of each set, with the columns and the kinds of answers that the files have."""
+    rows = {
+        "aime24": ["033", "204"],
+        "aime25": ["70", "588"],
+        "amc23": ["27.0", "36.0"],
+        "math500": [r"\left( 3, \frac{\pi}{2} \right)", r"p - q"],
+        "minerva": ["2e33", r"\arctan{10}"],
+        "olympiadbench": [["$2$"], [r"$(1,8,19), (2,7,13), (4,5,7)$"]],
+    }
+    config = load_config(CONFIGS / "evaluation" / "math.yaml")
+    sets = []
+    for each in config.eval.sets:
+        column = each.prompt_column
+        records = [
+            {"id": n, column: f"Question {n}?", each.answer_column.partition(".")[0]: answer}
+            for n, answer in enumerate(rows[each.name])
+        ]
+        write = write_parquet if each.path.endswith(".parquet") else write_jsonl
+        sets.append(replace(each, path=write(records, name=Path(each.path).name)))
+    config = replace(config, eval=replace(config.eval, sets=sets))
+    checks = answer_checks(set_verifiers_of(config))
+    found = open_sets(config, chat_tokenizer, config.rollout.max_model_len, None, checks)
+    assert [each.name for each in found] == list(SETS)
+    with Scorer(config.reward, set_verifiers_of(config)) as scorer:
+        for each in found:
+            assert len(each.prompts) == 2 and "Question 1?" in each.prompts[1].text
+            right = [f"So\n\\boxed{{{prompt.answer.strip('$')}}}." for prompt in each.prompts]
+            scores = scorer.score_texts([*zip(each.prompts, right)])
+            assert [score.reward for score in scores] == [1.0, 1.0], each.name
+            [wrong] = scorer.score_texts([(each.prompts[0], "So \\boxed{17}.")])
+            assert wrong.reward == 0.0
+
+
+def test_missing_files_of_the_sets_are_one_line_that_says_where_to_get_them(
+    chat_tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(CONFIGS / "dapo.yaml", ["eval.skip=[minerva]"])
+    with pytest.raises(DataError) as caught:
+        open_sets(config, chat_tokenizer, config.rollout.max_model_len)
+    message = str(caught.value)
+    assert (
+        "aime24 at data/eval/aime24.parquet (from Hugging Face: HuggingFaceH4/aime_2024" in message
+    )
+    assert message.endswith("eval.skip=[aime24,aime25,amc23,math500,olympiadbench]")
+    assert "\n" not in message
