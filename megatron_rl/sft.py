@@ -41,7 +41,7 @@ def warm_start(config: Config, progress: Progress) -> None:
     settings = config.warm_start
     folder = warm_start_folder(config)
     geometry = read_geometry(config.model.path)
-    geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    geometry.check_layout(config.parallel)
     check_checkpoint(config.model.path, geometry)
     is_first = int(os.environ.get("RANK", "0")) == 0
     with LoadingConsole(is_shown=is_first) as watch:

@@ -61,7 +61,7 @@ def compare(config: Config, progress: Progress) -> None:
             gaps[way].append((found - aligned).abs())
 
     with torch.no_grad():
-        run_schedule(learner.trained.model, rows, on_output, forward_only=True)
+        run_schedule(learner.trained.parts, rows, on_output, forward_only=True)
     for way, parts in gaps.items():
         of_tokens = torch.cat(parts)
         figures = {"mean": float(of_tokens.mean()), "largest": float(of_tokens.max())}

@@ -96,6 +96,7 @@ class Config:
         _check_batches(self.loop, self.rollout, self.eval, self.learner)
         _check_timeouts(self.rollout, self.parallel)
         _check_updates(self.learner, self.loop)
+        _check_rows(self.learner, self.parallel)
 
 
 def _check_publications(
@@ -191,4 +192,14 @@ def _check_updates(learner: LearnerConfig, loop: LoopConfig) -> None:
         f"learner.optimizer.warmup_steps: expected below the {num_updates} optimizer updates "
         "(loop.num_steps x learner.mini_batches_per_step) with "
         f"decay={optimizer.decay}, got {optimizer.warmup_steps}",
+    )
+
+
+def _check_rows(learner: LearnerConfig, parallel: ParallelConfig) -> None:
+    """The ranks that share a row must get equal parts of it."""
+    multiple = parallel.row_multiple
+    require(
+        learner.tokens_per_micro_batch % multiple == 0,
+        f"learner.tokens_per_micro_batch: expected a multiple of {multiple}, because several ranks "
+        f"share a row (parallel.sequence_parallel), got {learner.tokens_per_micro_batch}",
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from megatron_rl.config.choices import DType
-from megatron_rl.config.rules import above_zero, at_least, literal_choices
+from megatron_rl.config.choices import ActivationRecomputation, DType
+from megatron_rl.config.rules import above_zero, at_least, literal_choices, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,10 @@ class ModelConfig:
 
     path: str = ""  # Hugging Face checkpoint folder: config.json, tokenizer, *.safetensors
     dtype: DType = "float32"  # of the learner; with bfloat16 the main weights stay float32
+    # activations that the backward pass computes again, to save memory. selective: those of
+    # attention and of dense feed-forward layers; full: of whole layers, of which only the input is
+    # kept
+    activation_recomputation: ActivationRecomputation = "none"
 
     def __post_init__(self) -> None:
         literal_choices(self)
@@ -26,11 +30,54 @@ class ParallelConfig:
     """
 
     tensor: int = 1
+    # divides the activations of norms and residuals along the row over the tensor-parallel ranks
+    sequence_parallel: bool = False
     pipeline: int = 1
+    virtual_pipeline: int = 1  # parts of the model on each pipeline rank, for a smaller bubble
+    # decoder layers of each part of the pipeline, in layer order: pipeline x virtual_pipeline
+    # numbers, for stages of different sizes; []: as many layers in every part
+    stage_layers: list[int] = field(default_factory=list)
     # timeout of every collective. Ranks that do not use the engines wait in a collective while
     # other ranks start engines, sample, score and evaluate
     timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        at_least(1, tensor=self.tensor, pipeline=self.pipeline)
+        at_least(
+            1,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            virtual_pipeline=self.virtual_pipeline,
+        )
+        require(
+            self.tensor > 1 or not self.sequence_parallel,
+            "sequence_parallel: expected false with tensor=1, as it divides a row over the "
+            "tensor-parallel ranks, got true",
+        )
+        require(
+            self.pipeline > 1 or self.virtual_pipeline == 1,
+            "virtual_pipeline: expected 1 with pipeline=1, which has no bubble, got "
+            f"{self.virtual_pipeline}",
+        )
+        num_parts = self.pipeline * self.virtual_pipeline
+        require(
+            not self.stage_layers or len(self.stage_layers) == num_parts,
+            f"stage_layers: expected {num_parts} numbers (pipeline x virtual_pipeline), got "
+            f"{len(self.stage_layers)}",
+        )
+        require(
+            all(layers >= 1 for layers in self.stage_layers),
+            f"stage_layers: expected at least 1 layer in every part, got {self.stage_layers}",
+        )
         above_zero(timeout_seconds=self.timeout_seconds)
+
+    @property
+    def row_multiple(self) -> int:
+        """The number of positions of a row must be a multiple of this."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
+    def rows_per_group(self) -> int:
+        """The number of rows of a pass must be a multiple of this: the schedule of a virtual
+        pipeline gives every part of the model as many rows in turn as there are pipeline ranks.
+        """
+        return self.pipeline if self.virtual_pipeline > 1 else 1

@@ -1,4 +1,4 @@
-"""[imports megatron] One rank of the learner: a pipeline stage of the model, its optimizer, and the
+"""[imports megatron] One rank of the learner: its parts of the model, their optimizer, and the
 passes over a batch.
 
 The loops in train.py and sft.py use `Learner`, which calls the other modules of this package.
@@ -89,7 +89,7 @@ class Learner:
                 outside the vocabulary.
         """
         return evaluate_rows(
-            self.trained.model,
+            self.trained.parts,
             rows,
             RowOutput.recomputed_row,
             temperature=self.temperature,
@@ -104,7 +104,7 @@ class Learner:
         truncates it.
         """
         return evaluate_rows(
-            self.trained.model,
+            self.trained.parts,
             rows,
             RowOutput.full_row,
             temperature=self.temperature,
@@ -180,9 +180,10 @@ class Learner:
             return terms.total, terms.count, terms.result
 
         trained = self.trained
-        trained.model.zero_grad_buffer()
+        for part in trained.parts:
+            part.zero_grad_buffer()
         trained.optimizer.zero_grad()
-        results = run_schedule(trained.model, rows, on_output, forward_only=False)
+        results = run_schedule(trained.parts, rows, on_output, forward_only=False)
         # With a gradient of 0, momentum and weight decay would still move the weights. Only the
         # last stage knows what is kept, and all ranks must decide alike.
         if not self.parallel.any_rank(num_kept > 0):
@@ -211,4 +212,4 @@ class Learner:
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights as Hugging Face tensors, on global rank 0. A collective (see export.py)."""
-        return full_tensors(self.trained.model.module, self.geometry, self.parallel)
+        return full_tensors(self.trained.modules, self.geometry, self.parallel)

@@ -125,7 +125,7 @@ def prepare_model(config: Config) -> tuple[Geometry, Any]:
         ConfigError, DataError: what is wrong, and where to change it.
     """
     geometry = read_geometry(config.model.path)
-    geometry.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    geometry.check_layout(config.parallel)
     check_checkpoint(config.model.path, geometry)
     check_reference(config, geometry)
     check_stop_tokens(config, geometry)
@@ -230,7 +230,7 @@ def check_reference(config: Config, geometry: Geometry) -> None:
     if not path:
         return
     reference = read_geometry(path)
-    reference.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    reference.check_layout(config.parallel)
     if reference.vocab_size != geometry.vocab_size:
         raise ConfigError(
             f"objective.kl.reference={path}: expected the model's vocabulary of "

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.weights.families.family import ModelFamily, find_family
+from megatron_rl.weights.stages import Layout, PipelineParts, pipeline_parts
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # supported by learner and engine
 PADDING_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
@@ -52,27 +53,37 @@ class Geometry:
         multiple = PADDING_MULTIPLE * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
-    def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
-        """Raise ConfigError if TP does not divide the numbers of heads and columns, or PP does not
-        divide the number of layers.
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ConfigError if TP does not divide the numbers of heads and columns, if TP and the
+        number of key-value heads do not divide each other, or if the pipeline does not divide the
+        layers.
         """
+        tensor = layout.tensor
         for what, count in (
             ("attention heads", self.num_heads),
-            ("key-value heads", self.num_query_groups),
             ("columns of the feed-forward layer", self.ffn_hidden_size),
+            (
+                "rows of queries, keys and values",
+                (self.num_heads + 2 * self.num_query_groups) * self.head_dim,
+            ),
         ):
-            if count % tensor_parallel:
+            if count % tensor:
                 raise ConfigError(
-                    f"parallel.tensor={tensor_parallel} does not divide the model's {count} "
+                    f"parallel.tensor={tensor} does not divide the model's {count} "
                     f"{what}: expected a "
                     f"divisor of {count}; change parallel.tensor"
                 )
-        if self.num_layers % pipeline_parallel:
+        groups = self.num_query_groups
+        if groups % tensor and tensor % groups:
             raise ConfigError(
-                f"parallel.pipeline={pipeline_parallel} does not divide the model's "
-                f"{self.num_layers} layers: "
-                f"expected a divisor of {self.num_layers}; change parallel.pipeline"
+                f"parallel.tensor={tensor}: expected a divisor or a multiple of the model's "
+                f"{groups} key-value heads; change parallel.tensor"
             )
+        self.parts(layout)
+
+    def parts(self, layout: Layout) -> PipelineParts:
+        """The parts of the pipeline; raises ConfigError if it does not divide the layers."""
+        return pipeline_parts(layout, self.num_layers)
 
 
 def read_geometry(model_path: str | Path) -> Geometry:

@@ -4,7 +4,7 @@ A Megatron tensor consists of one or more Hugging Face tensors, each of which is
 dimension for tensor parallelism:
 
 - `linear_qkv` holds, for each query group, the group's query heads, its key head and its value
-  head;
+  head; with more TP ranks than groups, the ranks of a group hold equal pieces of these rows;
 - `linear_fc1` holds the gate's rows, then the up projection's;
 - the embedding and the output layer are padded with zero rows up to 128 x TP.
 
@@ -23,6 +23,7 @@ import torch
 
 from megatron_rl.weights.families.family import Kind, Size, TensorRow, find_family
 from megatron_rl.weights.geometry import Geometry
+from megatron_rl.weights.stages import PipelineParts
 
 SliceReader = Callable[
     [str, int | None, int, int], torch.Tensor
@@ -45,11 +46,11 @@ class TensorRule:
     layer: int | None  # None for a tensor outside the decoder layers
     is_last_stage: bool  # for such a tensor: on the last pipeline stage, otherwise on the first
 
-    def stage(self, num_layers: int, pipeline_parallel: int) -> int:
-        """The pipeline stage that owns the tensor."""
+    def part(self, parts: PipelineParts) -> int:
+        """The part of the pipeline that owns the tensor."""
         if self.layer is None:
-            return pipeline_parallel - 1 if self.is_last_stage else 0
-        return self.layer // (num_layers // pipeline_parallel)
+            return parts.last if self.is_last_stage else 0
+        return parts.part_of(self.layer)
 
 
 def tensor_rules(geometry: Geometry) -> list[TensorRule]:
@@ -108,6 +109,12 @@ def shard_from_hf(
     dimension = cut_dimension(rule.kind)
     if rule.kind == "vocab":
         return _read_vocab_shard(rule, geometry, read, rank, size)
+    if has_split_groups(rule, geometry, size):
+        ranks_per_group = size // geometry.num_query_groups
+        group = shard_from_hf(
+            rule, geometry, read, rank // ranks_per_group, geometry.num_query_groups
+        )
+        return group.chunk(ranks_per_group)[rank % ranks_per_group]
     parts = []
     for name, shape in zip(rule.hf_names, hf_shapes(rule, geometry), strict=True):
         if dimension is None:
@@ -129,6 +136,18 @@ def hf_from_shard(rule: TensorRule, geometry: Geometry, shard: torch.Tensor) -> 
     if rule.kind == "gate_up":
         return list(shard.chunk(2))
     return [shard]
+
+
+def has_split_groups(rule: TensorRule, geometry: Geometry, size: int) -> bool:
+    """Whether the shards of `size` TP ranks are pieces of query groups. Then `hf_from_shard` does
+    not apply, and `hf_from_group_pieces` does.
+    """
+    return rule.kind == "qkv" and size > geometry.num_query_groups
+
+
+def hf_from_group_pieces(geometry: Geometry, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The full query, key and value tensors, from the `linear_qkv` shards of all TP ranks."""
+    return _split_qkv(torch.cat(list(shards)), geometry)
 
 
 def join_parts(rule: TensorRule, geometry: Geometry, parts: Sequence[torch.Tensor]) -> torch.Tensor:

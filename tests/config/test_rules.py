@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from megatron_rl.config import CheckpointConfig, Config, EvalConfig, LoopConfig, SyncConfig
+from megatron_rl.config import (
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    LearnerConfig,
+    LoopConfig,
+    ParallelConfig,
+    SyncConfig,
+)
 from megatron_rl.errors import ConfigError
 
 
@@ -28,3 +37,25 @@ def test_what_needs_fresh_engines_falls_on_a_published_step() -> None:
             replace(config, **{section: changed})
     with pytest.raises(ConfigError, match="every: expected at least 1"):
         SyncConfig(every=0)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"sequence_parallel": True}, "sequence_parallel: expected false with tensor=1"),
+        ({"virtual_pipeline": 2}, "virtual_pipeline: expected 1 with pipeline=1"),
+        ({"pipeline": 2, "stage_layers": [1]}, r"stage_layers: expected 2 numbers"),
+        ({"pipeline": 2, "stage_layers": [4, 0]}, "stage_layers: expected at least 1 layer"),
+    ],
+)
+def test_layouts_that_contradict_themselves(layout: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**layout)
+
+
+def test_ranks_that_share_a_row_get_equal_parts() -> None:
+    layout = ParallelConfig(tensor=3, sequence_parallel=True)
+    assert (layout.row_multiple, ParallelConfig(tensor=3).row_multiple) == (3, 1)
+    Config(parallel=layout, learner=LearnerConfig(tokens_per_micro_batch=4098))
+    with pytest.raises(ConfigError, match="tokens_per_micro_batch: expected a multiple of 3"):
+        Config(parallel=layout)

@@ -74,7 +74,7 @@ def test_a_micro_batch_with_a_broken_row_gets_no_loss(monkeypatch: pytest.Monkey
     monkeypatch.setattr(learner, "row_output", output)
     nothing = SimpleNamespace(zero_grad_buffer=lambda: None, zero_grad=lambda: None)
     one = SimpleNamespace(
-        trained=SimpleNamespace(model=nothing, optimizer=nothing),
+        trained=SimpleNamespace(parts=[nothing], optimizer=nothing),
         geometry=SimpleNamespace(vocab_size=8),
         temperature=1.0,
         truncation=None,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from megatron_rl.config import ParallelConfig
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.weights.geometry import (
     layer_types,
@@ -225,27 +226,43 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "named"),
+    ("layout", "named"),
     [
-        (3, 1, "parallel.tensor=3 does not divide the model's 8 attention heads"),
-        (4, 1, "parallel.tensor=4 does not divide the model's 2 key-value heads"),
-        (1, 4, "parallel.pipeline=4 does not divide the model's 6 layers"),
+        ({"tensor": 3}, "parallel.tensor=3 does not divide the model's 8 attention heads"),
+        ({"pipeline": 4}, "parallel.pipeline=4 does not divide the model's 6 layers"),
+        (
+            {"pipeline": 2, "virtual_pipeline": 2},
+            "parallel.pipeline x parallel.virtual_pipeline=4 does not divide the model's 6 layers",
+        ),
+        (
+            {"pipeline": 2, "stage_layers": [2, 3]},
+            "parallel.stage_layers: expected the model's 6 layers in all, got 5",
+        ),
     ],
 )
-def test_a_layout_that_does_not_divide(
-    tmp_path: Path, tensor: int, pipeline: int, named: str
-) -> None:
+def test_a_layout_that_does_not_divide(tmp_path: Path, layout: dict[str, Any], named: str) -> None:
     geometry = read_geometry(write(tmp_path))
-    geometry.check_layout(2, 3)
+    geometry.check_layout(ParallelConfig(tensor=2, pipeline=3))
+    geometry.check_layout(ParallelConfig(tensor=4, pipeline=2, stage_layers=[1, 5]))
     with pytest.raises(ConfigError) as caught:
-        geometry.check_layout(tensor, pipeline)
+        geometry.check_layout(ParallelConfig(**layout))
     assert named in str(caught.value)
     assert "change parallel." in str(caught.value)
 
 
 def test_a_feed_forward_layer_that_does_not_divide(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="251 columns of the feed-forward layer"):
-        read_geometry(write(tmp_path, intermediate_size=251)).check_layout(2, 1)
+        read_geometry(write(tmp_path, intermediate_size=251)).check_layout(ParallelConfig(tensor=2))
+
+
+def test_key_value_heads_and_ranks_that_do_not_divide_each_other(tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 240}
+    geometry = read_geometry(write(tmp_path, **sizes, hidden_size=48))
+    geometry.check_layout(ParallelConfig(tensor=6))
+    with pytest.raises(
+        ConfigError, match=r"tensor=2: expected a divisor or a multiple of .* 3 key"
+    ):
+        geometry.check_layout(ParallelConfig(tensor=2))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_rl.weights.geometry import Geometry
 from megatron_rl.weights.rules import (
     cut_dimension,
+    has_split_groups,
+    hf_from_group_pieces,
     hf_from_shard,
     hf_shapes,
     join_parts,
     shard_from_hf,
     tensor_rules,
 )
+from megatron_rl.weights.stages import PipelineParts
 
 GEOMETRIES = {
     model_type: Geometry(
@@ -162,6 +165,19 @@ def test_queries_keys_and_values_stand_by_group() -> None:
     assert second[:, 0].tolist() == [2, 3, 11, 21]
 
 
+def test_more_ranks_than_groups_hold_pieces_of_a_group() -> None:
+    geometry = small()
+    rule = rule_of(geometry, "qkv")
+    values = (column(0, 1, 2, 3), column(10, 11), column(20, 21))
+    tensors = dict(zip(rule.hf_names, values))
+    assert not has_split_groups(rule, geometry, 2)
+    assert has_split_groups(rule, geometry, 4)
+    shards = [shard_from_hf(rule, geometry, Slices(tensors), rank, 4) for rank in range(4)]
+    assert [shard[:, 0].tolist() for shard in shards] == [[0, 1], [10, 20], [2, 3], [11, 21]]
+    for full, expected in zip(hf_from_group_pieces(geometry, shards), values, strict=True):
+        assert torch.equal(full, expected)
+
+
 def test_gate_stands_before_up_on_each_rank() -> None:
     geometry = small()
     rule = rule_of(geometry, "gate_up")
@@ -182,14 +198,15 @@ def test_rows_beyond_the_vocabulary_are_zero(rank: int, num_real: int) -> None:
 
 
 def test_every_rule_has_its_pipeline_stage() -> None:
-    stages = [rule.stage(4, 2) for rule in tensor_rules(small())]
-    assert stages == sorted(stages), "layer order is stage order"
-    by_layer = {rule.layer: rule.stage(4, 2) for rule in tensor_rules(small())}
-    assert [by_layer[layer] for layer in range(4)] == [0, 0, 1, 1]
+    parts = PipelineParts(num_ranks=2, num_layers=(1, 3))
+    of_rules = [rule.part(parts) for rule in tensor_rules(small())]
+    assert of_rules == sorted(of_rules), "layer order is the order of the parts"
+    by_layer = {rule.layer: rule.part(parts) for rule in tensor_rules(small())}
+    assert [by_layer[layer] for layer in range(4)] == [0, 1, 1, 1]
     outside = [rule for rule in tensor_rules(small()) if rule.layer is None]
     names = [rule.hf_names[0] for rule in outside]
     assert names == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    assert [rule.stage(4, 2) for rule in outside] == [0, 1, 1]
+    assert [rule.part(parts) for rule in outside] == [0, 1, 1]
 
 
 def test_row_parallel_tensors_are_cut_along_their_columns() -> None:

@@ -66,16 +66,20 @@ def pack_rows(
     samples: Sequence[Sample], parallel: Parallel, tokens_per_row: int, *, min_rows: int
 ) -> tuple[MicroBatch, ...]:
     """Pack this replica's samples into rows, and add masked rows until every replica has as many
-    rows as the one with the most. A collective over the data-parallel ranks.
+    rows as the one with the most, and as the pipeline's schedule needs. A collective over the
+    data-parallel ranks.
     """
-    size = row_size(1, tokens_per_row)
+    multiple = parallel.layout.row_multiple
+    size = row_size(1, tokens_per_row, multiple)
     if parallel.pp_size > 1:  # the stages exchange tensors of one shape
         lengths = [len(sample.rollout.token_ids) for sample in samples]
-        size = max(size, largest_size(lengths, tokens_per_row))
-    rows = pack(samples, tokens_per_row=tokens_per_row, min_size=size)
+        size = max(size, largest_size(lengths, tokens_per_row, multiple))
+    rows = pack(samples, tokens_per_row=tokens_per_row, min_size=size, multiple=multiple)
     most = torch.tensor([len(rows)])
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel.host.dp)
-    filled = fill(rows, max(min_rows, int(most)), size)
+    group = parallel.layout.rows_per_group
+    num_rows = -(-max(min_rows, int(most)) // group) * group
+    filled = fill(rows, num_rows, size)
     return tuple(to_device(row, parallel.device) for row in filled)
 
 

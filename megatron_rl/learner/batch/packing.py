@@ -11,6 +11,7 @@ prediction.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,13 +50,15 @@ def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def pack(samples: Sequence[Sample], *, tokens_per_row: int, min_size: int = 0) -> list[MicroBatch]:
+def pack(
+    samples: Sequence[Sample], *, tokens_per_row: int, min_size: int = 0, multiple: int = 1
+) -> list[MicroBatch]:
     """Pack whole sequences into rows of at most `tokens_per_row` positions, the longest first, each
     into the first row with enough space. A row is as long as its sequences need, rounded up to a
-    multiple of `ROW_MULTIPLE`.
+    multiple of `ROW_MULTIPLE` and of `multiple`.
 
     Args:
-        min_size: positions that each row has at least.
+        tokens_per_row: a multiple of `multiple`. min_size: positions that each row has at least.
     Returns:
         Rows as described in `MicroBatch`; none if there are no samples. Positions restart at 0 in
         the padding of the row; each token of a sequence carries the sequence's advantage.
@@ -67,24 +70,26 @@ def pack(samples: Sequence[Sample], *, tokens_per_row: int, min_size: int = 0) -
     lengths = [_checked_length(sample, tokens_per_row) for sample in samples]
     return [
         _row([samples[index] for index in row], max(size, min_size))
-        for row, size in _fit_rows(lengths, tokens_per_row)
+        for row, size in _fit_rows(lengths, tokens_per_row, multiple)
     ]
 
 
-def largest_size(lengths: Sequence[int], tokens_per_row: int) -> int:
+def largest_size(lengths: Sequence[int], tokens_per_row: int, multiple: int = 1) -> int:
     """Positions of the longest row that `pack` makes of sequences of these lengths; 0 for none."""
-    return max((size for _, size in _fit_rows(lengths, tokens_per_row)), default=0)
+    return max((size for _, size in _fit_rows(lengths, tokens_per_row, multiple)), default=0)
 
 
-def row_size(num_tokens: int, tokens_per_row: int) -> int:
-    """The positions of a row that holds `num_tokens`: the next multiple of `ROW_MULTIPLE`, and at
-    most `tokens_per_row`.
+def row_size(num_tokens: int, tokens_per_row: int, multiple: int = 1) -> int:
+    """The positions of a row that holds `num_tokens`: the next multiple of `ROW_MULTIPLE` and
+    `multiple`, and at most `tokens_per_row`.
     """
-    multiple = ROW_MULTIPLE
+    multiple = math.lcm(ROW_MULTIPLE, multiple)
     return min(tokens_per_row, -(-max(num_tokens, 1) // multiple) * multiple)
 
 
-def _fit_rows(lengths: Sequence[int], tokens_per_row: int) -> list[tuple[list[int], int]]:
+def _fit_rows(
+    lengths: Sequence[int], tokens_per_row: int, multiple: int
+) -> list[tuple[list[int], int]]:
     """For each row the indices of its sequences, and its positions."""
     rows: list[list[int]] = []
     space: list[int] = []
@@ -96,7 +101,7 @@ def _fit_rows(lengths: Sequence[int], tokens_per_row: int) -> list[tuple[list[in
             space.append(tokens_per_row)
         rows[number].append(index)
         space[number] -= length
-    sizes = [row_size(tokens_per_row - left, tokens_per_row) for left in space]
+    sizes = [row_size(tokens_per_row - left, tokens_per_row, multiple) for left in space]
     return list(zip(rows, sizes, strict=True))
 
 

@@ -28,6 +28,7 @@ class Parallel:
     `tp_rank=1, pp_rank=0, dp_rank=0`.
     """
 
+    layout: ParallelConfig
     rank: int
     world_size: int
     device: torch.device
@@ -70,12 +71,12 @@ class Parallel:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this stage embeds the tokens."""
+        """Whether this pipeline rank embeds the tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this stage computes the logits, and therefore the log-probs and the loss."""
+        """Whether this pipeline rank computes the logits, and therefore log-probs and loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -192,6 +193,9 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                config.virtual_pipeline if config.virtual_pipeline > 1 else None
+            ),
             create_gloo_process_groups=True,
             distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
         )
@@ -201,6 +205,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     dp_group = parallel_state.get_data_parallel_group()
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     return Parallel(
+        layout=config,
         rank=rank,
         world_size=world_size,
         device=device,

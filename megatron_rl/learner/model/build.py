@@ -1,25 +1,29 @@
 """[imports megatron] Builds a Megatron-Core GPT model from a Hugging Face config and loads this
 rank's shard of the weights.
 
-`build_model` takes a checkpoint folder and this rank's position in the layout, and returns the
-model of this pipeline stage, wrapped in Megatron's own DDP. With a GPU and Transformer Engine the
-layers are those of Transformer Engine, otherwise Megatron's own with packed attention.
+`build_model` takes a checkpoint folder and this rank's position in the layout, and returns this
+rank's parts of the model (one for each virtual pipeline stage), wrapped in Megatron's own DDP. With
+a GPU and Transformer Engine the layers are those of Transformer Engine, otherwise Megatron's own
+with packed attention and this package's norm.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_rl.config.model import ModelConfig
+from megatron_rl.config.choices import ActivationRecomputation
+from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.cpu_device import is_cpu_run
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.attention import packed_attention_module
+from megatron_rl.learner.model.norm import root_mean_square_norm
 from megatron_rl.weights.geometry import Geometry, read_hf_config, rope_parameters
 from megatron_rl.weights.huggingface import CheckpointReader
 from megatron_rl.weights.rules import TensorRule, hf_shapes, shard_from_hf, tensor_rules
@@ -29,14 +33,28 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
+# The setting -> Megatron's settings. Of a selective recomputation's layers, the results of the
+# projections around attention are kept.
+RECOMPUTATIONS: dict[ActivationRecomputation, dict[str, Any]] = {
+    "none": {},
+    "selective": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "mlp"],
+    },
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_model(
     config: ModelConfig, geometry: Geometry, parallel: Parallel, *, use_distributed_optimizer: bool
-) -> DistributedDataParallel:
-    """This rank's pipeline stage, loaded with the checkpoint's weights, in Megatron's DDP with
-    float32 gradients.
+) -> tuple[DistributedDataParallel, ...]:
+    """This rank's parts of the model in layer order, loaded with the checkpoint's weights, each in
+    Megatron's DDP with float32 gradients.
 
     Raises:
         ConfigError: the model does not allow the layout or an option.
@@ -44,26 +62,33 @@ def build_model(
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    geometry.check_layout(parallel.tp_size, parallel.pp_size)
-    transformer = transformer_config(geometry, parallel, DTYPES[config.dtype])
-    model = build_gpt(geometry, parallel, transformer, config.path)
-    load_weights(model, geometry, parallel, CheckpointReader(config.path))
-    # Megatron's Float16Module is not used, because it would cast the logits to float32; here the
-    # logits keep their dtype.
-    model.to(device=parallel.device, dtype=DTYPES[config.dtype])
-    ddp = DistributedDataParallel(
-        transformer,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
-        ),
-        model,
+    geometry.check_layout(parallel.layout)
+    transformer = transformer_config(
+        geometry,
+        parallel,
+        DTYPES[config.dtype],
+        activation_recomputation=config.activation_recomputation,
     )
-    ddp.broadcast_params()
-    return ddp
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+    )
+    wrapped = []
+    for part in build_parts(geometry, parallel, transformer, config.path):
+        # Megatron's Float16Module is not used, because it would cast the logits to float32; here
+        # the logits keep their dtype.
+        part.to(device=parallel.device, dtype=DTYPES[config.dtype])
+        ddp = DistributedDataParallel(transformer, ddp_config, part)
+        ddp.broadcast_params()
+        wrapped.append(ddp)
+    return tuple(wrapped)
 
 
 def transformer_config(
-    geometry: Geometry, parallel: Parallel, dtype: torch.dtype
+    geometry: Geometry,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    *,
+    activation_recomputation: ActivationRecomputation = "none",
 ) -> TransformerConfig:
     """Megatron's settings for this model and layout."""
     from megatron.core.distributed import finalize_model_grads
@@ -77,7 +102,7 @@ def transformer_config(
         num_query_groups=geometry.num_query_groups,
         kv_channels=geometry.head_dim,
         tensor_model_parallel_size=parallel.tp_size,
-        pipeline_model_parallel_size=parallel.pp_size,
+        sequence_parallel=parallel.layout.sequence_parallel,
         use_cpu_initialization=is_cpu_run(),
         # This also sets the attributes by which gradient norms and checkpoints tell shards from
         # copies.
@@ -102,7 +127,28 @@ def transformer_config(
         persist_layer_norm=not is_cpu_run() and has_transformer_engine(),
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
+        **_pipeline_settings(geometry, parallel.layout),
+        **RECOMPUTATIONS[activation_recomputation],
     )
+
+
+def _pipeline_settings(geometry: Geometry, layout: ParallelConfig) -> dict[str, Any]:
+    is_virtual = layout.virtual_pipeline > 1
+    settings: dict[str, Any] = {
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if is_virtual else None,
+        # With two pipeline ranks, both neighbours in a virtual pipeline are the same rank; sends
+        # and receives in one batch would be mixed up there, without an error. The overlapped
+        # schedule does not batch them (pipeline_parallel/p2p_communication.py).
+        "overlap_p2p_comm": is_virtual,
+        "batch_p2p_comm": not is_virtual,
+    }
+    if layout.stage_layers:
+        parts = [["decoder"] * count for count in geometry.parts(layout).num_layers]
+        parts[0].insert(0, "embedding")
+        parts[-1].append("loss")
+        settings["pipeline_model_parallel_layout"] = parts
+    return settings
 
 
 def has_transformer_engine() -> bool:
@@ -110,12 +156,29 @@ def has_transformer_engine() -> bool:
     return not is_cpu_run() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def build_gpt(
+def build_parts(
     geometry: Geometry, parallel: Parallel, transformer: TransformerConfig, model_path: str | Path
+) -> list[GPTModel]:
+    """This rank's parts of the model in layer order, with the weights of the checkpoint."""
+    parts = [
+        _build_gpt(geometry, parallel, transformer, model_path, number)
+        for number in range(parallel.layout.virtual_pipeline)
+    ]
+    load_weights(parts, geometry, parallel, CheckpointReader(model_path))
+    return parts
+
+
+def _build_gpt(
+    geometry: Geometry,
+    parallel: Parallel,
+    transformer: TransformerConfig,
+    model_path: str | Path,
+    number: int,
 ) -> GPTModel:
-    """The GPT model of this stage; its weights are not initialised."""
+    """Part `number` of this rank; its weights are not initialised."""
     from megatron.core.models.gpt import GPTModel
 
+    vp_stage = number if parallel.layout.virtual_pipeline > 1 else None
     inverse_frequencies = None
     if geometry.has_rope_scaling or geometry.rope_theta != int(geometry.rope_theta):
         inverse_frequencies, scale = _hf_rope(geometry, model_path)
@@ -126,24 +189,29 @@ def build_gpt(
             transformer.yarn_rotary_scaling_factor = scale
     model = GPTModel(
         config=transformer,
-        transformer_layer_spec=layer_spec(geometry),
+        transformer_layer_spec=layer_spec(geometry, transformer, vp_stage),
         vocab_size=geometry.padded_vocab_size(parallel.tp_size),
         max_sequence_length=geometry.max_position_embeddings,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
+        pre_process=parallel.is_first_stage and number == 0,
+        post_process=parallel.is_last_stage and number == parallel.layout.virtual_pipeline - 1,
         share_embeddings_and_output_weights=geometry.is_tied,
         position_embedding_type="rope",
         rotary_base=int(geometry.rope_theta),
         parallel_output=True,
+        vp_stage=vp_stage,
     )
     if inverse_frequencies is not None:
         model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
     return model
 
 
-def layer_spec(geometry: Geometry) -> object:
-    """The layer spec: the modules that the layers consist of."""
+def layer_spec(geometry: Geometry, transformer: TransformerConfig, vp_stage: int | None) -> object:
+    """The layer spec: the modules that the layers of a part consist of."""
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
 
     if has_transformer_engine():
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
@@ -152,8 +220,14 @@ def layer_spec(geometry: Geometry) -> object:
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
         qk_layernorm=geometry.has_qk_norm, normalization="RMSNorm"
     )
-    spec.submodules.self_attention.submodules.core_attention = packed_attention_module()
-    return spec
+    norm, layer = root_mean_square_norm(), spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    attention = layer.self_attention.submodules
+    attention.core_attention = packed_attention_module()
+    if geometry.has_qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    num_layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
 
 
 def _hf_rope(geometry: Geometry, model_path: str | Path) -> tuple[torch.Tensor, float]:
@@ -182,16 +256,16 @@ def _hf_rope(geometry: Geometry, model_path: str | Path) -> tuple[torch.Tensor, 
 
 
 def load_weights(
-    model: GPTModel, geometry: Geometry, parallel: Parallel, reader: CheckpointReader
+    parts: Sequence[GPTModel], geometry: Geometry, parallel: Parallel, reader: CheckpointReader
 ) -> None:
-    """Read this rank's shard of every tensor of this stage.
+    """Read this rank's shard of every tensor of its parts of the model.
 
     Raises:
         DataError: the checkpoint's tensors do not match the geometry. ConfigError: the model has a
             parameter that no tensor rule covers.
     """
-    parameters = dict(model.named_parameters())
-    for rule, name in stage_tensors(geometry, parallel, parameters):
+    unknown = {id(parameter): name for part in parts for name, parameter in part.named_parameters()}
+    for rule, parameter in held_parameters(geometry, parallel, parts):
         for hf_name, expected in zip(rule.hf_names, hf_shapes(rule, geometry), strict=True):
             if reader.shape(hf_name) != expected:
                 raise DataError(
@@ -201,28 +275,36 @@ def load_weights(
                 )
         shard = shard_from_hf(rule, geometry, reader.read, parallel.tp_rank, parallel.tp_size)
         with torch.no_grad():
-            parameters.pop(name).copy_(shard)
-    if parameters:
+            parameter.copy_(shard)
+        unknown.pop(id(parameter))
+    if unknown:
         raise ConfigError(
-            f"model: no Hugging Face tensor is known for Megatron's {', '.join(parameters)}"
+            f"model: no Hugging Face tensor is known for Megatron's {', '.join(unknown.values())}"
         )
 
 
-def stage_tensors(
-    geometry: Geometry, parallel: Parallel, parameters: dict[str, torch.Tensor]
-) -> list[tuple[TensorRule, str]]:
-    """The rules of this stage's tensors, each with the parameter's name in this stage's model."""
-    found = []
-    first_layer = parallel.pp_rank * (geometry.num_layers // parallel.pp_size)
+def held_parameters(
+    geometry: Geometry, parallel: Parallel, parts: Sequence[torch.nn.Module]
+) -> list[tuple[TensorRule, torch.nn.Parameter]]:
+    """The parameters of this rank's parts of the model, each with its rule, in layer order."""
+    pipeline = geometry.parts(parallel.layout)
+    numbers = pipeline.of_rank(parallel.pp_rank)
+    by_part = {
+        number: dict(part.named_parameters()) for number, part in zip(numbers, parts, strict=True)
+    }
+    held = []
     for rule in tensor_rules(geometry):
-        if rule.stage(geometry.num_layers, parallel.pp_size) != parallel.pp_rank:
+        part = rule.part(pipeline)
+        if part not in by_part:
             continue
         names = rule.megatron_names
-        if rule.layer is not None:  # a stage numbers its own layers from 0
-            here = f"decoder.layers.{rule.layer - first_layer}."
+        if rule.layer is not None:  # a part numbers its own layers from 0
+            here = f"decoder.layers.{rule.layer - pipeline.first_layer(part)}."
             names = tuple(name.replace(f"decoder.layers.{rule.layer}.", here) for name in names)
-        found.append((rule, next(name for name in names if name in parameters)))
+        parameters = by_part[part]
+        held.append((rule, parameters[next(name for name in names if name in parameters)]))
     if geometry.is_tied and parallel.is_last_stage and not parallel.is_first_stage:
         # The last stage holds its own copy of the embedding, as its output layer.
-        found.append((tensor_rules(geometry)[0], "output_layer.weight"))
-    return found
+        head = by_part[pipeline.last]["output_layer.weight"]
+        held.append((tensor_rules(geometry)[0], head))
+    return held

@@ -146,7 +146,8 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
             f"checkpoint {folder}: expected files that can be read, got: {_in_brief(error)}; "
             f"resume from another one (resume=FOLDER), or start anew (resume=never)"
         ) from error
-    trained.model.module.load_state_dict(loaded["model"])
+    for number, module in enumerate(trained.modules):
+        module.load_state_dict(loaded["model"][str(number)])
     settings = [
         {key: value for key, value in group.items() if key not in ("params", "step")}
         for group in trained.optimizer.param_groups
@@ -160,7 +161,9 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
 
 
 def _sharded_state(trained: TrainingModel, *, is_loading: bool) -> dict[str, Any]:
-    model = trained.model.module.sharded_state_dict()
+    model = {
+        str(number): module.sharded_state_dict() for number, module in enumerate(trained.modules)
+    }
     optimizer = trained.optimizer.sharded_state_dict(
         model,
         is_loading=is_loading,
@@ -223,8 +226,8 @@ def _kind(trained: TrainingModel) -> dict[str, Any]:
     """The properties that must match for a checkpoint to be loaded. The layout may differ."""
     geometry = asdict(trained.geometry)
     return geometry | {
-        "dtype": str(trained.model.config.params_dtype),
-        "has_distributed_optimizer": trained.model.ddp_config.use_distributed_optimizer,
+        "dtype": str(trained.parts[0].config.params_dtype),
+        "has_distributed_optimizer": trained.parts[0].ddp_config.use_distributed_optimizer,
     }
 
 
@@ -285,6 +288,6 @@ def _bytes_per_parameter(trained: TrainingModel) -> int:
     """The size of a checkpoint on disk, in bytes per parameter. With a float32 model the plain
     optimizer updates the model's weights directly; otherwise it has separate main weights.
     """
-    dtype: torch.dtype = trained.model.config.params_dtype
-    is_main = dtype == torch.float32 and not trained.model.ddp_config.use_distributed_optimizer
+    dtype: torch.dtype = trained.parts[0].config.params_dtype
+    is_main = dtype == torch.float32 and not trained.parts[0].ddp_config.use_distributed_optimizer
     return BYTES_PER_PARAMETER + (0 if is_main else dtype.itemsize)

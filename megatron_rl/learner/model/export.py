@@ -8,16 +8,18 @@ no part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.learner.model.build import stage_tensors
+from megatron_rl.learner.model.build import held_parameters
 from megatron_rl.weights.geometry import Geometry
 from megatron_rl.weights.rules import (
     TensorRule,
+    has_split_groups,
+    hf_from_group_pieces,
     hf_from_shard,
     hf_shapes,
     join_parts,
@@ -35,46 +37,65 @@ def tensor_shapes(geometry: Geometry) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def full_tensors(
-    model: torch.nn.Module, geometry: Geometry, parallel: Parallel
+    parts: Sequence[torch.nn.Module],
+    geometry: Geometry,
+    parallel: Parallel,
+    *,
+    value: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `(Hugging Face name, full tensor)` on global rank 0, in the model's dtype; nothing on
     other ranks.
 
     A collective: every rank must run it to its end (`for _ in full_tensors(...): pass`).
+
+    Args:
+        parts: this rank's parts of the model.
+        value: what to export of a parameter, of the parameter's shape.
     """
     if parallel.dp_rank != 0:
         return
-    parameters = dict(model.named_parameters())
-    dtype = next(iter(parameters.values())).dtype
-    names = dict(stage_tensors(geometry, parallel, parameters))
+    held = dict(held_parameters(geometry, parallel, parts))
+    dtype = value(next(iter(held.values()))).dtype
+    pipeline = geometry.parts(parallel.layout)
     for rule in tensor_rules(geometry):
-        stage = rule.stage(geometry.num_layers, parallel.pp_size)
-        parts = [None] * len(rule.hf_names)
+        stage = pipeline.rank_of(rule.part(pipeline))
+        full_here: Iterator[torch.Tensor | None] = iter([None] * len(rule.hf_names))
         if stage == parallel.pp_rank:
-            parts = hf_from_shard(rule, geometry, parameters[names[rule]].detach())
+            full_here = _joined(rule, geometry, parallel, value(held[rule]))
         shapes = hf_shapes(rule, geometry)
-        for hf_name, part, shape in zip(rule.hf_names, parts, shapes, strict=True):
-            full = None
-            if part is not None:
-                full = _join_over_tensor_parallel(rule, geometry, parallel, part.contiguous())
+        for hf_name, full, shape in zip(rule.hf_names, full_here, shapes, strict=True):
             full = _to_first_rank(full, shape, dtype, stage, parallel)
             if full is not None:
                 yield hf_name, full
 
 
-def _join_over_tensor_parallel(
-    rule: TensorRule, geometry: Geometry, parallel: Parallel, part: torch.Tensor
-) -> torch.Tensor | None:
-    """The full tensor on TP rank 0 of the stage that owns it; None on its other ranks."""
-    if parallel.tp_size == 1 or rule.kind == "replicated":
-        return join_parts(rule, geometry, [part]) if parallel.tp_rank == 0 else None
-    parts = (
-        [torch.empty_like(part) for _ in range(parallel.tp_size)] if parallel.tp_rank == 0 else None
-    )
-    dist.gather(
-        part, parts, dst=dist.get_global_rank(parallel.tp_group, 0), group=parallel.tp_group
-    )
-    return None if parts is None else join_parts(rule, geometry, parts)
+def _joined(
+    rule: TensorRule, geometry: Geometry, parallel: Parallel, shard: torch.Tensor
+) -> Iterator[torch.Tensor | None]:
+    """The rule's full tensors, one at a time, on TP rank 0 of the stage that owns them; None on its
+    other ranks.
+    """
+    if has_split_groups(rule, geometry, parallel.tp_size):
+        shards = _gathered(shard, parallel)
+        none = [None] * len(rule.hf_names)
+        yield from none if shards is None else hf_from_group_pieces(geometry, shards)
+        return
+    for piece in hf_from_shard(rule, geometry, shard):
+        pieces: list[torch.Tensor] | None = [piece.contiguous()] if parallel.tp_rank == 0 else None
+        if parallel.tp_size > 1 and rule.kind != "replicated":
+            pieces = _gathered(piece, parallel)
+        yield None if pieces is None else join_parts(rule, geometry, pieces)
+
+
+def _gathered(piece: torch.Tensor, parallel: Parallel) -> list[torch.Tensor] | None:
+    """The pieces of all TP ranks, in order, on TP rank 0; None on the others."""
+    piece = piece.contiguous()
+    pieces = None
+    if parallel.tp_rank == 0:
+        pieces = [torch.empty_like(piece) for _ in range(parallel.tp_size)]
+    first = dist.get_global_rank(parallel.tp_group, 0)
+    dist.gather(piece, pieces, dst=first, group=parallel.tp_group)
+    return pieces
 
 
 def _to_first_rank(

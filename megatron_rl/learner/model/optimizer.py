@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import OptimizerConfig
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: DistributedDataParallel, *, num_updates: int
+    config: OptimizerConfig, parts: Sequence[DistributedDataParallel], *, num_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW under Megatron's control (float32 main weights and moments), and its schedule.
 
     Args:
+        parts: this rank's parts of the model.
         num_updates: optimizer steps of the whole run; a decaying schedule reaches 0 after them.
     """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -36,11 +38,11 @@ def build_optimizer(
             adam_beta2=config.betas[1],
             adam_eps=config.epsilon,
             clip_grad=config.clip_grad,
-            bf16=model.config.bf16,
-            params_dtype=model.config.params_dtype,
+            bf16=parts[0].config.bf16,
+            params_dtype=parts[0].config.params_dtype,
             use_distributed_optimizer=config.distributed,
         ),
-        [model],
+        list(parts),
     )
     # Before the first step there would be no moments, and then a checkpoint could not be written or
     # read. A step can be missing: no optimizer step is taken for a batch without a kept token.

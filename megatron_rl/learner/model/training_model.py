@@ -1,5 +1,5 @@
-"""[imports megatron] A pipeline stage with its optimizer and schedule: the state that a checkpoint
-holds.
+"""[imports megatron] A rank's parts of the model with their optimizer and schedule: the state that
+a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from megatron_rl.weights.geometry import Geometry
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -27,9 +28,16 @@ class TrainingModel:
 
     parallel: Parallel
     geometry: Geometry
-    model: DistributedDataParallel  # this pipeline stage, in Megatron's DDP; `.module` is the GPT
+    # this rank's parts of the model, in layer order; several only in a virtual pipeline. Each is in
+    # Megatron's DDP; `.module` is the GPT
+    parts: tuple[DistributedDataParallel, ...]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler  # of the learning rate
+
+    @property
+    def modules(self) -> list[GPTModel]:
+        """The parts without Megatron's DDP."""
+        return [part.module for part in self.parts]
 
 
 def build_training_model(
@@ -49,8 +57,8 @@ def build_training_model(
         ConfigError: the model does not allow the layout or an option. DataError: the checkpoint
             does not match the geometry.
     """
-    stage = build_model(model, geometry, parallel, use_distributed_optimizer=optimizer.distributed)
-    built, scheduler = build_optimizer(optimizer, stage, num_updates=num_updates)
+    parts = build_model(model, geometry, parallel, use_distributed_optimizer=optimizer.distributed)
+    built, scheduler = build_optimizer(optimizer, parts, num_updates=num_updates)
     return TrainingModel(
-        parallel=parallel, geometry=geometry, model=stage, optimizer=built, scheduler=scheduler
+        parallel=parallel, geometry=geometry, parts=parts, optimizer=built, scheduler=scheduler
     )

@@ -166,7 +166,7 @@ def row_output(
 
 @torch.no_grad()
 def evaluate_rows(
-    model: torch.nn.Module,
+    parts: Sequence[torch.nn.Module],
     rows: Sequence[MicroBatch],
     take: Callable[[RowOutput, MicroBatch], Item],
     *,
@@ -179,6 +179,7 @@ def evaluate_rows(
     """A forward-only pass. A collective over the ranks of a replica.
 
     Args:
+        parts: this rank's parts of the model, in layer order.
         take: selects the result from a row's output, such as `RowOutput.recomputed_row`.
         name: of the pass, for messages.
     Returns:
@@ -201,14 +202,14 @@ def evaluate_rows(
         )
         return take(output, rows[index])
 
-    items = run_schedule(model, rows, on_output, forward_only=True)
+    items = run_schedule(parts, rows, on_output, forward_only=True)
     # Checked once for the whole pass, because the check synchronises with the device.
     check_broken_rows(parallel.device, name)
     return items
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    parts: Sequence[torch.nn.Module],
     rows: Sequence[MicroBatch],
     on_output: Callable[[int, torch.Tensor], Any],
     *,
@@ -217,8 +218,9 @@ def run_schedule(
     """Run the rows through Megatron's pipeline schedule.
 
     Args:
+        parts: this rank's parts of the model, in layer order.
         rows: this rank's micro-batches, the same number on every DP rank; all of one length if the
-            model has several pipeline stages.
+            model has several pipeline stages, and in a virtual pipeline a multiple of their number.
         on_output: `(index of the row, logits [1, T, V / TP])`, called on the last stage. In
             training it returns Megatron's `(sum, count, anything)`; with `forward_only` it returns
             anything.
@@ -237,10 +239,12 @@ def run_schedule(
         )
         return output, partial(_call_with_output, on_output, index)
 
+    # The schedule of a virtual pipeline reads the rows once for each part.
+    iterators = [iter(list(enumerate(rows))) for _ in parts]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(list(enumerate(rows))),
-        model=[model],
+        data_iterator=iterators if len(parts) > 1 else iterators[0],
+        model=list(parts),
         num_microbatches=len(rows),
         seq_length=rows[0].tokens.numel(),
         micro_batch_size=1,

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from megatron_rl.config import ModelConfig
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.learner.model.build import DTYPES, build_gpt, load_weights, transformer_config
+from megatron_rl.learner.model.build import DTYPES, build_parts, transformer_config
 from megatron_rl.learner.passes.forward import WHOLE, FullRow, RowOutput, evaluate_rows
 from megatron_rl.records import MicroBatch
 from megatron_rl.weights.geometry import read_geometry
-from megatron_rl.weights.huggingface import CheckpointReader
 
 
 class FrozenPolicy:
@@ -33,21 +32,21 @@ class FrozenPolicy:
         """
         dtype = DTYPES[model.dtype]
         geometry = read_geometry(path)
-        geometry.check_layout(parallel.tp_size, parallel.pp_size)
+        geometry.check_layout(parallel.layout)
         self._vocab_size = geometry.vocab_size
         self._temperature = temperature
         self._parallel = parallel
         transformer = transformer_config(geometry, parallel, dtype)
-        self._model = build_gpt(geometry, parallel, transformer, path)
-        load_weights(self._model, geometry, parallel, CheckpointReader(path))
-        self._model.to(device=parallel.device, dtype=dtype).requires_grad_(False)
+        self._parts = build_parts(geometry, parallel, transformer, path)
+        for part in self._parts:
+            part.to(device=parallel.device, dtype=dtype).requires_grad_(False)
 
     def full_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
         """Its log-probs of every kept label, over the whole distribution: a record for each row on
         the last pipeline stage, an empty list on the others.
         """
         return evaluate_rows(
-            self._model,
+            self._parts,
             rows,
             RowOutput.full_row,
             temperature=self._temperature,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import distributed
 
+from megatron_rl.config import ParallelConfig
 from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.host_groups import HostGroups
 from megatron_rl.learner.layout.parallel import Parallel
@@ -67,6 +68,7 @@ def gloo_parallel(rank: int, world_size: int, model_size: int) -> Parallel:
         alone = group if number == rank else alone
     dp_group = dp_groups[rank % model_size]
     return Parallel(
+        layout=ParallelConfig(),
         rank=rank,
         world_size=world_size,
         device=torch.device("cpu"),

@@ -13,6 +13,7 @@ from megatron_rl.learner.batch.packing import (
     fill,
     largest_size,
     pack,
+    row_size,
 )
 from megatron_rl.records import MicroBatch, Rollout, RolloutHead, Sample
 
@@ -255,3 +256,11 @@ def test_rows_are_as_long_as_their_sequences_need() -> None:
     assert [row.tokens.numel() for row in pack(samples[2:], tokens_per_row=500)] == [ROW_MULTIPLE]
     assert pack([], tokens_per_row=100, min_size=64) == []
     assert largest_size([], 100) == 0
+
+
+def test_rows_can_be_divided_among_ranks():
+    samples = [make_sample(0, range(1, 91), 1), make_sample(1, range(1, 61), 1)]
+    rows = pack(samples, tokens_per_row=192 * 3, multiple=3)  # a multiple of 64 and of 3
+    assert [row.tokens.numel() for row in rows] == [192]
+    assert largest_size([90, 60], 576, 3) == row_size(1, 576, 3) == 192
+    assert row_size(500, 510, 3) == 510

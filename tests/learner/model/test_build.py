@@ -89,6 +89,17 @@ def test_updated_weights_agree_between_layouts(model: str, case: Case, outcome_o
     assert 0.1 * LEARNING_RATE < moved.abs().max() <= 1.001 * LEARNING_RATE
 
 
+@named(PAIRS)
+def test_activations_are_computed_again_as_the_setting_says(
+    model: str, case: Case, outcome_of: Any
+) -> None:
+    """A row is recomputed once and trained on once; its backward pass may run layers again."""
+    again = {"none": (), "selective": ("attention", "mlp"), "full": ("attention", "mlp", "layer")}
+    calls = outcome_of(model, case.name)["calls_of_a_row"]
+    expected = dict.fromkeys(("attention", "mlp", "layer"), 2.0)
+    assert calls == expected | dict.fromkeys(again[case.recomputation], 3.0)
+
+
 @named(PAIRS + BFLOAT16_PAIRS)
 def test_copies_of_a_shard_are_the_same_bits(model: str, case: Case, outcome_of: Any) -> None:
     """Over DP all shards, over TP the norms, over PP the tied embedding; after a step."""

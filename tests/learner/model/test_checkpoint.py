@@ -5,7 +5,9 @@ checkpoint_ranks.py.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_rl.learner.model.checkpoint_files import LATEST
 from tests.learner.support.checkpoint_ranks import (
@@ -36,10 +39,10 @@ Outcomes = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A disk of 3 MB: room for one checkpoint of the tiny model and not for two."""
+    """A disk of 5 MB: room for one checkpoint of the tiny model and not for two."""
     folder = tmp_path_factory.mktemp("checkpoints") / "small_disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)]
     is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
     if not is_mounted:
         folder.rmdir()
@@ -49,14 +52,33 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tiny_checkpoint: Path, recorded_rollouts: Path, small_disk: Path) -> Outcomes:
+def four_layers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with its two layers twice, enough for a virtual pipeline on two ranks."""
+    folder = tmp_path_factory.mktemp("four_layers") / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    config |= {"num_hidden_layers": 4, "layer_types": 2 * config["layer_types"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in list(tensors.items()):
+        for layer in (0, 1):
+            again = name.replace(f".layers.{layer}.", f".layers.{layer + 2}.")
+            if again != name:
+                tensors[again] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(four_layers: Path, recorded_rollouts: Path, small_disk: Path) -> Outcomes:
     """What the ranks wrote, by the name of the file; two ranks first, who save."""
     out = small_disk.parent
     (out / "broken").mkdir()
     for world_size in (2, 1):
         run_module(
             "tests.learner.support.checkpoint_ranks",
-            tiny_checkpoint,
+            four_layers,
             recorded_rollouts,
             out,
             ranks=world_size,

@@ -41,7 +41,13 @@ SAVED_AFTER = 2
 OPTIMIZER = OptimizerConfig(
     learning_rate=LEARNING_RATE, warmup_steps=WARMUP_STEPS, decay="linear", weight_decay=0.01
 )
-LAYOUTS = {"tp1": (1, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2), "dp2": (2, 1, 1)}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp1": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2_vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "dp2": (2, {}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +140,7 @@ def start(layout: str) -> Parallel:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    _, tensor, pipeline = LAYOUTS[layout]
-    return initialize_parallel(
-        ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_seconds=60), seed=0
-    )
+    return initialize_parallel(ParallelConfig(**LAYOUTS[layout][1], timeout_seconds=60), seed=0)
 
 
 def write(out: Path, name: str, outcome: dict[str, Any]) -> None:
@@ -261,7 +264,7 @@ def main(model: Path, rollouts: Path, out: Path) -> None:
     for kind in KINDS:
         if world_size == 2:
             save_first(kind, model, rollouts, out)
-        for layout, (ranks, _, _) in LAYOUTS.items():
+        for layout, (ranks, _) in LAYOUTS.items():
             if ranks == world_size:
                 go_on(kind, layout, model, rollouts, out)
     if world_size == 1:

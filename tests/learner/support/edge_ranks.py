@@ -59,7 +59,8 @@ def build(model: Path, parallel: Parallel, optimizer: OptimizerConfig) -> Learne
 def state_of(learner: Learner) -> dict[str, torch.Tensor]:
     """Everything that an optimizer step changes on this rank."""
     trained = learner.trained
-    state = {f"model.{name}": value for name, value in trained.model.named_parameters()}
+    [part] = trained.parts
+    state = {f"model.{name}": value for name, value in part.named_parameters()}
     numbers = [float(trained.scheduler.num_steps)]
     for number, part in enumerate(chained_optimizers(trained.optimizer)):
         for group in part.optimizer.param_groups:

@@ -13,7 +13,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from megatron_rl.learner.batch.packing import deal, fill, pack
 from megatron_rl.learner.layout.cpu_device import run_on_cpu
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.build import build_model, stage_tensors
+from megatron_rl.learner.model.build import build_model, held_parameters
 from megatron_rl.learner.passes.forward import RowOutput, row_output, run_schedule
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
@@ -42,6 +45,8 @@ LEARNING_RATE = 1e-3
 # would step as far as any other.
 EPSILON = 1e-5
 
+SP = {"sequence_parallel": True}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -51,10 +56,17 @@ class Case:
     world_size: int
     tensor: int = 1
     pipeline: int = 1
+    more: Mapping[str, Any] = field(default_factory=dict)  # of the layout
+    recomputation: str = "none"  # of activations
     is_packed: bool = True
     is_distributed: bool = False  # the optimizer
     dtype: str = "float32"
     models: tuple[str, ...] = ()  # none: all of them
+
+    @property
+    def layout(self) -> ParallelConfig:
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline}
+        return ParallelConfig(**sizes, **self.more, timeout_seconds=60)
 
 
 CASES = (
@@ -75,6 +87,41 @@ CASES = (
         pipeline=2,
         is_packed=False,
         models=("qwen3", "qwen2_tied", "llama"),
+    ),
+    Case(name="tp1_full", world_size=1, recomputation="full", models=("qwen3",)),
+    Case(name="tp1_selective", world_size=1, recomputation="selective", models=("qwen3",)),
+    Case(name="tp2_sp", world_size=2, tensor=2, more=SP, models=("qwen3", "qwen2_tied", "qwen2")),
+    Case(
+        name="tp2_sp_full",
+        world_size=2,
+        tensor=2,
+        more=SP,
+        recomputation="full",
+        models=("qwen3",),
+    ),
+    Case(
+        name="pp2_vpp2",
+        world_size=2,
+        pipeline=2,
+        more={"virtual_pipeline": 2},
+        models=("qwen3", "qwen2_tied"),
+    ),
+    Case(
+        name="pp2_uneven",
+        world_size=2,
+        pipeline=2,
+        more={"stage_layers": [1, 3]},
+        recomputation="selective",
+        models=("qwen3",),
+    ),
+    Case(name="tp4", world_size=4, tensor=4, models=("qwen3", "qwen2")),
+    Case(
+        name="tp2_sp_pp2_vpp2",
+        world_size=4,
+        tensor=2,
+        pipeline=2,
+        more=SP | {"virtual_pipeline": 2},
+        models=("qwen2_tied",),
     ),
     Case(name="tp2_dp2", world_size=4, tensor=2, models=("qwen2_tied",)),
     Case(name="pp2_dp2", world_size=4, pipeline=2, models=("qwen2_tied",)),
@@ -129,7 +176,9 @@ def rows_of_rank(samples: list[Sample], case: Case, parallel: Parallel) -> list[
                 for row in pack(each, tokens_per_row=TOKENS_PER_ROW, min_size=TOKENS_PER_ROW)
             ]
         )
-    return fill(packed[parallel.dp_rank], max(len(rows) for rows in packed), TOKENS_PER_ROW)
+    group = case.layout.rows_per_group
+    num_rows = -(-max(len(rows) for rows in packed) // group) * group
+    return fill(packed[parallel.dp_rank], num_rows, TOKENS_PER_ROW)
 
 
 def by_sequence(rows: list[MicroBatch], values: list[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -154,15 +203,15 @@ def forward_at(learner: Learner, rows: list[MicroBatch], temperature: float) -> 
         )
 
     with torch.no_grad():
-        return run_schedule(learner.trained.model, rows, on_output, forward_only=True)
+        return run_schedule(learner.trained.parts, rows, on_output, forward_only=True)
 
 
 def shard_digests(learner: Learner, attribute: str) -> list[tuple[str, int | None, str]]:
     """(Hugging Face name, TP rank or None for a copy, digest) of each of this rank's shards."""
-    parameters = dict(learner.trained.model.module.named_parameters())
     digests = []
-    for rule, name in stage_tensors(learner.geometry, learner.parallel, parameters):
-        tensor = getattr(parameters[name], attribute).detach().float().contiguous()
+    modules = learner.trained.modules
+    for rule, parameter in held_parameters(learner.geometry, learner.parallel, modules):
+        tensor = getattr(parameter, attribute).detach().float().contiguous()
         digest = hashlib.sha1(tensor.numpy().tobytes()).hexdigest()
         tp_rank = None if rule.kind == "replicated" else learner.parallel.tp_rank
         digests.append((rule.hf_names[0], tp_rank, digest))
@@ -179,10 +228,11 @@ def main_weights(learner: Learner) -> dict[str, Any]:
         "state_dtypes": {str(value.dtype) for state in states for value in state.values()},
         "is_rounded_main": True,
     }
-    for parameter in learner.trained.model.module.parameters():
-        main = getattr(parameter, "main_param", None)
-        if main is not None and main.shape == parameter.shape:
-            found["is_rounded_main"] &= torch.equal(parameter, main.to(parameter.dtype))
+    for part in learner.trained.parts:
+        for parameter in part.parameters():
+            main = getattr(parameter, "main_param", None)
+            if main is not None and main.shape == parameter.shape:
+                found["is_rounded_main"] &= torch.equal(parameter, main.to(parameter.dtype))
     return found
 
 
@@ -197,7 +247,7 @@ def train_once(learner: Learner, rows: list[MicroBatch]) -> tuple[dict[str, floa
         DualVariable(
             value=DUAL_VALUE, learning_rate=1.0, tolerance=0.0037, minimum=0.0, maximum=10.0
         ),
-        ObjectiveConfig(),
+        ObjectiveConfig(normalize="token_mean"),  # as in parity_models.py
         step=1,
         weight_version=0,
         should_recompute=False,
@@ -207,6 +257,22 @@ def train_once(learner: Learner, rows: list[MicroBatch]) -> tuple[dict[str, floa
         for separate, saved in zip(recomputed, trained_on, strict=True)
     ]
     return report.metrics, all(is_same)
+
+
+@contextmanager
+def counted_layers(learner: Learner) -> Iterator[Counter[str]]:
+    """How often the first layer on this rank, its attention and its MLP run in the meantime."""
+    calls: Counter[str] = Counter()
+    layer = learner.trained.modules[0].decoder.layers[0]
+    watched = {"attention": layer.self_attention.core_attention, "mlp": layer.mlp, "layer": layer}
+
+    def counting(name: str) -> Any:
+        return lambda *_: calls.update([name])
+
+    hooks = [module.register_forward_hook(counting(name)) for name, module in watched.items()]
+    yield calls
+    for hook in hooks:
+        hook.remove()
 
 
 def scored_by_every_replica(
@@ -226,7 +292,7 @@ def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> d
     batch = torch.load(folder / f"{model_name}.pt")
     path = folder / model_name
     learner = Learner(
-        ModelConfig(path=str(path), dtype=case.dtype),
+        ModelConfig(path=str(path), dtype=case.dtype, activation_recomputation=case.recomputation),
         OptimizerConfig(
             learning_rate=LEARNING_RATE, epsilon=EPSILON, distributed=case.is_distributed
         ),
@@ -250,7 +316,9 @@ def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> d
     outcome["weights_before"] = exported_weights(learner)
     recorded = recorded_samples(batch, is_every_token_kept=False)
     rows = rows_of_rank(recorded, case, parallel)
-    outcome["metrics"], is_same = train_once(learner, rows)
+    with counted_layers(learner) as calls:
+        outcome["metrics"], is_same = train_once(learner, rows)
+    outcome["calls_of_a_row"] = {name: count / len(rows) for name, count in calls.items()}
     digests = {"weights": shard_digests(learner, "data")}
     if not case.is_distributed:
         outcome["gradients"] = exported_gradients(learner)
@@ -302,9 +370,7 @@ def main(folder: Path) -> None:
     for case in (*CASES, *BFLOAT16_CASES):
         if case.world_size != world_size:
             continue
-        parallel = initialize_parallel(
-            ParallelConfig(tensor=case.tensor, pipeline=case.pipeline, timeout_seconds=60), seed=1
-        )
+        parallel = initialize_parallel(case.layout, seed=1)
         places: list[Any] = [None] * world_size
         dist.all_gather_object(places, place_of(parallel))
         outcomes = {f"parallel.{case.name}": places}
