@@ -17,7 +17,7 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.data.pairs import Pair, PairStream
-from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.data.tokenizer import load_tokenizer, read_template
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.batch.deal import pack_rows
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
@@ -82,7 +82,12 @@ def warm_start(config: Config, progress: Progress) -> None:
                 break
     if parallel.rank == 0:
         output = Path(settings.output or folder / "checkpoint")
-        write_checkpoint(output, learner.full_tensors(), like=config.model.path)
+        write_checkpoint(
+            output,
+            learner.full_tensors(),
+            like=config.model.path,
+            chat_template=read_template(config.data.chat_template_file),
+        )
         recorder.say(f"warm start saved in {output}")
     else:
         learner.give_tensors()

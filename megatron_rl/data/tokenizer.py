@@ -78,7 +78,7 @@ class PromptFormat:
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         template = getattr(tokenizer, "chat_template", None)
         if config.chat_template_file:
-            template = _read_template(Path(config.chat_template_file))
+            template = read_template(config.chat_template_file)
         if not template and (config.chat_template == "always" or config.chat_template_arguments):
             key = "chat_template" if config.chat_template == "always" else "chat_template_arguments"
             raise ConfigError(
@@ -145,9 +145,16 @@ class PromptFormat:
         return bool(self._tokenizer.eos_token) and text.endswith(self._tokenizer.eos_token)
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: str) -> str:
+    """The text of `data.chat_template_file`; "" if none is given.
+
+    Raises:
+        ConfigError: the file is missing, or is not UTF-8.
+    """
+    if not path:
+        return ""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.chat_template_file: expected a Jinja file at {path}, got {_brief(error)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config import Config
+from megatron_rl.data.tokenizer import read_template
 from megatron_rl.learner.batch.deal import by_sample
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
@@ -82,7 +83,12 @@ def save_hf_checkpoint(learner: Learner, config: Config) -> None:
     """
     if learner.parallel.rank == 0:
         folder = Path(config.run_dir) / "huggingface"
-        write_checkpoint(folder, learner.full_tensors(), like=config.model.path)
+        write_checkpoint(
+            folder,
+            learner.full_tensors(),
+            like=config.model.path,
+            chat_template=read_template(config.data.chat_template_file),
+        )
     else:
         learner.give_tensors()
     learner.parallel.barrier()

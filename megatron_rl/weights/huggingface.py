@@ -24,6 +24,7 @@ from megatron_rl.errors import DataError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TEMPLATE_NAME = "chat_template.jinja"
 SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of configs, tokenizers and templates
 # Buffers that old checkpoints contain although no model reads them. vLLM computes them, its loader
 # skips them (vllm/model_executor/models/utils.py:AutoWeightsLoader), and no learner publishes them.
@@ -151,6 +152,7 @@ def write_checkpoint(
     like: str | Path,
     max_shard_bytes: int = 4 * 2**30,
     config_changes: Mapping[str, Any] = MappingProxyType({}),
+    chat_template: str = "",
 ) -> None:
     """Write a Hugging Face checkpoint: the tensors, in shards, and a copy of the small files of
     `like`.
@@ -163,6 +165,7 @@ def write_checkpoint(
             its shard is full.
         like: the checkpoint whose config and tokenizer are copied.
         config_changes: keys of its config.json to change, with their new values.
+        chat_template: to write in place of the one of `like`; "": keep that.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
@@ -175,6 +178,8 @@ def write_checkpoint(
         if len(dtypes) == 1:
             config_changes = {"dtype": str(dtypes.pop()).removeprefix("torch."), **config_changes}
         _change_config(partial / "config.json", config_changes)
+        if chat_template:  # transformers prefers it to one in the tokenizer's config
+            (partial / TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)

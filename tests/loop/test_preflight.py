@@ -1,4 +1,4 @@
-"""Settings that only the model can tell wrong, found before a process is started."""
+"""What only the model or the data can tell wrong, found before a process is started."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config import Config, EvalConfig, ModelConfig, RolloutConfig, SamplingConfig
-from megatron_rl.errors import ConfigError
-from megatron_rl.loop.preflight import prepare_data
+from megatron_rl.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RolloutConfig,
+    SamplingConfig,
+    TaskConfig,
+)
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.loop.preflight import preflight, prepare_data
 
 
 @pytest.mark.parametrize("section", ["rollout", "eval"])
@@ -26,3 +34,39 @@ def test_a_stop_token_beyond_the_vocabulary(section: str, tiny_checkpoint: Path)
     expected = rf"{section}\.sampling\.stop_token_ids: expected ids below .* 128, got 128"
     with pytest.raises(ConfigError, match=expected):
         prepare_data(replace(config, **{section: beyond}))
+
+
+@pytest.mark.parametrize(
+    ("verifier", "row"),
+    [
+        ("exact", r'{"question":"\ud83d 1+1","answer":"2"}'),
+        ("exact", r'{"question":"1+1","answer":"\udfff"}'),
+        ("numeric", '{"question":"1+1","answer":NaN}'),
+        ("math_verify", '{"question":"1+1","answer":NaN}'),
+        ("numeric", '{"question":"1+1","answer":1e400}'),
+        ("exact", '{"question":"1+1","answer":-1e999}'),
+        ("exact", '{"question":"1+1","answer":""}'),
+        ("auto", r'{"question":"1+1","answer":" \t"}'),
+        ("numeric", '{"question":"1+1","answer":"blue"}'),
+        ("exact", '{"question":"1+1","answer":null}'),
+        ("exact", '{"question":"1+1","answer":{"value":2}}'),
+    ],
+)
+def test_a_row_that_no_run_can_use_ends_the_run_before_it_starts(
+    verifier: str, row: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question":"1+1","answer":2}\n' + row + "\n")
+    task = TaskConfig(path=str(path), verifier=verifier)
+    config = Config(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(path=str(tiny_checkpoint)),
+        data=DataConfig(tasks=[task], num_held_out=0),
+        rollout=RolloutConfig(sampling=SamplingConfig(max_tokens=32)),
+        eval=EvalConfig(sampling=SamplingConfig(max_tokens=32)),
+    )
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: ") as caught:
+        preflight(config)
+    assert "\n" not in str(caught.value)
+    path.write_text('{"question":"1+1","answer":2}\n')
+    assert len(preflight(config).stream.prompts(0, 1)) == 1

@@ -79,6 +79,16 @@ def test_small_files_come_along_and_the_dtype_is_told(
     assert config["hidden_size"] == 32
 
 
+def test_a_chat_template_takes_the_place_of_the_original(
+    tmp_path: Path, original: Path, tensors: Tensors
+) -> None:
+    (original / "chat_template.jinja").write_text("old")
+    for template, expected in (("", "old"), ("new", "new")):
+        folder = tmp_path / f"copy-{expected}"
+        write_checkpoint(folder, tensors.items(), like=original, chat_template=template)
+        assert (folder / "chat_template.jinja").read_text() == expected
+
+
 def test_slices(original: Path, tensors: Tensors) -> None:
     reader = CheckpointReader(original)
     name = "model.layers.0.self_attn.o_proj.weight"
