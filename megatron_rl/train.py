@@ -1,7 +1,7 @@
 """`python -m megatron_rl.train CONFIG [key=value ...]` under torchrun: the journey of a prompt.
 
     prompt -> rollout -> reward -> advantage -> pack -> recomputed logprobs -> discrepancy -> loss
-           -> optimizer step -> weight sync
+           -> optimizer step -> weight sync (-> acceptance)
 
 Every rank runs this loop. The head of each replica (the first of its TP x PP ranks) requests
 samples from the engines and scores them; global rank 0 publishes the weights and writes the
@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.update.step import train_step
+from megatron_rl.loop.acceptance import Acceptance
 from megatron_rl.loop.collect import collect_step
 from megatron_rl.loop.evaluate import evaluate_sets
 from megatron_rl.loop.fixed_gap import measure_fixed_gap
@@ -33,6 +34,7 @@ def train(config: Config, progress: Progress) -> None:
     with start_run(config, progress) as run:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
         publish = partial(publish_weights, learner, run.link, run.engine_urls, state, config, phase)
+        acceptance = Acceptance(learner, run.link, publish, config, phase)
         evaluate = partial(evaluate_sets, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
         report = partial(
@@ -47,6 +49,7 @@ def train(config: Config, progress: Progress) -> None:
             report(0, parity)
         for step in state.steps(config.loop.num_steps):
             sampled = collect_step(run.source, learner.parallel, state, config, phase)
+            acceptance.copy_state()
             with phase("learner"):
                 batch = deal_batch(
                     sampled.samples(),
@@ -66,6 +69,7 @@ def train(config: Config, progress: Progress) -> None:
                 )
             state.next_prompt += sampled.num_prompts
             parity = publish() if should_publish(config, step) else {}
+            parity |= acceptance.decide(sampled)
             record_rollouts(run.writer, sampled, rows, learner.parallel, step, config, phase)
             figures = evaluate() | fixed_gap() if should_evaluate(config, step) else {}
             # The line is written before the checkpoint: then every step up to a checkpoint has its

@@ -31,11 +31,17 @@ from megatron_rl.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
 from megatron_rl.config.loop import CheckpointConfig, DynamicSamplingConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.config.objective import ConstraintConfig, KLConfig, ObjectiveConfig
+from megatron_rl.config.objective import (
+    AcceptanceConfig,
+    ConstraintConfig,
+    KLConfig,
+    ObjectiveConfig,
+)
 from megatron_rl.config.rollout import QuantizationConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import require
 
 __all__ = [
+    "AcceptanceConfig",
     "CheckpointConfig",
     "Config",
     "ConstraintConfig",
@@ -97,6 +103,8 @@ class Config:
         _check_timeouts(self.rollout, self.parallel)
         _check_updates(self.learner, self.loop)
         _check_rows(self.learner, self.parallel)
+        if self.objective.acceptance.enabled:
+            _check_acceptance(self.replay, self.rollout.sampling, self.sync)
 
 
 def _check_publications(
@@ -202,4 +210,25 @@ def _check_rows(learner: LearnerConfig, parallel: ParallelConfig) -> None:
         learner.tokens_per_micro_batch % multiple == 0,
         f"learner.tokens_per_micro_batch: expected a multiple of {multiple}, because several ranks "
         f"share a row (parallel.sequence_parallel), got {learner.tokens_per_micro_batch}",
+    )
+
+
+def _check_acceptance(replay: str, sampling: SamplingConfig, sync: SyncConfig) -> None:
+    """An update can be taken back only where engines score it, each update on its own."""
+    key = "objective.acceptance.enabled"
+    require(
+        not replay,
+        f"{key}: expected false in a replay, which has no engines to score an update, got true",
+    )
+    require(
+        sync.every == 1,
+        f"{key}: expected false with sync.every={sync.every}, since an update that is not published"
+        " cannot be scored by the engines, got true",
+    )
+    # An engine scores given tokens over the whole vocabulary at temperature 1.
+    require(
+        (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1, 1, 0, 0),
+        f"{key}: expected rollout.sampling with temperature=1 and nothing truncated, got "
+        f"temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, top_k={sampling.top_k}, "
+        f"min_p={sampling.min_p:g}",
     )

@@ -153,6 +153,23 @@ class KLConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AcceptanceConfig:
+    """An update that makes the engine's policy worse than the learner's is taken back (MIPU, arXiv
+    2606.29526; objective/acceptance.py).
+    """
+
+    enabled: bool = False
+    # the update stays if J of the learner exceeds J of the engine, both at the new weights, by at
+    # most this; in units of the advantage
+    max_loss: float = 1e-4
+    cap: float = 2.0  # upper bound of the weight p_new / p_inf of a token in the estimate of J
+    num_samples: int = 64  # kept responses of the step that both score, at most
+
+    def __post_init__(self) -> None:
+        at_least(1, cap=self.cap, num_samples=self.num_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The objective that an update maximises.
 
@@ -192,6 +209,7 @@ class ObjectiveConfig:
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     score_centering: ScoreCenteringConfig = field(default_factory=ScoreCenteringConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
 
     def __post_init__(self) -> None:
         if self.preset:

@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
     "importance": {"level": "none"},
     "rejection": {"divergence": "none"},
     "score_centering": {"enabled": False},
+    "acceptance": {"enabled": False},
 }
 # The constraint as published: a penalty on every token's advantage, in every step.
 _SHAPING: dict[str, Any] = {
@@ -81,6 +82,8 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "icepop": {"importance": {"level": "token", "mode": "mask", "lower": 0.5, "upper": 5.0}},
     # arXiv 2609.32444
     "cis": {"importance": {"level": "token", "mode": "cis", "cis_slope": 2.3, "cis_floor": 5e-3}},
+    # arXiv 2606.29526: weights against the engine, and updates that are taken back
+    "mipu": {"importance": _TIS, "acceptance": {"enabled": True}},
     # TRL's sequence_mask
     "sequence_mask": {
         "importance": {"level": "sequence_sum", "mode": "mask", "lower": 0.0, "upper": 3.0},

@@ -21,7 +21,7 @@ from megatron_rl.reward.score import rewards_apart
 
 NOTHING_SAMPLED = SampledStep(groups=(), num_prompts=0, num_rounds=0)
 # The phases whose time counts towards tokens per second; evaluations and checkpoints do not count.
-STEP_PHASES = ("rollout", "reward", "learner", "sync")
+STEP_PHASES = ("rollout", "reward", "learner", "sync", "acceptance")
 
 
 def write_metrics(

@@ -102,6 +102,11 @@ LAYOUT = {
             ["^loss/(update|rollout)_kl/mean$", "^reference/kl_.*/mean$"],
         ],
         "learning rate": ["Multiline", ["^learner/learning_rate$"]],
+        "updates skipped, and taken back": [
+            "Multiline",
+            ["^learner/num_skipped_updates$", "^acceptance/is_taken_back$"],
+        ],
+        "J of learner minus engine": ["Multiline", ["^acceptance/loss$"]],
     },
     "speed": {
         "tokens per second": ["Multiline", ["^speed/tokens_per_second$"]],

@@ -1,4 +1,4 @@
-"""Rules between sections: what waits for freshly published weights."""
+"""Rules between sections: what needs engines, or freshly published weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import (
+    AcceptanceConfig,
     CheckpointConfig,
     Config,
     EvalConfig,
     LearnerConfig,
     LoopConfig,
+    ObjectiveConfig,
     ParallelConfig,
+    RolloutConfig,
+    SamplingConfig,
     SyncConfig,
 )
 from megatron_rl.errors import ConfigError
@@ -59,3 +63,29 @@ def test_ranks_that_share_a_row_get_equal_parts() -> None:
     Config(parallel=layout, learner=LearnerConfig(tokens_per_micro_batch=4098))
     with pytest.raises(ConfigError, match="tokens_per_micro_batch: expected a multiple of 3"):
         Config(parallel=layout)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"replay": "runs/a/rollouts"}, "expected false in a replay"),
+        ({"sync": SyncConfig(every=2)}, "expected false with sync.every=2"),
+        (
+            {"rollout": RolloutConfig(sampling=SamplingConfig(top_p=0.9, top_k=20))},
+            "nothing truncated, got temperature=1, top_p=0.9, top_k=20, min_p=0",
+        ),
+        (
+            {"rollout": RolloutConfig(sampling=SamplingConfig(temperature=0.7))},
+            "expected rollout.sampling with temperature=1 .*, got temperature=0.7",
+        ),
+    ],
+)
+def test_an_update_is_taken_back_only_where_engines_score_it(
+    settings: dict[str, object], expected: str
+) -> None:
+    objective = ObjectiveConfig(acceptance=AcceptanceConfig(enabled=True))
+    config = Config(objective=objective)
+    rest = {"checkpoint": CheckpointConfig(every=8), "eval": EvalConfig(every=0)}
+    with pytest.raises(ConfigError, match=rf"objective\.acceptance\.enabled: .*{expected}"):
+        replace(config, **rest, **settings)
+    replace(config, objective=ObjectiveConfig(), **rest, **settings)

@@ -25,6 +25,7 @@ FIGURES = {
     "icepop": "correction/weight/mean",
     "sequence_mask": "correction/weight/mean",
     "cis": "correction/weight/mean",
+    "mipu": "correction/weight/mean",
     "geometric_rejection": "correction/vetoed_sequences/mean",
     "k3_rejection": "correction/rejected_sequences/mean",
     "score_centering": "score_centering/size/mean",
@@ -39,9 +40,11 @@ FIGURES = {
     "dc_grpo_score_centering": "score_centering/size/mean",
 }
 # Bounds for thousands of tokens and a gap of rounding, not for thirty and a gap of noise; and heads
-# as they are recorded.
+# as they are recorded. A replay has no engine that could score an update; test_acceptance.py has
+# one.
 HEADS = [f"objective.score_centering.num_logprobs={NUM_HEAD}"]
-WIDER = {
+CHANGES = {
+    "mipu": ["objective.acceptance.enabled=false"],
     "geometric_rejection": ["objective.rejection.upper=1.2", "objective.rejection.lower=0.8"],
     "k3_rejection": ["objective.rejection.upper=0.05"],
     "score_centering": HEADS,
@@ -101,7 +104,7 @@ def steps_of(
     folder: Path,
 ) -> dict[str, Lines]:
     """The steps of every preset."""
-    presets = {name: WIDER.get(name, []) for name in PRESETS}
+    presets = {name: CHANGES.get(name, []) for name in PRESETS}
     return run_presets(folder, write_config, tiny_checkpoint, recorded_rollouts, presets)
 
 
@@ -136,6 +139,7 @@ def test_a_run_says_which_keys_replace_those_of_its_preset(
 ) -> None:
     said = [line for line in (folder / "stdout").read_text().splitlines() if " replaces " in line]
     assert said == [
+        "objective.acceptance.enabled: false replaces true of objective.preset=mipu",
         "objective.rejection.lower: 0.8 replaces 0.999 of objective.preset=geometric_rejection",
         "objective.rejection.upper: 1.2 replaces 1.001 of objective.preset=geometric_rejection",
         "objective.rejection.upper: 0.05 replaces 0.01 of objective.preset=k3_rejection",

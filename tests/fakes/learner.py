@@ -27,6 +27,7 @@ class FakeParallel:
     is_last_stage: bool = True
     others: float = 0.0
     head_value: Any = None  # what the head sends, on a rank that is none
+    first_value: Any = None  # what rank 0 sends, on another rank
     log: list[str] = field(default_factory=list)
 
     def from_replica_head(self, value: Any) -> Any:
@@ -36,6 +37,10 @@ class FakeParallel:
     def from_last_stage(self, value: Any) -> Any:
         self.log.append("from_last_stage")
         return value
+
+    def from_first_rank(self, value: Any) -> Any:
+        self.log.append("from_first_rank")
+        return value if self.rank == 0 else self.first_value
 
     def barrier(self) -> None:
         self.log.append("barrier")

@@ -61,6 +61,18 @@ def single_rank(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return torch.load(out / "outcome.pt", weights_only=False)
 
 
+@pytest.fixture(scope="session")
+def edge_outcomes(
+    tiny_checkpoint: Path, recorded_rollouts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[Any]]:
+    """What every rank of support/edge_ranks.py found, by the name of the file."""
+    out = tmp_path_factory.mktemp("edges")
+    for world_size in (1, 2):
+        paths = (tiny_checkpoint, recorded_rollouts, out)
+        run_module("tests.learner.support.edge_ranks", *paths, ranks=world_size)
+    return {path.stem: torch.load(path, weights_only=False) for path in out.glob("*.pt")}
+
+
 def write_broken(folder: Path, sound: Path, yarn: Path) -> None:
     """Copies of a checkpoint, each with one thing wrong."""
 

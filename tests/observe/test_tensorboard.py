@@ -45,6 +45,8 @@ def keys_of_a_step() -> set[str]:
     keys |= {key for name in ("", "aime24") for key in evaluation_metrics([], 8, name=name)}
     return keys | {
         "eval/mean_of_sets",
+        "acceptance/is_taken_back",
+        "acceptance/loss",
         "constraint/lambda",
         "constraint/penalty_share/mean",
         "constraint/signal/mean",
@@ -55,6 +57,7 @@ def keys_of_a_step() -> set[str]:
         "correction/weight/max",
         "learner/grad_norm",
         "learner/learning_rate",
+        "learner/num_skipped_updates",
         "loss/clip_fraction_low/mean",
         "loss/entropy/mean",
         "loss/mean",

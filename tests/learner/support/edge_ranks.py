@@ -1,10 +1,12 @@
-"""What the ranks of test_edges.py do: mini-batches of which no rank keeps a token, in every layout
-of this world size, and every preset on the batch of edge_batch.py.
+"""What the ranks of test_edges.py and test_restore_point.py do: mini-batches of which no rank keeps
+a token, and updates that are taken back, in every layout of this world size; and every preset on
+the batch of edge_batch.py.
 
     torchrun --nproc_per_node N -m tests.learner.support.edge_ranks MODEL ROLLOUTS OUT
 
-Rank 0 writes `OUT/<layout>.pt` and `OUT/<layout>.distributed.pt`: what each kind of batch did to
-the state of the ranks; and `OUT/presets.<layout>.pt`.
+Rank 0 writes, of all ranks, `OUT/<layout>.pt` and `OUT/<layout>.distributed.pt`: what each kind of
+batch did to their state; `OUT/restored.<layout>.<dtype>.<optimizer>.pt`; and
+`OUT/presets.<layout>.pt`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.optimizer import chained_optimizers
+from megatron_rl.learner.model.restore_point import RestorePoint
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import MicroBatch, Sample, StepReport, TrainBatch
@@ -40,6 +43,9 @@ from tests.learner.support import edge_batch
 from tests.learner.support.exported import exported_weights
 
 LAYOUTS = {"dp1": (1, 1, 1), "dp2": (2, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2)}
+# Whether the optimizer is distributed -> the dtypes in which updates are taken back. The main
+# weights are those of the model, separate ones, or on every rank a part of separate ones.
+RESTORED = {False: ("float32", "bfloat16"), True: ("bfloat16",)}
 REJECT_ALL = ObjectiveConfig(
     rejection=RejectionConfig(divergence="k2", level="sequence_max", upper=1e-12)
 )
@@ -49,11 +55,12 @@ MOVING = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, d
 TELLING = OptimizerConfig(learning_rate=1.0, epsilon=1.0, clip_grad=0.0)
 
 
-def build(model: Path, parallel: Parallel, optimizer: OptimizerConfig) -> Learner:
+def build(
+    model: Path, parallel: Parallel, optimizer: OptimizerConfig, dtype: str = "float32"
+) -> Learner:
     """A learner fresh from the Hugging Face checkpoint."""
-    return Learner(
-        ModelConfig(path=str(model)), optimizer, read_geometry(model), parallel, num_updates=8
-    )
+    config = ModelConfig(path=str(model), dtype=dtype)
+    return Learner(config, optimizer, read_geometry(model), parallel, num_updates=8)
 
 
 def state_of(learner: Learner) -> dict[str, torch.Tensor]:
@@ -164,6 +171,37 @@ def skipped(learner: Learner, other: Learner, rollouts: Path) -> dict[str, Any]:
     return found
 
 
+def restored(learner: Learner, other: Learner, rollouts: Path) -> list[dict[str, bool]]:
+    """Updates of `learner` that are taken back, the first of a run and a later one; and how it goes
+    on, beside `other`, which never took them.
+    """
+    point, config, found = RestorePoint(learner.trained), ObjectiveConfig(), []
+    dual, dual_of_other = DualVariable(0.1), DualVariable(0.1)
+    for number in (1, 2):
+        taken_back, kept = (
+            recorded.read_samples(rollouts, each, learner.parallel) for each in (number, number + 2)
+        )
+        before = state_of(learner)
+        point.copy()
+        step(learner, taken_back, DualVariable(0.1), config, num_mini_batches=2)
+        has_moved = not is_equal(before, state_of(learner))
+        point.restore()
+        is_back = is_equal(before, state_of(learner))
+        reports = [
+            step(each, kept, of_each, config)
+            for each, of_each in ((learner, dual), (other, dual_of_other))
+        ]
+        found.append(
+            {
+                "has_moved": has_moved,
+                "is_back": is_back,
+                "goes_on": is_equal(state_of(learner), state_of(other)),
+                "reports_the_same": reports[0] == reports[1],
+            }
+        )
+    return found
+
+
 def with_distances(batch: TrainBatch, learner: Learner) -> TrainBatch:
     """The batch of edge_batch.py with log-probs at their distance from the learner's; without
     pipeline parallelism.
@@ -222,7 +260,7 @@ def run_preset(config: ObjectiveConfig, model: Path, parallel: Parallel) -> dict
     }
 
 
-def gathered(outcome: dict[str, Any], parallel: Parallel) -> list[dict[str, Any]]:
+def gathered(outcome: Any, parallel: Parallel) -> list[Any]:
     of_ranks: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(of_ranks, outcome)
     return of_ranks
@@ -238,12 +276,16 @@ def main(model: Path, rollouts: Path, out: Path) -> None:
         parallel = initialize_parallel(
             ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_seconds=60), seed=0
         )
-        outcomes = {}
+        outcomes: dict[str, Any] = {}
         for is_distributed in (False, True):
             optimizer = replace(MOVING, distributed=is_distributed)
             pair = [build(model, parallel, optimizer) for _ in range(2)]
             name = layout + (".distributed" if is_distributed else "")
             outcomes[name] = skipped(*pair, rollouts)
+            for dtype in RESTORED[is_distributed]:
+                pair = [build(model, parallel, optimizer, dtype) for _ in range(2)]
+                kind = "distributed" if is_distributed else "plain"
+                outcomes[f"restored.{layout}.{dtype}.{kind}"] = restored(*pair, rollouts)
         if tensor == pipeline == 1:
             folder = out / f"{layout}.{parallel.rank}"
             folder.mkdir()

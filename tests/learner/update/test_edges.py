@@ -6,11 +6,9 @@ keeps no token, what it gives on one. What the ranks do stands in edge_ranks.py.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_rl.config.presets import PRESETS
 from tests.learner.support.comparison import (
@@ -20,44 +18,31 @@ from tests.learner.support.comparison import (
 )
 from tests.learner.support.edge_batch import NUM_LEFT_OUT
 from tests.learner.support.edge_ranks import LAYOUTS
-from tests.support.ranks import run_module
 
 NAMES = [layout + kind for layout in LAYOUTS for kind in ("", ".distributed")]
 KINDS = ("masked", "rejected", "rejected, constant", "left out")
 
 
-@pytest.fixture(scope="module")
-def outcomes(
-    tiny_checkpoint: Path, recorded_rollouts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[Any]]:
-    """What every rank found, by the name of the file."""
-    out = tmp_path_factory.mktemp("edges")
-    for world_size in (1, 2):
-        paths = (tiny_checkpoint, recorded_rollouts, out)
-        run_module("tests.learner.support.edge_ranks", *paths, ranks=world_size)
-    return {path.stem: torch.load(path, weights_only=False) for path in out.glob("*.pt")}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_where_no_rank_keeps_a_token_nothing_moves(
-    name: str, kind: str, outcomes: dict[str, list[Any]]
+    name: str, kind: str, edge_outcomes: dict[str, list[Any]]
 ) -> None:
-    for of_rank in outcomes[name]:
+    for of_rank in edge_outcomes[name]:
         assert of_rank["begins_equal"]
         found = of_rank["kinds"][kind]
         assert found["is_untouched"]  # weights, moments, the optimizer's count and the schedule
         assert found["has_dual_step"]
         assert found["metrics"]["learner/num_skipped_updates"] == 1
         assert "learner/grad_norm" not in found["metrics"]
-        assert found["metrics"] == outcomes[name][0]["kinds"][kind]["metrics"]
+        assert found["metrics"] == edge_outcomes[name][0]["kinds"][kind]["metrics"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_what_its_mini_batches_with_tokens_make_of_it(
-    name: str, outcomes: dict[str, list[Any]]
+    name: str, edge_outcomes: dict[str, list[Any]]
 ) -> None:
-    for of_rank in outcomes[name]:
+    for of_rank in edge_outcomes[name]:
         mixed = of_rank["mixed"]
         assert mixed["is_equal"] and mixed["has_moved"]
         metrics, expected = mixed["metrics"], mixed["of_other"]
@@ -70,10 +55,10 @@ def test_a_step_is_what_its_mini_batches_with_tokens_make_of_it(
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_beside_a_rank_without_a_kept_token(
-    preset: str, outcomes: dict[str, list[Any]]
+    preset: str, edge_outcomes: dict[str, list[Any]]
 ) -> None:
-    [alone] = (of_rank[preset] for of_rank in outcomes["presets.dp1"])
-    first, second = (of_rank[preset] for of_rank in outcomes["presets.dp2"])
+    [alone] = (of_rank[preset] for of_rank in edge_outcomes["presets.dp1"])
+    first, second = (of_rank[preset] for of_rank in edge_outcomes["presets.dp2"])
     assert first["num_tokens"] == [0, 0]
     assert second["num_tokens"] == alone["num_tokens"] and second["num_tokens"][0] > 0
     assert first["report"] == second["report"]
