@@ -14,7 +14,6 @@ checked once, by `check_given`.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -29,17 +28,14 @@ from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.answers import num_requested_logprobs
 from megatron_rl.engine.http import ReadinessProbe
 from megatron_rl.engine.launch import HOST, server_command, server_environment
+from megatron_rl.engine.server_log import Cause, excerpt, find_cause
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.listener import listens
 from megatron_rl.records import TOKEN_VARIABLE, WEIGHT_BACKEND
 
-TAIL_LINES = 20
 STOP_SECONDS = 8.0
 PROBE_TIMEOUT_SECONDS = 5.0  # for one request to a server that is starting
 GIVEN_TIMEOUT_SECONDS = 10.0  # for one request to a given server
-# The prefix of a line of vLLM's log: "(EngineCore pid=17) ERROR 11-22 20:14:19 [core.py:133] "
-LOG_PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]+\] ?)?")
-REASON = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt): .+|^\S+: error: .+")
 
 
 class Engine:
@@ -80,20 +76,26 @@ class Engine:
         return self._guard.pid
 
     def check(self) -> None:
-        """Raise EngineError with the exit code and the last log lines if the server has died.
-        Cheap enough to be called often.
+        """Raise EngineError with the exit code, the cause and the log lines around it if the server
+        has died. Cheap enough to be called often.
         """
         code = self._guard.poll()
         if code is None or self._is_stopped:
             return
+        lines = self._log_lines()
+        cause = find_cause(lines, is_signal=code < 0 or code > 128)
         if code < 0:
             ended = f"its guard was ended by {signal.Signals(-code).name}"
         elif code > 128:
             ended = f"ended by {signal.Signals(code - 128).name}"
         else:
             ended = f"exited with code {code}"
-        when = "while serving" if self._is_ready else f"before it was ready{self._reason()}"
-        raise EngineError(f"{self._name}: {ended} {when}\n{self._tail()}")
+        when = "while serving" if self._is_ready else "before it was ready"
+        if code == 128 + signal.SIGKILL:
+            when += " (by the kernel, if memory ran out: see dmesg)"
+        raise EngineError(
+            f"{self._name}: {ended} {when}{_told(cause)}\n{excerpt(lines, cause, self.log_path)}"
+        )
 
     def is_alive(self) -> bool:
         """Whether the server is still running."""
@@ -112,10 +114,12 @@ class Engine:
                 self.check()
                 if time.monotonic() > deadline:
                     self.stop()
+                    lines = self._log_lines()
+                    cause = find_cause(lines, is_signal=False)
                     raise EngineError(
                         f"{self._name}: expected it to be ready within "
-                        f"rollout.startup_timeout_seconds={self._startup_timeout_seconds:g}, "
-                        f"it is not{self._reason()}\n{self._tail()}"
+                        f"rollout.startup_timeout_seconds={self._startup_timeout_seconds:g}, it is "
+                        f"not{_told(cause)}\n{excerpt(lines, cause, self.log_path)}"
                     )
                 time.sleep(0.1)
             # Checked before the token is sent, because another server may have taken the port and
@@ -146,20 +150,6 @@ class Engine:
 
     def __exit__(self, *_exception: object) -> None:
         self.stop()
-
-    def _tail(self) -> str:
-        lines = [line for line in self._log_lines() if line.strip()]
-        return f"last lines of {self.log_path}:\n" + "\n".join(lines[-TAIL_LINES:])
-
-    def _reason(self) -> str:
-        """The error in the log that made the start fail. vLLM's last error only refers to it."""
-        lines = [LOG_PREFIX.sub("", line) for line in self._log_lines()]
-        reason = ""
-        for line, next_line in zip(lines, [*lines[1:], ""]):
-            if REASON.match(line) and "root cause above" not in line:
-                # pydantic's messages continue on the next line
-                reason = f": {line}{next_line.rstrip() if next_line.startswith('  ') else ''}"
-        return reason
 
     def _log_lines(self) -> list[str]:
         with open(self.log_path, "rb") as log:
@@ -284,6 +274,10 @@ def check_max_logprobs(addresses: Sequence[EngineAddress], num_logprobs: int) ->
                     f"it with --max-logprobs {wanted} (rollout.extra_args), or with python -m "
                     "megatron_rl.serve and this config"
                 )
+
+
+def _told(cause: Cause | None) -> str:
+    return "" if cause is None else f": {cause.text}"
 
 
 def _start_guard(
