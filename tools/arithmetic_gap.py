@@ -52,7 +52,7 @@ def compare(config: Config, progress: Progress) -> None:
 
     def on_output(index: int, logits: torch.Tensor) -> None:
         row = rows[index]
-        kept = logits[0, row.loss_mask, : geometry.vocab_size].contiguous()
+        kept = logits[0, :, : geometry.vocab_size].contiguous()
         labels, temperature = row.labels[row.loss_mask], config.rollout.sampling.temperature
         aligned = token_logprobs(kept, labels, temperature=temperature).double().exp()
         for way, dtype in DTYPES.items():
@@ -61,7 +61,7 @@ def compare(config: Config, progress: Progress) -> None:
             gaps[way].append((found - aligned).abs())
 
     with torch.no_grad():
-        run_schedule(learner.trained.parts, rows, on_output, forward_only=True)
+        run_schedule(learner.trained.parts, rows, on_output, parallel=parallel, forward_only=True)
     for way, parts in gaps.items():
         of_tokens = torch.cat(parts)
         figures = {"mean": float(of_tokens.mean()), "largest": float(of_tokens.max())}

@@ -209,7 +209,8 @@ def _check_rows(learner: LearnerConfig, parallel: ParallelConfig) -> None:
     require(
         learner.tokens_per_micro_batch % multiple == 0,
         f"learner.tokens_per_micro_batch: expected a multiple of {multiple}, because several ranks "
-        f"share a row (parallel.sequence_parallel), got {learner.tokens_per_micro_batch}",
+        "share a row (parallel.sequence_parallel, parallel.context), got "
+        f"{learner.tokens_per_micro_batch}",
     )
 
 

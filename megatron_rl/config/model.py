@@ -32,6 +32,7 @@ class ParallelConfig:
     tensor: int = 1
     # divides the activations of norms and residuals along the row over the tensor-parallel ranks
     sequence_parallel: bool = False
+    context: int = 1  # ranks that share each row, every sequence divided among them
     pipeline: int = 1
     virtual_pipeline: int = 1  # parts of the model on each pipeline rank, for a smaller bubble
     # decoder layers of each part of the pipeline, in layer order: pipeline x virtual_pipeline
@@ -45,6 +46,7 @@ class ParallelConfig:
         at_least(
             1,
             tensor=self.tensor,
+            context=self.context,
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual_pipeline,
         )
@@ -73,7 +75,14 @@ class ParallelConfig:
     @property
     def row_multiple(self) -> int:
         """The number of positions of a row must be a multiple of this."""
-        return self.tensor if self.sequence_parallel else 1
+        return self.sequence_multiple * (self.tensor if self.sequence_parallel else 1)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """The number of positions of every sequence in a row, with its padding, must be a multiple
+        of this: context parallelism cuts a sequence into two pieces for each rank.
+        """
+        return 2 * self.context if self.context > 1 else 1
 
     @property
     def rows_per_group(self) -> int:

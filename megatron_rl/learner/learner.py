@@ -177,13 +177,17 @@ class Learner:
             check_broken_rows(logits.device, f"micro-batch {index}")
             terms = row_loss(index, output)
             num_kept += terms.num_kept
-            return terms.total, terms.count, terms.result
+            # The ranks that share a row have the same loss; Megatron adds their counts.
+            count = terms.count if self.parallel.is_row_head else torch.zeros_like(terms.count)
+            return terms.total, count, terms.result
 
         trained = self.trained
         for part in trained.parts:
             part.zero_grad_buffer()
         trained.optimizer.zero_grad()
-        results = run_schedule(trained.parts, rows, on_output, forward_only=False)
+        results = run_schedule(
+            trained.parts, rows, on_output, parallel=self.parallel, forward_only=False
+        )
         # With a gradient of 0, momentum and weight decay would still move the weights. Only the
         # last stage knows what is kept, and all ranks must decide alike.
         if not self.parallel.any_rank(num_kept > 0):

@@ -40,7 +40,7 @@ def record_rollouts(
     if config.replay:
         return
     with phase("record"):
-        holds_logprobs = parallel.is_last_stage and parallel.tp_rank == 0
+        holds_logprobs = parallel.is_row_writer
         found = by_sample(rows) if holds_logprobs else []  # copies them from the device
 
         def write(folder: Path) -> None:

@@ -30,6 +30,10 @@ class FakeParallel:
     first_value: Any = None  # what rank 0 sends, on another rank
     log: list[str] = field(default_factory=list)
 
+    @property
+    def is_row_writer(self) -> bool:
+        return self.is_last_stage and self.tp_rank == 0
+
     def from_replica_head(self, value: Any) -> Any:
         self.log.append("from_replica_head")
         return value if self.is_replica_head else self.head_value

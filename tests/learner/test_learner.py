@@ -59,7 +59,7 @@ def test_a_micro_batch_with_a_broken_row_gets_no_loss(monkeypatch: pytest.Monkey
     monkeypatch.setitem(broken_rows._FLAGS, torch.device("cpu"), flag)
     losses = []
 
-    def schedule(model: Any, rows: Any, on_output: Any, *, forward_only: bool) -> list[Any]:
+    def schedule(parts: Any, rows: Any, on_output: Any, **_: Any) -> list[Any]:
         return [on_output(index, torch.zeros(1, 4, 8)) for index in range(len(rows))]
 
     def row_loss(index: int, output: Any) -> LossTerms:
@@ -78,7 +78,7 @@ def test_a_micro_batch_with_a_broken_row_gets_no_loss(monkeypatch: pytest.Monkey
         geometry=SimpleNamespace(vocab_size=8),
         temperature=1.0,
         truncation=None,
-        parallel=None,
+        parallel=SimpleNamespace(is_row_head=True),
     )
     with pytest.raises(DivergenceError, match="micro-batch 1: logits of row 5"):
         learner.Learner.update(one, ["sound", "broken", "sound"], row_loss)

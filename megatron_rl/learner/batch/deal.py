@@ -16,7 +16,14 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-from megatron_rl.learner.batch.packing import deal, fill, largest_size, pack, row_size
+from megatron_rl.learner.batch.packing import (
+    deal,
+    fill,
+    largest_size,
+    pack,
+    padded_length,
+    row_size,
+)
 from megatron_rl.learner.layout.exchange import exchange, gather_from_all
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.records import MicroBatch, RecomputedRow, RolloutGroup, Sample, TrainBatch
@@ -69,12 +76,23 @@ def pack_rows(
     rows as the one with the most, and as the pipeline's schedule needs. A collective over the
     data-parallel ranks.
     """
-    multiple = parallel.layout.row_multiple
+    multiple, sequence_multiple = (
+        parallel.layout.row_multiple,
+        parallel.layout.sequence_multiple,
+    )
     size = row_size(1, tokens_per_row, multiple)
     if parallel.pp_size > 1:  # the stages exchange tensors of one shape
-        lengths = [len(sample.rollout.token_ids) for sample in samples]
+        lengths = [
+            padded_length(len(sample.rollout.token_ids), sequence_multiple) for sample in samples
+        ]
         size = max(size, largest_size(lengths, tokens_per_row, multiple))
-    rows = pack(samples, tokens_per_row=tokens_per_row, min_size=size, multiple=multiple)
+    rows = pack(
+        samples,
+        tokens_per_row=tokens_per_row,
+        min_size=size,
+        multiple=multiple,
+        sequence_multiple=sequence_multiple,
+    )
     most = torch.tensor([len(rows)])
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel.host.dp)
     group = parallel.layout.rows_per_group

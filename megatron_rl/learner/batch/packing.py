@@ -51,7 +51,12 @@ def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 def pack(
-    samples: Sequence[Sample], *, tokens_per_row: int, min_size: int = 0, multiple: int = 1
+    samples: Sequence[Sample],
+    *,
+    tokens_per_row: int,
+    min_size: int = 0,
+    multiple: int = 1,
+    sequence_multiple: int = 1,
 ) -> list[MicroBatch]:
     """Pack whole sequences into rows of at most `tokens_per_row` positions, the longest first, each
     into the first row with enough space. A row is as long as its sequences need, rounded up to a
@@ -59,6 +64,7 @@ def pack(
 
     Args:
         tokens_per_row: a multiple of `multiple`. min_size: positions that each row has at least.
+        sequence_multiple: each sequence is padded to a multiple of this, which divides `multiple`.
     Returns:
         Rows as described in `MicroBatch`; none if there are no samples. Positions restart at 0 in
         the padding of the row; each token of a sequence carries the sequence's advantage.
@@ -67,9 +73,12 @@ def pack(
             its first token was sampled by the policy, or some sequences have heads and others have
             none or smaller ones.
     """
-    lengths = [_checked_length(sample, tokens_per_row) for sample in samples]
+    lengths = [
+        padded_length(_checked_length(sample, tokens_per_row), sequence_multiple)
+        for sample in samples
+    ]
     return [
-        _row([samples[index] for index in row], max(size, min_size))
+        _row([samples[index] for index in row], max(size, min_size), sequence_multiple)
         for row, size in _fit_rows(lengths, tokens_per_row, multiple)
     ]
 
@@ -79,12 +88,17 @@ def largest_size(lengths: Sequence[int], tokens_per_row: int, multiple: int = 1)
     return max((size for _, size in _fit_rows(lengths, tokens_per_row, multiple)), default=0)
 
 
+def padded_length(length: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-length // multiple) * multiple
+
+
 def row_size(num_tokens: int, tokens_per_row: int, multiple: int = 1) -> int:
     """The positions of a row that holds `num_tokens`: the next multiple of `ROW_MULTIPLE` and
     `multiple`, and at most `tokens_per_row`.
     """
     multiple = math.lcm(ROW_MULTIPLE, multiple)
-    return min(tokens_per_row, -(-max(num_tokens, 1) // multiple) * multiple)
+    return min(tokens_per_row, padded_length(max(num_tokens, 1), multiple))
 
 
 def _fit_rows(
@@ -162,17 +176,18 @@ def _checked_length(sample: Sample, tokens_per_row: int) -> int:
     return length
 
 
-def _row(samples: Sequence[Sample], size: int) -> MicroBatch:
+def _row(samples: Sequence[Sample], size: int, sequence_multiple: int) -> MicroBatch:
     tokens, labels = np.zeros(size, np.int64), np.zeros(size, np.int64)
     positions, loss_mask = np.zeros(size, np.int64), np.zeros(size, np.bool_)
     rollout_logprobs, advantages = np.zeros(size, np.float32), np.zeros(size, np.float32)
     weight_versions, sequence_ids = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
-    starts = [0]
+    starts, ends = [0], [0]
     for number, sample in enumerate(samples):
         rollout, start = sample.rollout, starts[-1]
         end = start + len(rollout.token_ids)
         tokens[start:end] = rollout.token_ids
-        positions[start:end] = np.arange(end - start)
+        next_start = start + padded_length(end - start, sequence_multiple)
+        positions[start:next_start] = np.arange(next_start - start)
         advantages[start:end] = sample.advantage
         sequence_ids[start:end] = number
         # The last token predicts nothing, because the next position belongs to another sequence.
@@ -180,7 +195,8 @@ def _row(samples: Sequence[Sample], size: int) -> MicroBatch:
         loss_mask[start : end - 1] = rollout.loss_mask[1:]
         rollout_logprobs[start : end - 1] = rollout.rollout_logprobs[1:]
         weight_versions[start : end - 1] = rollout.weight_versions[1:]
-        starts.append(end)
+        starts.append(next_start)
+        ends.append(ends[-1] + end - start)
     positions[starts[-1] :] = np.arange(size - starts[-1])
     is_sampled = torch.from_numpy(loss_mask)
     head_ids, head_logprobs = _heads(samples, is_sampled)
@@ -193,7 +209,7 @@ def _row(samples: Sequence[Sample], size: int) -> MicroBatch:
         advantages=torch.from_numpy(advantages),
         weight_versions=torch.from_numpy(weight_versions),
         sequence_ids=torch.from_numpy(sequence_ids),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
         cu_seqlens_padded=torch.tensor(starts, dtype=torch.int32),
         samples=tuple(samples),
         head_ids=head_ids,

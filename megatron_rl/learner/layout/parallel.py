@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_rl.config.model import ParallelConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.learner.layout.context import global_batch_group
+from megatron_rl.learner.layout.context import replica_group
 from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu
 from megatron_rl.learner.layout.host_groups import HostGroups, host_groups
 
@@ -35,8 +35,8 @@ class Parallel:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup  # one rank per replica; sequences are distributed among them
-    batch_group: dist.ProcessGroup  # the ranks over which the sums of a global batch are added
-    model_group: dist.ProcessGroup  # TP x PP: the ranks that hold one replica of the model
+    cp_group: dist.ProcessGroup  # the ranks that share each row
+    model_group: dist.ProcessGroup  # TP x CP x PP: the ranks of one replica
     host: HostGroups  # for Python objects and counts
 
     @property
@@ -68,6 +68,23 @@ class Parallel:
     def dp_size(self) -> int:
         """The number of replicas."""
         return self.dp_group.size()
+
+    @property
+    def is_row_head(self) -> bool:
+        """Whether this is the first of the ranks that share a row."""
+        return self.cp_group.rank() == 0
+
+    @property
+    def is_row_writer(self) -> bool:
+        """Whether this is the one rank of its replica that writes down what the last stage computes
+        for the rows.
+        """
+        return self.is_last_stage and self.is_row_head and self.tp_rank == 0
+
+    @property
+    def holds_exported_copy(self) -> bool:
+        """Whether this is one of the TP x PP ranks whose copy of the model is exported."""
+        return self.dp_rank == 0 and self.is_row_head
 
     @property
     def is_first_stage(self) -> bool:
@@ -130,10 +147,11 @@ class Parallel:
         return _reducer(self.host.dp, torch.device("cpu"))
 
     def batch_reducer(self) -> Callable[[torch.Tensor, str], torch.Tensor]:
-        """A function for sums over the tokens that a rank of the last pipeline stage computes:
-        `(float64 tensor, "sum" | "max")` to the tensor reduced over the global batch.
+        """A function for sums over a replica's rows, which a rank of the last pipeline stage
+        computes: `(float64 tensor, "sum" | "max")` to the tensor reduced over the global batch.
+        The ranks that share a row hold the same sums, so they are added over the replicas alone.
         """
-        return _reducer(self.batch_group, self.device)
+        return _reducer(self.dp_group, self.device)
 
 
 def _reducer(
@@ -154,15 +172,15 @@ def check_world_size(config: ParallelConfig) -> int:
     """The number of ranks that torchrun started; 1 without torchrun.
 
     Raises:
-        ConfigError: it is not a multiple of TP x PP.
+        ConfigError: it is not a multiple of TP x CP x PP.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    model_size = config.tensor * config.pipeline
+    model_size = config.tensor * config.context * config.pipeline
     if world_size % model_size:
         raise ConfigError(
-            "parallel: expected a world size that is a multiple of tensor x pipeline = "
-            f"{model_size}, got {world_size}; change parallel.tensor, parallel.pipeline or "
-            "torchrun's --nproc_per_node"
+            "parallel: expected a world size that is a multiple of tensor x context x pipeline = "
+            f"{model_size}, got {world_size}; change parallel.tensor, parallel.context, "
+            "parallel.pipeline or torchrun's --nproc_per_node"
         )
     return world_size
 
@@ -171,7 +189,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     """Start torch.distributed and Megatron's groups from torchrun's environment.
 
     Raises:
-        ConfigError: the world size is not a multiple of TP x PP.
+        ConfigError: the world size is not a multiple of TP x CP x PP.
     """
     world_size, rank = check_world_size(config), int(os.environ.get("RANK", "0"))
     run_on_cpu()
@@ -192,6 +210,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
+            context_parallel_size=config.context,
             pipeline_model_parallel_size=config.pipeline,
             virtual_pipeline_model_parallel_size=(
                 config.virtual_pipeline if config.virtual_pipeline > 1 else None
@@ -200,10 +219,11 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
             distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    model_group = parallel_state.get_model_parallel_group()
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
+    cp_group = parallel_state.get_context_parallel_group()
+    model_group = replica_group(cp_group, timeout)
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     dp_group = parallel_state.get_data_parallel_group()
-    timeout = datetime.timedelta(seconds=config.timeout_seconds)
     return Parallel(
         layout=config,
         rank=rank,
@@ -212,7 +232,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=pp_group,
         dp_group=dp_group,
-        batch_group=global_batch_group(),
+        cp_group=cp_group,
         model_group=model_group,
         host=host_groups(model=model_group, pp=pp_group, dp=dp_group, timeout=timeout),
     )

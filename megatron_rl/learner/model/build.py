@@ -23,6 +23,7 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.cpu_device import is_cpu_run
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.attention import packed_attention_module
+from megatron_rl.learner.model.head import score_chosen_positions
 from megatron_rl.learner.model.norm import root_mean_square_norm
 from megatron_rl.weights.geometry import Geometry, read_hf_config, rope_parameters
 from megatron_rl.weights.huggingface import CheckpointReader
@@ -103,6 +104,7 @@ def transformer_config(
         kv_channels=geometry.head_dim,
         tensor_model_parallel_size=parallel.tp_size,
         sequence_parallel=parallel.layout.sequence_parallel,
+        context_parallel_size=parallel.layout.context,
         use_cpu_initialization=is_cpu_run(),
         # This also sets the attributes by which gradient norms and checkpoints tell shards from
         # copies.
@@ -200,6 +202,8 @@ def _build_gpt(
         parallel_output=True,
         vp_stage=vp_stage,
     )
+    if model.post_process:
+        score_chosen_positions(model)
     if inverse_frequencies is not None:
         model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
     return model

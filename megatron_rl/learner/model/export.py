@@ -1,9 +1,10 @@
 """Joins Megatron's shards into full Hugging Face tensors, one at a time, in layer order.
 
-All ranks of the first data-parallel replica iterate `full_tensors` together. The shards of a tensor
-are gathered over TP on its pipeline stage and sent to global rank 0, which is the only rank that
-yields `(name, tensor)`. No rank ever holds more than one full tensor, and the other replicas take
-no part.
+The TP x PP ranks of the first copy of the model iterate `full_tensors` together. The shards of a
+tensor are gathered over TP on its pipeline stage and sent to global rank 0, which is the only rank
+that yields `(name, tensor)`. No rank ever holds more than one full tensor (with more TP ranks than
+key-value heads: more than the queries, keys and values of one layer), and the other copies take no
+part.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def full_tensors(
         parts: this rank's parts of the model.
         value: what to export of a parameter, of the parameter's shape.
     """
-    if parallel.dp_rank != 0:
+    if not parallel.holds_exported_copy:
         return
     held = dict(held_parameters(geometry, parallel, parts))
     dtype = value(next(iter(held.values()))).dtype

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_rl.learner.layout.context import RowShare, row_share
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.attention import plan_stacks
 from megatron_rl.ops.broken_rows import check_broken_rows
@@ -91,16 +92,28 @@ class LossTerms:
     result: object  # `Learner.update` returns it to its caller
 
 
-def packed_seq_params(row: MicroBatch) -> Any:
-    """The boundaries of the row's sequences in the form that Megatron's attention layers expect.
-    The padding after the last sequence counts as one more sequence.
+def share_of_row(row: MicroBatch, parallel: Parallel) -> RowShare:
+    """The positions of the row that this rank computes."""
+    return row_share(_borders(row), row.cu_seqlens.numel() - 1, parallel.cp_group)
+
+
+def _borders(row: MicroBatch) -> torch.Tensor:
+    """Where each sequence starts in the row, and where the row ends, int32. The padding after the
+    last sequence counts as one more sequence.
+    """
+    num_tokens, borders = row.tokens.numel(), row.cu_seqlens_padded
+    if int(borders[-1]) < num_tokens:
+        borders = torch.cat([borders, borders.new_tensor([num_tokens])])
+    return borders
+
+
+def packed_seq_params(row: MicroBatch, share: RowShare) -> Any:
+    """The boundaries of the row's sequences in the form that Megatron's attention layers expect,
+    with this rank's positions that get logits.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    num_tokens = row.tokens.numel()
-    borders = row.cu_seqlens_padded
-    if int(borders[-1]) < num_tokens:
-        borders = torch.cat([borders, borders.new_tensor([num_tokens])])
+    borders = _borders(row)
     longest = int((borders[1:] - borders[:-1]).max())
     params = PackedSeqParams(
         qkv_format="thd",
@@ -111,7 +124,8 @@ def packed_seq_params(row: MicroBatch) -> Any:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    params.stack_plan = plan_stacks(row.cu_seqlens, row.cu_seqlens_padded, num_tokens)
+    params.stack_plan = plan_stacks(row.cu_seqlens, row.cu_seqlens_padded, share)
+    params.scored_positions = share.select(row.loss_mask).nonzero()[:, 0]
     return params
 
 
@@ -125,14 +139,17 @@ def row_output(
     parallel: Parallel,
     has_entropy_gradient: bool = False,
 ) -> RowOutput:
-    """Log-probs of the kept labels from vocabulary-parallel logits.
+    """Log-probs of the kept labels from vocabulary-parallel logits. A collective over the ranks
+    that share the row.
 
     Args:
-        logits: this rank's, [1, T, V / TP], any floating dtype.
+        logits: of this rank's kept positions, [1, K, V / TP], any floating dtype; they are
+            overwritten unless `has_entropy_gradient`.
         has_entropy_gradient: compute the entropy once more, with a gradient.
     """
-    kept = row.loss_mask.nonzero()[:, 0]
-    kept_logits = logits[0].index_select(0, kept)
+    share = share_of_row(row, parallel)
+    kept = share.select(row.loss_mask).nonzero()[:, 0]
+    kept_logits = logits[0]
     place = {
         "temperature": temperature,
         "vocab_size": vocab_size,
@@ -140,27 +157,30 @@ def row_output(
     }
     output = support_logprobs(
         kept_logits,
-        row.labels[kept],
+        share.select(row.labels)[kept],
         truncation=truncation,
         **place,
-        # `kept_logits` is a copy that only the separate pass for the entropy still needs.
+        # Only the separate pass for the entropy still needs the logits.
         overwrite_logits=not has_entropy_gradient,
-        head=None if row.head_ids is None else row.head_ids[kept].long(),
+        head=None if row.head_ids is None else share.select(row.head_ids)[kept].long(),
     )
     entropy = output.entropy
     if has_entropy_gradient:
         entropy = differentiable_entropy(kept_logits, **place)
-    zeros = torch.zeros(row.tokens.numel(), dtype=torch.float32, device=logits.device)
+    num_own = share.own.numel()
+
+    def of_row(values: torch.Tensor) -> torch.Tensor:
+        """[K, ...] of this rank's kept positions to [T, ...]."""
+        own = values.new_zeros((num_own, *values.shape[1:]))
+        return share.whole(own.index_copy(0, kept, values))
+
     head_logprobs = output.head_logprobs
-    if head_logprobs is not None:
-        no_heads = zeros.new_zeros(row.head_ids.shape)
-        head_logprobs = no_heads.index_copy(0, kept, head_logprobs)
     return RowOutput(
-        logprobs=zeros.index_copy(0, kept, output.logprobs),
-        full_logprobs=zeros.index_copy(0, kept, output.full_logprobs),
-        entropy=zeros.index_copy(0, kept, entropy),
-        is_outside_support=zeros.bool().index_copy(0, kept, output.is_outside),
-        head_logprobs=head_logprobs,
+        logprobs=of_row(output.logprobs),
+        full_logprobs=of_row(output.full_logprobs),
+        entropy=of_row(entropy),
+        is_outside_support=of_row(output.is_outside.float()).bool(),
+        head_logprobs=None if head_logprobs is None else of_row(head_logprobs),
     )
 
 
@@ -202,7 +222,7 @@ def evaluate_rows(
         )
         return take(output, rows[index])
 
-    items = run_schedule(parts, rows, on_output, forward_only=True)
+    items = run_schedule(parts, rows, on_output, parallel=parallel, forward_only=True)
     # Checked once for the whole pass, because the check synchronises with the device.
     check_broken_rows(parallel.device, name)
     return items
@@ -213,6 +233,7 @@ def run_schedule(
     rows: Sequence[MicroBatch],
     on_output: Callable[[int, torch.Tensor], Any],
     *,
+    parallel: Parallel,
     forward_only: bool,
 ) -> list[Any]:
     """Run the rows through Megatron's pipeline schedule.
@@ -221,9 +242,9 @@ def run_schedule(
         parts: this rank's parts of the model, in layer order.
         rows: this rank's micro-batches, the same number on every DP rank; all of one length if the
             model has several pipeline stages, and in a virtual pipeline a multiple of their number.
-        on_output: `(index of the row, logits [1, T, V / TP])`, called on the last stage. In
-            training it returns Megatron's `(sum, count, anything)`; with `forward_only` it returns
-            anything.
+        on_output: `(index of the row, logits [1, K, V / TP])`, called on the last stage, with the
+            logits of the K positions of this rank that the loss mask keeps. In training it returns
+            Megatron's `(sum, count, anything)`; with `forward_only` it returns anything.
     Returns:
         On the last stage the value that `on_output` returned for each row (in training the third
         item of it); empty on other stages.
@@ -234,9 +255,10 @@ def run_schedule(
         numbered_rows: Any, stage: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         index, row = next(numbered_rows)
-        output = stage(
-            row.tokens[None], row.positions[None], None, packed_seq_params=packed_seq_params(row)
-        )
+        share = share_of_row(row, parallel)
+        tokens, positions = share.select(row.tokens), share.select(row.positions)
+        params = packed_seq_params(row, share)
+        output = stage(tokens[None], positions[None], None, packed_seq_params=params)
         return output, partial(_call_with_output, on_output, index)
 
     # The schedule of a virtual pipeline reads the rows once for each part.

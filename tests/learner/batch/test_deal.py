@@ -75,7 +75,7 @@ def gloo_parallel(rank: int, world_size: int, model_size: int) -> Parallel:
         tp_group=model_group,
         pp_group=alone,
         dp_group=dp_group,
-        batch_group=dp_group,
+        cp_group=alone,
         model_group=model_group,
         host=HostGroups(model=model_group, pp=alone, dp=dp_group, world=distributed.group.WORLD),
     )

@@ -258,6 +258,21 @@ def test_rows_are_as_long_as_their_sequences_need() -> None:
     assert largest_size([], 100) == 0
 
 
+def test_sequences_are_padded_for_the_ranks_that_share_a_row():
+    samples = [make_sample(0, (1, 2, 3, 4, 5), 2), make_sample(1, (6, 7, 8), 1, advantage=2.0)]
+    (row,) = pack(samples, tokens_per_row=16, multiple=4, sequence_multiple=4)
+    assert row.tokens.tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 6, 7, 8, 0, 0, 0, 0, 0]
+    assert row.labels.tolist() == [2, 3, 4, 5, 0, 0, 0, 0, 7, 8, 0, 0, 0, 0, 0, 0]
+    assert row.loss_mask.nonzero()[:, 0].tolist() == [1, 2, 3, 8, 9]
+    assert row.positions.tolist() == [*range(8), *range(4), *range(4)]
+    assert row.sequence_ids.tolist() == [*[0] * 5, *[-1] * 3, *[1] * 3, *[-1] * 5]
+    assert row.advantages[8:].tolist() == [2.0] * 3 + [0.0] * 5
+    assert row.cu_seqlens.tolist() == [0, 5, 8]
+    assert row.cu_seqlens_padded.tolist() == [0, 8, 12]
+    # 5 and 3 tokens fill a row of 12; with their padding, two rows of 8 would not hold both
+    assert len(pack(samples, tokens_per_row=8, multiple=4, sequence_multiple=4)) == 2
+
+
 def test_rows_can_be_divided_among_ranks():
     samples = [make_sample(0, range(1, 91), 1), make_sample(1, range(1, 61), 1)]
     rows = pack(samples, tokens_per_row=192 * 3, multiple=3)  # a multiple of 64 and of 3

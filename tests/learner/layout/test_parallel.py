@@ -20,6 +20,13 @@ PLACES = {  # (tp, pp, dp) of ranks 0, 1, ...
     "tp2_dp2": [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)],
     "pp2_dp2": [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)],
 }
+# Ranks that share a row are between tensor ranks and replicas: (tp, cp, pp, dp).
+SHARED_PLACES = {
+    "cp2": [(0, 0, 0, 0), (0, 1, 0, 0)],
+    "tp2_sp_cp2": [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (1, 1, 0, 0)],
+    "cp2_dp2": [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1), (0, 1, 0, 1)],
+    "cp2_pp2_vpp2": [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0)],
+}
 
 
 @pytest.mark.parametrize("case", PLACES)
@@ -45,8 +52,23 @@ def test_exchanges(case: str, outcome_of: Any) -> None:
         assert rank["reduced"] == [sum(peers), max(peers)]
 
 
+@pytest.mark.parametrize("case", SHARED_PLACES)
+def test_ranks_that_share_a_row_are_one_replica(case: str, outcome_of: Any) -> None:
+    rank_at = {place: rank for rank, place in enumerate(SHARED_PLACES[case])}
+    for rank, (tensor, context, pipeline, replica) in zip(
+        outcome_of("parallel", case), SHARED_PLACES[case], strict=True
+    ):
+        assert rank["place"] == (tensor, pipeline, replica)
+        assert rank["row_head"] == (context == 0)
+        assert rank["ends"][2] == (tensor == context == pipeline == 0)
+        assert rank["replica_head"] == rank_at[0, 0, 0, replica]
+        replicas = {other for *_, other in SHARED_PLACES[case]}
+        peers = [rank_at[tensor, context, pipeline, other] for other in replicas]
+        assert rank["reduced"] == [sum(peers), max(peers)]
+
+
 def test_a_world_that_the_layout_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="a multiple of tensor x pipeline = 6, got 4"):
+    with pytest.raises(ConfigError, match="a multiple of tensor x context x pipeline = 6, got 4"):
         initialize_parallel(ParallelConfig(tensor=3, pipeline=2), seed=0)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_rl.learner.model.attention import packed_attention, plan_stacks
+from megatron_rl.learner.layout.context import row_share
+from megatron_rl.learner.model.attention import StackPlan, packed_attention, plan_stacks
 
 HEADS, GROUPS, DIM = 4, 2, 16
 SCALE = 0.3  # not the usual 1 / sqrt(dim)
@@ -28,9 +29,14 @@ def random_row(num_tokens: int, dtype: torch.dtype = torch.float32, seed: int = 
     )
 
 
+def plan_of(lengths: list[int], num_tokens: int, padding: int = 0) -> StackPlan:
+    real, padded = borders(lengths, padding)
+    share = row_share(torch.cat([padded, padded.new_tensor([num_tokens])]), len(lengths), None)
+    return plan_stacks(real, padded, share)
+
+
 def attend(row: Row, lengths: list[int], padding: int = 0) -> torch.Tensor:
-    plan = plan_stacks(*borders(lengths, padding), row[0].shape[0])
-    return packed_attention(*row, plan, SCALE)
+    return packed_attention(*row, plan_of(lengths, row[0].shape[0], padding), SCALE)
 
 
 def alone(row: Row, start: int, length: int) -> torch.Tensor:
@@ -139,8 +145,9 @@ def test_positions_behind_a_sequence_are_zero_and_get_no_gradient() -> None:
 
 
 def test_the_plan_of_the_docstring() -> None:
-    plan = plan_stacks(*borders([3, 5]), 9)
-    assert [stack.tolist() for stack in plan.gather] == [
-        [[0, 1, 2, 0, 0, 0, 0, 0], [3, 4, 5, 6, 7, 3, 3, 3]]
-    ]
+    plan = plan_of([3, 5], 9)
+    [stack] = plan.stacks
+    assert stack.queries.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0], [3, 4, 5, 6, 7, 3, 3, 3]]
+    assert stack.keys is stack.queries
+    assert stack.mask is None
     assert plan.scatter.tolist() == [0, 1, 2, 8, 9, 10, 11, 12, 16]

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.learner.support.parity_cases import BFLOAT16_CASES, CASES, Case
 from tests.learner.support.parity_models import LENGTHS, MODELS
-from tests.learner.support.parity_ranks import BFLOAT16_CASES, CASES, LEARNING_RATE, Case
+from tests.learner.support.parity_ranks import LEARNING_RATE
 
 LOGPROB_TOLERANCE = 2e-5  # times max(1, |logprob|)
 GRADIENT_TOLERANCE = 1e-5  # relative norm, tensor by tensor

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.learner.support.parity_cases import BFLOAT16_CASES, CASES, Case
 from tests.learner.support.parity_models import MODELS
-from tests.learner.support.parity_ranks import BFLOAT16_CASES, CASES, Case
 
 PAIRS = [(model, case) for case in (*CASES, *BFLOAT16_CASES) for model in case.models or MODELS]
 

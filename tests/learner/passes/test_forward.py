@@ -15,9 +15,9 @@ from megatron_rl.errors import DataError
 from megatron_rl.learner.passes import forward
 from megatron_rl.learner.passes.forward import WHOLE, RowOutput, evaluate_rows
 from megatron_rl.ops import broken_rows
+from tests.learner.support.parity_cases import BFLOAT16_CASES, Case
+from tests.learner.support.parity_cases import CASES as ALL_CASES
 from tests.learner.support.parity_models import MODELS
-from tests.learner.support.parity_ranks import BFLOAT16_CASES, Case
-from tests.learner.support.parity_ranks import CASES as ALL_CASES
 
 CASES = ("tp1", "tp2_unpacked", "pp2", "dp2", "tp2_pp2")
 

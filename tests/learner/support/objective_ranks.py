@@ -129,6 +129,7 @@ LAYOUTS = (
     {"layout": "dp2"},
     {"layout": "dp2", "is_swapped": True},
     {"layout": "tp2"},
+    {"layout": "cp2"},
     {"layout": "pp2", "tokens_per_row": 48},
     {"layout": "dp2", "is_packed": False, "tokens_per_row": 64},
     {"is_sparse": True},

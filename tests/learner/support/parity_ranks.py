@@ -14,16 +14,15 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.batch.deal import split_by_sample
 from megatron_rl.learner.batch.packing import deal, fill, pack
@@ -37,6 +36,7 @@ from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import MicroBatch, Rollout, Sample, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner.support.exported import exported_gradients, exported_weights
+from tests.learner.support.parity_cases import BFLOAT16_CASES, CASES, Case
 from tests.learner.support.parity_models import COOL, DUAL_VALUE
 
 TOKENS_PER_ROW = 384
@@ -44,96 +44,6 @@ LEARNING_RATE = 1e-3
 # Adam's first step is about the gradient's sign; with its usual 1e-8 the sign of rounding errors
 # would step as far as any other.
 EPSILON = 1e-5
-
-SP = {"sequence_parallel": True}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A layout of one world size, and how its rows are packed."""
-
-    name: str
-    world_size: int
-    tensor: int = 1
-    pipeline: int = 1
-    more: Mapping[str, Any] = field(default_factory=dict)  # of the layout
-    recomputation: str = "none"  # of activations
-    is_packed: bool = True
-    is_distributed: bool = False  # the optimizer
-    dtype: str = "float32"
-    models: tuple[str, ...] = ()  # none: all of them
-
-    @property
-    def layout(self) -> ParallelConfig:
-        sizes = {"tensor": self.tensor, "pipeline": self.pipeline}
-        return ParallelConfig(**sizes, **self.more, timeout_seconds=60)
-
-
-CASES = (
-    Case(name="tp1", world_size=1),
-    Case(name="tp1_unpacked", world_size=1, is_packed=False),
-    Case(name="tp2", world_size=2, tensor=2),
-    Case(name="tp2_unpacked", world_size=2, tensor=2, is_packed=False),
-    Case(name="pp2", world_size=2, pipeline=2),
-    Case(name="pp2_unpacked", world_size=2, pipeline=2, is_packed=False),
-    Case(name="dp2", world_size=2),
-    Case(name="dp2_unpacked", world_size=2, is_packed=False),
-    Case(name="dp2_distributed", world_size=2, is_distributed=True),
-    Case(name="tp2_pp2", world_size=4, tensor=2, pipeline=2),
-    Case(
-        name="tp2_pp2_unpacked",
-        world_size=4,
-        tensor=2,
-        pipeline=2,
-        is_packed=False,
-        models=("qwen3", "qwen2_tied", "llama"),
-    ),
-    Case(name="tp1_full", world_size=1, recomputation="full", models=("qwen3",)),
-    Case(name="tp1_selective", world_size=1, recomputation="selective", models=("qwen3",)),
-    Case(name="tp2_sp", world_size=2, tensor=2, more=SP, models=("qwen3", "qwen2_tied", "qwen2")),
-    Case(
-        name="tp2_sp_full",
-        world_size=2,
-        tensor=2,
-        more=SP,
-        recomputation="full",
-        models=("qwen3",),
-    ),
-    Case(
-        name="pp2_vpp2",
-        world_size=2,
-        pipeline=2,
-        more={"virtual_pipeline": 2},
-        models=("qwen3", "qwen2_tied"),
-    ),
-    Case(
-        name="pp2_uneven",
-        world_size=2,
-        pipeline=2,
-        more={"stage_layers": [1, 3]},
-        recomputation="selective",
-        models=("qwen3",),
-    ),
-    Case(name="tp4", world_size=4, tensor=4, models=("qwen3", "qwen2")),
-    Case(
-        name="tp2_sp_pp2_vpp2",
-        world_size=4,
-        tensor=2,
-        pipeline=2,
-        more=SP | {"virtual_pipeline": 2},
-        models=("qwen2_tied",),
-    ),
-    Case(name="tp2_dp2", world_size=4, tensor=2, models=("qwen2_tied",)),
-    Case(name="pp2_dp2", world_size=4, pipeline=2, models=("qwen2_tied",)),
-)
-BFLOAT16_MODELS = ("qwen3", "qwen2_tied")
-BFLOAT16_CASES = tuple(
-    Case(world_size=2, dtype="bfloat16", models=BFLOAT16_MODELS, **layout)
-    for layout in (
-        {"name": "bf16_tp2", "tensor": 2},
-        {"name": "bf16_dp2_distributed", "is_distributed": True},
-    )
-)
 
 
 def recorded_samples(batch: dict[str, Any], *, is_every_token_kept: bool) -> list[Sample]:
@@ -173,7 +83,13 @@ def rows_of_rank(samples: list[Sample], case: Case, parallel: Parallel) -> list[
             [
                 row
                 for each in in_one_row
-                for row in pack(each, tokens_per_row=TOKENS_PER_ROW, min_size=TOKENS_PER_ROW)
+                for row in pack(
+                    each,
+                    tokens_per_row=TOKENS_PER_ROW,
+                    min_size=TOKENS_PER_ROW,
+                    multiple=case.layout.row_multiple,
+                    sequence_multiple=case.layout.sequence_multiple,
+                )
             ]
         )
     group = case.layout.rows_per_group
@@ -203,7 +119,9 @@ def forward_at(learner: Learner, rows: list[MicroBatch], temperature: float) -> 
         )
 
     with torch.no_grad():
-        return run_schedule(learner.trained.parts, rows, on_output, forward_only=True)
+        return run_schedule(
+            learner.trained.parts, rows, on_output, parallel=learner.parallel, forward_only=True
+        )
 
 
 def shard_digests(learner: Learner, attribute: str) -> list[tuple[str, int | None, str]]:
@@ -339,6 +257,7 @@ def place_of(parallel: Parallel) -> dict[str, Any]:
         "place": (parallel.tp_rank, parallel.pp_rank, parallel.dp_rank),
         "size": (parallel.tp_size, parallel.pp_size, parallel.dp_size),
         "ends": (parallel.is_first_stage, parallel.is_last_stage, parallel.is_replica_head),
+        "row_head": parallel.is_row_head,
         "replica_head": parallel.from_replica_head(parallel.rank),
         "last_stage": parallel.from_last_stage(parallel.rank),
         "reduced": [reduce(ranks.clone(), name).item() for name in ("sum", "max")],

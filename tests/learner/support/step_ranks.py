@@ -87,12 +87,20 @@ class Case:
         return same.name
 
 
-LAYOUTS = {"dp1": (1, 1, 1), "dp2": (2, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2)}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp1": (1, {}),
+    "dp2": (2, {}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence_parallel": True}),
+    "cp2": (2, {"context": 2}),
+}
+PLAIN_LAYOUTS = ("dp1", "dp2", "tp2", "pp2")
 MODES = ("token_mean", "sequence_mean")
 CASES = (
     *(
         Case(layout=layout, normalize=mode, num_mini_batches=number)
-        for layout, mode, number in product(LAYOUTS, MODES, (1, 2))
+        for layout, mode, number in product(PLAIN_LAYOUTS, MODES, (1, 2))
     ),
     *(
         Case(layout=layout, normalize=mode, tokens_per_row=48)
@@ -104,9 +112,10 @@ CASES = (
     ),
     *(
         Case(layout=layout, normalize=mode, is_sparse=True)
-        for layout, mode in product(("dp1", "dp2"), MODES)
+        for layout, mode in product(("dp1", "dp2", "cp2"), MODES)
     ),
-    *(Case(layout=layout, should_recompute=True) for layout in LAYOUTS),
+    *(Case(layout=layout, should_recompute=True) for layout in PLAIN_LAYOUTS),
+    *(Case(layout=layout, normalize=mode) for layout, mode in product(("tp2_sp", "cp2"), MODES)),
     Case(layout="dp2", is_distributed=True, num_mini_batches=2),
 )
 
@@ -241,10 +250,10 @@ def run_cases(
     from megatron.core import parallel_state
 
     world_size = int(os.environ["WORLD_SIZE"])
-    for layout, (ranks, tensor, pipeline) in LAYOUTS.items():
+    for layout, (ranks, sizes) in LAYOUTS.items():
         if ranks != world_size:
             continue
-        config = ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_seconds=60)
+        config = ParallelConfig(**sizes, timeout_seconds=60)
         parallel = initialize_parallel(config, seed=0)
         for case in cases:
             if case.layout == layout:

@@ -75,7 +75,9 @@ compared = pytest.mark.parametrize(
 def test_no_number_depends_on_the_layout(case: Case, outcomes: Outcomes) -> None:
     got, expected = outcomes[case.name], outcomes[case.reference]
     loss, reference_loss = (metrics_of(each).get("loss/mean", 0.0) for each in (got, expected))
-    assert abs(loss - reference_loss) <= LOSS_TOLERANCE * expected["shaped_advantage"]
+    # A penalty in the loss can be larger than the advantages.
+    scale = max(expected["shaped_advantage"], abs(reference_loss))
+    assert abs(loss - reference_loss) <= LOSS_TOLERANCE * scale
     dual, reference_dual = got["reports"][0].dual_value, expected["reports"][0].dual_value
     assert reference_dual != DUAL_VALUE
     assert abs(dual - reference_dual) <= DISCREPANCY_TOLERANCE
