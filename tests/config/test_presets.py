@@ -120,3 +120,19 @@ def test_the_saved_settings_of_a_run_replace_those_of_another_preset_and_are_nam
         "objective.clip_high: 0.24 replaces 0.0004 of objective.preset=gspo",
         "objective.constraint.enabled: true replaces false of objective.preset=gspo",
     ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.preset=gspo"],
+        ["objective={preset: gspo}"],
+        ["objective.preset=grpo", "objective={preset: gspo, kl: {estimator: k2}}"],
+    ],
+)
+def test_a_preset_may_stand_in_an_override_of_the_section(overrides, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run_dir: runs/a\n")
+    config = load_config(path, overrides)
+    assert (config.objective.policy_loss, config.objective.clip_high) == ("gspo", 4e-4)
+    assert replaced_keys(config) == []

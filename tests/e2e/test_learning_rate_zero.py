@@ -46,10 +46,11 @@ def test_nothing_changes(
     ) as run:
         assert run.wait() == 0, run.output
         lines = run.output.splitlines()
-    # What computes log-probs, a line a step, the table, where the curves are; nothing that a
-    # library has to say.
-    backend, *lines = lines
+    # What computes log-probs, what the verifiers make of the expected answers, a line a step, the
+    # table, where the curves are; nothing that a library has to say.
+    backend, expected, *lines = lines
     assert backend.startswith("log-probs: C++ (")
+    assert "expected answers, tried as responses" in expected
     num_lines = NUM_STEPS + 1
     assert [line.split()[:2] for line in lines[:num_lines]] == [
         ["step", str(step)] for step in range(num_lines)
