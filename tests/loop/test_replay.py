@@ -131,6 +131,7 @@ def test_the_same_rollouts_give_the_same_bits_also_after_a_kill(
     assert 2 <= step < NUM_STEPS
     resumed = run_module("megatron_rl.train", *arguments, f"run_dir={killed}", ranks=2)
     assert "vllm" not in resumed.stdout.lower()
+    assert f"resumed after step {step}, at prompt " in resumed.stdout
     last = f"checkpoints/step_{NUM_STEPS:06d}"
     expected, got = read_tensors(whole / last), read_tensors(killed / last)
     assert sum("exp_avg_sq" in name for name in expected) >= 10
