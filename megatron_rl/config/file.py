@@ -79,6 +79,8 @@ def _preset(
             name, origin = value["preset"], override
         elif keys == ("objective", "preset"):
             name, origin = value, override
+        elif keys == ("objective",) and isinstance(value, dict) and "preset" in value:
+            name, origin = value["preset"], override
     if name in ("", *PRESETS):
         return PRESETS.get(name, {})
     expected = join_choices(tuple(PRESETS))

@@ -48,6 +48,7 @@ def test_what_the_file_and_the_command_line_give_wins(tmp_path):
     objective = load_config(path, ["objective.importance.lower=0.25"]).objective
     assert (objective.importance.lower, objective.importance.upper) == (0.25, 4.0)
     objective = load_config(path, ["objective.preset=gspo"]).objective
+    assert load_config(path, ["objective={preset: gspo}"]).objective == objective
     assert objective.policy_loss == "gspo"
     assert objective.importance == ImportanceConfig(upper=4.0)  # the file's, under gspo's nothing
     assert load_config(path, ["objective.preset="]).objective.importance.level == "none"
