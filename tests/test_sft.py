@@ -126,5 +126,5 @@ def test_no_pair_is_held_out(config: Config, tiny_checkpoint: Path) -> None:
 def test_only_the_response_is_learnt() -> None:
     (sample,) = as_samples([((1, 5, 6), (7, 2))], 11)
     assert sample.prompt_index == 11
-    assert sample.rollout.token_ids == (1, 5, 6, 7, 2)
-    assert sample.rollout.loss_mask == (False, False, False, True, True)
+    assert sample.rollout.token_ids.tolist() == [1, 5, 6, 7, 2]
+    assert sample.rollout.loss_mask.tolist() == [False] * 3 + [True] * 2

@@ -120,7 +120,7 @@ def first_kept(samples: Sequence[Sample], limit: int, parallel: Parallel) -> lis
         samples: this replica's own; nothing on ranks that are not the head of a replica.
     """
     own = [each for each in samples if each.is_kept and each.rollout.num_response_tokens][:limit]
-    of_all = gather_from_all(own, parallel.dp_group) if parallel.dp_size > 1 else [own]
+    of_all = gather_from_all(own, parallel.host.dp) if parallel.dp_size > 1 else [own]
     return sorted((each for part in of_all for each in part), key=_key)[:limit]
 
 

@@ -125,8 +125,8 @@ class Parallel:
 
     def any_rank(self, is_true: bool) -> bool:
         """Whether it is True on any rank. A collective over all ranks."""
-        flag = torch.tensor([is_true], dtype=torch.int32, device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        flag = torch.tensor([is_true], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.host.world)
         return bool(flag)
 
     def barrier(self) -> None:
