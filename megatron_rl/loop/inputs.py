@@ -8,7 +8,7 @@ stream, and the run is refused. All other settings may change, and each change i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import xxhash
 
 from megatron_rl.config import Config
+from megatron_rl.data.evaluation_sets import EvaluationSet
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.errors import ConfigError
+from megatron_rl.records import Prompt
 from megatron_rl.weights.fingerprint import model_fingerprint
 
 Inputs = dict[str, Any]  # plain JSON values, saved with every checkpoint
@@ -28,11 +30,12 @@ _PLACES = ("run_dir", "resume")  # settings that say where a run is, and not wha
 _HINT = "choose another run_dir"
 
 
-def run_inputs(config: Config, stream: PromptStream) -> Inputs:
+def run_inputs(config: Config, stream: PromptStream, sets: Sequence[EvaluationSet] = ()) -> Inputs:
     """Everything of a run that its checkpoints remember besides its state.
 
     Args:
         stream: its prompts.
+        sets: that it evaluates on.
 
     Raises:
         DataError: a file of a model cannot be read.
@@ -42,6 +45,7 @@ def run_inputs(config: Config, stream: PromptStream) -> Inputs:
         "settings": settings,
         "data": data_settings(config, stream.max_prompt_tokens),
         "rows": stream.fingerprints(),
+        "sets": {each.name: _digest(each.prompts) for each in sets if each.name},
         "model": model_fingerprint(config.model.path),
         "reference": {},
     }
@@ -88,6 +92,7 @@ def check_same_inputs(saved: Inputs, present: Inputs, folder: Path) -> None:
                 f"{before.get(key)!r} became {now.get(key)!r}; {_HINT}"
             )
     _check_rows(saved, present, folder)
+    _check_sets(saved, present, folder)
     same_reference = _reference_of(saved) == _reference_of(present)
     for what, key, is_compared in (
         ("model", "model.path", True),
@@ -131,6 +136,35 @@ def _check_rows(saved: Inputs, present: Inputs, folder: Path) -> None:
             f"data.tasks[{number}] ({task['path'] or task['name']}): {what} (all columns are "
             f"compared); put the former ones back, or {_HINT}"
         )
+
+
+def _check_sets(saved: Inputs, present: Inputs, folder: Path) -> None:
+    """The figures of a set before and after would not compare. Another number of its rows, or
+    another column, is a setting, and is told.
+    """
+    before, now = _settings_of_sets(saved), _settings_of_sets(present)
+    for name, digest in present["sets"].items():
+        was = saved.get("sets", {}).get(name, digest)
+        if was != digest and before.get(name) == now.get(name):
+            raise ConfigError(
+                f"resume: expected the questions of {folder} in the evaluation set {name}, got "
+                f"others; put the former ones back, give the set another name, or {_HINT}"
+            )
+
+
+def _settings_of_sets(inputs: Inputs) -> dict[str, dict[str, Any]]:
+    sets = inputs["settings"]["eval"].get("sets", [])
+    return {
+        each["name"]: {key: each[key] for key in each if key not in _NO_STREAM_KEYS}
+        for each in sets
+    }
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = xxhash.xxh3_128()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.text, prompt.answer, prompt.metadata]).encode())
+    return digest.hexdigest()
 
 
 def _changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]:

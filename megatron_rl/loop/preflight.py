@@ -86,7 +86,7 @@ def preflight(config: Config) -> Preflight:
     check_replay(config)
     check_engine_place(config)
     check_fixed_rollouts(config)
-    inputs, checkpoint = run_inputs(config, stream), checkpoint_to_resume(config)
+    inputs, checkpoint = run_inputs(config, stream, sets), checkpoint_to_resume(config)
     changes: list[str] = []
     if checkpoint is not None:
         saved = saved_run_state(checkpoint).get("inputs", {})

@@ -12,10 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.config import Config, DataConfig, LoopConfig, ModelConfig, TaskConfig
+from megatron_rl.config import (
+    Config,
+    DataConfig,
+    EvalSetConfig,
+    LoopConfig,
+    ModelConfig,
+    TaskConfig,
+)
 from megatron_rl.errors import ConfigError
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
-from megatron_rl.loop.preflight import prepare_data
+from megatron_rl.loop.preflight import prepare_data, prepare_model, prepare_sets
 
 FOLDER = Path("runs/a/checkpoints/step_000002")
 ROWS = [{"question": f"{n}+0", "answer": str(n), "tests": n} for n in range(100, 164)]
@@ -184,6 +191,30 @@ def test_a_reference_with_other_contents_is_refused_and_another_one_told(
     (first / "generation_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"reference of .* \(objective\.kl\.reference\)"):
         check_same_inputs(saved, inputs_of(with_reference(first)), FOLDER)
+
+
+def test_other_questions_of_an_evaluation_set_are_refused_and_other_settings_told(
+    config: Config, tmp_path: Path
+) -> None:
+    def inputs(rows: list[dict[str, Any]], **changes: Any) -> Inputs:
+        path = tmp_path / "test.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        questions = EvalSetConfig(name="sums", path=str(path), verifier="exact")
+        questions = replace(questions, sampling=config.eval.sampling, **changes)
+        own = replace(config, eval=replace(config.eval, sets=[questions]))
+        geometry, tokenizer = prepare_model(own)
+        sets = prepare_sets(own, geometry, tokenizer)
+        return run_inputs(own, prepare_data(own)[2], sets)
+
+    rows = ROWS[:9]
+    saved = inputs(rows)
+    check_same_inputs(saved, inputs(rows), FOLDER)
+    for other in (rows[::-1], rows[1:], [row | {"tests": 0} for row in rows]):
+        with pytest.raises(ConfigError, match=r"questions of .* in the evaluation set sums, got"):
+            check_same_inputs(saved, inputs(other), FOLDER)
+    fewer = inputs(rows, num_rows=5)
+    check_same_inputs(saved, fewer, FOLDER)
+    assert changed_settings(saved, fewer) == ["eval.sets[0].num_rows: 0 became 5"]
 
 
 def test_other_settings_are_told_one_line_each(config: Config) -> None:
