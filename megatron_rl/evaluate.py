@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_rl.config import Config, SamplingConfig
+from megatron_rl.config import Config, ParallelConfig, SamplingConfig
 from megatron_rl.config.file import save_config
 from megatron_rl.data.end_tokens import end_tokens
 from megatron_rl.data.evaluation_sets import EvaluationSet, held_out_set
@@ -132,7 +132,7 @@ def without_learner(config: Config) -> Config:
     kl = replace(config.objective.kl, coefficient=0.0, reference="")
     return replace(
         config,
-        parallel=replace(config.parallel, tensor=1, pipeline=1),
+        parallel=ParallelConfig(timeout_seconds=config.parallel.timeout_seconds),
         objective=replace(config.objective, kl=kl),
     )
 

@@ -25,7 +25,12 @@ from megatron_rl.loop.publish import publish_weights
 from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_run
 from megatron_rl.loop.report import write_metrics
 from megatron_rl.loop.run import start_run
-from megatron_rl.loop.schedule import should_evaluate, should_publish, should_save
+from megatron_rl.loop.schedule import (
+    should_evaluate,
+    should_publish,
+    should_save,
+    should_save_hf,
+)
 from megatron_rl.process.command import Progress, run_command
 
 
@@ -79,6 +84,9 @@ def train(config: Config, progress: Progress) -> None:
                 with phase("checkpoint"):
                     run.writer.wait()  # a run that resumes here finds the rollouts of every step
                     save_run(learner, state, config, run.inputs)
+            if should_save_hf(config, step):
+                with phase("save"):
+                    save_hf_checkpoint(learner, config, step=step)
         if config.checkpoint.save_hf:
             with phase("save"):
                 save_hf_checkpoint(learner, config)

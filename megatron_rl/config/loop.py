@@ -71,7 +71,10 @@ class CheckpointConfig:
     every: int = 10  # steps; 0: only at the end
     keep: int = 2
     save_hf: bool = True  # write the final weights as a Hugging Face checkpoint as well
+    # steps between Hugging Face checkpoints of the weights on the way, in huggingface_steps/; all
+    # of them are kept; 0: none
+    hf_every: int = 0
 
     def __post_init__(self) -> None:
-        at_least(0, every=self.every)
+        at_least(0, every=self.every, hf_every=self.hf_every)
         at_least(1, keep=self.keep)

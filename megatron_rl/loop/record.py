@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from megatron_rl.config import Config
 from megatron_rl.data.tokenizer import read_template
+from megatron_rl.errors import DataError
 from megatron_rl.learner.batch.deal import by_sample
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.checkpoint import save_checkpoint
+from megatron_rl.loop.hf_checkpoints import hf_folder
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.stopwatch import Phase
@@ -77,18 +80,31 @@ def save_run(learner: Learner, state: LoopState, config: Config, inputs: Inputs)
     )
 
 
-def save_hf_checkpoint(learner: Learner, config: Config) -> None:
-    """Write the weights as a Hugging Face checkpoint to `<run_dir>/huggingface`. A collective over
-    all ranks.
+def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = None) -> None:
+    """Write the weights as a Hugging Face checkpoint (`hf_folder`). A collective over all ranks.
+
+    Args:
+        step: None: the final weights.
+
+    Raises:
+        DataError: the disk is full or not writable. An earlier checkpoint of the same name is
+            unchanged, and so are those to resume from.
     """
+    folder = hf_folder(Path(config.run_dir), step)
     if learner.parallel.rank == 0:
-        folder = Path(config.run_dir) / "huggingface"
-        write_checkpoint(
-            folder,
-            learner.full_tensors(),
-            like=config.model.path,
-            chat_template=read_template(config.data.chat_template_file),
-        )
+        try:
+            write_checkpoint(
+                folder,
+                learner.full_tensors(),
+                like=config.model.path,
+                chat_template=read_template(config.data.chat_template_file),
+            )
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{folder}: expected to write the weights, got {type(error).__name__}: {error}; "
+                "free some disk space or change run_dir; the run's checkpoints are untouched, and "
+                "tools/hf_checkpoint.py writes the weights of one of them"
+            ) from error
     else:
         learner.give_tensors()
     learner.parallel.barrier()

@@ -34,6 +34,7 @@ from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.loop.evaluate import Evaluator
 from megatron_rl.loop.expected import MAX_ANSWERS, try_expected_answers
+from megatron_rl.loop.hf_checkpoints import forget_later_hf
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
@@ -193,6 +194,7 @@ def _forget_later_steps(run_dir: Path, step: int) -> None:
     for folder in (run_dir / "rollouts" / "eval").glob("**"):  # of the sets, too
         truncate_after(folder, step)
     cut_sync_log(run_dir / SYNC_LOG, step)
+    forget_later_hf(run_dir, step)
 
 
 def _connect(

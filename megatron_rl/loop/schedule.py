@@ -1,4 +1,4 @@
-"""Decides which steps publish weights, evaluate and save a checkpoint."""
+"""Decides which steps publish weights, evaluate and save checkpoints."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def should_save(config: Config, step: int) -> bool:
     """Every `checkpoint.every` steps, and always after the last one."""
     is_due = config.checkpoint.every > 0 and step % config.checkpoint.every == 0
     return is_due or step == config.loop.num_steps
+
+
+def should_save_hf(config: Config, step: int) -> bool:
+    """Every `checkpoint.hf_every` steps; the final weights are written besides."""
+    return config.checkpoint.hf_every > 0 and step % config.checkpoint.hf_every == 0

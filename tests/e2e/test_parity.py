@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.e2e.gaps import BOUND, gaps_of_step
 from tests.e2e.runs import read_jsonl, train_to_the_end
+from tests.support.ranks import run_module
 from tests.support.served_engine import ServedEngine
 
 NUM_STEPS = 3  # step k samples from sync k - 1: the first from the initial weights
@@ -33,7 +35,7 @@ def test_engine_and_learner_agree_after_every_sync(
     config = write_config(
         tmp_path,
         parallel={layout: 2},
-        checkpoint={"every": 0, "save_hf": True},
+        checkpoint={"every": 2, "save_hf": True, "hf_every": 2},
         loop={"num_steps": NUM_STEPS, "prompts_per_step": 8, "samples_per_prompt": 8},
     )
     run_dir = tmp_path / "run"
@@ -63,3 +65,26 @@ def test_engine_and_learner_agree_after_every_sync(
     for name, tensor in before.items():
         # The end-of-sequence row and unused tokens may stand still; no tensor as a whole does.
         assert (after[name] - tensor).norm() > 0.005 * tensor.norm(), name
+    check_hf_checkpoints(run_dir, after)
+
+
+def check_hf_checkpoints(run_dir: Path, final: dict[str, torch.Tensor]) -> None:
+    """The tool makes the same of a run's checkpoints as the run, on one rank and not on two."""
+    for step in (2, NUM_STEPS):
+        made = run_dir / f"made_{step}"
+        checkpoint = run_dir / "checkpoints" / f"step_{step:06d}"
+        told = run_module("tools.hf_checkpoint", checkpoint, "--output", made, ranks=0).stdout
+        assert told.splitlines()[-1] == str(made)
+        written = run_dir / "huggingface"
+        if step < NUM_STEPS:
+            written = run_dir / "huggingface_steps" / checkpoint.name
+        assert sorted(path.name for path in made.iterdir()) == sorted(
+            path.name for path in written.iterdir()
+        )
+        tensors = load_file(made / "model.safetensors")
+        assert list(tensors) == list(load_file(written / "model.safetensors"))
+        for name, tensor in load_file(written / "model.safetensors").items():
+            assert torch.equal(tensors[name], tensor), name
+        differing = [name for name in final if not torch.equal(final[name], tensors[name])]
+        assert bool(differing) == (step < NUM_STEPS)
+    assert [path.name for path in (run_dir / "huggingface_steps").iterdir()] == ["step_000002"]

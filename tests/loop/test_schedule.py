@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from megatron_rl.config import CheckpointConfig, Config, EvalConfig, LoopConfig, SyncConfig
-from megatron_rl.loop.schedule import should_evaluate, should_publish, should_save
+from megatron_rl.loop.schedule import (
+    should_evaluate,
+    should_publish,
+    should_save,
+    should_save_hf,
+)
 
 
 def steps_of(predicate, config: Config) -> list[int]:
@@ -35,3 +40,9 @@ def test_evaluations(every: int, at_end: bool, expected: list[int]) -> None:
 def test_checkpoints(every: int, expected: list[int]) -> None:
     config = Config(loop=LoopConfig(num_steps=4), checkpoint=CheckpointConfig(every=every))
     assert steps_of(should_save, config) == expected
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (2, [2, 4]), (3, [3])])
+def test_hugging_face_checkpoints(every: int, expected: list[int]) -> None:
+    config = Config(loop=LoopConfig(num_steps=4), checkpoint=CheckpointConfig(hf_every=every))
+    assert steps_of(should_save_hf, config) == expected

@@ -18,10 +18,11 @@ import pickle
 import queue
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,10 @@ from megatron_rl.learner.model import checkpoint_files
 from megatron_rl.learner.model.checkpoint_files import STATE
 from megatron_rl.learner.model.export import tensor_shapes
 from megatron_rl.learner.model.training_model import TrainingModel
+from megatron_rl.weights.geometry import Geometry
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 # A float32 main weight and two moments. The model's own weights are added if they are separate.
 BYTES_PER_PARAMETER = 12
@@ -122,30 +127,10 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
     Raises:
         DataError: the checkpoint is missing, truncated or of a different model.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    state = _read_state(folder, trained)
-    try:
-        sharded = _sharded_state(trained, is_loading=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            loaded = dist_checkpointing.load(sharded, str(folder))
+    state = _read_state(folder, _kind(trained))
+    with _reading(folder):
+        loaded = _load(_sharded_state(trained, is_loading=True), folder)
         random_state = _read_random_state(folder, trained, state["world_size"])
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        SafetensorError,
-        CheckpointingException,
-        CheckpointException,
-    ) as error:
-        raise DataError(
-            f"checkpoint {folder}: expected files that can be read, got: {_in_brief(error)}; "
-            f"resume from another one (resume=FOLDER), or start anew (resume=never)"
-        ) from error
     for number, module in enumerate(trained.modules):
         module.load_state_dict(loaded["model"][str(number)])
     settings = [
@@ -160,10 +145,60 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
     return state["run"]
 
 
+def load_model(folder: Path, parts: Sequence[GPTModel], geometry: Geometry) -> None:
+    """Load the model's weights of a checkpoint, and nothing else of it. A collective over all
+    ranks.
+
+    Args:
+        parts: this rank's parts of the model, in the run's dtype.
+
+    Raises:
+        DataError: the checkpoint is missing, truncated or of a different model.
+    """
+    _read_state(folder, asdict(geometry) | {"dtype": str(parts[0].config.params_dtype)})
+    with _reading(folder):
+        loaded = _load({"model": _sharded_model(parts)}, folder)
+    for number, part in enumerate(parts):
+        part.load_state_dict(loaded["model"][str(number)])
+
+
+def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return dist_checkpointing.load(sharded, str(folder))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Raises DataError in place of the errors that a damaged checkpoint causes."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        yield
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+        CheckpointingException,
+        CheckpointException,
+    ) as error:
+        raise DataError(
+            f"checkpoint {folder}: expected files that can be read, got: {_in_brief(error)}; "
+            f"resume from another one (resume=FOLDER), or start anew (resume=never)"
+        ) from error
+
+
+def _sharded_model(parts: Sequence[GPTModel]) -> dict[str, Any]:
+    return {str(number): part.sharded_state_dict() for number, part in enumerate(parts)}
+
+
 def _sharded_state(trained: TrainingModel, *, is_loading: bool) -> dict[str, Any]:
-    model = {
-        str(number): module.sharded_state_dict() for number, module in enumerate(trained.modules)
-    }
+    model = _sharded_model(trained.modules)
     optimizer = trained.optimizer.sharded_state_dict(
         model,
         is_loading=is_loading,
@@ -193,9 +228,9 @@ def _write_state(folder: Path, trained: TrainingModel, run_state: dict[str, Any]
     (folder / STATE).write_text(json.dumps(state, indent=2))
 
 
-def _read_state(folder: Path, trained: TrainingModel) -> dict[str, Any]:
+def _read_state(folder: Path, expected_kind: dict[str, Any]) -> dict[str, Any]:
     """The contents of run_state.json, after checking that all files are complete and that the
-    checkpoint is of this run's model.
+    checkpoint is of the expected model (`_kind`).
     """
     otherwise = "resume from another one (resume=FOLDER), or start anew (resume=never)"
     try:
@@ -213,7 +248,7 @@ def _read_state(folder: Path, trained: TrainingModel) -> dict[str, Any]:
             raise DataError(
                 f"checkpoint {folder}: expected {name} of {size} bytes, got {got}; {otherwise}"
             )
-    for key, expected in _kind(trained).items():
+    for key, expected in expected_kind.items():
         if kind.get(key) != expected:
             raise DataError(
                 f"checkpoint {folder}: expected one of a model and optimizer as in this run's "

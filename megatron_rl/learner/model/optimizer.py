@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_rl.config import OptimizerConfig
+from megatron_rl.config.learner import OptimizerConfig
 from megatron_rl.learner.model.adam import use_fused_layout
 
 if TYPE_CHECKING:

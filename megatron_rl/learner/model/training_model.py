@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rl.config import ModelConfig, OptimizerConfig
+from megatron_rl.config.learner import OptimizerConfig
+from megatron_rl.config.model import ModelConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.build import build_model
 from megatron_rl.learner.model.optimizer import build_optimizer
