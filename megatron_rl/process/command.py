@@ -85,7 +85,8 @@ def run_command(
         die_with_parent()
     bind_forked_children()
     progress = Progress()
-    watch_signals((lambda: progress.describe()) if rank == 0 else None)
+    # A launcher stops the other ranks after the first failure, which has been told already.
+    watch_signals((lambda: "" if _has_failed() else progress.describe()) if rank == 0 else None)
     _quiet_libraries()
     folder: Path | None = None
     threading.excepthook = lambda raised: _end_after_thread(raised, folder)
@@ -171,15 +172,24 @@ def _is_first() -> bool:
     """Whether this is the first rank of this launch on this host that fails."""
     if AGENT_VARIABLE not in os.environ:
         return True
-    # <folder of the launch>/attempt_<n>/<local rank>/error.json
-    marker = Path(os.environ[AGENT_VARIABLE]).parents[1] / "reported"
     try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(_marker(), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     except OSError:
         pass  # e.g. a full disk: reporting twice is better than not at all
     return True
+
+
+def _has_failed() -> bool:
+    """Whether a rank of this launch on this host has failed and told it."""
+    return AGENT_VARIABLE in os.environ and _marker().exists()
+
+
+def _marker() -> Path:
+    """The file that the first rank that fails creates."""
+    # <folder of the launch>/attempt_<n>/<local rank>/error.json
+    return Path(os.environ[AGENT_VARIABLE]).parents[1] / "reported"
 
 
 def _tell_agent(message: str, is_first: bool) -> None:

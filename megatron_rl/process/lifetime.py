@@ -118,7 +118,8 @@ def watch_signals(describe: Callable[[], str] | None) -> None:
     from the main thread.
 
     Args:
-        describe: says where the run is; called in the watching thread. None: no line is written.
+        describe: says where the run is; called in the watching thread. None, or an empty text that
+            it returns: no line is written.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -146,8 +147,8 @@ def _end_on_signal(reader: int, describe: Callable[[], str] | None) -> None:
             continue  # a signal with another handler, which writes to the same pipe
         try:
             _ending.set()
-            if describe is not None:
-                _say(f"stopped by {signal.Signals(signum).name}: {describe()}")
+            if place := describe() if describe is not None else "":
+                _say(f"stopped by {signal.Signals(signum).name}: {place}")
             worker = threading.Thread(target=run_cleanups, name="cleanup", daemon=True)
             worker.start()
             worker.join(CLEANUP_SECONDS)

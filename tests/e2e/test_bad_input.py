@@ -103,7 +103,10 @@ def break_model(folder: Path, sharp_checkpoint: Path, how: str) -> Path:
         ("lopp.num_steps=3", ("lopp", "nearest valid one is loop")),
         ("loop.num_steps=many", ("loop.num_steps", "integer", "'many'")),
         ("parallel.tensor=3", ("parallel.tensor=3", "2 attention heads")),
-        ("parallel.tensor=2", ("multiple of tensor x pipeline = 2, got 1", "--nproc_per_node")),
+        (
+            "parallel.tensor=2",
+            ("multiple of tensor x context x pipeline = 2, got 1", "--nproc_per_node"),
+        ),
         (
             "objective={preset: score_centering, score_centering: {num_logprobs: 128}}",
             ("objective.score_centering.num_logprobs", "below", "vocabulary of 128, got 128"),
