@@ -60,7 +60,9 @@ def warm_start(config: Config, progress: Progress) -> None:
         parallel,
         num_updates=settings.num_steps,
     )
-    recorder = Recorder(folder, rank=parallel.rank, num_steps=settings.num_steps, last_step=-1)
+    recorder = Recorder(
+        folder, rank=parallel.rank, num_steps=settings.num_steps, last_step=-1, config=config
+    )
     recent_losses: deque[float] = deque(maxlen=NUM_RECENT_LOSSES)
     with recorder:
         for step in range(1, settings.num_steps + 1):

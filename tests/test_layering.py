@@ -49,6 +49,9 @@ DOORS = {
     "transformer_engine": {"learner"},
     "vllm": {"sync.engine_side"},
     "tensorboard": {"observe.tensorboard"},
+    "wandb": {"observe.trackers.wandb"},
+    "mlflow": {"observe.trackers.mlflow"},
+    "trackio": {"observe.trackers.trackio"},
     "torch.utils.tensorboard": {"observe.tensorboard"},
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80

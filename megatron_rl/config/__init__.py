@@ -39,6 +39,7 @@ from megatron_rl.config.objective import (
 )
 from megatron_rl.config.rollout import QuantizationConfig, RolloutConfig, SamplingConfig
 from megatron_rl.config.rules import require
+from megatron_rl.config.tracking import TrackingConfig
 
 __all__ = [
     "AcceptanceConfig",
@@ -68,6 +69,7 @@ __all__ = [
     "ScoreCenteringConfig",
     "SyncConfig",
     "TaskConfig",
+    "TrackingConfig",
     "WarmStartConfig",
 ]
 
@@ -91,6 +93,7 @@ class Config:
     sync: SyncConfig = field(default_factory=SyncConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 

@@ -86,5 +86,9 @@ ABSOLUTE_BOUND_LOSSES = ("cispo", "dppo_tv")  # for which clip_low=1 means no lo
 VERIFIERS = modules_in("reward/verifiers")
 GROUP_VERIFIERS = modules_in("reward/group_verifiers")
 
+# tracking
+TrackingMode = Literal["offline", "online"]
+TRACKERS = modules_in("observe/trackers", support=("tracker",))
+
 # sync
 TRANSPORTS = modules_in("sync/transports", support=("transport",))

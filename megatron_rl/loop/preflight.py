@@ -22,6 +22,7 @@ from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint, saved_run_state
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
 from megatron_rl.observe.loading import LoadingConsole
+from megatron_rl.observe.trackers import check_trackers
 from megatron_rl.records import Truncation
 from megatron_rl.reward.expected import answer_checks
 from megatron_rl.reward.registry import (
@@ -83,6 +84,7 @@ def preflight(config: Config) -> Preflight:
             check_verifier(term.verifier)
     if config.reward.group_verifier:
         check_group_verifier(config.reward.group_verifier)
+    check_trackers(config.tracking)
     check_replay(config)
     check_engine_place(config)
     check_fixed_rollouts(config)

@@ -118,6 +118,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
                 rank=parallel.rank,
                 num_steps=config.loop.num_steps,
                 last_step=-1 if checked.checkpoint is None else state.step,
+                config=config,
             )
         )
         keep = config.rollout.keep_steps

@@ -1,4 +1,6 @@
-"""Writes the metrics of a step to TensorBoard, metrics.jsonl and the console, on rank 0."""
+"""Writes the metrics of a step to TensorBoard, metrics.jsonl, the console and the trackers of the
+settings, on rank 0.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_rl.config import Config
 from megatron_rl.observe.console import StepConsole, summary_table
 from megatron_rl.observe.run_log import RunLog, read_metrics
 from megatron_rl.observe.tensorboard import TensorBoardWriter
+from megatron_rl.observe.trackers import finite, start_trackers
+from megatron_rl.observe.trackers.tracker import Tracker
 
 
 class Recorder:
@@ -22,6 +27,10 @@ class Recorder:
         last_step: the last step whose records are kept: the checkpoint's step when resuming, -1 in
             a new run.
         console: the console to print on; standard output by default.
+        config: of the run, for its trackers; None: it has none.
+
+    Raises:
+        ConfigError: a tracker cannot be started.
     """
 
     def __init__(
@@ -32,6 +41,7 @@ class Recorder:
         num_steps: int,
         last_step: int,
         console: Console | None = None,
+        config: Config | None = None,
     ) -> None:
         self._run_dir = Path(run_dir)
         self._is_writer = rank == 0
@@ -42,6 +52,14 @@ class Recorder:
         self._tensorboard = TensorBoardWriter(
             self._run_dir / "tensorboard", purge_step=last_step + 1
         )
+        self._trackers: list[Tracker] = []
+        if config is not None:
+            self._trackers = start_trackers(
+                config,
+                self._run_dir,
+                is_new=last_step < 0,
+                history=read_metrics(self._run_dir / "metrics.jsonl"),
+            )
         self._console = StepConsole(
             num_steps=num_steps, num_done=max(last_step, 0), console=console
         )
@@ -56,6 +74,8 @@ class Recorder:
             self._console.__exit__(*exception)
             self._tensorboard.close()
             self._log.close()
+            for tracker in self._trackers:
+                tracker.close()
 
     def phase(self, name: str) -> None:
         """Show the name of the current phase beside the progress bar."""
@@ -72,11 +92,15 @@ class Recorder:
         if self._is_writer:
             self._log.write(step, metrics)
             self._tensorboard.write(step, metrics)
+            for tracker in self._trackers:
+                tracker.write(step, finite(metrics))
             self._console.show_step(step, metrics)
 
     def summarize(self) -> None:
-        """Print a table of the whole run, and the command that shows its curves."""
+        """Print a table of the whole run, and the commands that show its curves."""
         if self._is_writer:
             records = read_metrics(self._run_dir / "metrics.jsonl")
             self._console.console.print(summary_table(records, title=str(self._run_dir)))
             self.say(f"curves: tensorboard --logdir {self._run_dir / 'tensorboard'}")
+            for tracker in self._trackers:
+                self.say(f"tracked: {tracker.hint}")
