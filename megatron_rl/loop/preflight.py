@@ -133,6 +133,12 @@ def prepare_model(config: Config) -> tuple[Geometry, Any]:
     check_stop_tokens(config, geometry)
     check_score_centering(config, geometry)
     tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
+    check_context(config, geometry)
+    return geometry, tokenizer
+
+
+def check_context(config: Config, geometry: Geometry) -> None:
+    """Raise ConfigError if the engines would serve more positions than the model has."""
     if context_of(config, geometry) > geometry.max_position_embeddings:
         raise ConfigError(
             "rollout.max_model_len: expected at most the model's "
@@ -140,7 +146,6 @@ def prepare_model(config: Config) -> tuple[Geometry, Any]:
             "lower it, or extend the model in config.json: rope_parameters with rope_type yarn, a "
             "factor and original_max_position_embeddings"
         )
-    return geometry, tokenizer
 
 
 def prepare_data(config: Config, watch: Watch | None = None) -> tuple[Geometry, Any, PromptStream]:
@@ -304,10 +309,17 @@ def check_fixed_rollouts(config: Config) -> None:
         )
 
 
-def check_engine_place(config: Config) -> None:
-    """Raise ConfigError if the run would start engines that ranks on other hosts cannot reach."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+def check_engine_place(
+    config: Config, *, world_size: int | None = None, local_world_size: int | None = None
+) -> None:
+    """Raise ConfigError if the run would start engines that ranks on other hosts cannot reach.
+
+    Args:
+        world_size: the number of ranks; None means those that torchrun started.
+        local_world_size: the number of ranks on each host.
+    """
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     num_replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
     has_far_replicas = local_world_size < world_size and num_replicas > 1
     if config.rollout.num_engines and not config.replay and has_far_replicas:

@@ -32,11 +32,11 @@ def host_groups(
     dp: dist.ProcessGroup,
     timeout: datetime.timedelta,
 ) -> HostGroups:
-    """The gloo groups of the same ranks; the groups themselves if they are gloo groups already. A
+    """The gloo groups of the same ranks; the groups themselves if they are not NCCL groups. A
     collective over all ranks.
     """
     world = dist.group.WORLD
-    if dist.get_backend(world) == "gloo":
+    if dist.get_backend(world) != "nccl":
         return HostGroups(model=model, pp=pp, dp=dp, world=world)
     model, pp, dp, world = (gloo_twin(group, timeout) for group in (model, pp, dp, world))
     return HostGroups(model=model, pp=pp, dp=dp, world=world)

@@ -168,13 +168,17 @@ def _reducer(
     return reduce
 
 
-def check_world_size(config: ParallelConfig) -> int:
-    """The number of ranks that torchrun started; 1 without torchrun.
+def check_world_size(config: ParallelConfig, world_size: int | None = None) -> int:
+    """The number of ranks, if the layout allows it.
+
+    Args:
+        world_size: None means the ranks that torchrun started; 1 without torchrun.
 
     Raises:
         ConfigError: it is not a multiple of TP x CP x PP.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
     model_size = config.tensor * config.context * config.pipeline
     if world_size % model_size:
         raise ConfigError(
@@ -191,7 +195,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     Raises:
         ConfigError: the world size is not a multiple of TP x CP x PP.
     """
-    world_size, rank = check_world_size(config), int(os.environ.get("RANK", "0"))
+    check_world_size(config)
     run_on_cpu()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -208,17 +212,37 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
             device_id=None if is_cpu_run() else device,
         )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor,
-            context_parallel_size=config.context,
-            pipeline_model_parallel_size=config.pipeline,
-            virtual_pipeline_model_parallel_size=(
-                config.virtual_pipeline if config.virtual_pipeline > 1 else None
-            ),
-            create_gloo_process_groups=True,
-            distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
-        )
+        create_groups(config, has_gloo_groups=True)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return current_parallel(config, device)
+
+
+def create_groups(config: ParallelConfig, *, has_gloo_groups: bool) -> None:
+    """Create Megatron's process groups; a collective over all ranks.
+
+    Args:
+        has_gloo_groups: whether Megatron creates gloo groups beside those of the backend.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        context_parallel_size=config.context,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            config.virtual_pipeline if config.virtual_pipeline > 1 else None
+        ),
+        create_gloo_process_groups=has_gloo_groups,
+        distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
+    )
+
+
+def current_parallel(config: ParallelConfig, device: torch.device) -> Parallel:
+    """This rank's position in the groups that `create_groups` has created. A collective over all
+    ranks.
+    """
+    from megatron.core import parallel_state
+
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     cp_group = parallel_state.get_context_parallel_group()
     model_group = replica_group(cp_group, timeout)
@@ -226,8 +250,8 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     dp_group = parallel_state.get_data_parallel_group()
     return Parallel(
         layout=config,
-        rank=rank,
-        world_size=world_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=pp_group,

@@ -1,0 +1,42 @@
+"""[imports megatron] This rank's stage of a model on the meta device: names, shapes and dtypes of
+all its parameters, and no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch.overrides import TorchFunctionMode
+
+from megatron_rl.config import ModelConfig
+from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.learner.model.build import DTYPES, build_gpt, transformer_config
+from megatron_rl.weights.geometry import Geometry
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+_FACTORIES = {"empty", "zeros", "ones", "full", "arange", "tensor", "rand", "randn"}
+
+
+class _OnMeta(TorchFunctionMode):
+    """Makes torch's factories create tensors on the meta device. The context `torch.device("meta")`
+    does not see the factories that layout/cpu_device.py has replaced.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _FACTORIES:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_meta_stage(model: ModelConfig, geometry: Geometry, parallel: Parallel) -> GPTModel:
+    """The pipeline stage of `parallel`, without weights."""
+    transformer = transformer_config(geometry, parallel, DTYPES[model.dtype])
+    transformer = replace(transformer, perform_initialization=False)
+    with _OnMeta():
+        return build_gpt(geometry, parallel, transformer, model.path)

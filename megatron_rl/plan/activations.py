@@ -1,0 +1,125 @@
+"""The activations that a forward pass keeps for the backward pass, and the tensors of the loss.
+
+They are counted operator by operator, as bytes of one position of a row, from what autograd saves
+in Megatron's layers: with the layer spec of Transformer Engine on GPUs, with Megatron's own layers
+and this package's packed attention on the CPU. h, f, q, k are the columns of the residual stream,
+of the feed-forward layer, of the queries and of the keys on one rank; s is the size of a number.
+
+    on the CPU       norms 2 x 4 h each (input and result in float32), inputs of the projections
+                     h s, q s, h s, f s; heads' norms; attention q, k, v and its result as stacks
+                     (2 q + 2 k) s; gated product 4 f s
+    with TE          norm and projection keep 2 h s together; rows of queries, keys and values
+                     (q + 2 k) s, rotated (q + k) s, attention's result q s; gated product 4 f s and
+                     its projection's input f s
+
+Sequence parallelism divides norms and the inputs of column-parallel projections over the
+tensor-parallel ranks (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_rl.plan.layout import ITEM_SIZES, ClusterLayout
+from megatron_rl.weights.geometry import Geometry
+
+DeviceType = Literal["cuda", "cpu"]
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerActivations:
+    """The bytes that one decoder layer keeps for each position of a row, by what made them.
+
+    Example of hidden 4, queries and keys of 4 columns, ffn 8 in bfloat16 with Transformer Engine:
+    `LayerActivations(norms=40.0, attention=72.0, core_attention=12.0, feed_forward=80.0)`.
+    """
+
+    norms: float  # both norms of the residual stream, with the inputs of the projections after them
+    attention: float  # queries, keys and values, up to and including their rotation
+    core_attention: float  # what only attention itself keeps; selective recomputation drops it
+    feed_forward: float  # of which selective recomputation keeps nothing
+
+    @property
+    def total(self) -> float:
+        """Without recomputation."""
+        return self.norms + self.attention + self.core_attention + self.feed_forward
+
+
+def layer_activations(
+    geometry: Geometry, layout: ClusterLayout, device: DeviceType
+) -> LayerActivations:
+    """What one dense decoder layer keeps for each position that a rank computes."""
+    size = ITEM_SIZES[layout.dtype]
+    num_heads = geometry.num_heads / layout.tensor
+    num_groups = geometry.num_query_groups / layout.tensor
+    query, key = num_heads * geometry.head_dim, num_groups * geometry.head_dim
+    ffn = geometry.ffn_hidden_size / layout.tensor
+    hidden = geometry.hidden_size / (layout.tensor if layout.is_sequence_parallel else 1)
+    rotation = 4 * geometry.head_dim * size  # cosines and sines, of queries and of keys
+    deviations = FLOAT32 * (num_heads + num_groups) if geometry.has_qk_norm else 0.0
+    mixed, rotated, statistics = query + 2 * key, query + key, FLOAT32 * num_heads
+    if device == "cuda":
+        return LayerActivations(
+            norms=2 * (2 * hidden * size + FLOAT32),
+            attention=(mixed + rotated) * size + rotation + deviations,
+            core_attention=query * size + statistics,
+            feed_forward=5 * ffn * size,
+        )
+    heads_norms = 0.0
+    if geometry.has_qk_norm:
+        # In float32 the keys' norm keeps a view of the projection's result instead of a copy.
+        inputs = query + key if size < FLOAT32 else query + mixed
+        heads_norms = FLOAT32 * (inputs + query + key) + deviations
+    return LayerActivations(
+        norms=2 * (2 * FLOAT32 * hidden + FLOAT32 + hidden * size),
+        attention=heads_norms + query * size + rotation,
+        core_attention=2 * rotated * size + statistics,
+        feed_forward=5 * ffn * size,
+    )
+
+
+def kept_by_layer(geometry: Geometry, layout: ClusterLayout, device: DeviceType) -> float:
+    """The bytes that a layer keeps for each position, with the layout's recomputation."""
+    whole = layer_activations(geometry, layout, device)
+    size = ITEM_SIZES[layout.dtype]
+    if layout.recomputation == "none":
+        return whole.total
+    if layout.recomputation == "full":  # the layer's input
+        return geometry.hidden_size * size / (layout.tensor if layout.is_sequence_parallel else 1)
+    kept = whole.norms + whole.attention
+    if device == "cpu":  # what attention takes: rotated queries and keys, and a view of the values
+        columns = (2 * geometry.num_heads + 3 * geometry.num_query_groups) * geometry.head_dim
+        kept += columns / layout.tensor * size
+    return kept
+
+
+def kept_by_head(geometry: Geometry, layout: ClusterLayout, device: DeviceType) -> float:
+    """The bytes that the final norm and the input of the output layer take for each position."""
+    hidden = geometry.hidden_size / (layout.tensor if layout.is_sequence_parallel else 1)
+    size = ITEM_SIZES[layout.dtype]
+    norm = 2 * FLOAT32 * hidden if device == "cpu" else hidden * size
+    return norm + FLOAT32 + hidden * size
+
+
+def recomputed_at_once(geometry: Geometry, layout: ClusterLayout, device: DeviceType) -> float:
+    """The bytes for each position of what the backward pass of one layer computes again."""
+    whole = layer_activations(geometry, layout, device)
+    if layout.recomputation == "none":
+        return 0.0
+    if layout.recomputation == "full":
+        return whole.total
+    return max(whole.core_attention, whole.feed_forward)
+
+
+def loss_bytes(
+    geometry: Geometry, layout: ClusterLayout, *, has_entropy_gradient: bool = False
+) -> float:
+    """The bytes of the logits for each position: those of the model, and their copy at the sampled
+    tokens, which becomes their gradient. An entropy under gradient needs one more
+    (learner/passes/forward.py, `row_output`).
+    """
+    columns = geometry.padded_vocab_size(layout.tensor) / layout.tensor
+    num_copies = 3 if has_entropy_gradient else 2
+    return num_copies * columns * ITEM_SIZES[layout.dtype]

@@ -1,0 +1,194 @@
+"""The plan of a run on a cluster: everything that `tools/plan.py` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_rl.config import Config
+from megatron_rl.errors import ConfigError
+from megatron_rl.plan.activations import DeviceType
+from megatron_rl.plan.layout import ClusterLayout, layout_of
+from megatron_rl.plan.memory import EngineMemory, LearnerMemory, engine_memory, learner_memory
+from megatron_rl.plan.parameters import num_parameters
+from megatron_rl.plan.traffic import (
+    CheckpointPlan,
+    StepPlan,
+    SyncPlan,
+    checkpoint_plan,
+    longest_sample,
+    step_plan,
+    sync_plan,
+)
+from megatron_rl.plan.validity import notes_of, problems_of
+from megatron_rl.weights.geometry import Geometry, read_geometry
+
+LARGEST_TENSOR_PARALLEL = 8  # suggested: the GPUs that NVLink joins in a node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The GPUs that a run is planned for. Example: `Cluster(num_nodes=4, gpus_per_node=8,
+    gpu_bytes=80e9, device="cuda")`.
+    """
+
+    num_nodes: int
+    gpus_per_node: int
+    gpu_bytes: float
+    device: DeviceType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """The memory of the fullest GPU, in bytes. Example: `MemoryPlan(gpu_bytes=80e9, stage=0,
+    learner=LearnerMemory(...), engine=EngineMemory(...))`.
+    """
+
+    gpu_bytes: float
+    stage: int  # the pipeline stage of this rank
+    learner: LearnerMemory
+    engine: EngineMemory | None  # of the engines on the same GPU; None: they have GPUs of their own
+
+    @property
+    def training(self) -> float:
+        """During an update; the engines keep their memory."""
+        return self.learner.total + (self.engine.total if self.engine else 0.0)
+
+    @property
+    def rollout(self) -> float:
+        """While the engines sample; the learner keeps its weights, gradients and optimizer."""
+        return self.learner.resident + (self.engine.total if self.engine else 0.0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether both phases have room."""
+        return max(self.training, self.rollout) <= self.gpu_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run on a cluster. Example: see tests/plan/test_plan.py."""
+
+    geometry: Geometry
+    num_parameters: int
+    layout: ClusterLayout
+    notes: tuple[str, ...]
+    memory: MemoryPlan
+    step: StepPlan
+    sync: SyncPlan
+    checkpoint: CheckpointPlan
+
+
+def make_plan(config: Config, cluster: Cluster) -> Plan:
+    """The plan of a run.
+
+    Raises:
+        ConfigError, DataError: the run could not start; one line for each problem.
+    """
+    geometry = read_geometry(config.model.path)
+    sizes = {"num_nodes": cluster.num_nodes, "gpus_per_node": cluster.gpus_per_node}
+    problems = problems_of(config, geometry, **sizes)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    layout = layout_of(config, **sizes)
+    return Plan(
+        geometry=geometry,
+        num_parameters=num_parameters(geometry),
+        layout=layout,
+        notes=tuple(notes_of(config, gpus_per_node=cluster.gpus_per_node)),
+        memory=memory_plan(config, geometry, layout, cluster),
+        step=step_plan(config, geometry, layout),
+        sync=sync_plan(config, geometry),
+        checkpoint=checkpoint_plan(config, geometry, layout),
+    )
+
+
+def memory_plan(
+    config: Config, geometry: Geometry, layout: ClusterLayout, cluster: Cluster
+) -> MemoryPlan:
+    """The memory of the fullest GPU: the pipeline stage that needs most, with the engines that the
+    run starts on the GPUs of its first node. Given engines (`rollout.urls`) have their own.
+
+    Raises:
+        ConfigError: an engine has no room for one sequence.
+    """
+    kl = config.objective.kl.reference
+    stage, learner = learner_memory(
+        config,
+        geometry,
+        layout,
+        device=cluster.device,
+        reference=read_geometry(kl) if kl else None,
+    )
+    engine = None
+    if config.rollout.num_engines and not config.replay:
+        num_engines = -(-config.rollout.num_engines // cluster.gpus_per_node)
+        engine = engine_memory(
+            config, geometry, gpu_bytes=cluster.gpu_bytes, num_engines=num_engines
+        )
+    return MemoryPlan(gpu_bytes=cluster.gpu_bytes, stage=stage, learner=learner, engine=engine)
+
+
+def advice(
+    load: Callable[[Sequence[str]], Config], cluster: Cluster
+) -> tuple[list[tuple[str, float]], bool]:
+    """Settings with which a run that does not fit would fit.
+
+    Args:
+        load: the run's settings with further overrides.
+    Returns:
+        `(setting, bytes of the fullest GPU)` and whether each of them is enough by itself. If none
+        is, they are to be changed together, in this order; the bytes are those after each change.
+        Empty if not even all together are enough.
+    """
+    changes = list(_changes(load(()), cluster))
+    single = [(change, _needed(load, (change,), cluster)) for change in changes]
+    enough = [(change, needed) for change, needed in single if needed <= cluster.gpu_bytes]
+    if enough:
+        return enough, True
+    taken: dict[str, tuple[str, float]] = {}  # by key: a later value replaces an earlier one
+    least = _needed(load, (), cluster)
+    for change in changes:
+        key = change.partition("=")[0]
+        others = [each for name, (each, _) in taken.items() if name != key]
+        needed = _needed(load, (*others, change), cluster)
+        if needed < least:
+            taken[key], least = (change, needed), needed
+        if least <= cluster.gpu_bytes:
+            return list(taken.values()), False
+    return [], False
+
+
+def _needed(
+    load: Callable[[Sequence[str]], Config], changes: tuple[str, ...], cluster: Cluster
+) -> float:
+    """The bytes of the fullest GPU with these changes; infinite if the run could not start."""
+    try:
+        memory = make_plan(load(changes), cluster).memory
+    except ConfigError:
+        return float("inf")
+    return max(memory.training, memory.rollout)
+
+
+def _changes(config: Config, cluster: Cluster) -> Iterator[str]:
+    """Overrides that may save memory, those that cost least speed first."""
+    parallel, learner = config.parallel, config.learner
+    if not learner.optimizer.distributed:
+        yield "learner.optimizer.distributed=true"
+    if config.model.dtype == "float32":
+        yield "model.dtype=bfloat16"
+    longest = longest_sample(config)
+    if config.data.max_prompt_tokens and learner.tokens_per_micro_batch > longest:
+        yield f"learner.tokens_per_micro_batch={longest}"
+    tensor = 2 * parallel.tensor
+    while tensor <= min(LARGEST_TENSOR_PARALLEL, cluster.gpus_per_node):
+        yield f"parallel.tensor={tensor}"
+        tensor *= 2
+    pipeline = 2 * parallel.pipeline
+    while pipeline * parallel.tensor <= cluster.num_nodes * cluster.gpus_per_node:
+        yield f"parallel.pipeline={pipeline}"
+        pipeline *= 2
+    if config.rollout.num_engines:
+        for tenths in (6, 5, 4, 3, 2):
+            if tenths / 10 < config.rollout.gpu_memory_utilization:
+                yield f"rollout.gpu_memory_utilization={tenths / 10}"
