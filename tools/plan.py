@@ -33,6 +33,14 @@ from megatron_rl.plan.traffic import longest_sequence
 
 GB = 1e9
 MAX_SIMULATED = 512
+# What to do about each component if no setting of the layout is enough.
+_MORE_GPUS = "take more nodes, or engines on GPUs of their own (rollout.urls)"
+_REMEDIES = dict.fromkeys(
+    ("weights", "gradients", "optimizer", "reference", "communication"), _MORE_GPUS
+) | dict.fromkeys(
+    ("activations", "logits"),
+    "lower rollout.sampling.max_tokens and with it learner.tokens_per_micro_batch",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +90,7 @@ def tell(config: Config, load: partial[Config], cluster: Cluster) -> bool:
     for line in (*_layout_lines(config, plan), *_memory_lines(config, plan)):
         print(line)
     if not plan.memory.fits:
-        for line in _advice_lines(load, cluster):
+        for line in _advice_lines(plan, load, cluster):
             print(line)
     for line in _traffic_lines(config, plan):
         print(line)
@@ -153,12 +161,13 @@ def _phase_line(phase: str, needed: float, memory: MemoryPlan) -> str:
     return f"  {phase}: {needed / GB:.1f} of {memory.gpu_bytes / GB:.0f} GB, {verdict}"
 
 
-def _advice_lines(load: partial[Config], cluster: Cluster) -> list[str]:
+def _advice_lines(plan: Plan, load: partial[Config], cluster: Cluster) -> list[str]:
     changes, is_each_enough = advice(load, cluster)
     if not changes:
+        largest, size = max(plan.memory.learner.components(), key=lambda part: part[1])
         return [
-            "change: no single setting and no combination of those tried is enough; take more "
-            "nodes, or engines on GPUs of their own (rollout.urls)"
+            "change: no setting of the layout is enough; most of the learner's memory is "
+            f"{largest}, {size / GB:.1f} GB: {_REMEDIES[largest]}"
         ]
     how = "one of these is enough" if is_each_enough else "all of these together are enough"
     return [f"change: {how}:", *(f"  {change}: {size / GB:.1f} GB" for change, size in changes)]

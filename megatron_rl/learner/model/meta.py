@@ -36,6 +36,8 @@ class _OnMeta(TorchFunctionMode):
 
 def build_meta_stage(model: ModelConfig, geometry: Geometry, parallel: Parallel) -> GPTModel:
     """The pipeline stage of `parallel`, without weights."""
+    # Rotary frequencies are no parameters, and scaled ones would be computed.
+    geometry = replace(geometry, has_rope_scaling=False, rope_theta=float(int(geometry.rope_theta)))
     transformer = transformer_config(geometry, parallel, DTYPES[model.dtype])
     transformer = replace(transformer, perform_initialization=False)
     with _OnMeta():

@@ -1,0 +1,75 @@
+"""What the tool prints of a plan, and what it says where a run does not fit or is not valid."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tools import plan
+
+ROOT = Path(__file__).parents[2]
+DAPO = [str(ROOT / "configs" / "dapo.yaml"), f"model.path={ROOT}/configs/shapes/Qwen3-8B"]
+GIVEN_ENGINES = ["rollout.num_engines=0", "rollout.urls=[http://127.0.0.1:8000]"]
+SHORT = ["rollout.sampling.max_tokens=2048", "learner.tokens_per_micro_batch=4096"]
+
+
+def test_a_run_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([*DAPO, *SHORT]) == 0
+    printed = capsys.readouterr().out
+    assert "8,190,735,360 parameters" in printed
+    assert "8 ranks on 1 node(s) = tensor 4 x pipeline 1 x data 2" in printed
+    # 14 bytes of each parameter; 4 ranks write two files each, and all 8 their random state.
+    assert "checkpoint: 20 files, 114,670,295,040 bytes each" in printed
+    assert "sync: 399 tensors, 16,381,470,720 bytes" in printed
+    assert "DOES NOT FIT" not in printed
+    assert "change:" not in printed
+
+
+def test_a_setting_that_would_be_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(DAPO) == 1
+    printed = capsys.readouterr().out
+    assert "training: 86.1 of 80 GB, DOES NOT FIT" in printed
+    assert "change: one of these is enough:\n  parallel.tensor=8: 71.9 GB\n" in printed
+    assert plan.main([*DAPO, "parallel.tensor=8"]) == 0
+
+
+def test_several_settings_that_are_enough_together(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [*DAPO, *SHORT, *GIVEN_ENGINES, "parallel.tensor=1", "--nodes", "4", "--gpu-gb", "24"]
+    assert plan.main([*small, "learner.optimizer.distributed=false"]) == 1
+    printed = capsys.readouterr().out
+    found = re.search(r"all of these together are enough:\n((?:  \S+=\S+: .* GB\n)+)", printed)
+    assert found is not None
+    changes = [line.split(": ")[0].strip() for line in found[1].splitlines()]
+    assert changes == ["learner.optimizer.distributed=true", "parallel.tensor=8"]
+    assert plan.main([*small, *changes]) == 0
+
+
+def test_an_engine_without_room_for_one_sequence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([*DAPO, "--gpu-gb", "48"]) == 1
+    expected = (
+        r"rollout.gpu_memory_utilization: expected at least 0\.46, .*16\.4 GB .* 5\.1 GB, got"
+    )
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def test_no_setting_of_the_layout_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([*DAPO, *GIVEN_ENGINES, "--gpu-gb", "16"]) == 1
+    printed = capsys.readouterr().out
+    assert "no setting of the layout is enough" in printed
+    assert "activations, 26.8 GB: lower rollout.sampling.max_tokens" in printed
+
+
+def test_all_problems_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["parallel.tensor=3", "parallel.pipeline=5", "rollout.max_model_len=50000"]
+    assert plan.main([*DAPO, *wrong]) == 1
+    printed = capsys.readouterr().err
+    assert "parallel.tensor=3 does not divide the model's 32 attention heads" in printed
+    assert "expected a world size that is a multiple of tensor x pipeline = 15, got 8" in printed
+    assert "expected at most the model's 40960 positions, got 50000" in printed
+
+
+def test_too_many_ranks_to_simulate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([*DAPO, *SHORT, *GIVEN_ENGINES, "--simulate", "--nodes", "65"]) == 1
+    assert "--simulate: expected at most 512 ranks, got 520" in capsys.readouterr().err
