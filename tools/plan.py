@@ -38,7 +38,7 @@ _MORE_GPUS = "take more nodes, or engines on GPUs of their own (rollout.urls)"
 _REMEDIES = dict.fromkeys(
     ("weights", "gradients", "optimizer", "reference", "communication"), _MORE_GPUS
 ) | dict.fromkeys(
-    ("activations", "logits"),
+    ("activations", "logits", "recomputation"),
     "lower rollout.sampling.max_tokens and with it learner.tokens_per_micro_batch",
 )
 

@@ -103,14 +103,18 @@ def kept_by_head(geometry: Geometry, layout: ClusterLayout, device: DeviceType) 
     return norm + FLOAT32 + hidden * size
 
 
-def recomputed_at_once(geometry: Geometry, layout: ClusterLayout, device: DeviceType) -> float:
-    """The bytes for each position of what the backward pass of one layer computes again."""
+def backward_bytes(geometry: Geometry, layout: ClusterLayout, device: DeviceType) -> float:
+    """The bytes for each position that the backward pass of one layer needs beside what is kept:
+    what it computes again, and the gradients of the gated product and of the residual stream.
+    """
     whole = layer_activations(geometry, layout, device)
+    columns = 2 * geometry.ffn_hidden_size / layout.tensor + 2 * geometry.hidden_size
+    gradients = columns * ITEM_SIZES[layout.dtype]
     if layout.recomputation == "none":
-        return 0.0
+        return gradients
     if layout.recomputation == "full":
-        return whole.total
-    return max(whole.core_attention, whole.feed_forward)
+        return whole.total + gradients
+    return max(whole.core_attention, whole.feed_forward) + gradients
 
 
 def loss_bytes(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_rl.config import Config
-from megatron_rl.config.choices import DType
+from megatron_rl.config.choices import ActivationRecomputation, DType
 
 ITEM_SIZES: dict[DType, int] = {"float32": 4, "bfloat16": 2}  # bytes of a number
-Recomputation = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +27,9 @@ class ClusterLayout:
     has_distributed_optimizer: bool
     context: int = 1  # ranks among which the positions of a row are divided
     virtual_pipeline: int = 1  # parts of the model on each pipeline rank
+    stage_layers: tuple[int, ...] = ()  # decoder layers of each part; (): the same in all
     is_sequence_parallel: bool = False
-    recomputation: Recomputation = "none"
+    recomputation: ActivationRecomputation = "none"
 
     @property
     def world_size(self) -> int:
@@ -75,4 +74,8 @@ def layout_of(config: Config, *, num_nodes: int, gpus_per_node: int) -> ClusterL
         data=num_nodes * gpus_per_node // (parallel.tensor * parallel.pipeline),
         dtype=config.model.dtype,
         has_distributed_optimizer=config.learner.optimizer.distributed,
+        virtual_pipeline=parallel.virtual_pipeline,
+        stage_layers=tuple(parallel.stage_layers),
+        is_sequence_parallel=parallel.sequence_parallel,
+        recomputation=config.model.activation_recomputation,
     )

@@ -14,13 +14,13 @@ from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan.activations import (
     DeviceType,
+    backward_bytes,
     kept_by_head,
     kept_by_layer,
     loss_bytes,
-    recomputed_at_once,
 )
 from megatron_rl.plan.layout import ITEM_SIZES, ClusterLayout
-from megatron_rl.plan.parameters import stage_parameters
+from megatron_rl.plan.parameters import stage_layers, stage_parameters
 from megatron_rl.plan.traffic import longest_sequence, step_plan, wire_bytes
 from megatron_rl.weights.geometry import Geometry
 
@@ -56,7 +56,7 @@ class LearnerMemory(Components):
     """The bytes of one learner rank in training.
 
     Example: `LearnerMemory(weights=4.1e9, gradients=8.2e9, optimizer=3.1e9, reference=0.0,
-    activations=2.2e10, logits=1.6e9, communication=1e9)`.
+    activations=2.2e10, logits=1.6e9, backward=0.0, communication=1e9)`.
     """
 
     weights: float
@@ -65,12 +65,15 @@ class LearnerMemory(Components):
     reference: float  # the weights of objective.kl.reference
     activations: float
     logits: float
+    # the working memory of a layer's backward pass, as far as it is more than the logits, which are
+    # gone by then
+    backward: float
     communication: float  # NCCL's buffers and CUDA's context; 0 on a CPU
 
     @property
     def resident(self) -> float:
         """What stays while the engines sample."""
-        return self.total - self.activations - self.logits
+        return self.total - self.activations - self.logits - self.backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +116,11 @@ def _stage_memory(
     device: DeviceType,
     reference: Geometry | None,
 ) -> LearnerMemory:
-    place = {"stage": stage, "tensor": layout.tensor, "pipeline": layout.pipeline}
     size = ITEM_SIZES[layout.dtype]
-    count = stage_parameters(geometry, **place)
+    count = stage_parameters(geometry, layout, stage)
     state = MOMENT_BYTES + (MAIN_WEIGHT_BYTES if layout.dtype != "float32" else 0)
-    of_reference = stage_parameters(reference, **place) * size if reference else 0.0
-    activations, logits = _row_memory(config, geometry, layout, stage, device)
+    of_reference = stage_parameters(reference, layout, stage) * size if reference else 0.0
+    activations, logits, backward = _row_memory(config, geometry, layout, stage, device)
     return LearnerMemory(
         weights=count * size,
         gradients=count * GRADIENT_BYTES,
@@ -126,27 +128,28 @@ def _stage_memory(
         reference=of_reference,
         activations=activations,
         logits=logits,
+        backward=max(0.0, backward - logits),
         communication=_communication(layout) if device == "cuda" else 0.0,
     )
 
 
 def _row_memory(
     config: Config, geometry: Geometry, layout: ClusterLayout, stage: int, device: DeviceType
-) -> tuple[float, float]:
-    """The bytes of activations and of logits at the peak of an update."""
+) -> tuple[float, float, float]:
+    """The bytes of kept activations, of logits and of a layer's backward pass."""
     positions = config.learner.tokens_per_micro_batch / layout.context
-    num_layers = geometry.num_layers // layout.pipeline
+    num_layers = stage_layers(geometry, layout, stage)
     num_rows = step_plan(config, geometry, layout).rows_per_update
     per_layer = kept_by_layer(geometry, layout, device)
     in_flight = layout.rows_in_flight(stage, num_rows)
-    again = recomputed_at_once(geometry, layout, device)
-    activations = num_layers * per_layer * in_flight + again
+    backward = backward_bytes(geometry, layout, device)
+    activations = num_layers * per_layer * in_flight
     logits = 0.0
     if stage == layout.pipeline - 1:
         activations += kept_by_head(geometry, layout, device)
         has_entropy_gradient = config.objective.entropy_coefficient > 0
         logits = loss_bytes(geometry, layout, has_entropy_gradient=has_entropy_gradient)
-    return activations * positions, logits * positions
+    return activations * positions, logits * positions, backward * positions
 
 
 def _communication(layout: ClusterLayout) -> float:

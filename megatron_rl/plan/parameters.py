@@ -6,6 +6,7 @@ import math
 
 from megatron_rl.weights.geometry import Geometry
 from megatron_rl.weights.rules import TensorRule, hf_shapes, tensor_rules
+from megatron_rl.weights.stages import Layout
 
 
 def tensor_shapes(geometry: Geometry) -> list[tuple[str, tuple[int, ...]]]:
@@ -27,15 +28,21 @@ def largest_tensor(geometry: Geometry) -> int:
     return max(math.prod(shape) for _, shape in tensor_shapes(geometry))
 
 
-def stage_parameters(geometry: Geometry, *, stage: int, tensor: int, pipeline: int) -> int:
-    """The parameters that each rank of a pipeline stage holds, with the padding of the vocabulary
-    and, on the last stage of a tied model, its copy of the embedding.
+def stage_parameters(geometry: Geometry, layout: Layout, stage: int) -> int:
+    """The parameters that each rank of a pipeline stage holds in all its parts, with the padding of
+    the vocabulary and, on the last stage of a tied model, its copy of the embedding.
     """
-    rules = tensor_rules(geometry)
-    held = [rule for rule in rules if rule.stage(geometry.num_layers, pipeline) == stage]
-    if geometry.is_tied and pipeline > 1 and stage == pipeline - 1:
+    parts, rules = geometry.parts(layout), tensor_rules(geometry)
+    held = [rule for rule in rules if parts.rank_of(rule.part(parts)) == stage]
+    if geometry.is_tied and layout.pipeline > 1 and stage == layout.pipeline - 1:
         held.append(rules[0])
-    return sum(shard_size(rule, geometry, tensor) for rule in held)
+    return sum(shard_size(rule, geometry, layout.tensor) for rule in held)
+
+
+def stage_layers(geometry: Geometry, layout: Layout, stage: int) -> int:
+    """The decoder layers of a pipeline stage."""
+    parts = geometry.parts(layout)
+    return sum(parts.num_layers[part] for part in parts.of_rank(stage))
 
 
 def shard_size(rule: TensorRule, geometry: Geometry, tensor: int) -> int:

@@ -177,18 +177,34 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[str]:
         yield "learner.optimizer.distributed=true"
     if config.model.dtype == "float32":
         yield "model.dtype=bfloat16"
+    if parallel.tensor > 1:
+        yield from _savings_in_activations(config)
     longest = longest_sample(config)
     if config.data.max_prompt_tokens and learner.tokens_per_micro_batch > longest:
         yield f"learner.tokens_per_micro_batch={longest}"
-    tensor = 2 * parallel.tensor
-    while tensor <= min(LARGEST_TENSOR_PARALLEL, cluster.gpus_per_node):
+    for tensor in _doubled(parallel.tensor, min(LARGEST_TENSOR_PARALLEL, cluster.gpus_per_node)):
         yield f"parallel.tensor={tensor}"
-        tensor *= 2
-    pipeline = 2 * parallel.pipeline
-    while pipeline * parallel.tensor <= cluster.num_nodes * cluster.gpus_per_node:
+    if parallel.tensor == 1:  # sequence parallelism needs a larger one
+        yield from _savings_in_activations(config)
+    num_gpus = cluster.num_nodes * cluster.gpus_per_node
+    for pipeline in _doubled(parallel.pipeline, num_gpus // parallel.tensor):
         yield f"parallel.pipeline={pipeline}"
-        pipeline *= 2
+    if config.model.activation_recomputation != "full":
+        yield "model.activation_recomputation=full"
     if config.rollout.num_engines:
         for tenths in (6, 5, 4, 3, 2):
             if tenths / 10 < config.rollout.gpu_memory_utilization:
                 yield f"rollout.gpu_memory_utilization={tenths / 10}"
+
+
+def _savings_in_activations(config: Config) -> Iterator[str]:
+    if not config.parallel.sequence_parallel:
+        yield "parallel.sequence_parallel=true"
+    if config.model.activation_recomputation == "none":
+        yield "model.activation_recomputation=selective"
+
+
+def _doubled(size: int, largest: int) -> Iterator[int]:
+    """2, 4, 8, ... times the size."""
+    while (size := 2 * size) <= largest:
+        yield size

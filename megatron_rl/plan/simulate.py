@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_rl.config import Config
 from megatron_rl.learner.layout.simulated import Exchange, recorded_exchanges, simulated_rank
 from megatron_rl.learner.model.export import full_tensors
-from megatron_rl.learner.model.meta import build_meta_stage
+from megatron_rl.learner.model.meta import meta_parts
 from megatron_rl.plan.parameters import tensor_shapes
 from megatron_rl.weights.geometry import Geometry
 
@@ -61,13 +61,13 @@ def simulate(
 def _simulate_rank(config: Config, geometry: Geometry, rank: int, world_size: int) -> SimulatedRank:
     syncs, exchanges = [], []
     with simulated_rank(config.parallel, rank=rank, world_size=world_size) as parallel:
-        model = build_meta_stage(config.model, geometry, parallel)
+        parts = meta_parts(config.model, geometry, parallel)
         for _ in range(NUM_SYNCS):
             with recorded_exchanges() as found:
-                sent = full_tensors(model, geometry, parallel)
+                sent = full_tensors(parts, geometry, parallel)
                 syncs.append(tuple((name, tuple(tensor.shape)) for name, tensor in sent))
             exchanges.append(tuple(found))
-        count = sum(parameter.numel() for parameter in model.parameters())
+        count = sum(parameter.numel() for part in parts for parameter in part.parameters())
     return SimulatedRank(
         rank=rank, num_parameters=count, syncs=tuple(syncs), exchanges=tuple(exchanges)
     )

@@ -31,7 +31,7 @@ def problems_of(
     """
     world_size, parallel = num_nodes * gpus_per_node, config.parallel
     checks: list[Callable[[], object]] = [
-        partial(geometry.check_layout, parallel.tensor, parallel.pipeline),
+        partial(geometry.check_layout, parallel),
         partial(check_world_size, parallel, world_size),
         partial(check_engine_place, config, world_size=world_size, local_world_size=gpus_per_node),
         partial(check_stop_tokens, config, geometry),

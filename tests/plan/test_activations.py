@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_rl.plan.activations import (
+    backward_bytes,
     kept_by_head,
     kept_by_layer,
     layer_activations,
     loss_bytes,
-    recomputed_at_once,
 )
 from tests.plan.shapes import SMALL, layout
 
@@ -52,7 +52,7 @@ def test_tensor_parallelism_divides_all_but_the_norms_and_sequence_parallelism_t
 def test_recomputation_keeps_less(recomputation: str, kept: int, again: int) -> None:
     found = layout(recomputation=recomputation)
     assert kept_by_layer(SMALL, found, "cuda") == kept
-    assert recomputed_at_once(SMALL, found, "cuda") == again
+    assert backward_bytes(SMALL, found, "cuda") == again + (2 * 16 + 2 * 8) * 2
 
 
 def test_head_and_logits() -> None:

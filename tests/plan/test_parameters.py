@@ -6,9 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_rl.plan.parameters import largest_tensor, num_parameters, stage_parameters
+from megatron_rl.plan.parameters import (
+    largest_tensor,
+    num_parameters,
+    stage_layers,
+    stage_parameters,
+)
 from megatron_rl.weights.geometry import read_geometry
-from tests.plan.shapes import SHAPES, SMALL
+from tests.plan.shapes import SHAPES, SMALL, layout
 
 # The elements of the published checkpoints, from the total sizes of their safetensors.
 PUBLISHED = {
@@ -34,14 +39,22 @@ def test_the_stages_of_a_small_model() -> None:
     assert num_parameters(SMALL) == 2 * 100 * 8 + 4 * 656 + 8
     assert largest_tensor(SMALL) == 800
     # The vocabulary is padded to 128 rows; a stage has two layers.
-    first, last = (stage_parameters(SMALL, stage=s, tensor=1, pipeline=2) for s in (0, 1))
+    first, last = (stage_parameters(SMALL, layout(pipeline=2), stage) for stage in (0, 1))
     assert (first, last) == (128 * 8 + 2 * 656, 2 * 656 + 8 + 128 * 8)
     # With TP2 the vocabulary is padded to 256 rows; only norms are whole on both ranks.
-    half = stage_parameters(SMALL, stage=0, tensor=2, pipeline=2)
+    half = stage_parameters(SMALL, layout(tensor=2, pipeline=2), 0)
     assert half == 128 * 8 + 2 * (16 + 320)
 
 
 def test_the_last_stage_of_a_tied_model_has_a_copy_of_the_embedding() -> None:
     tied = replace(SMALL, is_tied=True)
-    assert stage_parameters(tied, stage=0, tensor=1, pipeline=1) == 128 * 8 + 4 * 656 + 8
-    assert stage_parameters(tied, stage=1, tensor=1, pipeline=2) == 128 * 8 + 2 * 656 + 8
+    assert stage_parameters(tied, layout(), 0) == 128 * 8 + 4 * 656 + 8
+    assert stage_parameters(tied, layout(pipeline=2), 1) == 128 * 8 + 2 * 656 + 8
+
+
+def test_the_layers_of_uneven_and_virtual_pipelines() -> None:
+    uneven = layout(pipeline=2, stage_layers=(1, 3))
+    assert [stage_layers(SMALL, uneven, stage) for stage in (0, 1)] == [1, 3]
+    assert stage_parameters(SMALL, uneven, 0) == 128 * 8 + 656
+    virtual = layout(pipeline=2, virtual_pipeline=2)
+    assert stage_layers(SMALL, virtual, 0) == 2

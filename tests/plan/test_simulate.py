@@ -27,16 +27,14 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", WORLDS)
 def test_every_tensor_of_a_full_size_model_is_sent_once(model: str, worlds: dict[str, Any]) -> None:
-    geometry, (tensor, pipeline, size) = read_geometry(SHAPES / model), WORLDS[model]
+    geometry, (parallel, size) = read_geometry(SHAPES / model), WORLDS[model]
     found = worlds[model]
     assert found["problems"] == []
     assert len(found["num_parameters"]) == size
     assert sum(found["num_sent"]) == len(tensor_shapes(geometry))
     # Ranks are numbered tensor first, then data, then pipeline.
     for rank, count in enumerate(found["num_parameters"]):
-        stage = rank // (size // pipeline)
-        place = {"stage": stage, "tensor": tensor, "pipeline": pipeline}
-        assert count == stage_parameters(geometry, **place)
+        assert count == stage_parameters(geometry, parallel, rank // (size // parallel.pipeline))
 
 
 def _rank(rank: int, sent: Any, exchanges: Any = ()) -> SimulatedRank:

@@ -162,12 +162,19 @@ def build_parts(
     geometry: Geometry, parallel: Parallel, transformer: TransformerConfig, model_path: str | Path
 ) -> list[GPTModel]:
     """This rank's parts of the model in layer order, with the weights of the checkpoint."""
-    parts = [
+    parts = empty_parts(geometry, parallel, transformer, model_path)
+    load_weights(parts, geometry, parallel, CheckpointReader(model_path))
+    return parts
+
+
+def empty_parts(
+    geometry: Geometry, parallel: Parallel, transformer: TransformerConfig, model_path: str | Path
+) -> list[GPTModel]:
+    """This rank's parts of the model in layer order; their weights are not initialised."""
+    return [
         _build_gpt(geometry, parallel, transformer, model_path, number)
         for number in range(parallel.layout.virtual_pipeline)
     ]
-    load_weights(parts, geometry, parallel, CheckpointReader(model_path))
-    return parts
 
 
 def _build_gpt(

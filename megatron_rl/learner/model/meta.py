@@ -1,5 +1,5 @@
-"""[imports megatron] This rank's stage of a model on the meta device: names, shapes and dtypes of
-all its parameters, and no memory.
+"""[imports megatron] This rank's parts of a model on the meta device: names, shapes and dtypes of
+all their parameters, and no memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_rl.config import ModelConfig
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.learner.model.build import DTYPES, build_gpt, transformer_config
+from megatron_rl.learner.model.build import DTYPES, empty_parts, transformer_config
 from megatron_rl.weights.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class _OnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_meta_stage(model: ModelConfig, geometry: Geometry, parallel: Parallel) -> GPTModel:
-    """The pipeline stage of `parallel`, without weights."""
+def meta_parts(model: ModelConfig, geometry: Geometry, parallel: Parallel) -> list[GPTModel]:
+    """The parts of the model that the rank of `parallel` holds, in layer order, without weights."""
     # Rotary frequencies are no parameters, and scaled ones would be computed.
     geometry = replace(geometry, has_rope_scaling=False, rope_theta=float(int(geometry.rope_theta)))
     transformer = transformer_config(geometry, parallel, DTYPES[model.dtype])
     transformer = replace(transformer, perform_initialization=False)
     with _OnMeta():
-        return build_gpt(geometry, parallel, transformer, model.path)
+        return empty_parts(geometry, parallel, transformer, model.path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from megatron_rl.config import (
     RolloutConfig,
     SamplingConfig,
 )
+from megatron_rl.config.choices import ActivationRecomputation, DType
 from megatron_rl.learner import learner as learner_module
 from megatron_rl.learner.batch.packing import pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
@@ -49,9 +50,10 @@ class Case:
     """Example: Case(model={"model_type": "llama"}, dtype="float32", tokens=512)."""
 
     model: dict[str, Any]  # of config.json
-    dtype: str
+    dtype: DType
     tokens: int  # of the row
     is_distributed: bool = False
+    recomputation: ActivationRecomputation = "none"
 
 
 SIZES = {
@@ -77,6 +79,22 @@ CASES = {
         dtype="float32",
         tokens=384,
     ),
+    "qwen3_selective": Case(
+        model=SIZES
+        | {"model_type": "qwen3", "num_hidden_layers": 4, "hidden_size": 128, "vocab_size": 2048}
+        | {"intermediate_size": 512, "tie_word_embeddings": True},
+        dtype="bfloat16",
+        tokens=512,
+        recomputation="selective",
+    ),
+    "llama_full": Case(
+        model=SIZES
+        | {"model_type": "llama", "num_hidden_layers": 6, "hidden_size": 128, "vocab_size": 2048}
+        | {"intermediate_size": 512, "tie_word_embeddings": True},
+        dtype="float32",
+        tokens=512,
+        recomputation="full",
+    ),
     "llama_float32": Case(
         model=SIZES
         | {"model_type": "llama", "num_hidden_layers": 5, "hidden_size": 128, "vocab_size": 512}
@@ -96,13 +114,17 @@ def measure(case: Case, folder: Path, parallel: Parallel) -> dict[str, dict[str,
     trained = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=2)
     layout = layout_of(config, num_nodes=1, gpus_per_node=1)
     _, planned = learner_memory(config, geometry, layout, device="cpu")
+    of_peak = planned.logits + planned.recomputation
+    planned = replace(planned, logits=of_peak)
     return {"planned": asdict(planned), "measured": _resident(trained) | _peak(trained, case)}
 
 
 def _config(case: Case, folder: Path) -> Config:
     length = case.tokens // NUM_SEQUENCES
     return Config(
-        model=ModelConfig(path=str(folder), dtype=case.dtype),
+        model=ModelConfig(
+            path=str(folder), dtype=case.dtype, activation_recomputation=case.recomputation
+        ),
         data=DataConfig(max_prompt_tokens=length // 2),
         rollout=RolloutConfig(sampling=SamplingConfig(max_tokens=length // 2)),
         learner=LearnerConfig(
@@ -113,7 +135,7 @@ def _config(case: Case, folder: Path) -> Config:
 
 
 def _resident(learner: Learner) -> dict[str, float]:
-    parameters = list(learner.trained.model.parameters())
+    parameters = [each for part in learner.trained.parts for each in part.parameters()]
     state, main = [], []
     for part in chained_optimizers(learner.trained.optimizer):
         state += [each for of_one in part.optimizer.state.values() for each in of_one.values()]
@@ -134,7 +156,7 @@ def _storage_bytes(tensors: Iterable[torch.Tensor]) -> float:
 
 def _peak(learner: Learner, case: Case) -> dict[str, float]:
     """Activations: what is allocated when the logits are there, without them. Logits: what the peak
-    of the update is above that.
+    of the update is above that, which is more than the logits if a layer is computed again.
     """
     rows = _rows(case)
     original = learner_module.row_output

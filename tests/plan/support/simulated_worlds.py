@@ -16,16 +16,20 @@ from megatron_rl.config import Config, ModelConfig, ParallelConfig
 from megatron_rl.plan.simulate import problems_in, simulate
 from megatron_rl.weights.geometry import read_geometry
 
-# tensor, pipeline, ranks
-WORLDS = {"Qwen3-0.6B": (1, 2, 2), "Qwen3-8B": (2, 2, 8), "Llama-3.1-70B": (8, 1, 8)}
+# The layout and the number of ranks of each model.
+WORLDS = {
+    "Qwen3-0.6B": (ParallelConfig(pipeline=2), 2),
+    "Qwen3-8B": (ParallelConfig(tensor=2, sequence_parallel=True, pipeline=2), 8),
+    "Llama-3.1-70B": (ParallelConfig(tensor=2, pipeline=4, virtual_pipeline=5), 8),
+}
 
 
 def main(shapes: Path, out: Path) -> None:
     found = {}
-    for model, (tensor, pipeline, size) in WORLDS.items():
+    for model, (parallel, size) in WORLDS.items():
         config = Config(
             model=ModelConfig(path=str(shapes / model), dtype="bfloat16"),
-            parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
+            parallel=parallel,
         )
         geometry = read_geometry(config.model.path)
         ranks = simulate(config, geometry, world_size=size)
