@@ -25,6 +25,8 @@ ARROWS = {
     "serve": {"engine"},
     "evaluate": {"loop", "data", "rollout", "reward", "engine", "observe"},
     "study": {"engine"},
+    "plan": {"loop", "learner"},
+    "doctor": set(),
     "loop": {
         "data",
         "rollout",

@@ -18,7 +18,6 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import partial
 
 from rich.console import Console
 from rich.progress import Progress
@@ -26,8 +25,9 @@ from rich.progress import Progress
 from megatron_rl.config import Config
 from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.plan.advice import advice
 from megatron_rl.plan.memory import Components, kv_bytes_per_token
-from megatron_rl.plan.plan import Cluster, MemoryPlan, Plan, advice, make_plan
+from megatron_rl.plan.plan import Cluster, MemoryPlan, Plan, make_plan
 from megatron_rl.plan.simulate import problems_in, simulate
 from megatron_rl.plan.traffic import longest_sequence
 
@@ -38,7 +38,7 @@ _MORE_GPUS = "take more nodes, or engines on GPUs of their own (rollout.urls)"
 _REMEDIES = dict.fromkeys(
     ("weights", "gradients", "optimizer", "reference", "communication"), _MORE_GPUS
 ) | dict.fromkeys(
-    ("activations", "logits", "recomputation"),
+    ("activations", "logits", "backward"),
     "lower rollout.sampling.max_tokens and with it learner.tokens_per_micro_batch",
 )
 
@@ -66,21 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gpu_bytes=options.gpu_gb * GB,
             device=options.device,
         )
-        load = partial(_load, options.config, options.overrides)
-        is_good = tell(load(()), load, cluster)
+        config = load_config(options.config, options.overrides)
+        is_good = tell(config, cluster)
         if options.simulate:
-            is_good &= tell_simulation(load(()), cluster)
+            is_good &= tell_simulation(config, cluster)
     except (ConfigError, DataError) as error:
         print(f"plan: not valid: {error}", file=sys.stderr)
         return 1
     return 0 if is_good else 1
 
 
-def _load(path: str, overrides: Sequence[str], further: Sequence[str]) -> Config:
-    return load_config(path, [*overrides, *further])
-
-
-def tell(config: Config, load: partial[Config], cluster: Cluster) -> bool:
+def tell(config: Config, cluster: Cluster) -> bool:
     """Print the plan; returns whether the run fits.
 
     Raises:
@@ -90,7 +86,7 @@ def tell(config: Config, load: partial[Config], cluster: Cluster) -> bool:
     for line in (*_layout_lines(config, plan), *_memory_lines(config, plan)):
         print(line)
     if not plan.memory.fits:
-        for line in _advice_lines(plan, load, cluster):
+        for line in _advice_lines(plan, config, cluster):
             print(line)
     for line in _traffic_lines(config, plan):
         print(line)
@@ -161,16 +157,19 @@ def _phase_line(phase: str, needed: float, memory: MemoryPlan) -> str:
     return f"  {phase}: {needed / GB:.1f} of {memory.gpu_bytes / GB:.0f} GB, {verdict}"
 
 
-def _advice_lines(plan: Plan, load: partial[Config], cluster: Cluster) -> list[str]:
-    changes, is_each_enough = advice(load, cluster)
-    if not changes:
+def _advice_lines(plan: Plan, config: Config, cluster: Cluster) -> list[str]:
+    found = advice(config, cluster)
+    if not found.changes:
         largest, size = max(plan.memory.learner.components(), key=lambda part: part[1])
         return [
             "change: no setting of the layout is enough; most of the learner's memory is "
             f"{largest}, {size / GB:.1f} GB: {_REMEDIES[largest]}"
         ]
-    how = "one of these is enough" if is_each_enough else "all of these together are enough"
-    return [f"change: {how}:", *(f"  {change}: {size / GB:.1f} GB" for change, size in changes)]
+    how = "one of these is enough" if found.is_each_enough else "all of these together are enough"
+    return [
+        f"change: {how}:",
+        *(f"  {change}: {size / GB:.1f} GB" for change, size in found.changes),
+    ]
 
 
 def _traffic_lines(config: Config, plan: Plan) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_rl.config import Config
@@ -16,14 +15,11 @@ from megatron_rl.plan.traffic import (
     StepPlan,
     SyncPlan,
     checkpoint_plan,
-    longest_sample,
     step_plan,
     sync_plan,
 )
 from megatron_rl.plan.validity import notes_of, problems_of
 from megatron_rl.weights.geometry import Geometry, read_geometry
-
-LARGEST_TENSOR_PARALLEL = 8  # suggested: the GPUs that NVLink joins in a node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,84 +123,3 @@ def memory_plan(
             config, geometry, gpu_bytes=cluster.gpu_bytes, num_engines=num_engines
         )
     return MemoryPlan(gpu_bytes=cluster.gpu_bytes, stage=stage, learner=learner, engine=engine)
-
-
-def advice(
-    load: Callable[[Sequence[str]], Config], cluster: Cluster
-) -> tuple[list[tuple[str, float]], bool]:
-    """Settings with which a run that does not fit would fit.
-
-    Args:
-        load: the run's settings with further overrides.
-    Returns:
-        `(setting, bytes of the fullest GPU)` and whether each of them is enough by itself. If none
-        is, they are to be changed together, in this order; the bytes are those after each change.
-        Empty if not even all together are enough.
-    """
-    changes = list(_changes(load(()), cluster))
-    single = [(change, _needed(load, (change,), cluster)) for change in changes]
-    enough = [(change, needed) for change, needed in single if needed <= cluster.gpu_bytes]
-    if enough:
-        return enough, True
-    taken: dict[str, tuple[str, float]] = {}  # by key: a later value replaces an earlier one
-    least = _needed(load, (), cluster)
-    for change in changes:
-        key = change.partition("=")[0]
-        others = [each for name, (each, _) in taken.items() if name != key]
-        needed = _needed(load, (*others, change), cluster)
-        if needed < least:
-            taken[key], least = (change, needed), needed
-        if least <= cluster.gpu_bytes:
-            return list(taken.values()), False
-    return [], False
-
-
-def _needed(
-    load: Callable[[Sequence[str]], Config], changes: tuple[str, ...], cluster: Cluster
-) -> float:
-    """The bytes of the fullest GPU with these changes; infinite if the run could not start."""
-    try:
-        memory = make_plan(load(changes), cluster).memory
-    except ConfigError:
-        return float("inf")
-    return max(memory.training, memory.rollout)
-
-
-def _changes(config: Config, cluster: Cluster) -> Iterator[str]:
-    """Overrides that may save memory, those that cost least speed first."""
-    parallel, learner = config.parallel, config.learner
-    if not learner.optimizer.distributed:
-        yield "learner.optimizer.distributed=true"
-    if config.model.dtype == "float32":
-        yield "model.dtype=bfloat16"
-    if parallel.tensor > 1:
-        yield from _savings_in_activations(config)
-    longest = longest_sample(config)
-    if config.data.max_prompt_tokens and learner.tokens_per_micro_batch > longest:
-        yield f"learner.tokens_per_micro_batch={longest}"
-    for tensor in _doubled(parallel.tensor, min(LARGEST_TENSOR_PARALLEL, cluster.gpus_per_node)):
-        yield f"parallel.tensor={tensor}"
-    if parallel.tensor == 1:  # sequence parallelism needs a larger one
-        yield from _savings_in_activations(config)
-    num_gpus = cluster.num_nodes * cluster.gpus_per_node
-    for pipeline in _doubled(parallel.pipeline, num_gpus // parallel.tensor):
-        yield f"parallel.pipeline={pipeline}"
-    if config.model.activation_recomputation != "full":
-        yield "model.activation_recomputation=full"
-    if config.rollout.num_engines:
-        for tenths in (6, 5, 4, 3, 2):
-            if tenths / 10 < config.rollout.gpu_memory_utilization:
-                yield f"rollout.gpu_memory_utilization={tenths / 10}"
-
-
-def _savings_in_activations(config: Config) -> Iterator[str]:
-    if not config.parallel.sequence_parallel:
-        yield "parallel.sequence_parallel=true"
-    if config.model.activation_recomputation == "none":
-        yield "model.activation_recomputation=selective"
-
-
-def _doubled(size: int, largest: int) -> Iterator[int]:
-    """2, 4, 8, ... times the size."""
-    while (size := 2 * size) <= largest:
-        yield size

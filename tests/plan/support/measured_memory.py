@@ -114,7 +114,7 @@ def measure(case: Case, folder: Path, parallel: Parallel) -> dict[str, dict[str,
     trained = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=2)
     layout = layout_of(config, num_nodes=1, gpus_per_node=1)
     _, planned = learner_memory(config, geometry, layout, device="cpu")
-    of_peak = planned.logits + planned.recomputation
+    of_peak = planned.logits + planned.backward
     planned = replace(planned, logits=of_peak)
     return {"planned": asdict(planned), "measured": _resident(trained) | _peak(trained, case)}
 
