@@ -26,7 +26,6 @@ ARROWS = {
     "evaluate": {"loop", "data", "rollout", "reward", "engine", "observe"},
     "study": {"engine"},
     "plan": {"loop", "learner"},
-    "doctor": set(),
     "loop": {
         "data",
         "rollout",

@@ -165,11 +165,9 @@ def _advice_lines(plan: Plan, config: Config, cluster: Cluster) -> list[str]:
             "change: no setting of the layout is enough; most of the learner's memory is "
             f"{largest}, {size / GB:.1f} GB: {_REMEDIES[largest]}"
         ]
-    how = "one of these is enough" if found.is_each_enough else "all of these together are enough"
-    return [
-        f"change: {how}:",
-        *(f"  {change}: {size / GB:.1f} GB" for change, size in found.changes),
-    ]
+    how = "one of these is" if found.is_each_enough else "all of these together are"
+    lines = [f"  {change}: {size / GB:.1f} GB" for change, size in found.changes]
+    return [f"change: {how} enough:", *lines]
 
 
 def _traffic_lines(config: Config, plan: Plan) -> list[str]:

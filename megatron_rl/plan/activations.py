@@ -106,12 +106,13 @@ def kept_by_head(geometry: Geometry, layout: ClusterLayout, device: DeviceType) 
 def backward_bytes(geometry: Geometry, layout: ClusterLayout, device: DeviceType) -> float:
     """The bytes for each position that the backward pass of one layer needs beside what is kept:
     what it computes again, and the gradients of the gated product and of the residual stream.
+    Without recomputation, activations are freed while the gradients of the product are made.
     """
-    whole = layer_activations(geometry, layout, device)
-    columns = 2 * geometry.ffn_hidden_size / layout.tensor + 2 * geometry.hidden_size
-    gradients = columns * ITEM_SIZES[layout.dtype]
+    whole, size = layer_activations(geometry, layout, device), ITEM_SIZES[layout.dtype]
+    ffn, hidden = geometry.ffn_hidden_size / layout.tensor, geometry.hidden_size
     if layout.recomputation == "none":
-        return gradients
+        return (ffn + 2 * hidden) * size
+    gradients = (2 * ffn + 2 * hidden) * size
     if layout.recomputation == "full":
         return whole.total + gradients
     return max(whole.core_attention, whole.feed_forward) + gradients

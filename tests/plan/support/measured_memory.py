@@ -97,7 +97,7 @@ CASES = {
     ),
     "llama_float32": Case(
         model=SIZES
-        | {"model_type": "llama", "num_hidden_layers": 5, "hidden_size": 128, "vocab_size": 512}
+        | {"model_type": "llama", "num_hidden_layers": 5, "hidden_size": 128, "vocab_size": 256}
         | {"intermediate_size": 640, "tie_word_embeddings": False},
         dtype="float32",
         tokens=512,
