@@ -124,7 +124,8 @@ def _layout_lines(config: Config, plan: Plan) -> list[str]:
     lines = [
         f"model: {config.model.path}, {geometry.model_type}, {plan.num_parameters:,} parameters",
         f"layout: valid, {layout.world_size} ranks on {layout.num_nodes} node(s) = tensor "
-        f"{layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, {layout.dtype}",
+        f"{layout.tensor} x context {layout.context} x pipeline {layout.pipeline} x data "
+        f"{layout.data}, {layout.dtype}",
     ]
     return lines + [f"note: {note}" for note in plan.notes]
 

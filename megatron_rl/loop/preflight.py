@@ -320,12 +320,13 @@ def check_engine_place(
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    num_replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    parallel = config.parallel
+    num_replicas = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
     has_far_replicas = local_world_size < world_size and num_replicas > 1
     if config.rollout.num_engines and not config.replay and has_far_replicas:
         raise ConfigError(
             f"rollout.num_engines={config.rollout.num_engines}: expected one replica of the model "
-            f"(parallel.tensor x parallel.pipeline = {world_size} ranks) in a run of several "
+            f"(parallel.tensor x context x pipeline = {world_size} ranks) in a run of several "
             f"hosts, got {num_replicas}; started engines listen on the first host's loopback only"
         )
 

@@ -111,7 +111,7 @@ def backward_bytes(geometry: Geometry, layout: ClusterLayout, device: DeviceType
     whole, size = layer_activations(geometry, layout, device), ITEM_SIZES[layout.dtype]
     ffn, hidden = geometry.ffn_hidden_size / layout.tensor, geometry.hidden_size
     if layout.recomputation == "none":
-        return (ffn + 2 * hidden) * size
+        return (ffn + 3 * hidden) * size
     gradients = (2 * ffn + 2 * hidden) * size
     if layout.recomputation == "full":
         return whole.total + gradients
@@ -121,9 +121,8 @@ def backward_bytes(geometry: Geometry, layout: ClusterLayout, device: DeviceType
 def loss_bytes(
     geometry: Geometry, layout: ClusterLayout, *, has_entropy_gradient: bool = False
 ) -> float:
-    """The bytes of the logits for each position: those of the model, and their copy at the sampled
-    tokens, which becomes their gradient. An entropy under gradient needs one more
-    (learner/passes/forward.py, `row_output`).
+    """The bytes of the logits, and of their gradient, for each position that gets some. An entropy
+    under gradient needs another copy (learner/passes/forward.py, `row_output`).
     """
     columns = geometry.padded_vocab_size(layout.tensor) / layout.tensor
     num_copies = 3 if has_entropy_gradient else 2

@@ -19,7 +19,7 @@ def test_a_run_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([*DAPO, *SHORT]) == 0
     printed = capsys.readouterr().out
     assert "8,190,735,360 parameters" in printed
-    assert "8 ranks on 1 node(s) = tensor 4 x pipeline 1 x data 2" in printed
+    assert "8 ranks on 1 node(s) = tensor 4 x context 1 x pipeline 1 x data 2" in printed
     # 14 bytes of each parameter; 4 ranks write two files each, and all 8 their random state.
     assert "checkpoint: 20 files, 114,670,295,040 bytes each" in printed
     assert "sync: 399 tensors, 16,381,470,720 bytes" in printed
@@ -67,7 +67,10 @@ def test_all_problems_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([*DAPO, *wrong]) == 1
     printed = capsys.readouterr().err
     assert "parallel.tensor=3 does not divide the model's 32 attention heads" in printed
-    assert "expected a world size that is a multiple of tensor x pipeline = 15, got 8" in printed
+    assert (
+        "expected a world size that is a multiple of tensor x context x pipeline = 15, got 8"
+        in printed
+    )
     assert "expected at most the model's 40960 positions, got 50000" in printed
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class Exchange:
 
 @contextmanager
 def simulated_rank(config: ParallelConfig, *, rank: int, world_size: int) -> Iterator[Parallel]:
-    """The position of one rank, with groups that exchange nothing, on the meta device.
+    """The position of one rank, with groups that exchange nothing, on the meta device. Ranks of
+    context parallelism, which hold the same weights, are simulated as replicas of the model.
 
     Raises:
         ConfigError: this process is a real rank.
@@ -55,6 +56,7 @@ def simulated_rank(config: ParallelConfig, *, rank: int, world_size: int) -> Ite
     if dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError("a simulation: expected one process without torchrun, got a rank")
     run_on_cpu()
+    config = replace(config, context=1)
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         create_groups(config, has_gloo_groups=False)
