@@ -1,11 +1,25 @@
-"""The plan of a run on a cluster: everything that `tools/plan.py` prints."""
+"""The plan of a run on a cluster: everything that `tools/plan.py` prints.
+
+What is wrong with the settings is found by the checks that a run makes before it starts anything.
+Each is tried, so that all problems are told at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.learner.layout.parallel import check_world_size
+from megatron_rl.loop.preflight import (
+    check_context,
+    check_engine_place,
+    check_reference,
+    check_stop_tokens,
+)
 from megatron_rl.plan.activations import DeviceType
 from megatron_rl.plan.layout import ClusterLayout, layout_of
 from megatron_rl.plan.memory import EngineMemory, LearnerMemory, engine_memory, learner_memory
@@ -18,7 +32,7 @@ from megatron_rl.plan.traffic import (
     step_plan,
     sync_plan,
 )
-from megatron_rl.plan.validity import notes_of, problems_of
+from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import Geometry, read_geometry
 
 
@@ -123,3 +137,49 @@ def memory_plan(
             config, geometry, gpu_bytes=cluster.gpu_bytes, num_engines=num_engines
         )
     return MemoryPlan(gpu_bytes=cluster.gpu_bytes, stage=stage, learner=learner, engine=engine)
+
+
+def problems_of(
+    config: Config, geometry: Geometry, *, num_nodes: int, gpus_per_node: int
+) -> list[str]:
+    """Why the run could not start on this cluster, one line each; empty if it could.
+
+    The data, the tokenizer and the programs of the hosts are not looked at. The weights of a
+    checkpoint are checked where they are there.
+    """
+    world_size, parallel = num_nodes * gpus_per_node, config.parallel
+    checks: list[Callable[[], object]] = [
+        partial(geometry.check_layout, parallel),
+        partial(check_world_size, parallel, world_size),
+        partial(check_engine_place, config, world_size=world_size, local_world_size=gpus_per_node),
+        partial(check_stop_tokens, config, geometry),
+        partial(check_context, config, geometry),
+        partial(check_reference, config, geometry),
+    ]
+    if has_weights(config.model.path):
+        checks.append(partial(check_checkpoint, config.model.path, geometry))
+    found = []
+    for check in checks:
+        try:
+            check()
+        except (ConfigError, DataError) as error:
+            found.append(str(error))
+    return found
+
+
+def notes_of(config: Config, *, gpus_per_node: int) -> list[str]:
+    """What is possible, but probably not meant."""
+    notes = []
+    if config.parallel.tensor > gpus_per_node:
+        notes.append(
+            f"parallel.tensor={config.parallel.tensor} is above the {gpus_per_node} GPUs of a "
+            "node: every layer's all-reduce leaves the node"
+        )
+    if not has_weights(config.model.path):
+        notes.append(f"model.path={config.model.path} has no *.safetensors: only its shape is used")
+    return notes
+
+
+def has_weights(folder: str) -> bool:
+    """Whether a checkpoint folder holds tensors, and not only the shape of a model."""
+    return any(Path(folder).glob("*.safetensors"))
