@@ -2,7 +2,8 @@
 # Starts the learner ranks of one node:
 #   launch/torchrun.sh megatron_rl.train configs/quickstart.yaml loop.num_steps=50
 #   NPROC=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh megatron_rl.train CONFIG
-# Uses the torchrun on the PATH, or that of this repository's .venv (tools/bootstrap.sh).
+# Uses the torchrun on the PATH, or that of this repository's .venv (tools/bootstrap.sh). On one node its
+# rendezvous is replaced by one that listens on the loopback interface only (megatron_rl/process/agent.py).
 # NPROC         ranks on this node; default: one per GPU, or 2 without a GPU
 # NNODES        number of nodes; default 1, with which nothing listens beyond this host
 # NODE_RANK     rank of this node; MASTER_ADDR and MASTER_PORT: of the first node; RDZV_ID: of the run
@@ -20,13 +21,13 @@ num_threads=$(($(nproc) / num_ranks))
 num_threads=$((num_threads < 1 ? 1 : num_threads > 8 ? 8 : num_threads))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$num_threads}"
 
-rendezvous=(--standalone)
+launcher=("$(dirname "$(command -v torchrun)")/python" -m megatron_rl.process.agent)
 if [ "${NNODES:-1}" -gt 1 ]; then
     : "${MASTER_ADDR:?expected the first node of NNODES=$NNODES}"
-    rendezvous=(
-        --nnodes "$NNODES" --node_rank "${NODE_RANK:?expected 0 to NNODES-1}"
+    launcher=(
+        torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?expected 0 to NNODES-1}"
         --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}"
         --rdzv_id "${RDZV_ID:-megatron_rl}"
     )
 fi
-exec torchrun "${rendezvous[@]}" --nproc_per_node "$num_ranks" -m "$@"
+exec "${launcher[@]}" --nproc_per_node "$num_ranks" -m "$@"

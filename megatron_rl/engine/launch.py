@@ -16,9 +16,9 @@ import torch
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.engine.answers import num_requested_logprobs
+from megatron_rl.process.loopback import HOST, INTERFACE, INTERFACE_VARIABLES
 from megatron_rl.records import TOKEN_VARIABLE
 
-HOST = "127.0.0.1"
 UPDATE_TIMEOUT_VARIABLE = "MEGATRON_RL_UPDATE_TIMEOUT"
 GATE = "megatron_rl.engine.gate.Gate"
 DEFAULT_MAX_LOGPROBS = 20  # vLLM's, which a request may not exceed (vllm/config/model.py)
@@ -88,6 +88,8 @@ def server_environment(
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
+            "VLLM_HOST_IP": HOST,  # nothing of an engine listens beyond the host
+            **dict.fromkeys(INTERFACE_VARIABLES, INTERFACE),
             "PYTHONUNBUFFERED": "1",  # so that the last output of a dying server reaches its log
         }
     )

@@ -27,10 +27,11 @@ from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.answers import num_requested_logprobs
 from megatron_rl.engine.http import ReadinessProbe
-from megatron_rl.engine.launch import HOST, server_command, server_environment
+from megatron_rl.engine.launch import server_command, server_environment
 from megatron_rl.engine.server_log import Cause, excerpt, find_cause
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.listener import listens
+from megatron_rl.process.loopback import HOST
 from megatron_rl.records import TOKEN_VARIABLE, WEIGHT_BACKEND
 
 STOP_SECONDS = 8.0

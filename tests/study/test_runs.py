@@ -46,7 +46,7 @@ def test_a_run_is_started_once(launcher: Launcher, tmp_path: Path) -> None:
     for _ in range(2):
         assert run_to_the_end(CONFIG, overrides, tmp_path, num_threads=3) == tmp_path
     (command,), (environment,) = launcher.commands, launcher.environments
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[:3] == [sys.executable, "-m", "megatron_rl.process.agent"]
     assert command[command.index("--nproc_per_node") + 1] == "2"
     assert command[-4:] == [CONFIG, *overrides, f"run_dir={tmp_path}"]
     assert environment["OMP_NUM_THREADS"] == "3"

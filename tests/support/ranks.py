@@ -85,8 +85,10 @@ def run_module(
 
 
 def torchrun_command(module: str, *arguments: object, ranks: int) -> list[str]:
-    """The real torchrun: the command line of `module` on so many ranks, on a port of its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    """The real torchrun, as launch/torchrun.sh starts it on one node: the command line of `module`
+    on so many ranks.
+    """
+    launcher = [sys.executable, "-m", "megatron_rl.process.agent"]
     return [*launcher, f"--nproc_per_node={ranks}", "-m", module, *map(str, arguments)]
 
 

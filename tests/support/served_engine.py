@@ -61,6 +61,14 @@ class ServedEngine:
             self._start()
         return (self.run_dir / "engine_token").read_text().strip()
 
+    @property
+    def pid(self) -> int:
+        """Of `megatron_rl.serve`; all of the engine's processes are its descendants."""
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        return self._process.pid
+
     def overrides(self) -> list[str]:
         """The settings by which a run takes it."""
         return ["rollout.num_engines=0", f"rollout.urls=['{self.url}']"]

@@ -20,6 +20,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.learner.layout.context import replica_group
 from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu
 from megatron_rl.learner.layout.host_groups import HostGroups, host_groups
+from megatron_rl.process.loopback import is_one_host, rank_store, use_loopback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,12 +205,15 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ:  # a single process, started without torchrun
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        timeout = datetime.timedelta(seconds=config.timeout_seconds)
+        if is_one_host():
+            use_loopback(os.environ)
+        store = rank_store(timeout)
         dist.init_process_group(
             "gloo" if is_cpu_run() else "nccl",
-            timeout=datetime.timedelta(seconds=config.timeout_seconds),
+            timeout=timeout,
             device_id=None if is_cpu_run() else device,
+            **({} if store is None else {"store": store, "rank": rank, "world_size": world_size}),
         )
     if not parallel_state.model_parallel_is_initialized():
         create_groups(config, has_gloo_groups=True)
