@@ -196,7 +196,7 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
     Raises:
         ConfigError: the world size is not a multiple of TP x CP x PP.
     """
-    check_world_size(config)
+    world_size, rank = check_world_size(config), int(os.environ.get("RANK", "0"))
     run_on_cpu()
     from megatron.core import parallel_state, tensor_parallel
 
