@@ -22,15 +22,16 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
 
 from megatron_rl.observe.console import SECONDS
 from megatron_rl.observe.run_log import read_metrics
-from tools.make_tiny_model import build_tokenizer
+from tools import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
 TRL_PACKAGES = [f"torch=={torch.__version__}", "trl==1.16.0", "datasets"]
-NUM_PROMPTS, NUM_SAMPLES = 32, 8
+EOS = 2
+MODEL = "--hidden 256 --head-dim 64 --context 1024 --initializer-range 0.02"  # 3.2M parameters
 SETTINGS = """
 model: {{path: {model}}}
 data:
@@ -57,31 +58,15 @@ checkpoint: {{every: 0, save_hf: false}}
 
 def write_model(folder: Path) -> None:
     """A Qwen3 with random weights that never samples the end of a sequence."""
-    from transformers import Qwen3Config
-
-    config = Qwen3Config(
-        vocab_size=128,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).to(torch.float32)
-    with torch.no_grad():  # the first channel is 3 for every token, and only speaks against the end
-        model.model.embed_tokens.weight[:, 0] = 3.0
-        model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[2] = 0.0
-        model.lm_head.weight[2, 0] = -5.0
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    make_tiny_model.main([str(folder), *MODEL.split()])
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    # The first channel is 3 for every token, and only speaks against the end.
+    tensors["model.embed_tokens.weight"][:, 0] = 3.0
+    tensors["lm_head.weight"][:, 0] = 0.0
+    tensors["lm_head.weight"][EOS] = 0.0
+    tensors["lm_head.weight"][EOS, 0] = -5.0
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def trl_python(folder: Path) -> Path:

@@ -75,9 +75,7 @@ def _preset(
     objective = from_file.get("objective")
     name = objective.get("preset", "") if isinstance(objective, dict) else ""
     for override, keys, value in changes:
-        if keys == ("objective",) and isinstance(value, dict) and "preset" in value:
-            name, origin = value["preset"], override
-        elif keys == ("objective", "preset"):
+        if keys == ("objective", "preset"):
             name, origin = value, override
         elif keys == ("objective",) and isinstance(value, dict) and "preset" in value:
             name, origin = value["preset"], override

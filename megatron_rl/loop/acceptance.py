@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_rl.config import Config
+from megatron_rl.learner.batch.deal import sample_key
 from megatron_rl.learner.layout.exchange import gather_from_all
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
@@ -101,7 +102,9 @@ class Acceptance:
         served: Served = {}
         if self._link is not None:
             scores = self._link.pool.score([each.rollout.token_ids.tolist() for each in samples])
-            served = {_key(each): values for each, values in zip(samples, scores, strict=True)}
+            served = {
+                sample_key(each): values for each, values in zip(samples, scores, strict=True)
+            }
         served = parallel.from_first_rank(served)
         if not served:
             return {}
@@ -121,7 +124,7 @@ def first_kept(samples: Sequence[Sample], limit: int, parallel: Parallel) -> lis
     """
     own = [each for each in samples if each.is_kept and each.rollout.num_response_tokens][:limit]
     of_all = gather_from_all(own, parallel.host.dp) if parallel.dp_size > 1 else [own]
-    return sorted((each for part in of_all for each in part), key=_key)[:limit]
+    return sorted((each for part in of_all for each in part), key=sample_key)[:limit]
 
 
 def estimates(
@@ -138,7 +141,7 @@ def estimates(
         is_sampled = torch.from_numpy(sample.rollout.loss_mask)
         of_tokens = (
             learned,
-            torch.tensor(served[_key(sample)], dtype=torch.float32),
+            torch.tensor(served[sample_key(sample)], dtype=torch.float32),
             torch.from_numpy(sample.rollout.rollout_logprobs).float(),
             torch.full((len(is_sampled),), sample.advantage),
         )
@@ -152,7 +155,3 @@ def estimates(
         "acceptance/engine_objective/mean": of_engine,
         "acceptance/loss": of_learner - of_engine,
     }
-
-
-def _key(sample: Sample) -> tuple[int, int]:
-    return sample.prompt_index, sample.sample_index

@@ -127,15 +127,10 @@ class HeadLogprobs(torch.autograd.Function):
             )
         logits, labels, head, is_counted, exponent, total, logprobs, of_head = ctx.saved_tensors
         grad_head = torch.where(head < 0, 0.0, grad_head)
+        grad_logprobs = kernels.zero_ignored(grad_logprobs, is_counted)
         if is_counted is not None:
-            grad_logprobs = torch.where(is_counted, grad_logprobs, 0.0)
             grad_head = torch.where(is_counted[:, None], grad_head, 0.0)
-        if ctx.overwrite:
-            grad_logits, ctx.is_overwritten = logits.detach(), True
-            # Autograd then refuses any other node that saved these logits.
-            torch.autograd.graph.increment_version(logits)
-        else:
-            grad_logits = kernels.empty_like(logits)
+        grad_logits, ctx.is_overwritten = kernels.gradient_buffer(logits, ctx.overwrite)
         incoming = grad_logprobs.double() + grad_head.double().sum(1)
         kernels.gradient(
             logits,

@@ -166,12 +166,7 @@ class TokenLogprobs(torch.autograd.Function):
                 "second one; its logits are gone"
             )
         logits, labels, is_counted, exponent, total = ctx.saved_tensors
-        if ctx.overwrite_logits:
-            grad_logits, ctx.is_overwritten = logits.detach(), True
-            # Autograd then refuses any other node that saved these logits.
-            torch.autograd.graph.increment_version(logits)
-        else:
-            grad_logits = empty_like(logits)
+        grad_logits, ctx.is_overwritten = gradient_buffer(logits, ctx.overwrite_logits)
         gradient(
             logits,
             labels,
@@ -184,6 +179,15 @@ class TokenLogprobs(torch.autograd.Function):
             grad_logits,
         )
         return grad_logits, *([None] * 7)
+
+
+def gradient_buffer(logits: torch.Tensor, overwrite: bool) -> tuple[torch.Tensor, bool]:
+    """Where the gradient of the logits is written, and whether that overwrites the logits."""
+    if not overwrite:
+        return empty_like(logits), False
+    # Autograd then refuses any other node that saved these logits.
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach(), True
 
 
 def zero_ignored(values: torch.Tensor, is_counted: torch.Tensor | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,7 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[RowBatch]:
     Raises:
         DataError: a line is not a JSON object in UTF-8.
     """
-    num_bytes = max(path.stat().st_size, 1)
-    with path.open("rb") as file:
-        lines = _objects(file, path)
-        while batch := list(islice(lines, ROWS)):
-            yield batch_of_lines(batch, columns, file.tell() / num_bytes)
+    return _batches(path, columns, _objects)
 
 
 def _objects(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -191,9 +187,18 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[RowBatch]:
     Raises:
         DataError: the header or a row is malformed.
     """
+    return _batches(path, columns, _csv_rows)
+
+
+def _batches(
+    path: Path,
+    columns: Sequence[str],
+    rows_of: Callable[[io.BufferedReader, Path], Iterator[tuple[int, dict[str, Any]]]],
+) -> Iterator[RowBatch]:
+    """The numbered rows of a file in batches, each with the share of the file that was read."""
     num_bytes = max(path.stat().st_size, 1)
     with path.open("rb") as file:
-        rows = _csv_rows(file, path)
+        rows = rows_of(file, path)
         while batch := list(islice(rows, ROWS)):
             yield batch_of_lines(batch, columns, file.tell() / num_bytes)
 

@@ -171,16 +171,17 @@ def _dealt(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
 
 def _deal_among_heads(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
     if parallel.dp_size > 1:
-        own = [(*_key(sample), len(sample.rollout.token_ids)) for sample in samples]
+        own = [(*sample_key(sample), len(sample.rollout.token_ids)) for sample in samples]
         # Sorted by prompt, so that the result does not depend on which replica held a sample.
         of_all = sorted(chain(*gather_from_all(own, parallel.host.dp)))
-        by_key = {_key(sample): sample for sample in samples}
+        by_key = {sample_key(sample): sample for sample in samples}
         shares = deal([length for *_, length in of_all], parallel.dp_size)
         keys = [[of_all[index][:2] for index in share] for share in shares]
         items_for = [[by_key[key] for key in each if key in by_key] for each in keys]
         samples = exchange(items_for, parallel.host.dp)
-    return sorted(samples, key=_key)
+    return sorted(samples, key=sample_key)
 
 
-def _key(sample: Sample) -> tuple[int, int]:
+def sample_key(sample: Sample) -> tuple[int, int]:
+    """Identifies a sample in its step, and orders the samples of a step."""
     return sample.prompt_index, sample.sample_index
