@@ -22,15 +22,10 @@ from megatron_rl.loop.collect import collect_step
 from megatron_rl.loop.evaluate import evaluate_sets
 from megatron_rl.loop.fixed_gap import measure_fixed_gap
 from megatron_rl.loop.publish import publish_weights
-from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_run
+from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_step
 from megatron_rl.loop.report import write_metrics
 from megatron_rl.loop.run import start_run
-from megatron_rl.loop.schedule import (
-    should_evaluate,
-    should_publish,
-    should_save,
-    should_save_hf,
-)
+from megatron_rl.loop.schedule import should_evaluate, should_publish
 from megatron_rl.process.command import Progress, run_command
 
 
@@ -80,13 +75,7 @@ def train(config: Config, progress: Progress) -> None:
             # The line is written before the checkpoint: then every step up to a checkpoint has its
             # line, and a resumed run removes the lines of the steps that it repeats.
             report(step, update.metrics, parity, figures, sampled=sampled)
-            if should_save(config, step):
-                with phase("checkpoint"):
-                    run.writer.wait()  # a run that resumes here finds the rollouts of every step
-                    save_run(learner, state, config, run.inputs)
-            if should_save_hf(config, step):
-                with phase("save"):
-                    save_hf_checkpoint(learner, config, step=step)
+            save_step(learner, state, config, run.inputs, run.writer, phase)
         if config.checkpoint.save_hf:
             with phase("save"):
                 save_hf_checkpoint(learner, config)

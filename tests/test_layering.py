@@ -57,6 +57,7 @@ DOORS = {
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 MAX_ROOT_FILES, MAX_IMPORT_CHAIN = 7, 10
+MAX_TRAIN_LINES = 100  # of train.py, the journey of a prompt
 MIN_DOCUMENTED = 0.9  # share of the public classes, functions and methods
 # Modules that may catch everything: commands, cleanups after a signal, and scoring processes.
 PROCESS_BOUNDARIES = {"process.command", "process.lifetime", "reward.worker"}
@@ -191,6 +192,11 @@ def test_the_root_holds_entry_points_and_leaves_alone():
     files = [path.name for path in PACKAGE.glob("*.py")]
     assert {"train.py", "records.py", "errors.py"} <= set(files)
     assert len(files) <= MAX_ROOT_FILES, files
+
+
+def test_the_journey_of_a_prompt_is_short():
+    lines = (PACKAGE / "train.py").read_text(encoding="utf-8").splitlines()
+    assert 50 < len(lines) < MAX_TRAIN_LINES
 
 
 def test_no_chain_of_imports_is_long():

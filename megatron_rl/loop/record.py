@@ -17,6 +17,7 @@ from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.checkpoint import save_checkpoint
 from megatron_rl.loop.hf_checkpoints import hf_folder
 from megatron_rl.loop.inputs import Inputs
+from megatron_rl.loop.schedule import should_save, should_save_hf
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import RecomputedRow, SampledStep
@@ -65,19 +66,34 @@ def record_rollouts(
             writer.submit(step, write)
 
 
-def save_run(learner: Learner, state: LoopState, config: Config, inputs: Inputs) -> None:
-    """Write a checkpoint of the step that has just ended. A collective over all ranks.
+def save_step(
+    learner: Learner,
+    state: LoopState,
+    config: Config,
+    inputs: Inputs,
+    writer: RolloutWriter,
+    phase: Phase,
+) -> None:
+    """Write the checkpoints that are due at the step that has just ended: the one to resume from,
+    and the Hugging Face checkpoint. A collective over all ranks.
 
     Args:
         inputs: of `loop/inputs.py`, with which a resumed run compares its own.
+        writer: of the rollouts, which must be on disk before a checkpoint.
     """
-    save_checkpoint(
-        Path(config.run_dir) / "checkpoints",
-        learner.trained,
-        {**state.state_dict(), "inputs": inputs},
-        step=state.step,
-        keep=config.checkpoint.keep,
-    )
+    if should_save(config, state.step):
+        with phase("checkpoint"):
+            writer.wait()  # a run that resumes here finds the rollouts of every step
+            save_checkpoint(
+                Path(config.run_dir) / "checkpoints",
+                learner.trained,
+                {**state.state_dict(), "inputs": inputs},
+                step=state.step,
+                keep=config.checkpoint.keep,
+            )
+    if should_save_hf(config, state.step):
+        with phase("save"):
+            save_hf_checkpoint(learner, config, step=state.step)
 
 
 def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = None) -> None:
