@@ -33,7 +33,8 @@ def train(config: Config, progress: Progress) -> None:
     """Run all remaining steps; see the docstring of this module."""
     with start_run(config, progress) as run:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
-        publish = partial(publish_weights, learner, run.link, run.engine_urls, state, config, phase)
+        sender = run.link or run.contributor
+        publish = partial(publish_weights, learner, sender, run.engine_urls, state, config, phase)
         acceptance = Acceptance(learner, run.link, publish, config, phase)
         evaluate = partial(evaluate_sets, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)

@@ -14,7 +14,12 @@ from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.batch.deal import pack_rows, split_by_sample
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.learner.model.export import full_tensors, tensor_shapes
+from megatron_rl.learner.model.export import (
+    full_tensors,
+    owned_tensors,
+    tensor_shapes,
+    tensor_stages,
+)
 from megatron_rl.learner.model.training_model import build_training_model
 from megatron_rl.learner.passes.forward import (
     WHOLE,
@@ -206,6 +211,16 @@ class Learner:
     def tensor_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape of every Hugging Face tensor, in the order of `full_tensors`."""
         return tensor_shapes(self.geometry)
+
+    def tensor_stages(self) -> list[int]:
+        """The pipeline stage of each tensor of `tensor_shapes`."""
+        return tensor_stages(self.geometry, self.parallel.layout)
+
+    def owned_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The Hugging Face tensors of this stage, on its source of weights (see export.py); the
+        other ranks must iterate too.
+        """
+        return owned_tensors(self.trained.modules, self.geometry, self.parallel)
 
     def give_tensors(self) -> None:
         """Contribute this rank's shards to rank 0's `full_tensors`; every other rank must call this

@@ -1,7 +1,9 @@
 """The weight sync: send the learner's weights to every engine, then run the parity probe.
 
-Rank 0 sends the weights, every rank of the first replica contributes its shards, and all ranks take
-part in the probe. No rank samples before `publish_weights` has returned on every rank.
+Rank 0 publishes the weights, every rank of the first replica contributes its shards, and all ranks
+take part in the probe. With a transport that has many sources, the first rank of each pipeline
+stage sends the tensors of its stage; otherwise rank 0 sends all of them. No rank samples before
+`publish_weights` has returned on every rank.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import Sample
 from megatron_rl.rollout.live import sample_groups
 from megatron_rl.rollout.seeds import sampling_seed
+from megatron_rl.sync.contribute import Contributor
 from megatron_rl.sync.probe import check_engines, engine_precision
-from megatron_rl.sync.source import weight_stream
+from megatron_rl.sync.source import WeightStream, weight_stream
+from megatron_rl.sync.transports.transport import has_many_sources
 
 PROBE_PROMPTS = 4  # per engine
 PROBE_SAMPLES = 2  # per prompt
@@ -30,7 +34,7 @@ PROBE_SAMPLES = 2  # per prompt
 
 def publish_weights(
     learner: Learner,
-    link: EngineLink | None,
+    link: EngineLink | Contributor | None,
     urls: Sequence[str],
     state: LoopState,
     config: Config,
@@ -39,7 +43,8 @@ def publish_weights(
     """Publish the learner's weights as version `state.step`; a collective over all ranks.
 
     Args:
-        link: on rank 0; None on every other rank.
+        link: on rank 0; on the other sources of the weights their `Contributor`; None on every
+            other rank.
         urls: of all engines.
 
     Returns:
@@ -52,32 +57,50 @@ def publish_weights(
     if config.replay:
         return {}
     with phase("sync"):
-        if link is not None:
+        if isinstance(link, EngineLink):
             _publish(learner, link, state.step, config)
+        elif isinstance(link, Contributor):
+            link.contribute(_stream(learner, config))
         else:
-            learner.give_tensors()
+            _give(learner, config)
         # Replicas that send no shards arrive here early, but must not sample before the update.
         learner.parallel.barrier()
         state.published_version = state.step
         if not config.sync.probe_num_tokens:
             return {}
-        samples = [] if link is None else _probe_samples(link, state.step, config)
+        is_first = isinstance(link, EngineLink)
+        samples = _probe_samples(link, state.step, config) if is_first else []
         return _probe(learner, samples, urls, state.step, config)
 
 
 def _publish(learner: Learner, link: EngineLink, version: int, config: Config) -> None:
-    stream = weight_stream(
-        learner.tensor_shapes(),
-        learner.full_tensors(),
-        quantization=config.rollout.quantization,
-        dtype=DTYPES[config.model.dtype],
-    )
     try:
-        report = link.publisher.publish(stream, version=version)
+        report = link.publisher.publish(_stream(learner, config), version=version)
     except SyncError:
         link.check_after_failure()
         raise
     log_update(link.log, report)
+
+
+def _stream(learner: Learner, config: Config) -> WeightStream:
+    """The specs of all tensors, and the tensors that this rank sends."""
+    is_shared = has_many_sources(config.sync.transport)
+    return weight_stream(
+        learner.tensor_shapes(),
+        learner.owned_tensors() if is_shared else learner.full_tensors(),
+        quantization=config.rollout.quantization,
+        dtype=DTYPES[config.model.dtype],
+        sources=learner.tensor_stages() if is_shared else (),
+    )
+
+
+def _give(learner: Learner, config: Config) -> None:
+    """Contribute shards to the sources."""
+    if has_many_sources(config.sync.transport):
+        for _ in learner.owned_tensors():
+            pass
+    else:
+        learner.give_tensors()
 
 
 def _probe_samples(link: EngineLink, version: int, config: Config) -> list[Sample]:

@@ -50,7 +50,10 @@ from megatron_rl.rollout.replay import ReplaySource
 from megatron_rl.rollout.single_turn import SingleTurn
 from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.rollout.writer import RolloutWriter
+from megatron_rl.sync.contribute import Contributor
 from megatron_rl.sync.publish import Publisher
+from megatron_rl.sync.sources import Sources
+from megatron_rl.sync.transports.transport import has_many_sources
 
 # Time within which a guard notices that its server has died; the connection breaks earlier.
 DEATH_SECONDS = 1.0
@@ -64,7 +67,7 @@ class Run:
     state=LoopState(...), recorder=Recorder(...), writer=RolloutWriter(...),
     stopwatch=Stopwatch(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
     engine_urls=("http://127.0.0.1:18400",), inputs={...}, was_resumed=False, source=None,
-    evaluator=None, link=None)`.
+    evaluator=None, link=None, contributor=None)`.
     """
 
     config: Config
@@ -81,6 +84,7 @@ class Run:
     source: RolloutSource | None  # on the heads of the replicas
     evaluator: Evaluator | None  # on the heads of the replicas, unless rollouts are replayed
     link: EngineLink | None  # on rank 0, unless rollouts are replayed
+    contributor: Contributor | None  # on the other sources of the weights
 
 
 @contextmanager
@@ -137,6 +141,9 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         source, evaluator, link = _connect(
             config, checked, parallel, stopwatch, scorer, addresses, engines=engines, stack=stack
         )
+        contributor = None
+        if link is None and not config.replay:
+            contributor = _contributor(config, parallel, stack)
         _tell_resumption(checked, state, recorder)
         recorder.say(f"log-probs: {learner.logprob_backend}")
         for line in (*replaced_keys(config), *tried):
@@ -155,6 +162,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             source=source,
             evaluator=evaluator,
             link=link,
+            contributor=contributor,
         )
 
 
@@ -263,10 +271,7 @@ def _connect(
         time.sleep(DEATH_SECONDS)
         check_engines()
 
-    publisher = stack.enter_context(
-        # Weights travel in the engines' dtype.
-        Publisher(addresses, config.sync, wire_dtype=DTYPES[config.rollout.dtype])
-    )
+    publisher = stack.enter_context(_publisher(config, addresses, parallel))
     link = EngineLink(
         publisher=publisher,
         pool=pool,
@@ -276,6 +281,31 @@ def _connect(
         check_after_failure=check_after_failure,
     )
     return source, evaluator, link
+
+
+def _publisher(config: Config, addresses: Sequence[EngineAddress], parallel: Parallel) -> Publisher:
+    return Publisher(
+        addresses,
+        config.sync,
+        wire_dtype=DTYPES[config.rollout.dtype],  # the engines'
+        sources=_sources(config, parallel),
+    )
+
+
+def _sources(config: Config, parallel: Parallel) -> Sources | None:
+    """The ranks that send weights; None on a rank that sends none, and if rank 0 sends all."""
+    if not has_many_sources(config.sync.transport) or not parallel.is_weight_source:
+        return None
+    group = parallel.host.pp if parallel.pp_size > 1 else None
+    return Sources(group, config.sync.timeout_seconds)
+
+
+def _contributor(config: Config, parallel: Parallel, stack: ExitStack) -> Contributor | None:
+    sources = _sources(config, parallel)
+    if sources is None:
+        return None
+    wire_dtype = DTYPES[config.rollout.dtype]  # the engines'
+    return stack.enter_context(Contributor(config.sync, sources=sources, wire_dtype=wire_dtype))
 
 
 def _addresses(

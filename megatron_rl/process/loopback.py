@@ -31,15 +31,16 @@ def use_loopback(environment: MutableMapping[str, str]) -> None:
         environment.setdefault(name, INTERFACE)
 
 
-def serve_store(port: int, timeout: datetime.timedelta) -> dist.TCPStore:
-    """A store that this process serves on the loopback interface.
+def serve_store(port: int, timeout: datetime.timedelta, host: str = HOST) -> dist.TCPStore:
+    """A store that this process serves on one interface, by default the loopback interface.
 
     Args:
         port: 0 for any free one.
+        host: an address of this host.
     """
-    listener = socket.create_server((HOST, port))
+    listener = socket.create_server((host, port))
     return dist.TCPStore(
-        HOST,
+        host,
         listener.getsockname()[1],
         is_master=True,
         timeout=timeout,

@@ -1,8 +1,9 @@
 """The sending half of the update protocol: sends one version of the weights from the learner to
 every engine.
 
-One rank reads the learner's tensors under their Hugging Face names, in layer order, from a lazy
-iterator. After an update all engines serve these tensors under one version, and a report says what
+The learner's tensors are read under their Hugging Face names, in layer order, from lazy iterators:
+by this process, source 0, and by the other sources of the transport (`sync/contribute.py`), each
+its own. After an update all engines serve these tensors under one version, and a report says what
 each of them received. The phases of an update are: pause (and wait for the requests in flight),
 start, manifest, buckets, finish, reset of the prefix cache (whose answer is checked), resume. A
 transport (`sync/transports/`) carries the bytes. This module calls the phases in order, checks the
@@ -24,6 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from urllib.parse import urlsplit
 
 import torch
 
@@ -31,11 +34,15 @@ from megatron_rl.config import SyncConfig
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
 from megatron_rl.errors import SyncError
+from megatron_rl.process.loopback import HOST
+from megatron_rl.sync.contribute import OFFERS
 from megatron_rl.sync.source import TensorSource, WeightStream
-from megatron_rl.sync.transports.transport import ALIGNMENT, Bucket, Transfer, sender_class
+from megatron_rl.sync.sources import Sources
+from megatron_rl.sync.transports.transport import Bucket, Transfer, sender_class
 from megatron_rl.sync.wire import (
     Manifest,
     TensorSpec,
+    bucket_bytes_of,
     bucket_to_json,
     manifest_to_json,
     plan_buckets,
@@ -59,9 +66,14 @@ class PublishReport:
     checksum: str  # of all names, dtypes, shapes and bytes that were sent
     received: dict[str, tuple[str, ...]]  # by url: the same checksum, computed by each worker
     checksums: dict[str, str]  # by name, in the order sent
-    # keys: connect, pause, start, send (gather, cast, copy and checksum in the learner), load (the
+    # keys: connect, pause, start, send (gather, cast, copy and checksum in the learner, of this
+    # source or until another one has done it), load (the
     # transport and the engines), finish, reset, resume, total
     seconds: dict[str, float]
+
+
+def _nothing() -> None:
+    pass
 
 
 class Publisher:
@@ -72,6 +84,8 @@ class Publisher:
         config: the transport, the size of a bucket and the timeout of every call.
         wire_dtype: floating-point tensors are cast to this dtype before they are sent; None sends
             them unchanged.
+        sources: the processes that send tensors, of which this is source 0; None: it is the only
+            one.
         control: creates the client of an engine's weight routes from its address and the timeout.
     """
 
@@ -81,15 +95,20 @@ class Publisher:
         config: SyncConfig,
         *,
         wire_dtype: torch.dtype | None,
+        sources: Sources | None = None,
         control: Callable[[EngineAddress, float], EngineControl] = EngineControl,
     ) -> None:
         if not addresses:
             raise SyncError("publisher: expected at least one engine, got none")
-        self._bucket_bytes = max(1, int(config.bucket_mib * 2**20) // ALIGNMENT) * ALIGNMENT
+        self._bucket_bytes = bucket_bytes_of(config.bucket_mib)
         self._wire_dtype = wire_dtype
         self._transport_name = config.transport
+        self._hosts = tuple(urlsplit(address.url).hostname or HOST for address in addresses)
+        self._sources = sources or Sources(None, config.timeout_seconds)
         self._sender = sender_class(self._transport_name)(
-            source=0, num_sources=1, timeout_seconds=config.timeout_seconds
+            source=0,
+            num_sources=self._sources.count,
+            timeout_seconds=config.timeout_seconds,
         )
         self._engines = [control(address, config.timeout_seconds) for address in addresses]
         self._pool = ThreadPoolExecutor(len(self._engines), thread_name_prefix="publish")
@@ -111,7 +130,8 @@ class Publisher:
         """Send one version of the weights to every engine and make the engines serve it.
 
         Args:
-            stream: the tensors; consumed once, one tensor at a time.
+            stream: the specs of all tensors, and the tensors that this process sends, consumed
+                once, one tensor at a time.
             version: the engines report this version with every token that they sample from now on.
 
         Raises:
@@ -134,7 +154,7 @@ class Publisher:
                         "manifest", {"manifest": manifest_to_json(manifest)}
                     )
                 )
-            buckets = plan_buckets(sent, self._bucket_bytes)
+            buckets = plan_buckets(sent, self._bucket_bytes, stream.sources)
             checksums = self._send(buckets, TensorSource(sent, stream.tensors), sent, seconds)
             received = self._received(sent, num_workers, checksums)
             with _timed(seconds, "finish"):
@@ -170,8 +190,10 @@ class Publisher:
                 bucket_bytes=self._bucket_bytes,
                 num_tensors=num_tensors,
                 num_workers=tuple(num_workers),
+                hosts=self._hosts,
             )
         )
+        self._sources.tell_all(offers, OFFERS)
         offer_of = dict(zip(self._engines, offers, strict=True))
         self._on_all(
             lambda engine: engine.initialize(
@@ -208,33 +230,25 @@ class Publisher:
         """Fill each bucket in turn and have every engine load it. Returns a checksum per spec."""
         checksums: list[str] = []
         for bucket in buckets:
-            with _timed(seconds, "send"):
-                completed = self._fill(bucket, source)
-            checksums.extend(completed.values())
             names = (
                 f"{specs[bucket.pieces[0].tensor].name} to {specs[bucket.pieces[-1].tensor].name}"
             )
             phase = f"bucket {bucket.index + 1} of {len(buckets)} ({names})"
+            is_own = bucket.source == 0
+            with _timed(seconds, "send"):
+                if is_own:
+                    completed = source.fill(bucket, self._sender.buffer)
+                else:
+                    completed = dict(self._sources.hear(bucket.source, phase))
+            checksums.extend(completed.values())
             body = {"bucket": bucket_to_json(bucket, completed)}
             with _timed(seconds, "load"):
                 self._on_all(
                     lambda engine, p=phase, b=body: engine.update(p, b),
-                    meanwhile=lambda b=bucket: self._sender.send(b),
+                    meanwhile=partial(self._sender.send, bucket) if is_own else _nothing,
                 )
         source.check_exhausted()
         return checksums
-
-    def _fill(self, bucket: Bucket, source: TensorSource) -> dict[int, str]:
-        """Copy a bucket's bytes. Returns the checksums of the tensors that end in the bucket, by
-        index.
-        """
-        completed = {}
-        for piece in bucket.pieces:
-            target = self._sender.buffer(piece.bucket_offset, piece.nbytes)
-            checksum = source.copy(piece.tensor, piece.tensor_offset, target)
-            if checksum is not None:
-                completed[piece.tensor] = checksum
-        return completed
 
     def _received(
         self, specs: Sequence[TensorSpec], num_workers: Sequence[int], checksums: Sequence[str]
@@ -262,7 +276,7 @@ class Publisher:
     def _on_all(
         self,
         call: Callable[[EngineControl], object],
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None] = _nothing,
     ) -> list:
         """Call all engines concurrently, run the sender's part at the same time, and wait for all
         of them even if one fails. Returns the answers in the order of the engines.

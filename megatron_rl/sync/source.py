@@ -8,13 +8,14 @@ allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_rl.config.rollout import QuantizationConfig
 from megatron_rl.errors import SyncError
+from megatron_rl.sync.transports.transport import Bucket
 from megatron_rl.sync.wire import CASTABLE, TensorSpec, new_checksum
 from megatron_rl.weights.quantization import quantized, quantized_shapes
 
@@ -27,8 +28,10 @@ class WeightStream:
     tensors=iter([("model.norm.weight", torch.ones(256))]))`.
     """
 
-    specs: tuple[TensorSpec, ...]  # in the learner's dtypes
-    tensors: Iterable[tuple[str, torch.Tensor]]  # in this order, on any device; consumed once
+    specs: tuple[TensorSpec, ...]  # of all tensors, in the learner's dtypes
+    # those that this process sends, in this order, on any device; consumed once
+    tensors: Iterable[tuple[str, torch.Tensor]]
+    sources: tuple[int, ...] = ()  # the source of each spec; empty: source 0 sends all
 
 
 def weight_stream(
@@ -37,21 +40,24 @@ def weight_stream(
     *,
     quantization: QuantizationConfig,
     dtype: torch.dtype,
+    sources: Sequence[int] = (),
 ) -> WeightStream:
     """The stream that is sent to engines with this quantization, from the learner's tensors.
 
     Args:
-        shapes: name and full shape of every tensor of the learner, in the order of `tensors`.
-        tensors: the full tensors; each is requested only when it is needed.
+        shapes: name and full shape of every tensor of the learner, in its order.
+        tensors: the full tensors that this process sends; each is requested only when it is needed.
         dtype: the dtype of all of the learner's tensors.
+        sources: for each of `shapes`, the source that sends it; empty: source 0 sends all.
     """
-    announced = quantized_shapes(quantization, shapes, dtype)
+    named = list(shapes)
+    specs, owners = [], []
+    for each, owner in zip(named, sources or [0] * len(named), strict=True):
+        for name, of_tensor, shape in quantized_shapes(quantization, [each], dtype):
+            specs.append(TensorSpec(name=name, dtype=of_tensor, shape=shape))
+            owners.append(owner)
     return WeightStream(
-        specs=tuple(
-            TensorSpec(name=name, dtype=of_tensor, shape=shape)
-            for name, of_tensor, shape in announced
-        ),
-        tensors=quantized(quantization, tensors),
+        specs=tuple(specs), tensors=quantized(quantization, tensors), sources=tuple(owners)
     )
 
 
@@ -93,6 +99,21 @@ class TensorSource:
         target.view(spec.dtype).copy_(self._flat[first : first + count])
         self._checksum.update(target.cpu().numpy())
         return self._checksum.hexdigest() if offset + target.numel() == spec.nbytes else None
+
+    def fill(self, bucket: Bucket, buffer: Callable[[int, int], torch.Tensor]) -> dict[int, str]:
+        """Copy a bucket's bytes. Returns the checksums of the tensors that end in the bucket, by
+        index.
+
+        Args:
+            buffer: `(offset, nbytes)` to where a piece's bytes go, as `Sender.buffer`.
+        """
+        completed = {}
+        for piece in bucket.pieces:
+            target = buffer(piece.bucket_offset, piece.nbytes)
+            checksum = self.copy(piece.tensor, piece.tensor_offset, target)
+            if checksum is not None:
+                completed[piece.tensor] = checksum
+        return completed
 
     def check_exhausted(self) -> None:
         """Raise SyncError if the iterator has more tensors than were announced."""

@@ -105,10 +105,20 @@ def _is_cast(spec: TensorSpec) -> bool:
     )
 
 
-def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[Bucket]:
-    """Assign the tensors, in order, to buckets of at most `bucket_bytes`.
+def bucket_bytes_of(bucket_mib: float) -> int:
+    """`sync.bucket_mib` in bytes, a multiple of ALIGNMENT."""
+    return max(1, int(bucket_mib * 2**20) // ALIGNMENT) * ALIGNMENT
+
+
+def plan_buckets(
+    specs: Sequence[TensorSpec], bucket_bytes: int, sources: Sequence[int] = ()
+) -> list[Bucket]:
+    """Assign the tensors, in order, to buckets of at most `bucket_bytes`, each of one source.
 
     A tensor is split only when it alone is larger than a bucket.
+
+    Args:
+        sources: for each spec, the source that sends it; empty: source 0 sends all.
 
     Raises:
         SyncError: `bucket_bytes` is not a positive multiple of ALIGNMENT.
@@ -121,14 +131,25 @@ def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[Bucket]
     buckets: list[Bucket] = []
     pieces: list[Piece] = []
     used = 0
-    for index, spec in enumerate(specs):
-        offset = 0
+
+    def close(source: int) -> None:
+        buckets.append(Bucket(index=len(buckets), pieces=tuple(pieces), source=source))
+        pieces.clear()
+
+    source = 0
+    for index, (spec, next_source) in enumerate(
+        zip(specs, sources or [0] * len(specs), strict=True)
+    ):
+        if pieces and next_source != source:
+            close(source)
+            used = 0
+        source, offset = next_source, 0
         while offset < spec.nbytes:
             start = -(-used // ALIGNMENT) * ALIGNMENT
             left = spec.nbytes - offset
             if pieces and start + left > bucket_bytes:
-                buckets.append(Bucket(index=len(buckets), pieces=tuple(pieces)))
-                pieces, used = [], 0
+                close(source)
+                used = 0
                 continue
             nbytes = min(left, bucket_bytes - start)
             pieces.append(
@@ -137,7 +158,7 @@ def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[Bucket]
             offset += nbytes
             used = start + nbytes
     if pieces:
-        buckets.append(Bucket(index=len(buckets), pieces=tuple(pieces)))
+        close(source)
     return buckets
 
 
@@ -187,6 +208,7 @@ def bucket_to_json(bucket: Bucket, checksums: dict[int, str]) -> dict[str, Any]:
     """
     return {
         "index": bucket.index,
+        "source": bucket.source,
         "pieces": [
             [piece.tensor, piece.tensor_offset, piece.bucket_offset, piece.nbytes]
             for piece in bucket.pieces
@@ -207,6 +229,7 @@ def bucket_from_json(value: dict[str, Any]) -> tuple[Bucket, dict[int, str]]:
         if not pieces:
             raise ValueError("a bucket without pieces")
         checksums = {int(index): str(checksum) for index, checksum in value["checksums"].items()}
-        return Bucket(index=int(value["index"]), pieces=pieces), checksums
+        bucket = Bucket(index=int(value["index"]), pieces=pieces, source=int(value["source"]))
+        return bucket, checksums
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SyncError(f"bucket: expected what sync/wire.py writes, got {error!r}") from error

@@ -58,7 +58,7 @@ def test_settings_import_neither_torch_nor_a_verifier():
         (WarmStartConfig, "decay", "decay: expected constant, linear or cosine, got 'no'"),
         (QuantizationConfig, "strategy", "strategy: expected channel, group or block, got 'no'"),
         (KLConfig, "estimator", "estimator: expected k1, k2 or k3, got 'no'"),
-        (SyncConfig, "transport", "transport: expected shared_memory.*, got 'no'"),
+        (SyncConfig, "transport", "transport: expected collective.*, got 'no'"),
         (
             RewardConfig,
             "group_verifier",

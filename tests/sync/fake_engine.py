@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -30,8 +32,7 @@ class FakeEngine:
 
     def initialize(self, values: dict[str, Any]) -> None:
         self.calls.append("initialize")
-        for worker in self.workers:
-            worker.connect(**json.loads(json.dumps(values)))
+        self._on_all(lambda worker, _: worker.connect(**json.loads(json.dumps(values))))
 
     def is_paused(self) -> bool:
         return False
@@ -47,8 +48,12 @@ class FakeEngine:
     def update(self, phase: str, values: dict[str, Any]) -> None:
         self.calls.append(phase.partition(" ")[0])
         body = {"manifest": None, "bucket": None, "abandon": None} | json.loads(json.dumps(values))
-        for worker, model in zip(self.workers, self.models):
-            worker.update(**body, load=model.update)
+        self._on_all(lambda worker, model: worker.update(**body, load=model.update))
+
+    def _on_all(self, call: Callable[[UpdateReceiver, dict[str, torch.Tensor]], None]) -> None:
+        """All workers at the same time, since they may wait for each other."""
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            list(pool.map(call, self.workers, self.models))
 
     def abandon(self, reason: str) -> None:
         self.calls.append(f"abandon: {reason}")

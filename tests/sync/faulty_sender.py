@@ -36,7 +36,12 @@ def send(address: EngineAddress, folder: Path, fault: str) -> None:
     raw = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors.values()]
     sender = Sender(source=0, num_sources=1, timeout_seconds=20.0)
     (offer,) = sender.offer(
-        Transfer(bucket_bytes=BUCKET_BYTES, num_tensors=len(specs), num_workers=(1,))
+        Transfer(
+            bucket_bytes=BUCKET_BYTES,
+            num_tensors=len(specs),
+            num_workers=(1,),
+            hosts=("127.0.0.1",),
+        )
     )
     control = EngineControl(address, 20.0)
     control.initialize({"transport": "shared_memory", "num_tensors": len(specs), "offer": offer})

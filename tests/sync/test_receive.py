@@ -35,7 +35,9 @@ class Worker:
         self._sender = Sender(source=0, num_sources=1, timeout_seconds=1.0)
 
     def connect(self, num_tensors: int = 2) -> None:
-        transfer = Transfer(bucket_bytes=64, num_tensors=num_tensors, num_workers=(1,))
+        transfer = Transfer(
+            bucket_bytes=64, num_tensors=num_tensors, num_workers=(1,), hosts=("127.0.0.1",)
+        )
         self.update.connect("shared_memory", num_tensors, self._sender.offer(transfer)[0])
 
     def send(self, **message: Any) -> None:

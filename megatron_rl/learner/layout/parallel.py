@@ -88,6 +88,13 @@ class Parallel:
         return self.dp_rank == 0 and self.is_row_head
 
     @property
+    def is_weight_source(self) -> bool:
+        """Whether this rank sends its stage's weights, if every stage sends its own. The sources
+        are then the ranks of its `host.pp`, in order.
+        """
+        return self.holds_exported_copy and self.tp_rank == 0
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this pipeline rank embeds the tokens."""
         return self.pp_rank == 0

@@ -5,6 +5,9 @@ tensor are gathered over TP on its pipeline stage and sent to global rank 0, whi
 that yields `(name, tensor)`. No rank ever holds more than one full tensor (with more TP ranks than
 key-value heads: more than the queries, keys and values of one layer), and the other copies take no
 part.
+
+A weight transport with a sender on each stage reads `owned_tensors` instead: the same tensors, each
+on the first TP rank of its stage.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from megatron_rl.weights.rules import (
     join_parts,
     tensor_rules,
 )
+from megatron_rl.weights.stages import Layout
 
 
 def tensor_shapes(geometry: Geometry) -> list[tuple[str, tuple[int, ...]]]:
@@ -66,6 +70,37 @@ def full_tensors(
         shapes = hf_shapes(rule, geometry)
         for hf_name, full, shape in zip(rule.hf_names, full_here, shapes, strict=True):
             full = _to_first_rank(full, shape, dtype, stage, parallel)
+            if full is not None:
+                yield hf_name, full
+
+
+def tensor_stages(geometry: Geometry, layout: Layout) -> list[int]:
+    """The pipeline rank that holds each tensor of `tensor_shapes`, in the same order."""
+    pipeline = geometry.parts(layout)
+    return [
+        pipeline.rank_of(rule.part(pipeline))
+        for rule in tensor_rules(geometry)
+        for _ in rule.hf_names
+    ]
+
+
+def owned_tensors(
+    parts: Sequence[torch.nn.Module], geometry: Geometry, parallel: Parallel
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield `(Hugging Face name, full tensor)` of this pipeline stage, in the order of
+    `tensor_shapes`, on its source of weights (`Parallel.is_weight_source`); nothing on other ranks.
+
+    A collective over the TP ranks of each stage, all of which must run it to its end.
+    """
+    if not parallel.holds_exported_copy:
+        return
+    held = dict(held_parameters(geometry, parallel, parts))
+    pipeline = geometry.parts(parallel.layout)
+    for rule in tensor_rules(geometry):
+        if pipeline.rank_of(rule.part(pipeline)) != parallel.pp_rank:
+            continue
+        joined = _joined(rule, geometry, parallel, held[rule].detach())
+        for hf_name, full in zip(rule.hf_names, joined, strict=True):
             if full is not None:
                 yield hf_name, full
 

@@ -31,6 +31,8 @@ class Sender:
     Raises SyncError if the weights are distributed over several sources.
     """
 
+    has_many_sources = False
+
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
         if num_sources != 1:
             raise SyncError(
@@ -38,7 +40,7 @@ class Sender:
                 f"{num_sources}; choose another sync.transport"
             )
         self._segment: Segment | None = None
-        self._transfer = Transfer(bucket_bytes=0, num_tensors=0, num_workers=())
+        self._transfer = Transfer(bucket_bytes=0, num_tensors=0, num_workers=(), hosts=())
 
     def offer(self, transfer: Transfer) -> tuple[Offer, ...]:
         """Allocate the memory, unless the memory of the last update is large enough."""

@@ -6,8 +6,8 @@ the value of `sync.transport`, and it is imported when it is first used. It carr
 in one direction and digests in the other. It does not depend on vLLM, on HTTP, or on the names and
 dtypes of tensors. Its two sides run in different processes:
 
-    source    a learner process that holds tensors of the model, with one Sender. Source 0 also
-              drives the update over HTTP.
+    source    a learner process that sends tensors of the model, with one Sender. Source 0 also
+              drives the update over HTTP. Each bucket belongs to one source, which fills it.
     worker    a process of an engine, with one Receiver. All workers receive all buckets.
 
 An update consists of the following calls. Calls on the same line run at the same time, so that they
@@ -16,8 +16,8 @@ may wait for each other (a rendezvous, a broadcast):
     Sender.offer       source 0
     Sender.connect     all sources      Receiver.connect                        all workers
     for each bucket:
-      Sender.buffer    the owners of the bucket's pieces write their bytes
-      Sender.send      all sources      Receiver.receive, buffer, acknowledge   all workers
+      Sender.buffer    the bucket's source writes its pieces
+      Sender.send      that source      Receiver.receive, buffer, acknowledge   all workers
     Sender.receipts    source 0
 
 A source may thus own any part of the tensors. Bytes written into a buffer are visible to the
@@ -60,11 +60,12 @@ class Piece:
 class Bucket:
     """The content of one call of `/update_weights`: at least one piece, in ascending offsets.
 
-    Example: `Bucket(index=0, pieces=(Piece(...), Piece(...)))`.
+    Example: `Bucket(index=0, pieces=(Piece(...), Piece(...)), source=0)`.
     """
 
     index: int
     pieces: tuple[Piece, ...]
+    source: int = 0  # that fills and sends it
 
     @property
     def nbytes(self) -> int:
@@ -78,12 +79,13 @@ class Transfer:
     """The size of an update.
 
     Example: two engines of one worker each: `Transfer(bucket_bytes=67108864, num_tensors=146,
-    num_workers=(1, 1))`.
+    num_workers=(1, 1), hosts=("127.0.0.1", "10.0.0.7"))`.
     """
 
     bucket_bytes: int  # of the largest bucket
     num_tensors: int
     num_workers: tuple[int, ...]  # by engine
+    hosts: tuple[str, ...]  # by engine: the host name or address in its URL
 
 
 class Sender(Protocol):
@@ -91,6 +93,8 @@ class Sender(Protocol):
 
     Every method raises SyncError on failure.
     """
+
+    has_many_sources: bool  # whether there may be more than one source
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
         """`source`: the index of this process among the `num_sources` sources, from 0."""
@@ -110,8 +114,8 @@ class Sender(Protocol):
         """The buffer for a piece of the next bucket: [nbytes] uint8, on any device."""
 
     def send(self, bucket: Bucket) -> None:
-        """Make a bucket visible to the workers. Every source calls this method for every bucket, in
-        order, even if it wrote no piece of the bucket.
+        """Make a bucket visible to the workers. Called by the bucket's source, for its buckets in
+        order.
         """
 
     def receipts(self) -> list[list[bytes]]:
@@ -163,6 +167,11 @@ def transport_names() -> tuple[str, ...]:
 def sender_class(name: str) -> type[Sender]:
     """The Sender of a transport; raises SyncError if there is no transport of this name."""
     return _module(name).Sender
+
+
+def has_many_sources(name: str) -> bool:
+    """Whether a transport may have many sources, so that each sends the tensors that it holds."""
+    return sender_class(name).has_many_sources
 
 
 def receiver_class(name: str) -> type[Receiver]:

@@ -87,7 +87,7 @@ def test_bytes_outside_are_refused(offset, nbytes):
     segment.close()
 
 
-TRANSFER = Transfer(bucket_bytes=128, num_tensors=3, num_workers=(1, 2))
+TRANSFER = Transfer(bucket_bytes=128, num_tensors=3, num_workers=(1, 2), hosts=("127.0.0.1",) * 2)
 
 
 def make_sender() -> Sender:
@@ -120,10 +120,14 @@ def test_receipts_stand_behind_the_bucket_by_worker_and_tensor():
 
 def test_a_larger_update_gets_larger_memory_and_a_restarted_engine_finds_it():
     sender = make_sender()
-    (small,) = sender.offer(Transfer(bucket_bytes=64, num_tensors=1, num_workers=(1,)))
+    (small,) = sender.offer(
+        Transfer(bucket_bytes=64, num_tensors=1, num_workers=(1,), hosts=("127.0.0.1",))
+    )
     receiver = Receiver(worker=0, device=torch.device("cpu"))
     receiver.connect(small)
-    (large,) = sender.offer(Transfer(bucket_bytes=64, num_tensors=9, num_workers=(1,)))
+    (large,) = sender.offer(
+        Transfer(bucket_bytes=64, num_tensors=9, num_workers=(1,), hosts=("127.0.0.1",))
+    )
     assert large["segment"] != small["segment"]
     receiver.connect(large)
     receiver.acknowledge({8: b"z" * 16})

@@ -4,8 +4,8 @@ package's, and one that a single added file defines.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import WeightStream
 from megatron_rl.sync.transports.transport import (
     Bucket,
+    Offer,
     Piece,
     Transfer,
     receiver_class,
@@ -28,8 +29,8 @@ from megatron_rl.sync.transports.transport import (
 from megatron_rl.sync.wire import TensorSpec
 from tests.sync.fake_engine import FakeEngine
 
-TRANSPORTS = ("shared_memory", "files")
-URLS = ("http://one", "http://two")
+TRANSPORTS = ("shared_memory", "collective", "files")
+URLS = ("http://127.0.0.1:1", "http://127.0.0.1:2")
 NUM_WORKERS = (1, 2)
 SHAPES = {"a": (7, 5), "b": (300,), "c": ()}  # b is larger than a bucket
 SPECS = tuple(TensorSpec(name=n, dtype=torch.float32, shape=s) for n, s in SHAPES.items())
@@ -85,15 +86,19 @@ def assert_all_serve(engines: list[FakeEngine], tensors: dict[str, torch.Tensor]
 
 
 def test_a_transport_is_found_by_the_name_of_its_file():
-    assert transport_names() == ("files", "shared_memory")
+    assert transport_names() == ("collective", "files", "shared_memory")
     assert sender_class("files").__module__ == "megatron_rl.sync.transports.files"
 
 
 @pytest.mark.parametrize("name", ["nccl", "transport", "", "../files", "shared_memory.Sender"])
 def test_nothing_else_is_imported(start, name):
-    with pytest.raises(SyncError, match=r"sync\.transport: expected one of files, shared_memory"):
+    with pytest.raises(
+        SyncError, match=r"sync\.transport: expected one of collective, files, shared_memory"
+    ):
         start(name)
-    with pytest.raises(SyncError, match=r"sync\.transport: expected one of files, shared_memory"):
+    with pytest.raises(
+        SyncError, match=r"sync\.transport: expected one of collective, files, shared_memory"
+    ):
         receiver_class(name)
 
 
@@ -140,7 +145,9 @@ def test_a_receipt_that_differs_names_engine_worker_and_tensor(start, transport,
         acknowledge(self, wrong)
 
     monkeypatch.setattr(receiver, "acknowledge", acknowledge_wrongly)
-    with pytest.raises(SyncError, match=r"http://two, worker 1, b: expected checksum .*0000"):
+    with pytest.raises(
+        SyncError, match=r"http://127.0.0.1:2, worker 1, b: expected checksum .*0000"
+    ):
         publisher.publish(stream(weights(1)), version=1)
     assert "finish" not in engines[0].calls + engines[1].calls
 
@@ -165,39 +172,45 @@ def test_a_sender_that_fails_while_the_engines_receive(start, monkeypatch):
     assert engines[0].calls[-1] == "abandon: SyncError: a cable was cut"
 
 
-def test_every_source_sends_the_pieces_that_it_owns():
+@pytest.mark.parametrize("transport", ["collective", "files"])
+def test_every_source_sends_its_own_buckets(transport: str) -> None:
     """No process holds all bytes; sources and workers run at the same time."""
-    sources = [sender_class("files")(source=i, num_sources=2, timeout_seconds=5.0) for i in (0, 1)]
-    workers = [receiver_class("files")(worker=i, device=torch.device("cpu")) for i in (0, 1)]
-    (offer,) = offers = sources[0].offer(
-        Transfer(bucket_bytes=192, num_tensors=3, num_workers=(2,))
-    )
+    sources = [
+        sender_class(transport)(source=i, num_sources=2, timeout_seconds=10.0) for i in (0, 1)
+    ]
+    workers = [receiver_class(transport)(worker=i, device=torch.device("cpu")) for i in (0, 1)]
     pieces = tuple(
         Piece(tensor=i, tensor_offset=0, bucket_offset=64 * i, nbytes=64) for i in range(3)
     )
-    buckets = [Bucket(index=i, pieces=pieces) for i in range(2)]
-    seen: dict[int, list[list[int]]] = {0: [], 1: []}
+    buckets = [Bucket(index=i, pieces=pieces, source=i % 2) for i in range(4)]
+    transfer = Transfer(bucket_bytes=192, num_tensors=3, num_workers=(2,), hosts=("127.0.0.1",))
 
-    def receive(worker: int) -> None:
+    def receive(worker: int, offer: Offer) -> list[list[int]]:
+        seen = []
         workers[worker].connect(offer)
         for bucket in buckets:
             workers[worker].receive(bucket)
-            seen[worker].append(workers[worker].buffer(0, 192)[::64].tolist())
-        workers[worker].acknowledge({i: bytes([worker, i] * 8) for i in range(3)})
+            seen.append(workers[worker].buffer(0, 192)[::64].tolist())
+        workers[worker].acknowledge({i: bytes([worker, i] * 8) for i in range(2)})
+        return seen
 
-    threads = [threading.Thread(target=receive, args=(worker,)) for worker in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for source, own in zip(sources, ((0, 2), (1,))):
-        source.connect(offers)
-        for bucket in buckets:
-            for index in own:
-                source.buffer(64 * index, 64).fill_(10 * bucket.index + index + 1)
-            source.send(bucket)
-    for thread in threads:
-        thread.join()
-    assert seen == {0: [[1, 2, 3], [11, 12, 13]], 1: [[1, 2, 3], [11, 12, 13]]}
-    assert sources[0].receipts()[1][2] == bytes([1, 2] * 8)
+    def send(source: int, offers: tuple[Offer, ...], first_value: int) -> None:
+        sources[source].connect(offers)
+        for bucket in buckets[source::2]:
+            for index in range(3):
+                value = first_value + 10 * bucket.index + index
+                sources[source].buffer(64 * index, 64).fill_(value)
+            sources[source].send(bucket)
+
+    with ThreadPoolExecutor(4) as pool:
+        for first_value in (1, 51):
+            offers = sources[0].offer(transfer)
+            seen = [pool.submit(receive, i, offers[0]) for i in (0, 1)]
+            for sent in [pool.submit(send, i, offers, first_value) for i in (0, 1)]:
+                sent.result()
+            expected = [[first_value + 10 * i + j for j in (0, 1, 2)] for i in range(4)]
+            assert [each.result() for each in seen] == [expected, expected]
+            assert sources[0].receipts()[1] == [bytes([1, 0] * 8), bytes([1, 1] * 8), bytes(16)]
     for side in (*sources, *workers):
         side.close()
         side.close()

@@ -1,7 +1,7 @@
 """A second transport, in one file: buckets and receipts are files of a folder.
 
-It differs from shared memory where the protocol allows it: several sources may each write some
-pieces of a bucket; nothing is visible before `send`; `receive` waits for the files of all sources.
+It differs from shared memory where the protocol allows it: there may be several sources; nothing is
+visible before `send`; `receive` waits for the file of the bucket's source.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from megatron_rl.sync.transports.transport import DIGEST_BYTES, Bucket, Offer, T
 
 
 class Sender:
+    has_many_sources = True
+
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
-        self._source, self._num_sources = source, num_sources
+        self._source = source
         self._timeout_seconds = timeout_seconds
         self._folder: Path | None = None
         self._pieces: dict[str, torch.Tensor] = {}
@@ -33,7 +35,6 @@ class Sender:
         self._folder = Path(tempfile.mkdtemp(prefix="megatron_rl."))
         common = {
             "folder": str(self._folder),
-            "num_sources": self._num_sources,
             "timeout_seconds": self._timeout_seconds,
         }
         engines = range(len(transfer.num_workers))
@@ -82,17 +83,16 @@ class Receiver:
     def receive(self, bucket: Bucket) -> None:
         self._memory = torch.zeros(bucket.nbytes, dtype=torch.uint8)
         deadline = time.monotonic() + self._offer["timeout_seconds"]
-        for source in range(self._offer["num_sources"]):
-            path = self._folder / f"bucket_{bucket.index}_{source}"
-            while not path.exists():
-                if time.monotonic() > deadline:
-                    raise SyncError(
-                        f"bucket {bucket.index}: expected it from source {source} within "
-                        f"{self._offer['timeout_seconds']} s, got nothing"
-                    )
-                time.sleep(0.005)
-            for offset, piece in load_file(path).items():
-                self._memory[int(offset) : int(offset) + len(piece)] = piece
+        path = self._folder / f"bucket_{bucket.index}_{bucket.source}"
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise SyncError(
+                    f"bucket {bucket.index}: expected it from source {bucket.source} within "
+                    f"{self._offer['timeout_seconds']} s, got nothing"
+                )
+            time.sleep(0.005)
+        for offset, piece in load_file(path).items():
+            self._memory[int(offset) : int(offset) + len(piece)] = piece
 
     def buffer(self, offset: int, nbytes: int) -> torch.Tensor:
         return self._memory[offset : offset + nbytes]

@@ -1,0 +1,62 @@
+"""The part of a source that is not source 0 in an update: it fills and sends its own buckets, and
+tells source 0 their checksums.
+
+Source 0 (`sync/publish.py`) plans the same buckets from the same specs, and asks the engines to
+receive them one after another. While a bucket of another source is received, this source gathers
+its next one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rl.config import SyncConfig
+from megatron_rl.sync.source import TensorSource, WeightStream
+from megatron_rl.sync.sources import Sources
+from megatron_rl.sync.transports.transport import sender_class
+from megatron_rl.sync.wire import bucket_bytes_of, plan_buckets, wire_specs
+
+OFFERS = "the offers of an update"
+
+
+class Contributor:
+    """Sends this source's tensors in every update; see `Publisher` for the arguments."""
+
+    def __init__(
+        self, config: SyncConfig, *, sources: Sources, wire_dtype: torch.dtype | None
+    ) -> None:
+        self._bucket_bytes = bucket_bytes_of(config.bucket_mib)
+        self._wire_dtype = wire_dtype
+        self._sources = sources
+        self._sender = sender_class(config.transport)(
+            source=sources.index,
+            num_sources=sources.count,
+            timeout_seconds=config.timeout_seconds,
+        )
+
+    def __enter__(self) -> Contributor:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._sender.close()
+
+    def contribute(self, stream: WeightStream) -> None:
+        """Take part in the update that source 0 publishes.
+
+        Args:
+            stream: its specs are those of all tensors, its tensors this source's.
+
+        Raises:
+            SyncError: source 0 or an engine gave the update up, or did not answer in time.
+        """
+        specs = wire_specs(stream.specs, self._wire_dtype)
+        self._sender.connect(self._sources.hear(0, OFFERS, is_beginning=True))
+        source = TensorSource(specs, stream.tensors)
+        for bucket in plan_buckets(specs, self._bucket_bytes, stream.sources):
+            if bucket.source != self._sources.index:
+                continue
+            completed = source.fill(bucket, self._sender.buffer)
+            checksums = [[index, checksum] for index, checksum in completed.items()]
+            self._sources.tell(0, checksums, f"bucket {bucket.index}")
+            self._sender.send(bucket)
+        source.check_exhausted()
