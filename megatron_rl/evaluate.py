@@ -96,6 +96,7 @@ def evaluate(config: Config, progress: Progress) -> None:
             environment=counted,
             score=scorer.score,
             score_texts=scorer.score_texts,
+            verifiers=verifiers,
             sets=sets,
             folder=folder / "rollouts",
             replica=0,

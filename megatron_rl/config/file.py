@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rl.config import Config
+from megatron_rl.config.hub import cached_folder
 from megatron_rl.config.presets import PRESETS, dotted
 from megatron_rl.config.rules import join_choices
 from megatron_rl.config.schema import Keys, build, check, hint_at, one_line, show
@@ -28,7 +30,7 @@ _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+|\[\d+\])*)=(.*)", re.DOTALL)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a run's settings.
+    """Reads a run's settings. Models that are in the Hugging Face hub's local cache may be named.
 
     Args:
         path: YAML file; settings missing from it have the defaults of `megatron_rl.config`.
@@ -55,7 +57,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key = getattr(error, "full_key", None) or "a key"
         raise ConfigError(f"{origin}: {key}: {one_line(error)}") from error
     check(Config, resolved, (), origin)
-    return build(Config, resolved, (), origin)
+    return _with_cached_models(build(Config, resolved, (), origin))
+
+
+def _with_cached_models(config: Config) -> Config:
+    """The settings with folders of the hub's cache in place of names of models that are in it."""
+    path, reference = config.model.path, config.objective.kl.reference
+    kl = replace(config.objective.kl, reference=cached_folder(reference) or reference)
+    return replace(
+        config,
+        model=replace(config.model, path=cached_folder(path) or path),
+        objective=replace(config.objective, kl=kl),
+    )
 
 
 def _complete_sets(tree: Any) -> None:

@@ -12,7 +12,9 @@ from megatron_rl.config.rules import above_zero, at_least, literal_choices, requ
 class ModelConfig:
     """The checkpoint that training starts from, and the learner's precision."""
 
-    path: str = ""  # Hugging Face checkpoint folder: config.json, tokenizer, *.safetensors
+    # Hugging Face checkpoint folder: config.json, tokenizer, *.safetensors; or the name of a model
+    # in the hub's local cache
+    path: str = ""
     dtype: DType = "float32"  # of the learner; with bfloat16 the main weights stay float32
     # activations that the backward pass computes again, to save memory. selective: those of
     # attention and of dense feed-forward layers; full: of whole layers, of which only the input is

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rl.config.hub import cached_folder, how_to_fetch
 from megatron_rl.errors import DataError
 
 KINDS = {
@@ -60,7 +61,10 @@ def _files_of(path: str, key: str) -> list[Path]:
     found = [Path(each) for each in sorted(glob.glob(path))]
     if found:
         return [_known(each) for each in found if each.is_file()]
-    raise DataError(f"{path}: expected a file ({key}), found none")
+    if cached := cached_folder(path, kind="dataset"):
+        return _in_folder(Path(cached), key)
+    fetch = how_to_fetch(path, kind="dataset")
+    raise DataError(f"{path}: expected a file ({key}), found none{fetch}")
 
 
 def _known(file: Path) -> Path:

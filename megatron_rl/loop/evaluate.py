@@ -4,11 +4,11 @@ evaluates its own share of each set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, RewardTerm
 from megatron_rl.data.evaluation_sets import EvaluationSet
 from megatron_rl.engine.requests import EnginePool
 from megatron_rl.loop.evaluation_metrics import HELD_OUT, evaluation_metrics, prefix_of
@@ -16,6 +16,7 @@ from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.metrics import AllReduce, Metric, reduce
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import Prompt, RolloutGroup, Score, ScoredGroup
+from megatron_rl.reward.registry import verifiers_apart
 from megatron_rl.reward.score import best_constant_answer
 from megatron_rl.rollout.environment import Environment, EpisodeRequest
 from megatron_rl.rollout.live import check_versions, run_episodes
@@ -28,14 +29,17 @@ class Evaluator:
     """Everything that the head of a replica needs for an evaluation.
 
     Example: `Evaluator(pool=HttpEnginePool(...), environment=SingleTurn(...), score=scorer.score,
-    score_texts=scorer.score_texts, sets=(EvaluationSet(...),), folder=Path("runs/a/rollouts/eval"),
-    replica=0, num_replicas=2, share=share, all_reduce=parallel.reducer())`.
+    score_texts=scorer.score_texts, verifiers={"aime24": (RewardTerm(verifier="math_verify"),)},
+    sets=(EvaluationSet(...),), folder=Path("runs/a/rollouts/eval"), replica=0, num_replicas=2,
+    share=share, all_reduce=parallel.reducer())`.
     """
 
     pool: EnginePool
     environment: Environment
     score: Callable[[Sequence[RolloutGroup]], Sequence[tuple[Score, ...]]]
     score_texts: Callable[[Sequence[tuple[Prompt, str]]], Sequence[Score]]
+    # by the source of a prompt; of a source with several, each one's rewards are shown
+    verifiers: Mapping[str, Sequence[RewardTerm]]
     sets: tuple[EvaluationSet, ...]  # with the prompts of all replicas together
     folder: Path  # where the samples are recorded; those of a named set in a folder of its name
     replica: int
@@ -124,7 +128,13 @@ def _evaluate(evaluator: Evaluator, state: LoopState, config: Config) -> dict[st
             [one.without_judgement() for one in of_set],
             num_ranks=evaluator.num_replicas,
         )
+        sources = {prompt.source for prompt in each.prompts}
+        verifiers = {name: of for name, of in evaluator.verifiers.items() if name in sources}
         metrics |= evaluation_metrics(
-            of_set, each.num_samples, pass_at=each.pass_at, name=each.name
+            of_set,
+            each.num_samples,
+            pass_at=each.pass_at,
+            name=each.name,
+            verifiers=verifiers_apart(verifiers),
         )
     return reduce(metrics, evaluator.all_reduce)

@@ -17,6 +17,7 @@ import torch
 
 from megatron_rl.observe.metrics import Figures, Metric, mean_of
 from megatron_rl.records import ScoredGroup
+from megatron_rl.reward.registry import rewards_apart
 
 HELD_OUT = ""  # the name of the set of the held-out prompts
 
@@ -49,6 +50,7 @@ def evaluation_metrics(
     *,
     pass_at: Sequence[int] = (),
     name: str = HELD_OUT,
+    verifiers: Sequence[str] = (),
 ) -> dict[str, Metric]:
     """The metrics of one replica's share of a set, to be reduced over the replicas.
 
@@ -61,6 +63,7 @@ def evaluation_metrics(
         pass_at: the k of pass@k; (): `num_samples`.
         name: of the set. A named set also has the standard error of avg@k, over its questions, and
             the mean length of its responses.
+        verifiers: names of those whose rewards are shown apart, without their weights.
     """
     prefix = prefix_of(name)
     rollouts = [rollout for each in scored for rollout in each.group.rollouts]
@@ -81,6 +84,8 @@ def evaluation_metrics(
         f"{prefix}truncation_rate/mean": mean_of([each.is_truncated for each in rollouts]),
         f"{prefix}failure_rate/mean": mean_of([score.failure is not None for score in every]),
     }
+    for verifier, rewards in rewards_apart(all_known, verifiers).items():
+        metrics[f"{prefix}reward/verifier/{verifier}/mean"] = mean_of(rewards)
     if name != HELD_OUT:
         metrics[f"{prefix}response_tokens/mean"] = mean_of(
             [rollout.num_response_tokens for rollout in rollouts]

@@ -16,8 +16,7 @@ from megatron_rl.observe.metrics import Max, Metric, Sum, mean_of, reduce
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.records import SampledStep
-from megatron_rl.reward.registry import verifiers_apart
-from megatron_rl.reward.score import rewards_apart
+from megatron_rl.reward.registry import rewards_apart, verifiers_apart
 
 NOTHING_SAMPLED = SampledStep(groups=(), num_prompts=0, num_rounds=0)
 # The phases whose time counts towards tokens per second; evaluations and checkpoints do not count.

@@ -257,6 +257,7 @@ def _connect(
         environment=environment,
         score=scorer.score,
         score_texts=scorer.score_texts,
+        verifiers=checked.verifiers | checked.set_verifiers,
         sets=checked.sets,
         folder=Path(config.run_dir) / "rollouts" / "eval",
         replica=parallel.dp_rank,

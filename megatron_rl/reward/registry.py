@@ -68,6 +68,18 @@ def verifiers_apart(verifiers: Mapping[str, Sequence[RewardTerm]]) -> tuple[str,
     return tuple(dict.fromkeys(term.verifier for terms in several for term in terms))
 
 
+def rewards_apart(scores: Sequence[Score], names: Sequence[str]) -> dict[str, list[float]]:
+    """The rewards that each verifier gave, without its weight, by the verifier's name.
+
+    Args:
+        names: of verifiers of tasks that have several.
+    """
+    return {
+        name: [reward for score in scores for own, reward in score.verifier_rewards if own == name]
+        for name in names
+    }
+
+
 def _describe(terms: Sequence[RewardTerm]) -> str:
     if len(terms) == 1 and terms[0].weight == 1:
         return terms[0].verifier

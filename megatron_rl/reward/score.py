@@ -262,18 +262,6 @@ def rewards_of(scores: Sequence[Score]) -> tuple[float | None, ...]:
     )
 
 
-def rewards_apart(scores: Sequence[Score], names: Sequence[str]) -> dict[str, list[float]]:
-    """The rewards that each verifier gave, without its weight, by the verifier's name.
-
-    Args:
-        names: of verifiers of tasks that have several.
-    """
-    return {
-        name: [reward for score in scores for own, reward in score.verifier_rewards if own == name]
-        for name in names
-    }
-
-
 def best_constant_answer(
     prompts: Sequence[Prompt],
     score_fn: Callable[[Sequence[tuple[Prompt, str]]], Sequence[Score]],

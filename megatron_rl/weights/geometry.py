@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.hub import how_to_fetch
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.weights.families.family import ModelFamily, find_family
 from megatron_rl.weights.stages import Layout, PipelineParts, pipeline_parts
@@ -141,7 +142,8 @@ def read_hf_config(model_path: str | Path) -> dict[str, Any]:
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise DataError(
-            f"model.path: expected a Hugging Face checkpoint with a config.json, got none at {path}"
+            "model.path: expected a Hugging Face checkpoint with a config.json, got none at "
+            f"{path}{how_to_fetch(str(model_path))}"
         )
     try:
         raw = json.loads(path.read_text())

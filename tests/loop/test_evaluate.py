@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_rl.config import Config, EvalConfig, SamplingConfig
+from megatron_rl.config import Config, EvalConfig, RewardTerm, SamplingConfig
 from megatron_rl.data.evaluation_sets import EvaluationSet, held_out_set
 from megatron_rl.engine.requests import Sampler
 from megatron_rl.errors import EngineError
@@ -39,10 +40,22 @@ class AnsweringEnvironment:
 
 
 def score_by_index(groups: Sequence[RolloutGroup]) -> list[tuple[Score, ...]]:
-    """Right for even prompts."""
-    return [make_scores(*[float(g.prompt.index % 2 == 0)] * len(g.rollouts)) for g in groups]
+    """Right for even prompts, according to the first of two verifiers; never to the other one."""
+    scores = [make_scores(*[float(g.prompt.index % 2 == 0)] * len(g.rollouts)) for g in groups]
+    return [
+        tuple(
+            replace(score, verifier_rewards=(("numeric", score.reward), ("exact", 0.0)))
+            for score in of_group
+        )
+        for of_group in scores
+    ]
 
 
+# The held-out prompts have one verifier, those of the set "sums" two.
+VERIFIERS = {
+    "task": (RewardTerm(verifier="exact"),),
+    "eval/sums": (RewardTerm(verifier="numeric"), RewardTerm(verifier="exact", weight=0.5)),
+}
 CONFIG = Config(eval=EvalConfig(num_samples=2))
 
 
@@ -61,6 +74,7 @@ def make_evaluator(
         score_texts=lambda pairs: [
             Score(reward=1.0, is_formatted=True, failure=None) for _ in pairs
         ],
+        verifiers=VERIFIERS,
         sets=(held_out_set([make_prompt(index) for index in range(4)], CONFIG.eval), *sets),
         folder=folder,
         replica=replica,
@@ -150,6 +164,17 @@ def test_named_sets_have_figures_records_and_samples_of_their_own(tmp_path: Path
         assert {each.group.prompt.source for each in recorded} == {
             f"eval/{folder}" if folder else "task"
         }
+
+
+def test_the_verifiers_of_a_set_with_several_are_shown_apart(tmp_path: Path) -> None:
+    sets = named("sums", 0, 1, 2, 4), named("other", 0)
+    figures = evaluate_sets(
+        make_evaluator(tmp_path, AnsweringEnvironment(), *sets), STATE, CONFIG, phase
+    )
+    assert {key: figures[key] for key in figures if "verifier" in key} == {
+        "eval/sums/reward/verifier/numeric/mean": 0.75,
+        "eval/sums/reward/verifier/exact/mean": 0.0,
+    }
 
 
 def test_the_held_out_prompts_alone_give_what_they_give_beside_sets(tmp_path: Path) -> None:

@@ -97,6 +97,26 @@ def test_a_named_set_worked_by_hand() -> None:
     )
 
 
+def test_each_of_several_verifiers_worked_by_hand() -> None:
+    """Four responses, of which one could not be scored: numeric gave 1, 0, 1, exact 1, 0, 0."""
+    known = [
+        Score(
+            reward=first + 0.5 * second,
+            is_formatted=True,
+            failure=None,
+            verifier_rewards=(("numeric", first), ("exact", second)),
+        )
+        for first, second in ((1.0, 1.0), (0.0, 0.0), (1.0, 0.0))
+    ]
+    group = make_group(0, *[make_rollout()] * 4)
+    judged = [ScoredGroup(group=group, scores=(*known, *make_scores(None)))]
+    verifiers = ("numeric", "exact")
+    figures = reduce(evaluation_metrics(judged, 4, name="sums", verifiers=verifiers), alone)
+    assert figures["eval/sums/reward/verifier/numeric/mean"] == pytest.approx(2 / 3)
+    assert figures["eval/sums/reward/verifier/exact/mean"] == pytest.approx(1 / 3)
+    assert figures["eval/sums/reward/mean"] == pytest.approx((1.5 + 0 + 1) / 3)
+
+
 def test_fewer_known_responses_than_k() -> None:
     """Of three responses one could not be scored: pass@3 is that of the other two."""
     figures = reduce(evaluation_metrics([scored(0, None, 1, 0)], 3, pass_at=(1, 3)), alone)
@@ -107,7 +127,9 @@ def test_a_replica_without_prompts_takes_part() -> None:
     """More replicas than prompts: equal keys on every rank, or the reduction hangs."""
     one = [scored(0, 1.0)]
     for name in ("", "aime24"):
-        some, none = evaluation_metrics(one, 1, name=name), evaluation_metrics([], 1, name=name)
+        some, none = (
+            evaluation_metrics(part, 1, name=name, verifiers=("exact",)) for part in (one, [])
+        )
         assert some.keys() == none.keys()
         assert reduce(none, alone) == {}
 

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_rl.config import RewardConfig, RewardTerm
-from megatron_rl.reward.score import Scorer, rewards_apart
+from megatron_rl.reward.registry import rewards_apart
+from megatron_rl.reward.score import Scorer
 from tests.reward.groups import make_group
 
 VERIFIERS = """
