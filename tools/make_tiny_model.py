@@ -1,8 +1,9 @@
-"""Writes a small Qwen3 checkpoint with a character tokenizer, which transformers and vLLM can load.
+"""Writes a small checkpoint with a character tokenizer, which transformers and vLLM can load.
 
     python tools/make_tiny_model.py OUT [--hidden 128] [--layers 4] ...
+    python tools/make_tiny_model.py OUT --model-type qwen3_moe --experts 8 --random-norms
 
-The weights are random. The defaults give the quickstart's model with 0.8M parameters. Every
+The weights are random. The defaults give the quickstart's Qwen3 with 0.8M parameters. Every
 printable ASCII character and the newline is one token, so every digit of a number is a token of its
 own; a prompt starts with `<bos>`. The same options give the same bytes. OUT is created only when it
 is complete. If OUT already holds this model, nothing is written; if it holds anything else, that is
@@ -19,11 +20,25 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.utils.logging import disable_progress_bar
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 VOCAB_SIZE = 128
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "qwen2_moe": Qwen2MoeConfig,  # with a shared expert
+    "mixtral": MixtralConfig,
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -47,9 +62,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_config(options: argparse.Namespace) -> Qwen3Config:
+def build_config(options: argparse.Namespace) -> PreTrainedConfig:
     """The model's config from the options of the command line."""
-    return Qwen3Config(
+    return CONFIGS[options.model_type](
         vocab_size=VOCAB_SIZE,
         hidden_size=options.hidden,
         intermediate_size=options.intermediate or 3 * options.hidden,
@@ -64,7 +79,33 @@ def build_config(options: argparse.Namespace) -> Qwen3Config:
         eos_token_id=2,
         pad_token_id=0,
         dtype="float32",
+        **_expert_options(options),
     )
+
+
+def _expert_options(options: argparse.Namespace) -> dict[str, object]:
+    """Of a mixture of experts; empty for a dense model."""
+    if options.model_type == "qwen3":
+        return {}
+    num_chosen = {"num_experts_per_tok": options.chosen_experts}
+    if options.model_type == "mixtral":  # whose experts have the width of --intermediate
+        return num_chosen | {"num_local_experts": options.experts}
+    sizes = {"num_experts": options.experts, "moe_intermediate_size": options.expert_width}
+    if options.model_type == "qwen2_moe":
+        return num_chosen | sizes | {"shared_expert_intermediate_size": 2 * options.expert_width}
+    return num_chosen | sizes | {"norm_topk_prob": True}
+
+
+def _randomize(model: torch.nn.Module) -> None:
+    """Draw norms and biases too: they are ones and zeros in a new model, so swapped ones would go
+    unseen.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(0.0, 0.3).add_(1.0)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
 
 
 def write_model(out: Path, options: argparse.Namespace) -> int:
@@ -74,7 +115,9 @@ def write_model(out: Path, options: argparse.Namespace) -> int:
         FileExistsError: `out` holds something other than this model.
     """
     torch.manual_seed(options.seed)
-    model = Qwen3ForCausalLM(build_config(options)).to(torch.float32)
+    model = AutoModelForCausalLM.from_config(build_config(options)).to(torch.float32)
+    if options.random_norms:
+        _randomize(model)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -103,12 +146,19 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to create")
+    parser.add_argument("--model-type", choices=CONFIGS, default="qwen3")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=0, help="0: three times hidden")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=32, help="vLLM on the CPU: 32, 64, ...")
+    parser.add_argument("--experts", type=int, default=8, help="of a mixture of experts")
+    parser.add_argument("--chosen-experts", type=int, default=2, help="that a token is sent to")
+    parser.add_argument("--expert-width", type=int, default=96, help="columns of one expert")
+    parser.add_argument(
+        "--random-norms", action="store_true", help="draw norms and biases too, for comparisons"
+    )
     parser.add_argument("--context", type=int, default=256, help="positions")
     parser.add_argument(
         "--initializer-range",

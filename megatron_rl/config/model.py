@@ -35,6 +35,8 @@ class ParallelConfig:
     # divides the activations of norms and residuals along the row over the tensor-parallel ranks
     sequence_parallel: bool = False
     context: int = 1  # ranks that share each row, every sequence divided among them
+    expert: int = 1  # ranks among which the experts are divided; they are of several replicas
+    expert_tensor: int = 1  # ranks that hold a shard of each expert, independently of `tensor`
     pipeline: int = 1
     virtual_pipeline: int = 1  # parts of the model on each pipeline rank, for a smaller bubble
     # decoder layers of each part of the pipeline, in layer order: pipeline x virtual_pipeline
@@ -49,6 +51,8 @@ class ParallelConfig:
             1,
             tensor=self.tensor,
             context=self.context,
+            expert=self.expert,
+            expert_tensor=self.expert_tensor,
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual_pipeline,
         )

@@ -14,11 +14,29 @@ from typing import Any
 
 from megatron_rl.config.hub import how_to_fetch
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.weights.families.family import ModelFamily, find_family
+from megatron_rl.weights.families.family import ExpertKeys, ModelFamily, find_family
 from megatron_rl.weights.stages import Layout, PipelineParts, pipeline_parts
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # supported by learner and engine
 PADDING_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGeometry:
+    """The numbers of a mixture of experts, which takes the place of every layer's feed-forward
+    layer.
+
+    Example of Qwen3-30B-A3B: `ExpertGeometry(num_experts=128, num_chosen=8, ffn_hidden_size=768,
+    shared_ffn_hidden_size=0, is_normalised=True)`.
+    """
+
+    num_experts: int
+    num_chosen: int  # experts that a token is sent to
+    ffn_hidden_size: int  # of one expert
+    shared_ffn_hidden_size: int  # of the expert that every token is sent to, with a gate; 0: none
+    # Whether the weights of a token's chosen experts are divided by their sum. They are the softmax
+    # over all experts; divided, they are the softmax over the chosen ones.
+    is_normalised: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +64,7 @@ class Geometry:
     is_tied: bool
     rope_theta: float
     has_rope_scaling: bool
+    experts: ExpertGeometry | None = None  # None: every layer has one feed-forward layer
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The vocabulary size rounded up to a multiple of 128 x TP, as in Megatron. The added
@@ -56,13 +75,14 @@ class Geometry:
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ConfigError if TP does not divide the numbers of heads and columns, if TP and the
-        number of key-value heads do not divide each other, or if the pipeline does not divide the
-        layers.
+        number of key-value heads do not divide each other, if the pipeline does not divide the
+        layers, or if the experts do not fit expert parallelism.
         """
         tensor = layout.tensor
+        columns = self.experts.shared_ffn_hidden_size if self.experts else self.ffn_hidden_size
         for what, count in (
             ("attention heads", self.num_heads),
-            ("columns of the feed-forward layer", self.ffn_hidden_size),
+            ("columns of the feed-forward layer", columns),
             (
                 "rows of queries, keys and values",
                 (self.num_heads + 2 * self.num_query_groups) * self.head_dim,
@@ -80,7 +100,33 @@ class Geometry:
                 f"parallel.tensor={tensor}: expected a divisor or a multiple of the model's "
                 f"{groups} key-value heads; change parallel.tensor"
             )
+        self._check_experts(layout)
         self.parts(layout)
+
+    def _check_experts(self, layout: Layout) -> None:
+        sizes = {"parallel.expert": layout.expert, "parallel.expert_tensor": layout.expert_tensor}
+        if self.experts is None:
+            for key, size in sizes.items():
+                if size > 1:
+                    raise ConfigError(
+                        f"{key}={size}: expected 1 for a model without experts; change {key}"
+                    )
+            return
+        if layout.tensor > 1 and not layout.sequence_parallel:
+            raise ConfigError(
+                "parallel.sequence_parallel: expected true for a mixture of experts with "
+                f"parallel.tensor={layout.tensor}, got false; set "
+                "parallel.sequence_parallel=true"
+            )
+        counts = (self.experts.num_experts, self.experts.ffn_hidden_size)
+        for (key, size), count, what in zip(
+            sizes.items(), counts, ("experts", "columns of an expert"), strict=True
+        ):
+            if count % size:
+                raise ConfigError(
+                    f"{key}={size} does not divide the model's {count} {what}: expected a "
+                    f"divisor of {count}; change {key}"
+                )
 
     def parts(self, layout: Layout) -> PipelineParts:
         """The parts of the pipeline; raises ConfigError if it does not divide the layers."""
@@ -134,6 +180,26 @@ def _geometry(raw: dict[str, Any], family: ModelFamily, model_path: str | Path) 
         is_tied=bool(raw.get("tie_word_embeddings", False)),
         rope_theta=float(rope["rope_theta"]),
         has_rope_scaling=rope["rope_type"] != "default",
+        experts=_experts(raw, family.experts, model_path) if family.experts else None,
+    )
+
+
+def _experts(raw: dict[str, Any], keys: ExpertKeys, model_path: str | Path) -> ExpertGeometry:
+    num_experts = next((raw[key] for key in keys.num_experts if raw.get(key)), None)
+    if num_experts is None:
+        raise KeyError(keys.num_experts[0])
+    num_chosen = raw["num_experts_per_tok"]
+    if not 1 <= num_chosen <= num_experts:
+        raise DataError(
+            f"{model_path}/config.json: expected num_experts_per_tok from 1 to {num_experts}, the "
+            f"number of experts, got {num_chosen}"
+        )
+    return ExpertGeometry(
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+        ffn_hidden_size=raw[keys.ffn],
+        shared_ffn_hidden_size=raw[keys.shared_ffn] if keys.shared_ffn else 0,
+        is_normalised=bool(raw.get(keys.is_normalised, False)) if keys.is_normalised else True,
     )
 
 

@@ -8,6 +8,9 @@ dimension for tensor parallelism:
 - `linear_fc1` holds the gate's rows, then the up projection's;
 - the embedding and the output layer are padded with zero rows up to 128 x TP.
 
+Tensors of experts are sharded over the expert tensor-parallel ranks in the same way; the experts
+themselves are divided among the expert-parallel ranks, in order.
+
 `shard_from_hf` builds the shard of one TP rank and reads only the slices that it needs;
 `hf_from_shard` is its inverse for one shard. The record of a model's family (`weights/families/`)
 lists its tensors. This module works on names and tensors only, without process groups and without
@@ -16,8 +19,10 @@ Megatron.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -45,6 +50,23 @@ class TensorRule:
     megatron_names: tuple[str, ...]  # every name that a Megatron layer spec may use for it
     layer: int | None  # None for a tensor outside the decoder layers
     is_last_stage: bool  # for such a tensor: on the last pipeline stage, otherwise on the first
+    expert: int | None = None  # the number of the expert that the tensor belongs to
+
+    def local_names(self, first_layer: int, first_expert: int) -> tuple[str, ...]:
+        """The names in a part of the model that numbers its own layers and experts from 0.
+
+        Args:
+            first_layer, first_expert: the model's numbers of the part's first ones.
+        """
+        names = self.megatron_names
+        if self.layer is not None:
+            here = f"decoder.layers.{self.layer - first_layer}."
+            names = tuple(name.replace(f"decoder.layers.{self.layer}.", here) for name in names)
+        if self.expert is None:
+            return names
+        # the number ends in a dot in Megatron's own experts, or ends the name
+        number, here = re.compile(rf"(local_experts\.|weight){self.expert}(?=\.|$)"), self.expert
+        return tuple(number.sub(rf"\g<1>{here - first_expert}", name) for name in names)
 
     def part(self, parts: PipelineParts) -> int:
         """The part of the pipeline that owns the tensor."""
@@ -60,21 +82,38 @@ def tensor_rules(geometry: Geometry) -> list[TensorRule]:
     family = find_family(geometry.model_type)
     rules = [_rule(family.embedding, layer=None, is_last_stage=False)]
     for layer in range(geometry.num_layers):
-        rules += [_rule(row, layer=layer, is_last_stage=False) for row in family.layer]
+        rules += _layer_rules(family.layer, geometry, layer)
     rules.append(_rule(family.final_norm, layer=None, is_last_stage=True))
     if not geometry.is_tied:
         rules.append(_rule(family.head, layer=None, is_last_stage=True))
     return rules
 
 
-def _rule(row: TensorRow, *, layer: int | None, is_last_stage: bool) -> TensorRule:
+def _layer_rules(rows: Sequence[TensorRow], geometry: Geometry, layer: int) -> Iterator[TensorRule]:
+    """The tensors of a layer. Rows of experts that follow each other are repeated together, expert
+    by expert.
+    """
+    num_experts = geometry.experts.num_experts if geometry.experts else 0
+    for is_expert, group in groupby(rows, key=lambda row: row.is_expert):
+        together = list(group)
+        for expert in range(num_experts) if is_expert else (None,):
+            for row in together:
+                yield _rule(row, layer=layer, is_last_stage=False, expert=expert)
+
+
+def _rule(
+    row: TensorRow, *, layer: int | None, is_last_stage: bool, expert: int | None = None
+) -> TensorRule:
     return TensorRule(
         kind=row.kind,
-        hf_names=tuple(name.format(layer=layer) for name in row.hf_names),
+        hf_names=tuple(name.format(layer=layer, expert=expert) for name in row.hf_names),
         hf_shapes=row.hf_shapes,
-        megatron_names=tuple(name.format(layer=layer) for name in row.megatron_names),
+        megatron_names=tuple(
+            name.format(layer=layer, expert=expert) for name in row.megatron_names
+        ),
         layer=layer,
         is_last_stage=is_last_stage,
+        expert=expert,
     )
 
 
@@ -94,7 +133,12 @@ def hf_shapes(rule: TensorRule, geometry: Geometry) -> list[tuple[int, ...]]:
         "key_value": geometry.num_query_groups * geometry.head_dim,
         "head": geometry.head_dim,
         "vocab": geometry.vocab_size,
+        "one": 1,
     }
+    if geometry.experts:
+        counts["experts"] = geometry.experts.num_experts
+        counts["expert_ffn"] = geometry.experts.ffn_hidden_size
+        counts["shared_ffn"] = geometry.experts.shared_ffn_hidden_size
     return [tuple(counts[size] for size in shape) for shape in rule.hf_shapes]
 
 
@@ -125,6 +169,16 @@ def shard_from_hf(
     if rule.kind == "qkv":
         return _interleave_qkv(parts, geometry)
     return torch.cat(parts) if rule.kind == "gate_up" else parts[0]
+
+
+def shard_shape(rule: TensorRule, geometry: Geometry, size: int) -> tuple[int, ...]:
+    """The shape of one rank's shard of a tensor without padding that `size` ranks divide."""
+    dimension = cut_dimension(rule.kind)
+    cut = [list(shape) for shape in hf_shapes(rule, geometry)]
+    if dimension is not None:
+        for shape in cut:
+            shape[dimension] //= size
+    return (sum(shape[0] for shape in cut), *cut[0][1:])
 
 
 def hf_from_shard(rule: TensorRule, geometry: Geometry, shard: torch.Tensor) -> list[torch.Tensor]:

@@ -22,6 +22,18 @@ class Layout(Protocol):
         """The number of tensor-parallel ranks."""
 
     @property
+    def sequence_parallel(self) -> bool:
+        """Whether the tensor-parallel ranks divide the positions of a row."""
+
+    @property
+    def expert(self) -> int:
+        """The number of expert-parallel ranks, which divide the experts."""
+
+    @property
+    def expert_tensor(self) -> int:
+        """The number of ranks that hold a shard of each expert."""
+
+    @property
     def pipeline(self) -> int:
         """The number of pipeline ranks."""
 

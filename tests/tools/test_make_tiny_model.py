@@ -8,6 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rl.weights.agreement import check_checkpoint
+from megatron_rl.weights.geometry import read_geometry
+from megatron_rl.weights.huggingface import CheckpointReader
+from megatron_rl.weights.rules import hf_shapes, tensor_rules
 from tools import make_tiny_model
 
 EOS_INDEX = torch.tensor([2])
@@ -87,3 +91,25 @@ def test_options_reach_the_model(tmp_path):
     assert shape == (64, 192, 1)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 32)
     assert config.tie_word_embeddings and config.max_position_embeddings == 64
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_mixtures_of_experts(model_type, tmp_path, capsys):
+    options = ["--hidden", "64", "--layers", "1", "--experts", "4", "--random-norms"]
+    out = tmp_path / "model"
+    assert make_tiny_model.main([str(out), "--model-type", model_type, *options]) == 0
+    geometry = read_geometry(out)
+    check_checkpoint(str(out), geometry)
+    count = sum(
+        torch.Size(shape).numel()
+        for rule in tensor_rules(geometry)
+        for shape in hf_shapes(rule, geometry)
+    )
+    assert f"{out}: {model_type}, {count:,} parameters" in capsys.readouterr().out
+    reader = CheckpointReader(out)
+    drawn = [name for name in reader.names if name.endswith(("norm.weight", "bias"))]
+    for name in drawn:
+        assert reader.read(name, None, 0, 0).std() > 0.1, name
+    width = 192 if model_type == "mixtral" else 96
+    assert geometry.experts.ffn_hidden_size == width
+    assert geometry.experts.is_normalised == (model_type != "qwen2_moe")

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from megatron_rl.config import ParallelConfig
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.weights.geometry import (
+    ExpertGeometry,
     layer_types,
     read_geometry,
     read_hf_config,
@@ -108,8 +109,12 @@ def test_rope_settings_of_old_and_new_form(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "gpt2"}, "expected model_type one of llama, qwen2, qwen3, got 'gpt2'"),
-        ({"model_type": "qwen3_moe"}, "got 'qwen3_moe'"),
+        (
+            {"model_type": "gpt2"},
+            "expected model_type one of llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, got "
+            "'gpt2'",
+        ),
+        ({"model_type": "gpt_oss"}, "got 'gpt_oss'"),
         ({"model_type": None}, "got None"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
@@ -271,3 +276,70 @@ def test_key_value_heads_and_ranks_that_do_not_divide_each_other(tmp_path: Path)
 def test_padded_vocabulary(tmp_path: Path, vocab_size: int, tensor: int, padded: int) -> None:
     geometry = read_geometry(write(tmp_path, vocab_size=vocab_size))
     assert geometry.padded_vocab_size(tensor) == padded
+
+
+def write_experts(folder: Path, **options: Any) -> Path:
+    return write(
+        folder,
+        **{
+            "model_type": "qwen3_moe",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "norm_topk_prob": True,
+            **options,
+        },
+    )
+
+
+def test_experts_are_read(tmp_path: Path) -> None:
+    assert read_geometry(write(tmp_path)).experts is None
+    assert read_geometry(write_experts(tmp_path)).experts == ExpertGeometry(
+        num_experts=8,
+        num_chosen=2,
+        ffn_hidden_size=12,
+        shared_ffn_hidden_size=0,
+        is_normalised=True,
+    )
+    renamed = {"num_experts": None, "num_local_experts": 4, "norm_topk_prob": None}
+    experts = read_geometry(write_experts(tmp_path, **renamed)).experts
+    assert (experts.num_experts, experts.is_normalised) == (4, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_experts": None}, "expected a key 'num_experts', got none"),
+        ({"num_experts_per_tok": 9}, "expected num_experts_per_tok from 1 to 8"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2, which the learner does not build"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers=[0], which the learner does not build"),
+    ],
+)
+def test_experts_that_are_refused(tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    with pytest.raises((ConfigError, DataError)) as caught:
+        read_geometry(write_experts(tmp_path, **options))
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [
+        ({"expert": 3}, "parallel.expert=3 does not divide the model's 8 experts"),
+        ({"expert_tensor": 5}, "parallel.expert_tensor=5 does not divide the model's 12 columns"),
+        ({"tensor": 2}, "parallel.sequence_parallel: expected true for a mixture of experts"),
+    ],
+)
+def test_layouts_that_experts_do_not_allow(
+    tmp_path: Path, layout: dict[str, Any], named: str
+) -> None:
+    geometry = read_geometry(write_experts(tmp_path))
+    geometry.check_layout(ParallelConfig(expert=4, expert_tensor=3))
+    geometry.check_layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=8))
+    with pytest.raises(ConfigError) as caught:
+        geometry.check_layout(ParallelConfig(**layout))
+    assert named in str(caught.value)
+
+
+def test_a_dense_model_has_no_expert_parallelism(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.expert=2: expected 1 for a model without"):
+        read_geometry(write(tmp_path)).check_layout(ParallelConfig(expert=2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_rl.weights.geometry import Geometry
+from megatron_rl.weights.geometry import ExpertGeometry, Geometry
 from megatron_rl.weights.rules import (
     cut_dimension,
     has_split_groups,
@@ -15,10 +15,35 @@ from megatron_rl.weights.rules import (
     hf_shapes,
     join_parts,
     shard_from_hf,
+    shard_shape,
     tensor_rules,
 )
 from megatron_rl.weights.stages import PipelineParts
+from tests.learner.support.parity_models import by_expert
 
+EXPERTS = {
+    "qwen3_moe": ExpertGeometry(
+        num_experts=12,
+        num_chosen=2,
+        ffn_hidden_size=8,
+        shared_ffn_hidden_size=0,
+        is_normalised=True,
+    ),
+    "qwen2_moe": ExpertGeometry(
+        num_experts=4,
+        num_chosen=2,
+        ffn_hidden_size=8,
+        shared_ffn_hidden_size=20,
+        is_normalised=False,
+    ),
+    "mixtral": ExpertGeometry(
+        num_experts=4,
+        num_chosen=2,
+        ffn_hidden_size=40,
+        shared_ffn_hidden_size=0,
+        is_normalised=True,
+    ),
+}
 GEOMETRIES = {
     model_type: Geometry(
         model_type=model_type,
@@ -31,16 +56,20 @@ GEOMETRIES = {
         vocab_size=vocab_size,
         max_position_embeddings=64,
         norm_epsilon=1e-6,
-        has_qk_norm=model_type == "qwen3",
-        has_qkv_bias=model_type == "qwen2",
+        has_qk_norm=model_type in ("qwen3", "qwen3_moe"),
+        has_qkv_bias=model_type in ("qwen2", "qwen2_moe"),
         is_tied=is_tied,
         rope_theta=10000.0,
         has_rope_scaling=False,
+        experts=EXPERTS.get(model_type),
     )
     for model_type, vocab_size, is_tied in (
         ("qwen3", 131, False),
         ("qwen2", 97, True),
         ("llama", 640, False),
+        ("qwen3_moe", 131, False),
+        ("qwen2_moe", 97, True),
+        ("mixtral", 640, False),
     )
 }
 
@@ -114,16 +143,70 @@ def test_names_and_shapes_are_those_of_transformers(model_type: str) -> None:
         head_dim=geometry.head_dim,
         vocab_size=geometry.vocab_size,
         tie_word_embeddings=geometry.is_tied,
+        **expert_options(geometry),
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    expected = {
+        part: tuple(tensor.shape)
+        for name, parameter in model.named_parameters()
+        for part, tensor in by_expert(name, parameter, model_type)
+    }
     found = {
         name: shape
         for rule in tensor_rules(geometry)
         for name, shape in zip(rule.hf_names, hf_shapes(rule, geometry), strict=True)
     }
     assert found == expected
+
+
+def expert_options(geometry: Geometry) -> dict[str, int]:
+    """Of config.json."""
+    if geometry.experts is None:
+        return {}
+    experts = geometry.experts
+    options = {"num_experts": experts.num_experts, "num_experts_per_tok": experts.num_chosen}
+    if geometry.model_type == "mixtral":
+        return options | {"num_local_experts": experts.num_experts}
+    options["moe_intermediate_size"] = experts.ffn_hidden_size
+    if experts.shared_ffn_hidden_size:
+        options["shared_expert_intermediate_size"] = experts.shared_ffn_hidden_size
+    return options
+
+
+def test_experts_come_one_after_another_with_the_numbers_of_their_rank() -> None:
+    rules = [rule for rule in tensor_rules(GEOMETRIES["qwen3_moe"]) if rule.expert is not None]
+    assert [(rule.layer, rule.expert) for rule in rules[:5]] == [
+        (0, 0),
+        (0, 0),
+        (0, 1),
+        (0, 1),
+        (0, 2),
+    ]
+    assert rules[22].hf_names == (
+        "model.layers.0.mlp.experts.11.gate_proj.weight",
+        "model.layers.0.mlp.experts.11.up_proj.weight",
+    )
+    # the second of two expert-parallel ranks has the experts 6 to 11
+    assert rules[22].local_names(0, 6) == (
+        "decoder.layers.0.mlp.experts.local_experts.5.linear_fc1.weight",
+        "decoder.layers.0.mlp.experts.linear_fc1.weight5",
+    )
+    last = rules[-1]  # of layer 3, on a pipeline rank whose first layer is 2
+    assert last.local_names(2, 0) == (
+        "decoder.layers.1.mlp.experts.local_experts.11.linear_fc2.weight",
+        "decoder.layers.1.mlp.experts.linear_fc2.weight11",
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shapes_of_shards(size: int) -> None:
+    geometry = GEOMETRIES["qwen2_moe"]
+    tensors = checkpoint(geometry)
+    for rule in tensor_rules(geometry):
+        if rule.kind != "vocab":  # which is padded
+            shard = shard_from_hf(rule, geometry, Slices(tensors), size - 1, size)
+            assert shard_shape(rule, geometry, size) == shard.shape
 
 
 def small(**changes: int) -> Geometry:

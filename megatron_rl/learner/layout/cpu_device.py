@@ -10,6 +10,7 @@ pinned release no longer contains such a place, so that obsolete adaptations are
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +158,15 @@ class _CpuStream:
 
     def wait_stream(self, stream: object) -> None: ...
 
+    def record_event(self, event: object = None) -> _CpuEvent:
+        return _CpuEvent()
+
+
+class _CpuEvent:
+    """Replaces an event of a stream."""
+
+    def synchronize(self) -> None: ...
+
 
 CPU_STREAM = _CpuStream()
 
@@ -167,6 +177,7 @@ def _cuda_is_the_cpu() -> None:
 
     torch.cuda.current_device = lambda: CPU
     torch.cuda.current_stream = lambda *_, **__: CPU_STREAM
+    torch.cuda.stream = lambda _: nullcontext()
     torch.cuda._lazy_call = lambda callback, **_: callback()
     torch.cuda._lazy_init = torch.cuda.synchronize = nothing
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing

@@ -38,6 +38,9 @@ class Parallel:
     dp_group: dist.ProcessGroup  # one rank per replica; sequences are distributed among them
     cp_group: dist.ProcessGroup  # the ranks that share each row
     model_group: dist.ProcessGroup  # TP x CP x PP: the ranks of one replica
+    ep_group: dist.ProcessGroup  # the ranks among which the experts are divided
+    etp_group: dist.ProcessGroup  # the ranks that hold shards of the same experts
+    edp_group: dist.ProcessGroup  # the ranks that hold the same shards of the same experts
     host: HostGroups  # for Python objects and counts
 
     @property
@@ -93,6 +96,23 @@ class Parallel:
         are then the ranks of its `host.pp`, in order.
         """
         return self.holds_exported_copy and self.tp_rank == 0
+
+    @property
+    def holds_exported_experts(self) -> bool:
+        """Whether this is one of the EP x ETP x PP ranks whose copy of the experts is exported."""
+        return self.edp_group.rank() == 0
+
+    def expert_holder(self, ep_rank: int, etp_rank: int, pp_rank: int) -> int:
+        """The global rank whose copy of these experts is exported. Megatron numbers the ranks of a
+        pipeline stage by ETP, then EP, then copies (core/parallel_state.py).
+        """
+        per_stage = self.world_size // self.pp_size
+        return pp_rank * per_stage + ep_rank * self.etp_group.size() + etp_rank
+
+    def own_experts(self, num_experts: int) -> range:
+        """The numbers of the experts that this rank holds, or holds shards of."""
+        count = num_experts // self.ep_group.size()
+        return range(self.ep_group.rank() * count, (self.ep_group.rank() + 1) * count)
 
     @property
     def is_first_stage(self) -> bool:
@@ -183,7 +203,7 @@ def check_world_size(config: ParallelConfig, world_size: int | None = None) -> i
         world_size: None means the ranks that torchrun started; 1 without torchrun.
 
     Raises:
-        ConfigError: it is not a multiple of TP x CP x PP.
+        ConfigError: it is not a multiple of TP x CP x PP and of EP x ETP x PP.
     """
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -193,6 +213,13 @@ def check_world_size(config: ParallelConfig, world_size: int | None = None) -> i
             "parallel: expected a world size that is a multiple of tensor x context x pipeline = "
             f"{model_size}, got {world_size}; change parallel.tensor, parallel.context, "
             "parallel.pipeline or torchrun's --nproc_per_node"
+        )
+    expert_size = config.expert * config.expert_tensor * config.pipeline
+    if world_size % expert_size:
+        raise ConfigError(
+            "parallel: expected a world size that is a multiple of expert x expert_tensor x "
+            f"pipeline = {expert_size}, got {world_size}; change parallel.expert, "
+            "parallel.expert_tensor, parallel.pipeline or torchrun's --nproc_per_node"
         )
     return world_size
 
@@ -243,6 +270,8 @@ def create_groups(config: ParallelConfig, *, has_gloo_groups: bool) -> None:
         virtual_pipeline_model_parallel_size=(
             config.virtual_pipeline if config.virtual_pipeline > 1 else None
         ),
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
         create_gloo_process_groups=has_gloo_groups,
         distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
     )
@@ -269,6 +298,9 @@ def current_parallel(config: ParallelConfig, device: torch.device) -> Parallel:
         dp_group=dp_group,
         cp_group=cp_group,
         model_group=model_group,
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group(),
+        edp_group=parallel_state.get_expert_data_parallel_group(),
         host=host_groups(model=model_group, pp=pp_group, dp=dp_group, timeout=timeout),
     )
 

@@ -23,6 +23,11 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.cpu_device import is_cpu_run
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.attention import packed_attention_module
+from megatron_rl.learner.model.experts import (
+    expert_settings,
+    hand_rows_to_experts,
+    use_row_routing,
+)
 from megatron_rl.learner.model.head import score_chosen_positions
 from megatron_rl.learner.model.norm import root_mean_square_norm
 from megatron_rl.weights.geometry import Geometry, read_hf_config, rope_parameters
@@ -130,8 +135,18 @@ def transformer_config(
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **_pipeline_settings(geometry, parallel.layout),
-        **RECOMPUTATIONS[activation_recomputation],
+        **expert_settings(geometry.experts, parallel.layout, is_grouped=has_transformer_engine()),
+        **_recomputation_settings(geometry, activation_recomputation),
     )
+
+
+def _recomputation_settings(
+    geometry: Geometry, recomputation: ActivationRecomputation
+) -> dict[str, Any]:
+    settings = RECOMPUTATIONS[recomputation]
+    if recomputation == "selective" and geometry.experts:
+        settings = settings | {"recompute_modules": ["core_attn", "moe"]}
+    return settings
 
 
 def _pipeline_settings(geometry: Geometry, layout: ParallelConfig) -> dict[str, Any]:
@@ -209,6 +224,8 @@ def _build_gpt(
         parallel_output=True,
         vp_stage=vp_stage,
     )
+    if geometry.experts:
+        hand_rows_to_experts(model)
     if model.post_process:
         score_chosen_positions(model)
     if inverse_frequencies is not None:
@@ -224,14 +241,18 @@ def layer_spec(geometry: Geometry, transformer: TransformerConfig, vp_stage: int
         get_num_layers_to_build,
     )
 
+    options: dict[str, Any] = {
+        "num_experts": geometry.experts.num_experts if geometry.experts else None,
+        "moe_grouped_gemm": has_transformer_engine() and geometry.experts is not None,
+        "qk_layernorm": geometry.has_qk_norm,
+    }
     if has_transformer_engine():
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=geometry.has_qk_norm
-        )
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(
-        qk_layernorm=geometry.has_qk_norm, normalization="RMSNorm"
-    )
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
+        use_row_routing(spec.submodules, geometry)
+        return spec
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(**options, normalization="RMSNorm")
     norm, layer = root_mean_square_norm(), spec.submodules
+    use_row_routing(layer, geometry)
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
     attention = layer.self_attention.submodules
     attention.core_attention = packed_attention_module()
@@ -284,7 +305,7 @@ def load_weights(
                     "config.json, got "
                     f"{list(reader.shape(hf_name))}"
                 )
-        shard = shard_from_hf(rule, geometry, reader.read, parallel.tp_rank, parallel.tp_size)
+        shard = shard_from_hf(rule, geometry, reader.read, *tensor_place(rule, parallel))
         with torch.no_grad():
             parameter.copy_(shard)
         unknown.pop(id(parameter))
@@ -292,6 +313,13 @@ def load_weights(
         raise ConfigError(
             f"model: no Hugging Face tensor is known for Megatron's {', '.join(unknown.values())}"
         )
+
+
+def tensor_place(rule: TensorRule, parallel: Parallel) -> tuple[int, int]:
+    """This rank's index among the ranks that hold shards of the tensor, and their number."""
+    if rule.expert is None:
+        return parallel.tp_rank, parallel.tp_size
+    return parallel.etp_group.rank(), parallel.etp_group.size()
 
 
 def held_parameters(
@@ -303,15 +331,13 @@ def held_parameters(
     by_part = {
         number: dict(part.named_parameters()) for number, part in zip(numbers, parts, strict=True)
     }
+    experts = parallel.own_experts(geometry.experts.num_experts if geometry.experts else 0)
     held = []
     for rule in tensor_rules(geometry):
         part = rule.part(pipeline)
-        if part not in by_part:
+        if part not in by_part or (rule.expert is not None and rule.expert not in experts):
             continue
-        names = rule.megatron_names
-        if rule.layer is not None:  # a part numbers its own layers from 0
-            here = f"decoder.layers.{rule.layer - pipeline.first_layer(part)}."
-            names = tuple(name.replace(f"decoder.layers.{rule.layer}.", here) for name in names)
+        names = rule.local_names(pipeline.first_layer(part), experts.start)
         parameters = by_part[part]
         held.append((rule, parameters[next(name for name in names if name in parameters)]))
     if geometry.is_tied and parallel.is_last_stage and not parallel.is_first_stage:

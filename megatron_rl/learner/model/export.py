@@ -4,7 +4,7 @@ The TP x PP ranks of the first copy of the model iterate `full_tensors` together
 tensor are gathered over TP on its pipeline stage and sent to global rank 0, which is the only rank
 that yields `(name, tensor)`. No rank ever holds more than one full tensor (with more TP ranks than
 key-value heads: more than the queries, keys and values of one layer), and the other copies take no
-part.
+part. The experts of a layer are sent by the ranks that hold them (export_experts.py).
 
 A weight transport with a sender on each stage reads `owned_tensors` instead: the same tensors, each
 on the first TP rank of its stage.
@@ -12,13 +12,15 @@ on the first TP rank of its stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.build import held_parameters
+from megatron_rl.learner.model.export_experts import HeldShards, expert_tensors
 from megatron_rl.weights.geometry import Geometry
 from megatron_rl.weights.rules import (
     TensorRule,
@@ -57,21 +59,52 @@ def full_tensors(
         parts: this rank's parts of the model.
         value: what to export of a parameter, of the parameter's shape.
     """
-    if not parallel.holds_exported_copy:
+    if not (parallel.holds_exported_copy or parallel.holds_exported_experts):
         return
     held = dict(held_parameters(geometry, parallel, parts))
     dtype = value(next(iter(held.values()))).dtype
+    for rules, stage, is_expert in _groups(geometry, parallel):
+        if is_expert:
+            shards = HeldShards(held=held, dtype=dtype, value=value)
+            yield from expert_tensors(rules, shards, geometry, parallel, stage=stage, target=0)
+        elif parallel.holds_exported_copy:
+            for rule in rules:
+                yield from _full(rule, held, geometry, parallel, dtype, value)
+
+
+def _groups(geometry: Geometry, parallel: Parallel) -> Iterator[tuple[list[TensorRule], int, bool]]:
+    """The rules in order, with the pipeline rank that holds their tensors and whether they are of
+    experts; those of a layer's experts, which follow each other, together.
+    """
     pipeline = geometry.parts(parallel.layout)
-    for rule in tensor_rules(geometry):
-        stage = pipeline.rank_of(rule.part(pipeline))
-        full_here: Iterator[torch.Tensor | None] = iter([None] * len(rule.hf_names))
-        if stage == parallel.pp_rank:
-            full_here = _joined(rule, geometry, parallel, value(held[rule]))
-        shapes = hf_shapes(rule, geometry)
-        for hf_name, full, shape in zip(rule.hf_names, full_here, shapes, strict=True):
-            full = _to_first_rank(full, shape, dtype, stage, parallel)
-            if full is not None:
-                yield hf_name, full
+    for (_, is_expert), group in groupby(tensor_rules(geometry), key=_expert_layer):
+        rules = list(group)
+        yield rules, pipeline.rank_of(rules[0].part(pipeline)), is_expert
+
+
+def _expert_layer(rule: TensorRule) -> tuple[int | None, bool]:
+    return rule.layer, rule.expert is not None
+
+
+def _full(
+    rule: TensorRule,
+    held: Mapping[TensorRule, torch.nn.Parameter],
+    geometry: Geometry,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    value: Callable[[torch.nn.Parameter], torch.Tensor],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The full tensors of a rule on global rank 0; nothing on the other ranks."""
+    pipeline = geometry.parts(parallel.layout)
+    stage = pipeline.rank_of(rule.part(pipeline))
+    full_here: Iterator[torch.Tensor | None] = iter([None] * len(rule.hf_names))
+    if stage == parallel.pp_rank:
+        full_here = _joined(rule, geometry, parallel, value(held[rule]))
+    shapes = hf_shapes(rule, geometry)
+    for hf_name, full, shape in zip(rule.hf_names, full_here, shapes, strict=True):
+        full = _to_first_rank(full, shape, dtype, stage, parallel)
+        if full is not None:
+            yield hf_name, full
 
 
 def tensor_stages(geometry: Geometry, layout: Layout) -> list[int]:
@@ -90,19 +123,24 @@ def owned_tensors(
     """Yield `(Hugging Face name, full tensor)` of this pipeline stage, in the order of
     `tensor_shapes`, on its source of weights (`Parallel.is_weight_source`); nothing on other ranks.
 
-    A collective over the TP ranks of each stage, all of which must run it to its end.
+    A collective over the ranks of each stage, all of which must run it to its end.
     """
-    if not parallel.holds_exported_copy:
+    if not (parallel.holds_exported_copy or parallel.holds_exported_experts):
         return
     held = dict(held_parameters(geometry, parallel, parts))
-    pipeline = geometry.parts(parallel.layout)
-    for rule in tensor_rules(geometry):
-        if pipeline.rank_of(rule.part(pipeline)) != parallel.pp_rank:
+    shards = HeldShards(held=held, dtype=next(iter(held.values())).dtype)
+    for rules, stage, is_expert in _groups(geometry, parallel):
+        if stage != parallel.pp_rank:
             continue
-        joined = _joined(rule, geometry, parallel, held[rule].detach())
-        for hf_name, full in zip(rule.hf_names, joined, strict=True):
-            if full is not None:
-                yield hf_name, full
+        if is_expert:
+            target = parallel.expert_holder(0, 0, stage)
+            yield from expert_tensors(rules, shards, geometry, parallel, stage=stage, target=target)
+        elif parallel.holds_exported_copy:
+            for rule in rules:
+                joined = _joined(rule, geometry, parallel, held[rule].detach())
+                for hf_name, full in zip(rule.hf_names, joined, strict=True):
+                    if full is not None:
+                        yield hf_name, full
 
 
 def _joined(

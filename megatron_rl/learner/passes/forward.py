@@ -18,6 +18,7 @@ import torch
 from megatron_rl.learner.layout.context import RowShare, row_share
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.attention import plan_stacks
+from megatron_rl.learner.passes.row_routing import row_routing
 from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.ops.entropy import differentiable_entropy
 from megatron_rl.ops.support_logprobs import support_logprobs
@@ -107,9 +108,9 @@ def _borders(row: MicroBatch) -> torch.Tensor:
     return borders
 
 
-def packed_seq_params(row: MicroBatch, share: RowShare) -> Any:
+def packed_seq_params(row: MicroBatch, share: RowShare, parallel: Parallel) -> Any:
     """The boundaries of the row's sequences in the form that Megatron's attention layers expect,
-    with this rank's positions that get logits.
+    with this rank's positions that get logits and what routers of experts need.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -126,6 +127,7 @@ def packed_seq_params(row: MicroBatch, share: RowShare) -> Any:
     )
     params.stack_plan = plan_stacks(row.cu_seqlens, row.cu_seqlens_padded, share)
     params.scored_positions = share.select(row.loss_mask).nonzero()[:, 0]
+    params.routing = row_routing(row, share, parallel)
     return params
 
 
@@ -257,7 +259,7 @@ def run_schedule(
         index, row = next(numbered_rows)
         share = share_of_row(row, parallel)
         tokens, positions = share.select(row.tokens), share.select(row.positions)
-        params = packed_seq_params(row, share)
+        params = packed_seq_params(row, share, parallel)
         output = stage(tokens[None], positions[None], None, packed_seq_params=params)
         return output, partial(_call_with_output, on_output, index)
 

@@ -1,7 +1,7 @@
 """The record that describes a family of models.
 
 Every other module of this folder defines `FAMILY`; the name of the module is the `model_type` in
-`config.json`. A new dense family therefore needs only one file: `weights/geometry.py` reads the
+`config.json`. A new family therefore needs only one file: `weights/geometry.py` reads the
 options of the record, `weights/rules.py` its tensors, and no other code depends on the family.
 
 The rows below are those of Llama's layers, whose names most families share.
@@ -27,14 +27,26 @@ from megatron_rl.weights import families
 #   vocab       cut along dimension 0, after padding with zero rows to 128 x TP
 Kind = Literal["replicated", "column", "row", "vocab", "qkv", "gate_up"]
 # The symbolic size of a dimension: columns of the residual stream, of the feed-forward layer, of
-# all query heads, of all key (or value) heads, of one head, and tokens of the vocabulary.
-Size = Literal["hidden", "ffn", "query", "key_value", "head", "vocab"]
+# all query heads, of all key (or value) heads, of one head, and tokens of the vocabulary; of a
+# mixture of experts the number of experts, columns of one expert and of the shared expert, and 1.
+Size = Literal[
+    "hidden",
+    "ffn",
+    "query",
+    "key_value",
+    "head",
+    "vocab",
+    "experts",
+    "expert_ffn",
+    "shared_ffn",
+    "one",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRow:
     """One Megatron tensor, and the Hugging Face tensors that it consists of. In names, `{layer}`
-    stands for the number of the layer.
+    stands for the number of the layer and `{expert}` for that of the expert.
 
     Example: `TensorRow(kind="vocab", hf_names=("lm_head.weight",), hf_shapes=(("vocab",
     "hidden"),), megatron_names=("output_layer.weight",))`; `layer_row` builds the rows of a layer.
@@ -44,6 +56,28 @@ class TensorRow:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[Size, ...], ...]  # one for each name
     megatron_names: tuple[str, ...]  # the names in Megatron's layer specs
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether there is one such tensor for each expert; its ranks are those of expert and
+        expert tensor parallelism.
+        """
+        return any("{expert}" in name for name in self.megatron_names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertKeys:
+    """Where config.json of a mixture of experts has its numbers.
+
+    Example of Mixtral: `ExpertKeys(num_experts=("num_local_experts",), ffn="intermediate_size",
+    shared_ffn=None, is_normalised=None)`.
+    """
+
+    num_experts: tuple[str, ...]  # the names that releases of transformers have given it
+    ffn: str  # columns of one expert
+    shared_ffn: str | None  # columns of the shared expert; None: the family has none
+    # whether the weights of the chosen experts are divided by their sum; None: they always are
+    is_normalised: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +97,7 @@ class ModelFamily:
     # Options of config.json that change the forward pass, each with the values that the learner
     # supports. An absent or null option is accepted; any other value is refused.
     accepted: Mapping[str, tuple[Any, ...]]
+    experts: ExpertKeys | None = None  # None: a dense model
 
     @property
     def has_qk_norm(self) -> bool:
@@ -113,9 +148,9 @@ def layer_row(kind: Kind, names: Mapping[str, tuple[Size, ...]], *megatron_names
     """
     return TensorRow(
         kind=kind,
-        hf_names=tuple(f"model.layers.{{layer}}.{name}" for name in names),
+        hf_names=tuple("model.layers.{layer}." + name for name in names),
         hf_shapes=tuple(names.values()),
-        megatron_names=tuple(f"decoder.layers.{{layer}}.{name}" for name in megatron_names),
+        megatron_names=tuple("decoder.layers.{layer}." + name for name in megatron_names),
     )
 
 
@@ -170,6 +205,30 @@ GATE_AND_UP = layer_row(
     "gate_up",
     {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
     "mlp.linear_fc1.weight",
+)
+ROUTER = layer_row("replicated", {"mlp.gate.weight": ("experts", "hidden")}, "mlp.router.weight")
+# Megatron's own experts are modules of their own; those of Transformer Engine are weights of one
+# grouped product. Both number the experts of a rank.
+EXPERT_GATE_AND_UP_NAMES = (
+    "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+    "mlp.experts.linear_fc1.weight{expert}",
+)
+EXPERT_DOWN_NAMES = (
+    "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+    "mlp.experts.linear_fc2.weight{expert}",
+)
+EXPERT_GATE_AND_UP = layer_row(
+    "gate_up",
+    {
+        "mlp.experts.{expert}.gate_proj.weight": ("expert_ffn", "hidden"),
+        "mlp.experts.{expert}.up_proj.weight": ("expert_ffn", "hidden"),
+    },
+    *EXPERT_GATE_AND_UP_NAMES,
+)
+EXPERT_DOWN = layer_row(
+    "row",
+    {"mlp.experts.{expert}.down_proj.weight": ("hidden", "expert_ffn")},
+    *EXPERT_DOWN_NAMES,
 )
 DOWN = layer_row("row", {"mlp.down_proj.weight": ("hidden", "ffn")}, "mlp.linear_fc2.weight")
 FINAL_NORM = TensorRow(

@@ -76,6 +76,9 @@ def gloo_parallel(rank: int, world_size: int, model_size: int) -> Parallel:
         pp_group=alone,
         dp_group=dp_group,
         cp_group=alone,
+        ep_group=alone,
+        etp_group=alone,
+        edp_group=distributed.group.WORLD,
         model_group=model_group,
         host=HostGroups(model=model_group, pp=alone, dp=dp_group, world=distributed.group.WORLD),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.learner.layout import cpu_device
+from megatron_rl.learner.layout import cpu_device, cpu_experts
 from megatron_rl.learner.layout.cpu_device import RELEASES, SPOTS, Spot
 
 REPOSITORY = Path(__file__).parents[3]
@@ -43,6 +44,16 @@ PRIVATE_NAMES = (
         "model",
     ),
     ("models/common/embeddings/rotary_pos_embedding.py", r"self\.inv_freq = ", "model"),
+    ("transformer/transformer_layer.py", r"self\.mlp\)?, padding_mask=padding_mask", "experts"),
+    ("transformer/transformer_block.py", r"packed_seq_params=packed_seq_params,", "experts"),
+    ("transformer/moe/moe_layer.py", r"self\.moe_layer_recompute = \(", "experts"),
+    (
+        "transformer/moe/moe_layer.py",
+        r"tensor_parallel\.checkpoint\(\n? +custom_forward",
+        "experts",
+    ),
+    ("transformer/moe/router.py", r"probs, routing_map = self\.routing\(logits, ", "experts"),
+    ("tensor_parallel/layers.py", r'[\'"]allreduce[\'"], not ', "experts"),
     ("transformer/dot_product_attention.py", r"packed_seq_params is None", "attention"),
     (
         "distributed/finalize_model_grads.py",
@@ -86,7 +97,9 @@ def test_the_installed_release_is_a_pinned_one() -> None:
     assert all(f"megatron-core=={version}" in pins for version in RELEASES)
 
 
-@pytest.mark.parametrize("spot", SPOTS, ids=lambda spot: f"{spot.file}-{spot.answer}")
+@pytest.mark.parametrize(
+    "spot", SPOTS + cpu_experts.SPOTS, ids=lambda spot: f"{spot.file}-{spot.answer}"
+)
 def test_every_adaptation_has_its_place(
     spot: Spot, release: tuple[str, Callable[[str], str]]
 ) -> None:
@@ -94,7 +107,7 @@ def test_every_adaptation_has_its_place(
     found = re.search(spot.pattern, read(spot.file)) is not None
     expected = version in spot.releases
     assert found == expected, f"{spot.file} of {version}: {spot.pattern}"
-    assert callable(getattr(cpu_device, spot.answer))
+    assert callable(getattr(cpu_device if spot in SPOTS else cpu_experts, spot.answer))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +124,10 @@ def test_every_answer_is_asked_for() -> None:
     answers = {name for name in vars(cpu_device) if re.fullmatch(r"_\w+_(cpu|stay|cuda)", name)}
     answers = {name for name in answers if callable(getattr(cpu_device, name))} - {"_names_cuda"}
     assert answers == {spot.answer for spot in SPOTS}
+    names = inspect.getsource(cpu_experts.run_experts_on_cpu)
+    assert set(re.findall(r"^ +(_\w+)\(\)", names, re.MULTILINE)) == {
+        spot.answer for spot in cpu_experts.SPOTS
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is adapted")

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rl.config import ParallelConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.learner.layout.parallel import initialize_parallel
+from megatron_rl.learner.layout.parallel import check_world_size, initialize_parallel
 
 # Rank r of TP x DP x PP: tensor ranks are next to each other, pipeline stages farthest apart.
 PLACES = {  # (tp, pp, dp) of ranks 0, 1, ...
@@ -72,3 +72,37 @@ def test_a_world_that_the_layout_does_not_divide(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="a multiple of tensor x context x pipeline = 6, got 4"):
         initialize_parallel(ParallelConfig(tensor=3, pipeline=2), seed=0)
+
+
+def test_a_world_that_the_experts_do_not_divide() -> None:
+    sizes = {"expert": 4, "expert_tensor": 2, "pipeline": 2}
+    assert check_world_size(ParallelConfig(**sizes), 32) == 32
+    with pytest.raises(ConfigError, match="expert x expert_tensor x pipeline = 16, got 24"):
+        check_world_size(ParallelConfig(**sizes), 24)
+
+
+# Of a layout: (ep, etp, copy) of ranks 0, 1, ... in their pipeline stage.
+EXPERT_PLACES = {
+    "ep2": [(0, 0, 0), (1, 0, 0)],
+    "etp2": [(0, 0, 0), (0, 1, 0)],
+    "tp2_sp_ep2": [(0, 0, 0), (1, 0, 0)],
+    "cp2_ep2": [(0, 0, 0), (1, 0, 0)],
+    "tp2_sp": [(0, 0, 0), (0, 0, 1)],
+    "pp2_vpp2_ep2": [(0, 0, 0), (1, 0, 0), (0, 0, 0), (1, 0, 0)],
+    "tp2_sp_ep2_etp2": [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)],
+}
+
+
+@pytest.mark.parametrize("case", EXPERT_PLACES)
+def test_places_of_experts(case: str, outcome_of: Any) -> None:
+    model = "mixtral" if case == "tp2_sp" else "qwen2_moe"
+    model = "qwen3_moe" if case in ("etp2", "cp2_ep2", "pp2_vpp2_ep2") else model
+    num_experts = 4 if model == "mixtral" else 8
+    ranks = outcome_of(model, case)["experts"]
+    for rank, (expert, shard, copy) in zip(ranks, EXPERT_PLACES[case], strict=True):
+        assert rank["place"] == (expert, shard, copy)
+        size = max(place[0] for place in EXPERT_PLACES[case]) + 1
+        first = expert * num_experts // size
+        assert rank["own"] == list(range(first, first + num_experts // size))
+        assert rank["is_exported"] == (copy == 0)
+        assert not rank["is_exported"] or rank["holder"] == rank["rank"]

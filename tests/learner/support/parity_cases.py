@@ -24,7 +24,7 @@ class Case:
     is_packed: bool = True
     is_distributed: bool = False  # the optimizer
     dtype: str = "float32"
-    models: tuple[str, ...] = ()  # none: all of them
+    models: tuple[str, ...] = ()  # none: all that are dense
 
     @property
     def layout(self) -> ParallelConfig:
@@ -115,6 +115,74 @@ CASES = (
     ),
     Case(name="tp2_dp2", world_size=4, tensor=2, models=("qwen2_tied",)),
     Case(name="pp2_dp2", world_size=4, pipeline=2, models=("qwen2_tied",)),
+)
+MOE_CASES = (
+    Case(name="tp1", world_size=1, models=("qwen3_moe", "qwen2_moe", "mixtral")),
+    Case(name="tp1_unpacked", world_size=1, is_packed=False, models=("qwen3_moe", "mixtral")),
+    Case(name="tp1_full", world_size=1, recomputation="full", models=("qwen3_moe",)),
+    Case(name="tp1_selective", world_size=1, recomputation="selective", models=("qwen3_moe",)),
+    Case(
+        name="ep2", world_size=2, more={"expert": 2}, models=("qwen3_moe", "qwen2_moe", "mixtral")
+    ),
+    Case(
+        name="ep2_unpacked",
+        world_size=2,
+        more={"expert": 2},
+        is_packed=False,
+        models=("qwen2_moe",),
+    ),
+    Case(
+        name="ep2_full",
+        world_size=2,
+        more={"expert": 2},
+        recomputation="full",
+        models=("qwen3_moe",),
+    ),
+    Case(
+        name="ep2_distributed",
+        world_size=2,
+        more={"expert": 2},
+        is_distributed=True,
+        models=("qwen3_moe",),
+    ),
+    Case(
+        name="tp2_sp_ep2",
+        world_size=2,
+        tensor=2,
+        more=SP | {"expert": 2},
+        recomputation="selective",
+        models=("qwen3_moe", "qwen2_moe"),
+    ),
+    Case(name="tp2_sp", world_size=2, tensor=2, more=SP, models=("mixtral",)),
+    Case(name="etp2", world_size=2, more={"expert_tensor": 2}, models=("qwen3_moe", "mixtral")),
+    Case(
+        name="tp2_sp_etp2",
+        world_size=2,
+        tensor=2,
+        more=SP | {"expert_tensor": 2},
+        models=("qwen2_moe",),
+    ),
+    Case(
+        name="pp2_vpp2_ep2",
+        world_size=4,
+        pipeline=2,
+        more={"virtual_pipeline": 2, "expert": 2},
+        recomputation="full",
+        models=("qwen3_moe",),
+    ),
+    Case(
+        name="cp2_ep2",
+        world_size=2,
+        more={"context": 2, "expert": 2},
+        models=("qwen3_moe",),
+    ),
+    Case(
+        name="tp2_sp_ep2_etp2",
+        world_size=4,
+        tensor=2,
+        more=SP | {"expert": 2, "expert_tensor": 2},
+        models=("qwen2_moe",),
+    ),
 )
 BFLOAT16_MODELS = ("qwen3", "qwen2_tied")
 BFLOAT16_CASES = tuple(

@@ -13,11 +13,14 @@ checkpoint) and `<name>.pt`, a dict of
     cool_logprobs, cool_entropy    the same at COOL, a temperature below 1
     gradients      dict of Hugging Face name -> gradient of the step's loss, before clipping
     bfloat16_logprobs  as logprobs, from transformers' model in bfloat16
+    margins        list of [L-1] float32, of a mixture of experts: the least distance, over the
+                   layers, of the logits of the last expert that is chosen and the first that is not
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,12 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 LENGTHS = (300, 256, 37, 2, 129, 64)  # tokens of the sequences; the first two span 256 and more
@@ -77,6 +83,16 @@ MODELS: dict[str, PretrainedConfig] = {
         rope_parameters={"rope_type": "linear", "rope_theta": 10000.5, "factor": 4.0},
     ),
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+MOE_MODELS: dict[str, PretrainedConfig] = {
+    "qwen3_moe": Qwen3MoeConfig(
+        **SHAPE, **EXPERTS, vocab_size=131, head_dim=32, norm_topk_prob=True
+    ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SHAPE, **EXPERTS, vocab_size=97, shared_expert_intermediate_size=80
+    ),
+    "mixtral": MixtralConfig(**SHAPE, vocab_size=259, num_local_experts=4, num_experts_per_tok=2),
+}
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -93,7 +109,7 @@ def randomize(model: torch.nn.Module) -> None:
             elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 parameter.normal_(0.0, 2.5 * parameter.shape[1] ** -0.5)
             else:
-                parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
 
 
 def chosen_and_entropy(
@@ -105,14 +121,59 @@ def chosen_and_entropy(
     return chosen, -(distribution.exp() * distribution).sum(-1)
 
 
+class RouterMargins:
+    """The margins of the routers of a mixture of experts in the forward passes since `take`."""
+
+    def __init__(self, model: torch.nn.Module, num_chosen: int) -> None:
+        self._num_chosen = num_chosen
+        self._found: list[torch.Tensor] = []
+        for name, module in model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(self._note)
+
+    def _note(self, router: torch.nn.Module, given: tuple[torch.Tensor, ...], _: Any) -> None:
+        hidden = given[0].detach().reshape(-1, given[0].shape[-1])
+        highest = (hidden @ router.weight.detach().T).topk(self._num_chosen + 1).values
+        self._found.append(highest[:, -2] - highest[:, -1])
+
+    def take(self) -> torch.Tensor:
+        """[L]; the least of all layers."""
+        least, self._found = torch.stack(self._found).amin(0), []
+        return least
+
+
+def by_expert(
+    name: str, tensor: torch.Tensor, model_type: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint that a parameter consists of: transformers joins the experts of a
+    layer when it loads them.
+    """
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    start, _, last = name.rpartition(".")
+    if model_type == "mixtral":
+        parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+        name, start = (each.replace(".mlp.", ".block_sparse_moe.") for each in (name, start))
+    if not start.endswith(".experts"):
+        yield name, tensor
+        return
+    for expert, of_expert in enumerate(tensor):
+        pieces = of_expert.chunk(len(parts[last]))
+        for part, piece in zip(parts[last], pieces, strict=True):
+            yield f"{start}.{expert}.{part}.weight", piece
+
+
 def record(model: torch.nn.Module, vocab_size: int) -> dict[str, Any]:
     """The batch, transformers' log-probs, and its gradients of the step's loss (token mean)."""
     sequences = [torch.randint(0, vocab_size, (length,)) for length in LENGTHS]
     advantages = torch.randn(len(LENGTHS)).tolist()
     logprobs, entropy, cool_logprobs, cool_entropy = [], [], [], []
-    rollout_logprobs, losses, count = [], [], 0
+    rollout_logprobs, losses, count, margins = [], [], 0, []
+    num_chosen = getattr(model.config, "num_experts_per_tok", 0)
+    routers = RouterMargins(model, num_chosen) if num_chosen else None
     for sequence, prompt_length, advantage in zip(sequences, PROMPT_LENGTHS, advantages):
         logits = model(sequence[None]).logits[0, :-1]
+        if routers is not None:
+            margins.append(routers.take()[:-1])
         policy, of_policy = chosen_and_entropy(logits, sequence)
         cooled, of_cooled = chosen_and_entropy(logits.detach() / COOL, sequence)
         logprobs.append(policy.detach())
@@ -128,7 +189,11 @@ def record(model: torch.nn.Module, vocab_size: int) -> dict[str, Any]:
         count += int(is_kept.sum())
     (sum(losses) / count).backward()
     # Copies: a model that changes its dtype takes its gradients along.
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {
+        name: gradient.clone()
+        for parameter_name, parameter in model.named_parameters()
+        for name, gradient in by_expert(parameter_name, parameter.grad, model.config.model_type)
+    }
     with torch.no_grad():
         model.to(torch.bfloat16)
         of_bfloat16 = [model(sequence[None]).logits[0, :-1].float() for sequence in sequences]
@@ -144,11 +209,12 @@ def record(model: torch.nn.Module, vocab_size: int) -> dict[str, Any]:
         "cool_entropy": cool_entropy,
         "gradients": gradients,
         "bfloat16_logprobs": rounded,
+        "margins": margins,
     }
 
 
 def main(folder: Path) -> None:
-    for number, (name, config) in enumerate(MODELS.items()):
+    for number, (name, config) in enumerate((MODELS | MOE_MODELS).items()):
         torch.manual_seed(number)
         model = AutoModelForCausalLM.from_config(config)
         randomize(model)

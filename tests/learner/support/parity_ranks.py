@@ -29,15 +29,16 @@ from megatron_rl.learner.batch.packing import deal, fill, pack
 from megatron_rl.learner.layout.cpu_device import run_on_cpu
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.build import build_model, held_parameters
+from megatron_rl.learner.model.build import build_model, held_parameters, tensor_place
+from megatron_rl.learner.model.optimizer import chained_optimizers
 from megatron_rl.learner.passes.forward import RowOutput, row_output, run_schedule
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import MicroBatch, Rollout, Sample, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner.support.exported import exported_gradients, exported_weights
-from tests.learner.support.parity_cases import BFLOAT16_CASES, CASES, Case
-from tests.learner.support.parity_models import COOL, DUAL_VALUE
+from tests.learner.support.parity_cases import BFLOAT16_CASES, CASES, MOE_CASES, Case
+from tests.learner.support.parity_models import COOL, DUAL_VALUE, MODELS
 
 TOKENS_PER_ROW = 384
 LEARNING_RATE = 1e-3
@@ -125,21 +126,25 @@ def forward_at(learner: Learner, rows: list[MicroBatch], temperature: float) -> 
 
 
 def shard_digests(learner: Learner, attribute: str) -> list[tuple[str, int | None, str]]:
-    """(Hugging Face name, TP rank or None for a copy, digest) of each of this rank's shards."""
+    """(Hugging Face name, TP or ETP rank or None for a copy, digest) of this rank's shards."""
     digests = []
     modules = learner.trained.modules
     for rule, parameter in held_parameters(learner.geometry, learner.parallel, modules):
         tensor = getattr(parameter, attribute).detach().float().contiguous()
         digest = hashlib.sha1(tensor.numpy().tobytes()).hexdigest()
-        tp_rank = None if rule.kind == "replicated" else learner.parallel.tp_rank
-        digests.append((rule.hf_names[0], tp_rank, digest))
+        rank = None if rule.kind == "replicated" else tensor_place(rule, learner.parallel)[0]
+        digests.append((rule.hf_names[0], rank, digest))
     return digests
 
 
 def main_weights(learner: Learner) -> dict[str, Any]:
     """Of the optimizer: the dtypes that it steps, its state, and how far main weights have come."""
     groups = learner.trained.optimizer.param_groups
-    states = learner.trained.optimizer.optimizer.state.values()
+    states = [
+        state
+        for part in chained_optimizers(learner.trained.optimizer)
+        for state in part.optimizer.state.values()
+    ]
     found: dict[str, Any] = {
         "dtypes": {str(parameter.dtype) for group in groups for parameter in group["params"]},
         "state": {key for state in states for key in state},
@@ -182,7 +187,8 @@ def counted_layers(learner: Learner) -> Iterator[Counter[str]]:
     """How often the first layer on this rank, its attention and its MLP run in the meantime."""
     calls: Counter[str] = Counter()
     layer = learner.trained.modules[0].decoder.layers[0]
-    watched = {"attention": layer.self_attention.core_attention, "mlp": layer.mlp, "layer": layer}
+    mlp = getattr(layer.mlp, "router", layer.mlp)  # an MoE layer runs its own parts again
+    watched = {"attention": layer.self_attention.core_attention, "mlp": mlp, "layer": layer}
 
     def counting(name: str) -> Any:
         return lambda *_: calls.update([name])
@@ -203,6 +209,19 @@ def scored_by_every_replica(
     of_ranks: list[Any] = [None] * learner.parallel.world_size
     dist.all_gather_object(of_ranks, own)
     return of_ranks
+
+
+def place_among_experts(learner: Learner) -> dict[str, Any]:
+    """Which experts this rank holds, and which rank it takes for the one that exports them."""
+    parallel, experts = learner.parallel, learner.geometry.experts
+    place = parallel.ep_group.rank(), parallel.etp_group.rank()
+    return {
+        "rank": parallel.rank,
+        "place": (*place, parallel.edp_group.rank()),
+        "own": list(parallel.own_experts(experts.num_experts if experts else 0)),
+        "is_exported": parallel.holds_exported_experts,
+        "holder": parallel.expert_holder(*place, parallel.pp_rank),
+    }
 
 
 def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> dict[str, Any]:
@@ -244,8 +263,9 @@ def run_case(folder: Path, model_name: str, case: Case, parallel: Parallel) -> d
     outcome["weights_after"] = exported_weights(learner)
     outcome["main"] = main_weights(learner)
     of_ranks: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(of_ranks, (forward, digests, is_same))
-    outcome["forward"], outcome["digests"], outcome["is_same"] = zip(*of_ranks)
+    dist.all_gather_object(of_ranks, (forward, digests, is_same, place_among_experts(learner)))
+    names = ("forward", "digests", "is_same", "experts")
+    outcome |= dict(zip(names, zip(*of_ranks), strict=True))
     return outcome
 
 
@@ -285,17 +305,16 @@ def main(folder: Path) -> None:
     from megatron.core import parallel_state
 
     world_size = int(os.environ["WORLD_SIZE"])
-    model_names = sorted(path.stem for path in folder.glob("*.pt") if "." not in path.stem)
-    for case in (*CASES, *BFLOAT16_CASES):
+    for case in (*CASES, *BFLOAT16_CASES, *MOE_CASES):
         if case.world_size != world_size:
             continue
         parallel = initialize_parallel(case.layout, seed=1)
         places: list[Any] = [None] * world_size
         dist.all_gather_object(places, place_of(parallel))
         outcomes = {f"parallel.{case.name}": places}
-        for name in case.models or model_names:
+        for name in case.models or MODELS:
             outcomes[f"{name}.{case.name}"] = run_case(folder, name, case, parallel)
-        if case.name == "tp1":
+        if case.name == "tp1" and not case.models:
             outcomes["refusals.tp1"] = refusals(folder / "broken", parallel)
         if parallel.rank == 0:
             for name, outcome in outcomes.items():
