@@ -58,6 +58,7 @@ def train(config: Config, progress: Progress) -> None:
                     samples_per_prompt=config.loop.samples_per_prompt,
                     num_mini_batches=config.learner.mini_batches_per_step,
                     tokens_per_row=config.learner.tokens_per_micro_batch,
+                    attention_length=learner.geometry.attention_length,
                 )
                 update, rows = train_step(
                     learner,

@@ -66,6 +66,20 @@ class Geometry:
     has_rope_scaling: bool
     experts: ExpertGeometry | None = None  # None: every layer has one feed-forward layer
 
+    @property
+    def attention_length(self) -> float:
+        """The length of a sequence whose attention costs as many operations as the products with
+        the weights of its layers. Per token and layer these are `2 P` for P weights that a token
+        meets, and causal attention over L positions takes `2 L` for each of a head's columns.
+        """
+        width = self.num_heads * self.head_dim
+        columns = self.ffn_hidden_size
+        if self.experts:
+            chosen = self.experts.num_chosen * self.experts.ffn_hidden_size
+            columns = chosen + self.experts.shared_ffn_hidden_size
+        projections = 2 * width + 2 * self.num_query_groups * self.head_dim
+        return self.hidden_size * (projections + 3 * columns) / width
+
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The vocabulary size rounded up to a multiple of 128 x TP, as in Megatron. The added
         columns are never sampled.

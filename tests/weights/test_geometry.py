@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def test_reads_the_shape(tmp_path: Path) -> None:
     assert geometry.head_dim == 12
     assert (geometry.rope_theta, geometry.has_rope_scaling) == (500000.0, False)
     assert not (geometry.has_qk_norm or geometry.has_qkv_bias or geometry.is_tied)
+
+
+def test_where_attention_costs_as_much_as_the_weights(tmp_path: Path) -> None:
+    # Hidden size 96, 8 heads and 2 key-value heads of 12: projections to 96 + 24 + 24 columns and
+    # from 96, and three products with 256 columns, 96 x 1008 weights; over 96 columns of the heads.
+    geometry = read_geometry(write(tmp_path))
+    assert geometry.attention_length == 1008
+    experts = ExpertGeometry(
+        num_experts=8,
+        num_chosen=2,
+        ffn_hidden_size=64,
+        shared_ffn_hidden_size=32,
+        is_normalised=True,
+    )
+    # A token meets 2 of the 8 experts and the shared one: 240 + 3 x 160 columns.
+    assert replace(geometry, experts=experts).attention_length == 720
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,17 @@
 log-probs of rows by sample again.
 
 Only the head of each replica (the first of its TP x PP ranks) holds samples. The heads redistribute
-the sequences among themselves, so that every replica gets about the same number of tokens. Each
+the sequences among themselves, so that every replica gets about the same work. Each
 head then broadcasts its share within its replica, and all ranks of the replica pack it identically.
 The number of ranks affects which rank computes a sequence, but never its mini-batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -23,6 +25,7 @@ from megatron_rl.learner.batch.packing import (
     pack,
     padded_length,
     row_size,
+    sequence_cost,
 )
 from megatron_rl.learner.layout.exchange import exchange, gather_from_all
 from megatron_rl.learner.layout.parallel import Parallel
@@ -36,6 +39,7 @@ def deal_batch(
     samples_per_prompt: int,
     num_mini_batches: int,
     tokens_per_row: int,
+    attention_length: float = math.inf,
 ) -> TrainBatch:
     """Distribute and pack one step's samples. A collective over all ranks.
 
@@ -45,7 +49,9 @@ def deal_batch(
 
     Args:
         samples: this replica's own, read on its head and ignored on its other ranks.
+        attention_length: of the model's geometry; see `sequence_cost`.
     """
+    dealt_by = partial(_dealt, parallel=parallel, attention_length=attention_length)
     kept = [sample for sample in samples if sample.is_kept]
     slots = _slots(kept, parallel) if parallel.is_replica_head else {}
     num_slots = max(1, len(slots) * samples_per_prompt)
@@ -56,12 +62,12 @@ def deal_batch(
 
     mini_batches = []
     for number in range(num_mini_batches):
-        dealt = _dealt([sample for sample in kept if number_of(sample) == number], parallel)
+        dealt = dealt_by([sample for sample in kept if number_of(sample) == number])
         mini_batches.append(pack_rows(dealt, parallel, tokens_per_row, min_rows=1))
     dropped = [sample for sample in samples if not sample.is_kept]
     left_out = Counter(number_of(each) for each in dropped if each.prompt_index in slots)
     num_left_out = tuple(left_out[number] for number in range(num_mini_batches))
-    dropped = _dealt(dropped, parallel)
+    dropped = dealt_by(dropped)
     return TrainBatch(
         mini_batches=tuple(mini_batches),
         num_left_out=parallel.from_replica_head(num_left_out),
@@ -163,19 +169,24 @@ def _slots(kept: Sequence[Sample], parallel: Parallel) -> dict[int, int]:
     return {index: number for number, index in enumerate(sorted(chain(*of_ranks)))}
 
 
-def _dealt(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
+def _dealt(samples: Sequence[Sample], parallel: Parallel, attention_length: float) -> list[Sample]:
     """This replica's share of the redistributed samples, on each of its ranks."""
-    dealt = _deal_among_heads(samples, parallel) if parallel.is_replica_head else []
+    dealt = []
+    if parallel.is_replica_head:
+        dealt = _deal_among_heads(samples, parallel, attention_length)
     return parallel.from_replica_head(dealt)
 
 
-def _deal_among_heads(samples: Sequence[Sample], parallel: Parallel) -> list[Sample]:
+def _deal_among_heads(
+    samples: Sequence[Sample], parallel: Parallel, attention_length: float
+) -> list[Sample]:
     if parallel.dp_size > 1:
         own = [(*sample_key(sample), len(sample.rollout.token_ids)) for sample in samples]
         # Sorted by prompt, so that the result does not depend on which replica held a sample.
         of_all = sorted(chain(*gather_from_all(own, parallel.host.dp)))
         by_key = {sample_key(sample): sample for sample in samples}
-        shares = deal([length for *_, length in of_all], parallel.dp_size)
+        costs = [sequence_cost(length, attention_length) for *_, length in of_all]
+        shares = deal(costs, parallel.dp_size)
         keys = [[of_all[index][:2] for index in share] for share in shares]
         items_for = [[by_key[key] for key in each if key in by_key] for each in keys]
         samples = exchange(items_for, parallel.host.dp)

@@ -1,7 +1,7 @@
 """Packs samples into rows for the learner. The functions are pure, so ranks that get the same
 samples compute the same rows.
 
-`deal` distributes sequences over data-parallel ranks by token count (longest processing time first,
+`deal` distributes sequences over data-parallel ranks by cost (longest processing time first,
 Graham 1969), `pack` fills rows up to a token budget (first fit decreasing), and `fill` adds
 fully masked rows until every rank has the same number. Labels are shifted here and nowhere else:
 position t of a row predicts the sequence's token t+1, and every other tensor is aligned with that
@@ -25,14 +25,23 @@ from megatron_rl.records import MicroBatch, Sample
 ROW_MULTIPLE = 64
 
 
-def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Distribute sequences so that the ranks get about the same number of tokens.
-
-    Sequences are assigned in order of decreasing length, each to the rank with the fewest tokens so
-    far. A tie is resolved in favour of the lowest rank; sequences of equal length keep their order.
+def sequence_cost(length: int, attention_length: float) -> float:
+    """What a sequence costs a learner, in tokens: `L + L^2 / attention_length`.
 
     Args:
-        lengths: number of tokens of each sequence.
+        attention_length: of `Geometry.attention_length`; infinity: attention costs nothing.
+    """
+    return length + length * length / attention_length
+
+
+def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Distribute sequences so that the ranks get about the same cost.
+
+    Sequences are assigned in order of decreasing cost, each to the rank with the least so far. A
+    tie is resolved in favour of the lowest rank; sequences of equal cost keep their order.
+
+    Args:
+        costs: of each sequence, such as its number of tokens or its `sequence_cost`.
     Returns:
         For each rank the indices of its sequences, ascending. Every index occurs once; a rank may
         have none.
@@ -42,11 +51,11 @@ def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     if num_ranks < 1:
         raise ValueError(f"expected at least 1 rank, got {num_ranks}")
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [(0, rank) for rank in range(num_ranks)]  # a heap: fewest tokens, then lowest rank
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    loads = [(0.0, rank) for rank in range(num_ranks)]  # a heap: least cost, then lowest rank
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
         load, rank = heapq.heappop(loads)
         shares[rank].append(index)
-        heapq.heappush(loads, (load + lengths[index], rank))
+        heapq.heappush(loads, (load + costs[index], rank))
     return [sorted(share) for share in shares]
 
 

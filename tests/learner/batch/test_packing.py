@@ -1,3 +1,4 @@
+import math
 import random
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from megatron_rl.learner.batch.packing import (
     largest_size,
     pack,
     row_size,
+    sequence_cost,
 )
 from megatron_rl.records import MicroBatch, Rollout, RolloutHead, Sample
 
@@ -57,6 +59,16 @@ def test_deal_worked_by_hand():
     assert deal([3, 3, 3], 3) == [[0], [1], [2]]
     assert deal([5], 3) == [[0], [], []]
     assert deal([], 2) == [[], []]
+
+
+def test_a_long_sequence_costs_more_than_short_ones_of_as_many_tokens():
+    # By tokens: 8 alone, and 4 + 4. With attention that costs as much as the rest at 4 tokens, the
+    # long one is 8 + 64 / 4 = 24, and a short one 4 + 16 / 4 = 8: three of them are as much.
+    assert [sequence_cost(length, 4.0) for length in (8, 4)] == [24.0, 8.0]
+    lengths = [8, 4, 4, 4]
+    assert deal(lengths, 2) == [[0, 3], [1, 2]]
+    assert deal([sequence_cost(length, 4.0) for length in lengths], 2) == [[0], [1, 2, 3]]
+    assert [sequence_cost(length, math.inf) for length in lengths] == lengths
 
 
 @pytest.mark.parametrize("seed", range(20))
