@@ -119,7 +119,7 @@ def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = N
             raise DataError(
                 f"{folder}: expected to write the weights, got {type(error).__name__}: {error}; "
                 "free some disk space or change run_dir; the run's checkpoints are untouched, and "
-                "tools/hf_checkpoint.py writes the weights of one of them"
+                "tools/convert_checkpoint.py writes the weights of one of them"
             ) from error
     else:
         learner.give_tensors()

@@ -56,3 +56,22 @@ def _digest(path: Path) -> str:
             file.seek((size - BLOCK_BYTES) * block // (NUM_BLOCKS - 1), os.SEEK_SET)
             digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def distributed_fingerprint(folder: Path) -> dict[str, str]:
+    """File name -> hash or size, of the files of a distributed checkpoint of Megatron. The hash of
+    its metadata, and the sizes of the files of tensors.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    try:
+        return {
+            path.name: _digest(path) if path.name == ".metadata" else str(path.stat().st_size)
+            for path in sorted(folder.iterdir())
+            if path.name == ".metadata" or path.suffix == ".distcp"
+        }
+    except OSError as error:
+        raise DataError(
+            f"{error.filename}: expected a readable file, got {error.strerror}"
+        ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -174,18 +174,42 @@ def write_checkpoint(
     partial.mkdir(parents=True)
     try:
         dtypes = _write_tensors(partial, tensors, max_shard_bytes)
-        _copy_small_files(Path(like), partial)
-        if len(dtypes) == 1:
-            config_changes = {"dtype": str(dtypes.pop()).removeprefix("torch."), **config_changes}
-        _change_config(partial / "config.json", config_changes)
-        if chat_template:  # transformers prefers it to one in the tokenizer's config
-            (partial / TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
+        finish_checkpoint(
+            partial,
+            dtypes,
+            like=like,
+            config_changes=config_changes,
+            chat_template=chat_template,
+        )
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # exists only after a failure
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def finish_checkpoint(
+    folder: Path,
+    dtypes: Set[torch.dtype],
+    *,
+    like: str | Path,
+    config_changes: Mapping[str, Any] = MappingProxyType({}),
+    chat_template: str = "",
+) -> None:
+    """Add everything but the tensors to a new checkpoint; the arguments are those of
+    `write_checkpoint`.
+
+    Args:
+        dtypes: of the tensors; if there is one, the config names it.
+    """
+    _copy_small_files(Path(like), folder)
+    if len(dtypes) == 1:
+        dtype = str(next(iter(dtypes))).removeprefix("torch.")
+        config_changes = {"dtype": dtype, **config_changes}
+    _change_config(folder / "config.json", config_changes)
+    if chat_template:  # transformers prefers it to one in the tokenizer's config
+        (folder / TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
 
 
 def _write_tensors(
@@ -218,14 +242,28 @@ def _write_shard(
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
     """Give the shards their final names, which contain the number of shards."""
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / SINGLE_NAME)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    files = shard_names(len(shards))
+    for number, file in enumerate(files):
         (folder / f"shard-{number}").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
+    write_index(folder, dict(zip(files, shards, strict=True)), total_bytes)
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """The names of the safetensors files of a checkpoint."""
+    if num_shards == 1:
+        return [SINGLE_NAME]
+    return [f"model-{n + 1:05d}-of-{num_shards:05d}.safetensors" for n in range(num_shards)]
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:
+    """Write the index of several files; one file needs none.
+
+    Args:
+        shards: name of the file -> names of its tensors.
+    """
+    if len(shards) == 1:
+        return
+    weight_map = {name: file for file, names in shards.items() for name in names}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
 

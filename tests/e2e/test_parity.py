@@ -73,7 +73,7 @@ def check_hf_checkpoints(run_dir: Path, final: dict[str, torch.Tensor]) -> None:
     for step in (2, NUM_STEPS):
         made = run_dir / f"made_{step}"
         checkpoint = run_dir / "checkpoints" / f"step_{step:06d}"
-        told = run_module("tools.hf_checkpoint", checkpoint, "--output", made, ranks=0).stdout
+        told = run_module("tools.convert_checkpoint", checkpoint, "--output", made, ranks=0).stdout
         assert told.splitlines()[-1] == str(made)
         written = run_dir / "huggingface"
         if step < NUM_STEPS:

@@ -40,6 +40,21 @@ def write_sharp_model(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+SMALL = {
+    "dense": "--kv-heads 4",
+    "tied": "--kv-heads 2 --tie-embeddings",
+    "moe": "--kv-heads 2 --model-type qwen3_moe --experts 8 --expert-width 32",
+}
+
+
+def write_small_model(folder: Path, kind: str) -> None:
+    """A model of 4 layers and hidden size 64 of a kind in SMALL; or `large`: of 92 MiB."""
+    if kind != "large":
+        _make(folder, f"--hidden 64 --layers 4 --heads 4 --head-dim 32 {SMALL[kind]}")
+        return
+    _make(folder, "--hidden 512 --layers 8 --heads 4 --kv-heads 4 --head-dim 64")
+
+
 def _make(folder: Path, options: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         code = make_tiny_model.main([str(folder), *options.split()])

@@ -35,7 +35,6 @@ from megatron_rl.learner.model import checkpoint_files
 from megatron_rl.learner.model.checkpoint_files import STATE
 from megatron_rl.learner.model.export import tensor_shapes
 from megatron_rl.learner.model.training_model import TrainingModel
-from megatron_rl.weights.geometry import Geometry
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -143,23 +142,6 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
     trained.scheduler.load_state_dict(state["scheduler"])
     _set_random_state(random_state)
     return state["run"]
-
-
-def load_model(folder: Path, parts: Sequence[GPTModel], geometry: Geometry) -> None:
-    """Load the model's weights of a checkpoint, and nothing else of it. A collective over all
-    ranks.
-
-    Args:
-        parts: this rank's parts of the model, in the run's dtype.
-
-    Raises:
-        DataError: the checkpoint is missing, truncated or of a different model.
-    """
-    _read_state(folder, asdict(geometry) | {"dtype": str(parts[0].config.params_dtype)})
-    with _reading(folder):
-        loaded = _load({"model": _sharded_model(parts)}, folder)
-    for number, part in enumerate(parts):
-        part.load_state_dict(loaded["model"][str(number)])
 
 
 def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
