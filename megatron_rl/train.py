@@ -21,6 +21,7 @@ from megatron_rl.loop.acceptance import Acceptance
 from megatron_rl.loop.collect import collect_step
 from megatron_rl.loop.evaluate import evaluate_sets
 from megatron_rl.loop.fixed_gap import measure_fixed_gap
+from megatron_rl.loop.parity import ParityProbe
 from megatron_rl.loop.publish import publish_weights
 from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_step
 from megatron_rl.loop.report import write_metrics
@@ -34,7 +35,8 @@ def train(config: Config, progress: Progress) -> None:
     with start_run(config, progress) as run:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
         sender = run.link or run.contributor
-        publish = partial(publish_weights, learner, sender, run.engine_urls, state, config, phase)
+        probe = ParityProbe(learner, run.link, run.engine_urls, config).check
+        publish = partial(publish_weights, learner, sender, probe, state, config, phase)
         acceptance = Acceptance(learner, run.link, publish, config, phase)
         evaluate = partial(evaluate_sets, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)

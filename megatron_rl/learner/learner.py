@@ -104,15 +104,20 @@ class Learner:
             name="recomputation",
         )
 
-    def full_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
+    def full_logprobs(
+        self, rows: Sequence[MicroBatch], *, temperature: float | None = None
+    ) -> list[FullRow]:
         """Like `recompute`, but with log-probs over the whole distribution, even if the policy
         truncates it.
+
+        Args:
+            temperature: None: the policy's.
         """
         return evaluate_rows(
             self.trained.parts,
             rows,
             RowOutput.full_row,
-            temperature=self.temperature,
+            temperature=self.temperature if temperature is None else temperature,
             truncation=WHOLE,
             vocab_size=self.geometry.vocab_size,
             parallel=self.parallel,
@@ -124,13 +129,18 @@ class Learner:
         return [] if self._reference is None else self._reference.full_logprobs(rows)
 
     def score_samples(
-        self, samples: Sequence[Sample], *, tokens_per_row: int
+        self,
+        samples: Sequence[Sample],
+        *,
+        tokens_per_row: int,
+        temperature: float | None = None,
     ) -> list[tuple[Sample, torch.Tensor]]:
         """Full log-probs of samples that global rank 0 holds. A collective over all ranks; every
         replica computes the log-probs of all samples.
 
         Args:
             samples: read on rank 0, ignored on the other ranks.
+            temperature: None: the policy's.
         Returns:
             On the last pipeline stage of every replica, each sample with its log-probs, [L] float32
             on the CPU, aligned with its tokens, 0.0 where its loss mask is False. Empty on the
@@ -140,7 +150,7 @@ class Learner:
         rows = pack_rows(samples, self.parallel, tokens_per_row, min_rows=1)
         return [
             pair
-            for row in self.full_logprobs(rows)
+            for row in self.full_logprobs(rows, temperature=temperature)
             for pair in split_by_sample(row.micro_batch, row.full_logprobs)
         ]
 

@@ -1,15 +1,14 @@
-"""The parity probe, which checks that each engine serves the published weights.
+"""The parity probe's comparison of log-probs of samples that the engines generated after an update
+with the learner's of the same tokens at the published weights, both over the whole distribution.
 
-It compares the log-probs of samples that the engines generated after an update with the learner's
-log-probs of the same tokens at the published weights, both over the whole distribution. The result
-is a report per engine, or SyncError. A checksum proves only that the bytes arrived; the probe shows
-that the engine computes with them. It detects a stale packed copy, a layer that kept its old
-tensor, or a prefix cache from before the update.
+A checksum proves only that the bytes arrived; the probe shows that the engine computes with them.
+It detects a stale packed copy, a layer that kept its old tensor, or a prefix cache from before the
+update. `sync/change.py` is the other half of the probe: an engine that kept all its old weights.
 
 With float32 on both sides the condition is max |d logprob| <= 2e-5 x max(1, |logprob|) for every
 token, which any mistake violates. With lower precision the two sides differ by rounding, so the
-mean of |p - p| is compared with a bound. Measurements over probes of 48 sampled tokens, with vLLM
-on the CPU, a float32 learner and Qwen3 models of 0.8M parameters:
+mean of |p - p| is compared with a bound, in standard errors of the mean. Measurements with vLLM on
+the CPU, a float32 learner and Qwen3 models of 0.8M parameters:
 
     noise     BF16 0.0003 to 0.0018, INT8 W8A8 up to 0.0024, FP8 KV cache up to 0.016
               (means on a model trained longer: BF16 0.0051, FP8 weights 0.0073, INT4 weights 0.023)
@@ -17,8 +16,10 @@ on the CPU, a float32 learner and Qwen3 models of 0.8M parameters:
               two layers swapped 0.044 to 0.12 (0.010 to 0.058 after 32 steps of training),
               everything 15 steps old 0.018 to 0.066, only the head that old 0.005 to 0.012
 
-The bounds below therefore accept the noise and detect large mistakes immediately. A head that is
-never updated is detected only after enough updates.
+The bounds below therefore accept the noise and detect large mistakes. A mean over few tokens can be
+above its bound by chance: then the probe asks again with more (`loop/parity.py`), and an engine is
+wrong if the mean is still certainly above it, or, in float32, if the new tokens violate the
+condition too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import SyncError
 from megatron_rl.records import MISSING_LOGPROB, Sample
+from megatron_rl.sync.ratios import STANDARD_ERRORS, ratio
 
 FLOAT32_BOUND = 2e-5  # of |d logprob| / max(1, |logprob|)
 # Largest accepted mean |p - p|, by the precision of the less precise side.
@@ -45,17 +47,89 @@ BOUNDS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Precisions:
+    """What the bound depends on.
+
+    Example: `Precisions(engine="bfloat16", learner="float32", tolerance=0.0)`.
+    """
+
+    engine: str  # a key of BOUNDS, from `engine_precision`
+    learner: str  # a key of BOUNDS
+    tolerance: float  # the bound of the mean |p - p|; 0: that of the less precise side
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every token must agree."""
+        return self.engine == self.learner == "float32" and self.tolerance == 0.0
+
+    def bound(self) -> float:
+        """The largest accepted mean |p - p|, or relative gap of a token if `is_exact`.
+
+        Raises:
+            SyncError: a precision has no bound and there is no tolerance.
+        """
+        if self.is_exact or self.tolerance:
+            return self.tolerance or FLOAT32_BOUND
+        for dtype in (self.engine, self.learner):
+            if dtype not in BOUNDS:
+                raise SyncError(
+                    f"parity probe: expected a precision of {', '.join(BOUNDS)}, got {dtype!r}; "
+                    "name one of them, or set sync.probe_tolerance"
+                )
+        return max(BOUNDS[self.engine], BOUNDS[self.learner])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
     """The differences between an engine and the learner on the probe's tokens.
 
-    Example: `ParityReport(num_tokens=48, mean_probability_gap=0.0041, max_probability_gap=0.06,
-    max_relative_logprob_gap=0.11)`.
+    Example: `ParityReport(num_tokens=48, mean_probability_gap=0.0041, standard_error=0.0006,
+    max_probability_gap=0.06, max_relative_logprob_gap=0.11, precisions=Precisions(...),
+    bound=0.015)`.
     """
 
     num_tokens: int
     mean_probability_gap: float  # mean |p_learner - p_engine|
+    standard_error: float  # of the mean, over the samples
     max_probability_gap: float
     max_relative_logprob_gap: float  # max |d logprob| / max(1, |logprob|)
+    precisions: Precisions
+    bound: float
+
+    @property
+    def is_above(self) -> bool:
+        """Whether the bound is exceeded, by a mistake or by chance."""
+        is_exact = self.precisions.is_exact
+        measured = self.max_relative_logprob_gap if is_exact else self.mean_probability_gap
+        return measured > self.bound
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the bound is exceeded by more than chance."""
+        if self.precisions.is_exact:
+            return self.is_above
+        return self.mean_probability_gap - STANDARD_ERRORS * self.standard_error > self.bound
+
+    def complaint(self) -> str:
+        """What is wrong with an engine whose report `is_certain`."""
+        if self.precisions.is_exact:
+            what, measured = (
+                "max |d logprob| / max(1, |logprob|)",
+                f"{self.max_relative_logprob_gap:.3g}",
+            )
+        else:
+            distance = (self.mean_probability_gap - self.bound) / max(self.standard_error, 1e-12)
+            what, measured = (
+                "mean |p - p|",
+                f"{self.mean_probability_gap:.3g} +- {self.standard_error:.2g}, "
+                f"{min(distance, 999):.0f} standard errors above it,",
+            )
+        return (
+            f"parity probe: expected {what} of at most {self.bound:.3g} (engine "
+            f"{self.precisions.engine}, learner {self.precisions.learner}), got {measured} over "
+            f"{self.num_tokens} tokens; the engine does not serve the published weights, or "
+            "sync.probe_tolerance is too small"
+        )
 
 
 def engine_precision(rollout: RolloutConfig) -> str:
@@ -67,14 +141,12 @@ def engine_precision(rollout: RolloutConfig) -> str:
     return "fp8"
 
 
-def check_engines(
+def compare_engines(
     pairs: Iterable[tuple[Sample, torch.Tensor]],
     *,
     urls: Sequence[str],
     version: int,
-    engine_dtype: str,
-    learner_dtype: str,
-    tolerance: float,
+    precisions: Precisions,
 ) -> dict[str, ParityReport]:
     """A report of every engine, by url, from the samples that it generated.
 
@@ -84,12 +156,11 @@ def check_engines(
     Args:
         pairs: samples with `rollout.engine`, each with the learner's full log-probs [L] float32.
         urls: of all engines that received the update.
-        version: of the weights, for the error message.
-        engine_dtype, learner_dtype, tolerance: as in `check_parity`.
+        version: of the weights, for messages.
 
     Raises:
-        SyncError: an engine does not serve the published weights or has no sample among `pairs`, or
-            a sample is not from any of these engines.
+        SyncError: log-probs cannot be compared (`compare`), an engine has no sample among `pairs`,
+            or a sample is not from any of these engines.
     """
     own: dict[str, list[tuple[Sample, torch.Tensor]]] = {url: [] for url in urls}
     for sample, full_logprobs in pairs:
@@ -102,56 +173,44 @@ def check_engines(
     reports = {}
     for url, of_engine in own.items():
         masks = [torch.from_numpy(sample.rollout.loss_mask) for sample, _ in of_engine]
-        served = [
-            torch.from_numpy(sample.rollout.rollout_logprobs).float() for sample, _ in of_engine
-        ]
+        served = [torch.from_numpy(sample.rollout.rollout_logprobs) for sample, _ in of_engine]
         try:
-            reports[url] = check_parity(
-                _join(served, masks),
-                _join([full_logprobs for _, full_logprobs in of_engine], masks),
-                engine_dtype=engine_dtype,
-                learner_dtype=learner_dtype,
-                tolerance=tolerance,
+            reports[url] = compare(
+                [values.float()[mask] for values, mask in zip(served, masks, strict=True)],
+                [values[mask] for (_, values), mask in zip(of_engine, masks, strict=True)],
+                precisions,
             )
         except SyncError as error:
             raise SyncError(f"engine {url} after update {version}: {error}") from error
     return reports
 
 
-def _join(values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[N] the masked values of all [L] tensors, concatenated."""
-    return torch.cat([torch.zeros(0), *(each[mask] for each, mask in zip(values, masks))])
-
-
-def check_parity(
-    rollout_logprobs: torch.Tensor,
-    full_logprobs: torch.Tensor,
-    *,
-    engine_dtype: str,
-    learner_dtype: str,
-    tolerance: float,
+def compare(
+    rollout_logprobs: Sequence[torch.Tensor],
+    full_logprobs: Sequence[torch.Tensor],
+    precisions: Precisions,
 ) -> ParityReport:
-    """Compare the two sides, and raise an error if the engine does not serve the learner's weights.
+    """Compare the two sides of one engine's samples.
 
     Args:
-        rollout_logprobs: [N] floating-point, the engine's log-probs of tokens that it sampled.
-        full_logprobs: [N] floating-point, the learner's log-probs of the same tokens.
-        engine_dtype: a key of BOUNDS, from `engine_precision`.
-        learner_dtype: a key of BOUNDS, the precision of the learner.
-        tolerance: the largest accepted mean |p - p|; 0 means the bound of the less precise side.
+        rollout_logprobs: of each sample, [L] floating-point, the engine's log-probs of its tokens.
+        full_logprobs: of each sample, [L] floating-point, the learner's of the same tokens.
 
     Raises:
-        SyncError: the log-probs cannot be compared, are not finite, are -9999 or below (the value
-            that an engine's route writes for NaN), or differ too much.
+        SyncError: the log-probs cannot be compared, are not finite, or are -9999 or below (the
+            value that an engine's route writes for NaN); or a precision has no bound.
     """
-    if rollout_logprobs.shape != full_logprobs.shape or rollout_logprobs.ndim != 1:
+    shapes = [[tuple(each.shape) for each in side] for side in (rollout_logprobs, full_logprobs)]
+    if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
         raise SyncError(
-            "parity probe: expected two tensors of one shape [N], got "
-            f"{tuple(rollout_logprobs.shape)} and {tuple(full_logprobs.shape)}"
+            f"parity probe: expected tensors of the same shapes [L], got {shapes[0]} and "
+            f"{shapes[1]}"
         )
-    if rollout_logprobs.numel() == 0:
+    if not any(each.numel() for each in rollout_logprobs):
         raise SyncError("parity probe: expected at least one token, got none")
-    engine, learner = rollout_logprobs.double().cpu(), full_logprobs.double().cpu()
+    engine, learner = (
+        torch.cat(tuple(side)).double().cpu() for side in (rollout_logprobs, full_logprobs)
+    )
     for name, values in (("engine", engine), ("learner", learner)):
         bad = ~values.isfinite() | (values <= MISSING_LOGPROB)
         if bad.any():
@@ -160,36 +219,19 @@ def check_parity(
                 f"parity probe: expected finite log-probs above {MISSING_LOGPROB}, the {name} gave "
                 f"{float(values[position])} for token {position} of {values.numel()}"
             )
-    report = _compare(engine, learner)
-    is_exact = engine_dtype == "float32" and learner_dtype == "float32" and tolerance == 0.0
-    measured = report.max_relative_logprob_gap if is_exact else report.mean_probability_gap
-    bound = FLOAT32_BOUND if is_exact else tolerance or _bound(engine_dtype, learner_dtype)
-    if measured > bound:
-        what = "max |d logprob| / max(1, |logprob|)" if is_exact else "mean |p - p|"
-        raise SyncError(
-            f"parity probe: expected {what} of at most {bound:.3g} (engine {engine_dtype}, "
-            f"learner {learner_dtype}), got {measured:.3g} over {report.num_tokens} tokens; the "
-            "engine does not serve the published weights, or sync.probe_tolerance is too small"
-        )
-    return report
-
-
-def _bound(*dtypes: str) -> float:
-    for dtype in dtypes:
-        if dtype not in BOUNDS:
-            raise SyncError(
-                f"parity probe: expected a precision of {', '.join(BOUNDS)}, got {dtype!r}; "
-                "name one of them, or set sync.probe_tolerance"
-            )
-    return max(BOUNDS[dtype] for dtype in dtypes)
-
-
-def _compare(engine: torch.Tensor, learner: torch.Tensor) -> ParityReport:
-    probability_gap = (learner.exp() - engine.exp()).abs()
+    gap = (learner.exp() - engine.exp()).abs()
+    lengths = [each.numel() for each in rollout_logprobs if each.numel()]
+    mean, standard_error = ratio(
+        torch.tensor([float(each.sum()) for each in gap.split(lengths)], dtype=torch.float64),
+        torch.tensor(lengths, dtype=torch.float64),
+    )
     relative = (learner - engine).abs() / learner.abs().clamp(min=1.0)
     return ParityReport(
         num_tokens=engine.numel(),
-        mean_probability_gap=float(probability_gap.mean()),
-        max_probability_gap=float(probability_gap.max()),
+        mean_probability_gap=mean,
+        standard_error=standard_error,
+        max_probability_gap=float(gap.max()),
         max_relative_logprob_gap=float(relative.max()),
+        precisions=precisions,
+        bound=precisions.bound(),
     )

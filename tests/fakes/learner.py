@@ -80,7 +80,11 @@ class FakeLearner:
         self.log.append("give_tensors")
 
     def score_samples(
-        self, samples: Sequence[Sample], *, tokens_per_row: int
+        self,
+        samples: Sequence[Sample],
+        *,
+        tokens_per_row: int,
+        temperature: float | None = None,
     ) -> list[tuple[Sample, torch.Tensor]]:
         self.log.append(f"score_samples {len(samples)}")
         return [

@@ -24,7 +24,7 @@ from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
 from megatron_rl.engine.server import start_engines
 from megatron_rl.errors import SyncError
-from megatron_rl.sync.probe import check_parity
+from megatron_rl.sync.probe import Precisions, compare
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import WeightStream
 from tests.sync.faulty_sender import send
@@ -100,13 +100,8 @@ def worst_gap(answer: httpx.Response, folder: Path, version: str) -> float:
         with torch.no_grad():
             logits = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
         full = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-        report = check_parity(
-            rollout,
-            full,
-            engine_dtype="float32",
-            learner_dtype="float32",
-            tolerance=1.0,  # the test below judges
-        )
+        precisions = Precisions(engine="float32", learner="float32", tolerance=0.0)
+        report = compare([rollout], [full], precisions)
         gap = max(gap, report.max_relative_logprob_gap)
     return gap
 
