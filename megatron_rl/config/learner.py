@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.choices import Decay, Recompute
+from megatron_rl.config.choices import Decay, Recompute, RoutingReplay
 from megatron_rl.config.rules import above_zero, at_least, literal_choices, require
 
 
@@ -38,6 +38,33 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """The routers of a mixture of experts; no effect on a dense model."""
+
+    # Losses that are added to the objective, for each layer (learner/model/routing.py); 0: off.
+    # Qwen3 was trained with a load_balancing_coefficient of 0.001
+    load_balancing_coefficient: float = 0.0  # times the mean over sequences, 1 if balanced
+    z_loss_coefficient: float = 0.0  # times the mean over tokens of the squared log-sum-exp
+    # which experts a token is sent to in the update. none: those that the router chooses then;
+    # recomputed: those that it chose in the separate pass before the update; rollout: those that it
+    # was sent to in the engine, which has to return them. Their weights are always computed anew
+    routing_replay: RoutingReplay = "none"
+
+    def __post_init__(self) -> None:
+        literal_choices(self)
+        at_least(
+            0,
+            load_balancing_coefficient=self.load_balancing_coefficient,
+            z_loss_coefficient=self.z_loss_coefficient,
+        )
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a loss is added to the objective."""
+        return self.load_balancing_coefficient > 0 or self.z_loss_coefficient > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     """How a batch of rollouts is turned into optimizer updates."""
 
@@ -48,6 +75,7 @@ class LearnerConfig:
     # skipped
     recompute: Recompute = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
 
     def __post_init__(self) -> None:
         literal_choices(self)

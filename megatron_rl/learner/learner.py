@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from megatron_rl.config import ModelConfig, OptimizerConfig
+from megatron_rl.config.learner import MoeConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.batch.deal import pack_rows, split_by_sample
 from megatron_rl.learner.layout.parallel import Parallel
@@ -20,6 +21,7 @@ from megatron_rl.learner.model.export import (
     tensor_shapes,
     tensor_stages,
 )
+from megatron_rl.learner.model.routing import BalanceScales
 from megatron_rl.learner.model.training_model import build_training_model
 from megatron_rl.learner.passes.forward import (
     WHOLE,
@@ -31,6 +33,7 @@ from megatron_rl.learner.passes.forward import (
     run_schedule,
 )
 from megatron_rl.learner.passes.frozen import FrozenPolicy
+from megatron_rl.learner.passes.router_memory import RouterMemory
 from megatron_rl.ops import kernels
 from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.records import MicroBatch, RecomputedRow, Sample, Truncation
@@ -56,6 +59,7 @@ class Learner:
         temperature: float = 1.0,
         reference_path: str = "",
         truncation: Truncation = WHOLE,
+        moe: MoeConfig | None = None,
     ) -> None:
         """
         Args:
@@ -63,14 +67,22 @@ class Learner:
             temperature: the policy's; the learner computes every log-prob at this temperature.
             reference_path: checkpoint of a frozen reference policy; "" for none.
             truncation: the policy's; recomputed and policy log-probs are computed over its support.
+            moe: settings of the routers of a mixture of experts; None: the defaults.
         """
         self.geometry = geometry
         self.parallel = parallel
         self.temperature = temperature
         self.truncation = truncation
+        self.moe = moe or MoeConfig()
         self.trained = build_training_model(
-            model, optimizer, geometry, parallel, num_updates=num_updates
+            model,
+            optimizer,
+            geometry,
+            parallel,
+            num_updates=num_updates,
+            has_routing_replay=self.moe.routing_replay != "none",
         )
+        self._routers = RouterMemory(geometry, parallel, self.moe)
         self._reference = None
         if reference_path:
             self._reference = FrozenPolicy(reference_path, model, parallel, temperature=temperature)
@@ -85,10 +97,16 @@ class Learner:
         """A description of the implementation that computes log-probs here: `C++ (avx512)`."""
         return kernels.backend(self.parallel.device)
 
-    def recompute(self, rows: Sequence[MicroBatch]) -> list[RecomputedRow]:
+    def recompute(
+        self, rows: Sequence[MicroBatch], *, is_for_update: bool = False
+    ) -> list[RecomputedRow]:
         """`recomputed_logprobs` at the current weights: a record for each row on the last pipeline
-        stage, an empty list on the others. A collective over the ranks of a replica.
+        stage, an empty list on the others. A collective over the ranks of a replica; of a mixture
+        of experts, over all ranks.
 
+        Args:
+            is_for_update: whether the same rows are given to `update` afterwards, which may have to
+                send their tokens to the same experts.
         Raises:
             DivergenceError: no log-prob can be computed from the logits. DataError: a label is
                 outside the vocabulary.
@@ -97,6 +115,7 @@ class Learner:
             self.trained.parts,
             rows,
             RowOutput.recomputed_row,
+            routing=self._routers.of_recomputation(rows, is_for_update=is_for_update),
             temperature=self.temperature,
             truncation=self.truncation,
             vocab_size=self.geometry.vocab_size,
@@ -155,7 +174,12 @@ class Learner:
         ]
 
     def update(
-        self, rows: Sequence[MicroBatch], row_loss: RowLoss, *, has_entropy_gradient: bool = False
+        self,
+        rows: Sequence[MicroBatch],
+        row_loss: RowLoss,
+        *,
+        has_entropy_gradient: bool = False,
+        balance: BalanceScales | None = None,
     ) -> tuple[list[object], float | None]:
         """Forward, backward and one optimizer step over all ranks' rows. If no rank has a kept
         token, there is no optimizer step: weights, moments and schedule do not change.
@@ -165,6 +189,7 @@ class Learner:
             row_loss: called on the last stage for each row.
             has_entropy_gradient: whether the output's entropy is under gradient, which costs
                 another pass over the logits.
+            balance: the factors of the losses that balance experts; None: there are none.
         Returns:
             The result of each row (on the last stage; empty on the others), and the gradient's norm
             before clipping; None, on every rank, if there was no optimizer step.
@@ -200,9 +225,9 @@ class Learner:
         for part in trained.parts:
             part.zero_grad_buffer()
         trained.optimizer.zero_grad()
-        results = run_schedule(
-            trained.parts, rows, on_output, parallel=self.parallel, forward_only=False
-        )
+        routing = self._routers.of_update(rows, balance)
+        settings = {"parallel": self.parallel, "forward_only": False, "routing": routing}
+        results = run_schedule(trained.parts, rows, on_output, **settings)
         # With a gradient of 0, momentum and weight decay would still move the weights. Only the
         # last stage knows what is kept, and all ranks must decide alike.
         if not self.parallel.any_rank(num_kept > 0):
@@ -217,6 +242,12 @@ class Learner:
                 "learner.optimizer.learning_rate, or continue from the last checkpoint"
             )
         return results, grad_norm
+
+    def take_router_metrics(self) -> dict[str, float]:
+        """The metrics of a mixture's routers in the updates since the last call, the same on every
+        rank; empty for a dense model. A collective over all ranks.
+        """
+        return self._routers.take_metrics()
 
     def tensor_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape of every Hugging Face tensor, in the order of `full_tensors`."""

@@ -184,6 +184,7 @@ def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Le
         temperature=config.rollout.sampling.temperature,
         reference_path=config.objective.kl.reference,
         truncation=truncation_of(config.rollout, parallel.device.type),
+        moe=config.learner.moe,
     )
 
 

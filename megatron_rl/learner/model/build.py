@@ -57,10 +57,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_model(
-    config: ModelConfig, geometry: Geometry, parallel: Parallel, *, use_distributed_optimizer: bool
+    config: ModelConfig,
+    geometry: Geometry,
+    parallel: Parallel,
+    *,
+    use_distributed_optimizer: bool,
+    has_routing_replay: bool = False,
 ) -> tuple[DistributedDataParallel, ...]:
     """This rank's parts of the model in layer order, loaded with the checkpoint's weights, each in
     Megatron's DDP with float32 gradients.
+
+    Args:
+        has_routing_replay: whether rows may bring the experts that their tokens are sent to.
 
     Raises:
         ConfigError: the model does not allow the layout or an option.
@@ -74,6 +82,7 @@ def build_model(
         parallel,
         DTYPES[config.dtype],
         activation_recomputation=config.activation_recomputation,
+        has_routing_replay=has_routing_replay,
     )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
@@ -95,6 +104,7 @@ def transformer_config(
     dtype: torch.dtype,
     *,
     activation_recomputation: ActivationRecomputation = "none",
+    has_routing_replay: bool = False,
 ) -> TransformerConfig:
     """Megatron's settings for this model and layout."""
     from megatron.core.distributed import finalize_model_grads
@@ -135,7 +145,12 @@ def transformer_config(
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **_pipeline_settings(geometry, parallel.layout),
-        **expert_settings(geometry.experts, parallel.layout, is_grouped=has_transformer_engine()),
+        **expert_settings(
+            geometry.experts,
+            parallel.layout,
+            is_grouped=has_transformer_engine(),
+            has_replay=has_routing_replay,
+        ),
         **_recomputation_settings(geometry, activation_recomputation),
     )
 

@@ -21,18 +21,24 @@ from megatron_rl.weights.geometry import ExpertGeometry, Geometry
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.moe.router_replay import RouterReplay
 
 PRE_MLP_NORM = "pre_mlp_layernorm."
 
 
 def expert_settings(
-    experts: ExpertGeometry | None, layout: ParallelConfig, *, is_grouped: bool
+    experts: ExpertGeometry | None,
+    layout: ParallelConfig,
+    *,
+    is_grouped: bool,
+    has_replay: bool = False,
 ) -> dict[str, Any]:
     """Megatron's settings for the experts; none for a dense model.
 
     Args:
         is_grouped: whether a rank's experts are one grouped product, which needs Transformer
             Engine.
+        has_replay: whether rows may bring their routes, or have them recorded.
     """
     if experts is None:
         return {}
@@ -49,6 +55,7 @@ def expert_settings(
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": is_grouped,
+        "moe_enable_routing_replay": has_replay,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
     }
@@ -75,10 +82,13 @@ def use_row_routing(layer: Any, geometry: Geometry) -> None:
 
 def hand_rows_to_experts(model: GPTModel) -> None:
     """Make every MoE layer of the model work on the row in `packed_seq_params.routing`."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay
 
     def hand_over(layer: torch.nn.Module, _: Any, settings: dict[str, Any]) -> None:
         layer.mlp.row = settings["packed_seq_params"].routing
 
+    # Megatron's list of all replays would keep this model alive; rows bring their routes instead.
+    RouterReplay.clear_global_router_replay_instances()
     for layer in model.decoder.layers:
         layer.register_forward_pre_hook(hand_over, with_kwargs=True)
         _tell_router(layer.mlp)
@@ -118,6 +128,28 @@ def _tell_router(moe: Any) -> None:
     moe.forward = row_forward
 
 
+def set_replay(
+    replay: RouterReplay, row: RowRouting, layer: int, logits: torch.Tensor, num_chosen: int
+) -> None:
+    """Make Megatron's replay of one router take the row's routes, record them, or do nothing.
+
+    Args:
+        layer: of the model, from 0.
+        logits: [T', E]; positions without a route are sent to the experts of the largest ones.
+    """
+    from megatron.core.transformer.moe.router_replay import RouterReplayAction
+
+    replay.clear_indices()
+    replay.clear_router_replay_action()
+    if row.routes is not None:
+        ids = row.routes[layer].long()
+        chosen = logits.detach().topk(num_chosen).indices
+        replay.set_target_indices(torch.where(ids < 0, chosen, ids))
+        replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    elif row.recorded is not None:
+        replay.set_router_replay_action(RouterReplayAction.RECORD)
+
+
 @cache
 def row_router() -> type:
     """The class of the router. It is defined on demand, because it derives from a class of
@@ -140,14 +172,18 @@ def row_router() -> type:
             """The weights of the chosen experts, 0 of the others, and which are chosen, [T', E]
             each, from logits [T', 1, E]. Padding has none.
             """
-            row = self.row
+            row, layer = self.row, self.layer_number - 1
             logits = logits.view(-1, self.config.num_moe_experts)
+            if self.router_replay is not None:
+                set_replay(self.router_replay, row, layer, logits, self.topk)
             weights, is_chosen = topk_routing_with_score_function(
                 logits,
                 self.topk,
                 use_pre_softmax=self.config.moe_router_pre_softmax,
                 router_replay=self.router_replay,
             )
+            if row.recorded is not None and row.routes is None:
+                row.recorded[layer] = self.router_replay.get_recorded_indices().short()
             is_chosen = is_chosen & row.is_token[:, None]
             # Of the passes of a layer that runs again, the one with a gradient counts.
             if torch.is_grad_enabled() and row.statistics is not None:

@@ -25,6 +25,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+# For each layer of the model the experts of a row's positions on this rank, [T', k] int16; -1: the
+# router chooses. Layers are numbered from 0.
+Routes = dict[int, torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalanceScales:
@@ -45,20 +49,21 @@ class BalanceScales:
 class RouterStatistics:
     """Sums over the tokens of this rank's rows, by layer."""
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
         """
         Args:
             num_layers: of the whole model.
         """
-        self.loads = torch.zeros(num_layers, num_experts, dtype=torch.float64)  # tokens sent
+        sizes = {"dtype": torch.float64, "device": device}
+        self.loads = torch.zeros(num_layers, num_experts, **sizes)  # tokens sent
         # of each layer: tokens, sequences, and the sums over them of the entropy of the softmax, of
         # the margin, of the z-loss and of the load-balancing loss
-        self.sums = torch.zeros(num_layers, 6, dtype=torch.float64)
+        self.sums = torch.zeros(num_layers, 6, **sizes)
 
     def add(self, layer: int, loads: torch.Tensor, sums: torch.Tensor) -> None:
         """Add a row's [E] loads and [6] sums."""
-        self.loads[layer] += loads.detach().double().cpu()
-        self.sums[layer] += sums.detach().double().cpu()
+        self.loads[layer] += loads.detach()
+        self.sums[layer] += sums.detach()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,8 @@ class RowRouting:
     lengths: torch.Tensor  # [S] float32: the tokens of every sequence, on all ranks of the row
     scales: BalanceScales | None = None  # of a training pass whose loss balances the experts
     statistics: RouterStatistics | None = None  # of a training pass
+    routes: Routes | None = None  # the experts that positions are sent to; None: routers choose
+    recorded: Routes | None = None  # takes the experts that routers choose
 
     @property
     def is_token(self) -> torch.Tensor:
@@ -102,7 +109,7 @@ def balance_losses(
     logits: torch.Tensor,
     is_chosen: torch.Tensor,
     num_chosen: int,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
 ) -> BalanceLosses:
     """The losses of one layer. A collective over the ranks that share the row's positions.
 
@@ -110,11 +117,11 @@ def balance_losses(
         logits: [T', E] float32, under gradient.
         is_chosen: [T', E] bool, False for padding.
         num_chosen: k.
-        group: the ranks that share the row's positions.
+        group: the ranks that share the row's positions; None: this rank has all of them.
     """
     num_experts = logits.shape[1]
     counts = row.by_sequence(is_chosen.float())
-    if group.size() > 1:
+    if group is not None and group.size() > 1:
         dist.all_reduce(counts, group=group)
     lengths = row.lengths.clamp(min=1)[:, None]
     shares = counts / (num_chosen * lengths)
@@ -139,16 +146,19 @@ def statistics_of(
     Args:
         counts_sequences: whether this rank counts the row's sequences: one of those that share it.
     """
-    logprobs = logits.detach()[row.is_token].log_softmax(-1).double()
-    highest = logits.detach()[row.is_token].topk(min(num_chosen + 1, logits.shape[1])).values
-    margin = highest[:, num_chosen - 1] - highest[:, -1]
-    num_sequences = float((row.lengths > 0).sum()) if counts_sequences else 0.0
-    sums = (
-        float(len(logprobs)),
-        num_sequences,
-        float(-(logprobs.exp() * logprobs).sum()),
-        float(margin.double().sum()),
-        float(losses.z_loss.detach()),
-        float(losses.load_balancing.detach()),
+    logits, is_token = logits.detach(), row.is_token
+    logprobs = logits.log_softmax(-1).double()
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    highest = logits.topk(min(num_chosen + 1, logits.shape[1])).values
+    margin = (highest[:, num_chosen - 1] - highest[:, -1]).double()
+    num_sequences = (row.lengths > 0).sum(dtype=torch.float64)
+    return torch.stack(
+        [
+            is_token.sum(dtype=torch.float64),
+            num_sequences if counts_sequences else torch.zeros_like(num_sequences),
+            torch.where(is_token, entropy, 0.0).sum(),
+            torch.where(is_token, margin, 0.0).sum(),
+            losses.z_loss.detach().double(),
+            losses.load_balancing.detach().double(),
+        ]
     )
-    return torch.tensor(sums, dtype=torch.float64)

@@ -48,17 +48,25 @@ def build_training_model(
     parallel: Parallel,
     *,
     num_updates: int,
+    has_routing_replay: bool = False,
 ) -> TrainingModel:
     """The model of `geometry`, loaded from `model.path`, with a new optimizer. A collective over
     all ranks.
 
     Args:
         num_updates: optimizer steps of the whole run, for a decaying learning rate.
+        has_routing_replay: as in `build_model`.
     Raises:
         ConfigError: the model does not allow the layout or an option. DataError: the checkpoint
             does not match the geometry.
     """
-    parts = build_model(model, geometry, parallel, use_distributed_optimizer=optimizer.distributed)
+    parts = build_model(
+        model,
+        geometry,
+        parallel,
+        use_distributed_optimizer=optimizer.distributed,
+        has_routing_replay=has_routing_replay,
+    )
     built, scheduler = build_optimizer(optimizer, parts, num_updates=num_updates)
     return TrainingModel(
         parallel=parallel, geometry=geometry, parts=parts, optimizer=built, scheduler=scheduler

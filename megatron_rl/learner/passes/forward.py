@@ -18,7 +18,8 @@ import torch
 from megatron_rl.learner.layout.context import RowShare, row_share
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.attention import plan_stacks
-from megatron_rl.learner.passes.row_routing import row_routing
+from megatron_rl.learner.model.routing import RowRouting
+from megatron_rl.learner.passes.row_routing import PassRouting
 from megatron_rl.ops.broken_rows import check_broken_rows
 from megatron_rl.ops.entropy import differentiable_entropy
 from megatron_rl.ops.support_logprobs import support_logprobs
@@ -108,9 +109,9 @@ def _borders(row: MicroBatch) -> torch.Tensor:
     return borders
 
 
-def packed_seq_params(row: MicroBatch, share: RowShare, parallel: Parallel) -> Any:
+def packed_seq_params(row: MicroBatch, share: RowShare, routing: RowRouting) -> Any:
     """The boundaries of the row's sequences in the form that Megatron's attention layers expect,
-    with this rank's positions that get logits and what routers of experts need.
+    with this rank's positions that get logits and what routers of experts are told.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -127,7 +128,7 @@ def packed_seq_params(row: MicroBatch, share: RowShare, parallel: Parallel) -> A
     )
     params.stack_plan = plan_stacks(row.cu_seqlens, row.cu_seqlens_padded, share)
     params.scored_positions = share.select(row.loss_mask).nonzero()[:, 0]
-    params.routing = row_routing(row, share, parallel)
+    params.routing = routing
     return params
 
 
@@ -197,6 +198,7 @@ def evaluate_rows(
     vocab_size: int,
     parallel: Parallel,
     name: str,
+    routing: PassRouting | None = None,
 ) -> list[Item]:
     """A forward-only pass. A collective over the ranks of a replica.
 
@@ -204,6 +206,7 @@ def evaluate_rows(
         parts: this rank's parts of the model, in layer order.
         take: selects the result from a row's output, such as `RowOutput.recomputed_row`.
         name: of the pass, for messages.
+        routing: what routers of experts are told; None: that they choose.
     Returns:
         On the last pipeline stage one item for each row; empty on other stages.
     Raises:
@@ -224,7 +227,8 @@ def evaluate_rows(
         )
         return take(output, rows[index])
 
-    items = run_schedule(parts, rows, on_output, parallel=parallel, forward_only=True)
+    settings = {"parallel": parallel, "forward_only": True, "routing": routing}
+    items = run_schedule(parts, rows, on_output, **settings)
     # Checked once for the whole pass, because the check synchronises with the device.
     check_broken_rows(parallel.device, name)
     return items
@@ -237,6 +241,7 @@ def run_schedule(
     *,
     parallel: Parallel,
     forward_only: bool,
+    routing: PassRouting | None = None,
 ) -> list[Any]:
     """Run the rows through Megatron's pipeline schedule.
 
@@ -247,11 +252,14 @@ def run_schedule(
         on_output: `(index of the row, logits [1, K, V / TP])`, called on the last stage, with the
             logits of the K positions of this rank that the loss mask keeps. In training it returns
             Megatron's `(sum, count, anything)`; with `forward_only` it returns anything.
+        routing: as in `evaluate_rows`.
     Returns:
         On the last stage the value that `on_output` returned for each row (in training the third
         item of it); empty on other stages.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    routing = routing or PassRouting(parallel=parallel)
 
     def forward_step(
         numbered_rows: Any, stage: torch.nn.Module
@@ -259,7 +267,7 @@ def run_schedule(
         index, row = next(numbered_rows)
         share = share_of_row(row, parallel)
         tokens, positions = share.select(row.tokens), share.select(row.positions)
-        params = packed_seq_params(row, share, parallel)
+        params = packed_seq_params(row, share, routing.of_row(index, row, share))
         output = stage(tokens[None], positions[None], None, packed_seq_params=params)
         return output, partial(_call_with_output, on_output, index)
 

@@ -24,6 +24,7 @@ import torch
 from megatron_rl.config import ConstraintConfig, ObjectiveConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.update.row_balance import balance_scales, needs_separate_pass
 from megatron_rl.learner.update.row_correction import (
     BatchScalars,
     batch_scalars,
@@ -76,8 +77,7 @@ def train_step(
     """
     is_enabled = config.constraint.enabled
     dual_value = dual.effective_value if is_enabled else 0.0
-    is_update_off_policy = len(batch.mini_batches) > 1 and config.old_policy == "recomputed"
-    is_separate = should_recompute or is_update_off_policy or needs_batch_scalars(config)
+    is_separate = should_recompute or _needs_separate_pass(learner, batch, config)
     mini_batches = [_update_rows(learner, rows, is_separate) for rows in batch.mini_batches]
     dropped = learner.recompute(batch.dropped)
     scalars = BatchScalars()
@@ -96,17 +96,21 @@ def train_step(
     results: list[RowResult] = []
     grad_norms = []
     for rows, num_left_out in zip(mini_batches, batch.num_left_out, strict=True):
-        loss = MiniBatchLoss(rows, settings, num_left_out=num_left_out)
+        known = [(row.micro_batch, row.recomputed) for row in rows]
         of_rows, grad_norm = learner.update(
             [row.micro_batch for row in rows],
-            loss,
+            MiniBatchLoss(rows, settings, num_left_out=num_left_out),
             has_entropy_gradient=config.entropy_coefficient > 0,
+            balance=balance_scales(
+                known, learner.moe, config, learner.parallel, num_left_out=num_left_out
+            ),
         )
         results += of_rows
         if grad_norm is not None:
             grad_norms.append(grad_norm)
     results += dropped_results(dropped, settings)
     metrics, gap = _over_all_ranks(results, learner.parallel)
+    metrics |= learner.take_router_metrics()
     metrics |= {
         "constraint/lambda": dual_value,
         "learner/learning_rate": learner.learning_rate,
@@ -119,6 +123,16 @@ def train_step(
     return report, tuple(row.recomputed for row in results)
 
 
+def _needs_separate_pass(learner: Learner, batch: TrainBatch, config: ObjectiveConfig) -> bool:
+    """Whether the recomputed log-probs cannot be those of the update."""
+    is_update_off_policy = len(batch.mini_batches) > 1 and config.old_policy == "recomputed"
+    return (
+        is_update_off_policy
+        or needs_batch_scalars(config)
+        or needs_separate_pass(learner.moe, config)
+    )
+
+
 def _update_rows(
     learner: Learner, micro_batches: Sequence[MicroBatch], is_separate: bool
 ) -> list[UpdateRow]:
@@ -126,7 +140,7 @@ def _update_rows(
     if there are any. Both are None on all pipeline stages but the last.
     """
     nothing = [None] * len(micro_batches)
-    recomputed = learner.recompute(micro_batches) if is_separate else []
+    recomputed = learner.recompute(micro_batches, is_for_update=True) if is_separate else []
     reference = [row.full_logprobs for row in learner.reference_logprobs(micro_batches)]
     return [
         UpdateRow(micro_batch=row, recomputed=known, reference_logprobs=of_reference)

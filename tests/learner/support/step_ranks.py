@@ -27,6 +27,7 @@ from megatron_rl.config import (
     OptimizerConfig,
     ParallelConfig,
 )
+from megatron_rl.config.learner import MoeConfig
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.batch.packing import fill, pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
@@ -94,6 +95,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline": 2}),
     "tp2_sp": (2, {"tensor": 2, "sequence_parallel": True}),
     "cp2": (2, {"context": 2}),
+    "ep2": (2, {"expert": 2}),
+    "tp2_sp_ep2": (2, {"tensor": 2, "sequence_parallel": True, "expert": 2}),
+    "etp2": (2, {"expert_tensor": 2}),
+    "cp2_ep2": (2, {"context": 2, "expert": 2}),
 }
 PLAIN_LAYOUTS = ("dp1", "dp2", "tp2", "pp2")
 MODES = ("token_mean", "sequence_mean")
@@ -192,6 +197,8 @@ def run_case(
     config: ObjectiveConfig | None = None,
     *,
     has_heads: bool = False,
+    moe: MoeConfig | None = None,
+    recomputation: str = "none",
 ) -> dict[str, Any]:
     """One training step; what it did to everything."""
     if config is None:
@@ -200,7 +207,7 @@ def run_case(
             constraint=ConstraintConfig(initial=DUAL_VALUE, tolerance=TOLERANCE),
         )
     learner = Learner(
-        ModelConfig(path=str(model)),
+        ModelConfig(path=str(model), activation_recomputation=recomputation),
         OptimizerConfig(
             learning_rate=1.0, epsilon=1.0, clip_grad=0.0, distributed=case.is_distributed
         ),
@@ -208,6 +215,7 @@ def run_case(
         parallel,
         num_updates=2,
         reference_path=config.kl.reference,
+        moe=moe,
     )
     batch = deal(case, rollouts, parallel, has_heads=has_heads)
     if not case.is_packed:

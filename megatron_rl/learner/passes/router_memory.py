@@ -1,0 +1,64 @@
+"""[imports megatron] What a learner keeps about the routers of a mixture of experts between passes:
+the routes of the separate pass, for the update, and the statistics of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.config.learner import MoeConfig
+from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.learner.model.routing import BalanceScales, RouterStatistics, Routes
+from megatron_rl.learner.passes.row_routing import PassRouting, router_metrics
+from megatron_rl.records import MicroBatch
+from megatron_rl.weights.geometry import Geometry
+
+
+class RouterMemory:
+    """The routing of a learner's passes; of a dense model, none."""
+
+    def __init__(self, geometry: Geometry, parallel: Parallel, moe: MoeConfig) -> None:
+        self._geometry = geometry
+        self._parallel = parallel
+        self._moe = moe
+        # by the identity of a row that is held until its update; of the layers on this rank
+        self._recorded: dict[int, Routes] = {}
+        self._statistics = self._no_statistics()
+
+    def _no_statistics(self) -> RouterStatistics | None:
+        experts, layers = self._geometry.experts, self._geometry.num_layers
+        if experts is None:
+            return None
+        return RouterStatistics(layers, experts.num_experts, self._parallel.device)
+
+    def of_recomputation(self, rows: Sequence[MicroBatch], *, is_for_update: bool) -> PassRouting:
+        """The routing of the separate pass.
+
+        Args:
+            is_for_update: whether `of_update` is called for the same rows later.
+        """
+        recorded: dict[int, Routes] = {}
+        if is_for_update and self._moe.routing_replay == "recomputed":
+            recorded = {index: {} for index in range(len(rows))}
+            self._recorded |= {id(row): recorded[index] for index, row in enumerate(rows)}
+        return PassRouting(parallel=self._parallel, recorded=recorded)
+
+    def of_update(self, rows: Sequence[MicroBatch], balance: BalanceScales | None) -> PassRouting:
+        """The routing of an update: with the routes of the separate pass, if there was one and they
+        are replayed.
+        """
+        known = ((index, self._recorded.pop(id(row), None)) for index, row in enumerate(rows))
+        return PassRouting(
+            parallel=self._parallel,
+            scales=balance,
+            statistics=self._statistics,
+            routes={index: routes for index, routes in known if routes is not None},
+        )
+
+    def take_metrics(self) -> dict[str, float]:
+        """The metrics of the updates since the last call. A collective over all ranks."""
+        if self._statistics is None:
+            return {}
+        found, self._statistics = self._statistics, self._no_statistics()
+        num_chosen = self._geometry.experts.num_chosen
+        return router_metrics(found, self._parallel, num_chosen=num_chosen)
