@@ -6,7 +6,8 @@
 `run` iterates over engines x seeds x arms, with `--jobs` concurrent training runs. Each job has its
 own rollout engine, which serves the job's runs one after another. The command can be stopped and
 started again; finished runs are not repeated. `report` writes discrepancy-study.md, one PNG per
-engine, and the raw figures of every step as CSV, from the runs that are finished.
+engine, and the raw figures of every step as CSV, from the runs that are finished; the names begin
+with that of the study's file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             curves = read_curves(study, options.output)
             options.docs.mkdir(parents=True, exist_ok=True)
-            write_csv(curves, options.docs / "discrepancy-study.csv")
+            write_csv(curves, options.docs / f"{name_of(options.study)}.csv")
             write_report(curves, options.docs, options.study)
     except (ConfigError, DataError, EngineError) as error:
         print(f"study_discrepancy: {error}", file=sys.stderr)
@@ -128,34 +130,50 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
 
 
 def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
-    """Write discrepancy-study.md, and beside it one PNG per engine."""
-    engines = list(dict.fromkeys(each["engine"] for each in records))
+    """Write the report, and beside it one PNG per engine. Sections written by hand are kept: those
+    before "Runs" where they are, the others after the engines.
+    """
+    name = name_of(study)
+    path = docs / f"{name}.md"
+    before, after = kept_sections(path)
     lines = [
-        "# Which correction helps when engine and learner disagree?",
-        "",
+        "## Runs",
         f"Made by `tools/study_discrepancy.py`: `run {study}`, then `report {study}`. Every figure",
         f"is a mean over seeds with its standard error, taken over the last {LAST_STEPS} steps "
         'except where the column says "end";',
         "seconds are over all steps, and only comparable with each other, because runs shared the "
         "machine. Raw figures of every step:",
-        "[discrepancy-study.csv](discrepancy-study.csv).",
+        f"[{name}.csv]({name}.csv).",
     ]
-    for engine in engines:
+    for engine in dict.fromkeys(each["engine"] for each in records):
         own = [each for each in records if each["engine"] == engine]
-        draw(own, docs / f"discrepancy-study-{engine}.png", title=engine)
+        draw(own, docs / f"{name}-{engine}.png", title=engine)
         lines += ["", f"## Engine: {engine}", "", *table_of(own), ""]
-        lines.append(f"![curves](discrepancy-study-{engine}.png)")
-    path = docs / "discrepancy-study.md"
-    path.write_text("\n".join(lines) + "\n" + kept_findings(path))
+        lines.append(f"![curves]({name}-{engine}.png)")
+    title = "# Which correction helps when engine and learner disagree?"
+    path.write_text("\n\n".join([title, *before, "\n".join(lines), *after]) + "\n")
     print(path)
 
 
-def kept_findings(path: Path) -> str:
-    """The section "Findings" of the last report, which is written by hand; "" if there is none."""
-    if not path.is_file():
-        return ""
-    _, heading, findings = path.read_text().partition("\n## Findings\n")
-    return heading + findings
+def name_of(study: Path) -> str:
+    """The name of a study's report: configs/studies/discrepancy.yaml gives discrepancy-study."""
+    return f"{study.stem.replace('_', '-')}-study"
+
+
+def kept_sections(path: Path) -> tuple[list[str], list[str]]:
+    """The sections of the last report that are written by hand: those before the section "Runs",
+    and the others.
+    """
+    before: list[str] = []
+    after: list[str] = []
+    kept = before
+    text = path.read_text() if path.is_file() else ""
+    for section in re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]:
+        if section.startswith("## Runs\n"):
+            kept = after
+        elif not section.startswith("## Engine: "):
+            kept.append(section.rstrip())
+    return before, after
 
 
 def table_of(records: Sequence[Record]) -> list[str]:

@@ -49,7 +49,7 @@ def test_the_shipped_study_loads_with_every_arm_on_every_engine():
 
 
 def test_the_report_says_what_the_runs_did(tmp_path):
-    (tmp_path / "study.yaml").write_text(STUDY)
+    (tmp_path / "discrepancy.yaml").write_text(STUDY)
     runs = tmp_path / "runs"
     write_run(run_dir_of(runs, "bf16", "grpo", 0), end=0.6)
     write_run(run_dir_of(runs, "bf16", "grpo", 1), end=0.8)
@@ -58,7 +58,7 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     write_run(unfinished, end=0.0)
     (unfinished / DONE_FILE).unlink()
     docs = tmp_path / "docs"
-    command = ["report", str(tmp_path / "study.yaml"), "-o", str(runs), "--docs", str(docs)]
+    command = ["report", str(tmp_path / "discrepancy.yaml"), "-o", str(runs), "--docs", str(docs)]
     assert main(command) == 0
 
     report = (docs / "discrepancy-study.md").read_text()
@@ -75,9 +75,15 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     assert len(rows) == 9
     assert rows[0]["eval/avg_at_8"] == "0.4" and rows[1]["eval/avg_at_8"] == ""
 
-    (docs / "discrepancy-study.md").write_text(report + "\n## Findings\nBy hand.\n")
+    page = docs / "discrepancy-study.md"
+    opening = "## By hand\nBefore.\n\n## Runs\n"
+    page.write_text(
+        report.replace("## Runs\n", opening) + "\n## Findings\nAfter.\n\n## Last\nEnd.\n"
+    )
+    written = page.read_text()
     assert main(command) == 0
-    assert (docs / "discrepancy-study.md").read_text() == report + "\n## Findings\nBy hand.\n"
+    assert page.read_text() == written
+    assert written.index("Before.") < written.index("## Engine: bf16") < written.index("After.")
 
 
 def test_runs_are_compared_where_their_entropy_is_the_same():
@@ -93,12 +99,19 @@ def test_runs_are_compared_where_their_entropy_is_the_same():
 
 @pytest.mark.slow
 def test_a_study_of_real_runs_two_at_a_time_on_engines_that_stay(tmp_path, tiny_checkpoint):
-    (tmp_path / "study.yaml").write_text(STUDY.replace("[0, 1]", "[0]"))
-    command = ["run", str(tmp_path / "study.yaml"), "--jobs", "2", "-o", str(tmp_path / "runs")]
+    (tmp_path / "discrepancy.yaml").write_text(STUDY.replace("[0, 1]", "[0]"))
+    command = [
+        "run",
+        str(tmp_path / "discrepancy.yaml"),
+        "--jobs",
+        "2",
+        "-o",
+        str(tmp_path / "runs"),
+    ]
     command += [f"model.path={tiny_checkpoint}", "parallel.tensor=1", "loop.prompts_per_step=8"]
     command += ["data.num_held_out=8", "checkpoint.save_hf=false"]
     assert main(command) == 0
-    study = load_study(tmp_path / "study.yaml")
+    study = load_study(tmp_path / "discrepancy.yaml")
     for engine, arm, seed in study.runs():
         folder = run_dir_of(tmp_path / "runs", engine, arm, seed)
         assert [each["step"] for each in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
@@ -107,11 +120,11 @@ def test_a_study_of_real_runs_two_at_a_time_on_engines_that_stay(tmp_path, tiny_
 
 
 def test_what_is_no_study_and_what_has_no_runs(tmp_path, capsys):
-    (tmp_path / "study.yaml").write_text("config: x\n")
+    (tmp_path / "discrepancy.yaml").write_text("config: x\n")
     with pytest.raises(ConfigError, match="expected config, settings, seeds, engines and arms"):
-        load_study(tmp_path / "study.yaml")
-    (tmp_path / "study.yaml").write_text(STUDY)
-    assert main(["report", str(tmp_path / "study.yaml"), "-o", str(tmp_path / "none")]) == 1
+        load_study(tmp_path / "discrepancy.yaml")
+    (tmp_path / "discrepancy.yaml").write_text(STUDY)
+    assert main(["report", str(tmp_path / "discrepancy.yaml"), "-o", str(tmp_path / "none")]) == 1
     assert "expected finished runs, got none" in capsys.readouterr().err
 
 
