@@ -26,6 +26,7 @@ ARROWS = {
     "evaluate": {"loop", "data", "rollout", "reward", "engine", "observe"},
     "study": {"engine"},
     "plan": {"loop", "learner"},
+    "doctor": set(),
     "loop": {
         "data",
         "rollout",
