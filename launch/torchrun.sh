@@ -7,6 +7,7 @@
 # NPROC         ranks on this node; default: one per GPU, or 2 without a GPU
 # NNODES        number of nodes; default 1, with which nothing listens beyond this host
 # NODE_RANK     rank of this node; MASTER_ADDR and MASTER_PORT: of the first node; RDZV_ID: of the run
+# LOG_DIR       folder for a log of each rank; default: all ranks print here. Then only the first does
 # OMP_NUM_THREADS   threads per rank; default: the cores of this node divided by its ranks, at most 8
 set -euo pipefail
 
@@ -30,4 +31,5 @@ if [ "${NNODES:-1}" -gt 1 ]; then
         --rdzv_id "${RDZV_ID:-megatron_rl}"
     )
 fi
+if [ -n "${LOG_DIR:-}" ]; then launcher+=(--log-dir "$LOG_DIR/ranks_of_node_${NODE_RANK:-0}" --redirects 3 --tee 0:3); fi
 exec "${launcher[@]}" --nproc_per_node "$num_ranks" -m "$@"

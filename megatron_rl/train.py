@@ -27,6 +27,7 @@ from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_st
 from megatron_rl.loop.report import write_metrics
 from megatron_rl.loop.run import start_run
 from megatron_rl.loop.schedule import should_evaluate, should_publish
+from megatron_rl.loop.stop import STOP
 from megatron_rl.process.command import Progress, run_command
 
 
@@ -79,7 +80,9 @@ def train(config: Config, progress: Progress) -> None:
             # The line is written before the checkpoint: then every step up to a checkpoint has its
             # line, and a resumed run removes the lines of the steps that it repeats.
             report(step, update.metrics, parity, figures, sampled=sampled)
-            save_step(learner, state, config, run.inputs, run.writer, phase)
+            if save_step(learner, state, config, run.inputs, run.writer, phase):
+                run.recorder.say(f"stopped after step {step}, as the file {STOP} asked")
+                return
         if config.checkpoint.save_hf:
             with phase("save"):
                 save_hf_checkpoint(learner, config)

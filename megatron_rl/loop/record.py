@@ -19,6 +19,7 @@ from megatron_rl.loop.hf_checkpoints import hf_folder
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.schedule import should_save, should_save_hf
 from megatron_rl.loop.state import LoopState
+from megatron_rl.loop.stop import forget_request, is_asked_to_stop
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import RecomputedRow, SampledStep
 from megatron_rl.rollout.recording import write_recomputed, write_step
@@ -73,19 +74,22 @@ def save_step(
     inputs: Inputs,
     writer: RolloutWriter,
     phase: Phase,
-) -> None:
+) -> bool:
     """Write the checkpoints that are due at the step that has just ended: the one to resume from,
-    and the Hugging Face checkpoint. A collective over all ranks.
+    and the Hugging Face checkpoint. Returns whether the run was asked to stop here, before its last
+    step (`loop/stop.py`); then the first of them is due. A collective over all ranks.
 
     Args:
         inputs: of `loop/inputs.py`, with which a resumed run compares its own.
         writer: of the rollouts, which must be on disk before a checkpoint.
     """
-    if should_save(config, state.step):
+    run_dir, is_last = Path(config.run_dir), state.step == config.loop.num_steps
+    is_stopping = not is_last and is_asked_to_stop(run_dir, learner.parallel)
+    if is_stopping or should_save(config, state.step):
         with phase("checkpoint"):
             writer.wait()  # a run that resumes here finds the rollouts of every step
             save_checkpoint(
-                Path(config.run_dir) / "checkpoints",
+                run_dir / "checkpoints",
                 learner.trained,
                 {**state.state_dict(), "inputs": inputs},
                 step=state.step,
@@ -94,6 +98,9 @@ def save_step(
     if should_save_hf(config, state.step):
         with phase("save"):
             save_hf_checkpoint(learner, config, step=state.step)
+    if is_stopping:
+        forget_request(run_dir, is_first=learner.parallel.rank == 0)
+    return is_stopping
 
 
 def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = None) -> None:

@@ -39,6 +39,7 @@ from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
 from megatron_rl.loop.state import LoopState, initial_state
+from megatron_rl.loop.stop import forget_request
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.process.command import Progress
@@ -106,6 +107,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         if is_first:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, run_dir / "config.yaml")
+            forget_request(run_dir, is_first=True)
             if not config.replay:
                 engines = _start_engines(config, stack)
         parallel = initialize_parallel(config.parallel, seed=config.loop.seed)

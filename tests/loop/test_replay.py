@@ -6,8 +6,10 @@ told.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +147,32 @@ def test_the_same_rollouts_give_the_same_bits_also_after_a_kill(
     assert metrics_of(killed) == metrics_of(whole)
     assert [line["step"] for line in metrics_of(whole)] == list(range(NUM_STEPS + 1))
     assert not (whole / "rollouts").exists()  # what was recorded is not recorded again
+
+
+def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = (config, f"run_dir={run_dir}", "checkpoint.every=0")
+    (run_dir).mkdir()
+    (run_dir / "stop").touch()  # from before this start: no request
+
+    def ask() -> None:
+        while not (run_dir / "metrics.jsonl").is_file():
+            time.sleep(0.002)
+        (run_dir / "stop").touch()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    told = run_module("megatron_rl.train", *arguments, ranks=2).stdout
+    asking.join()
+    step = int(re.search(r"stopped after step (\d+), as the file stop asked", told)[1])
+    assert 1 <= step < NUM_STEPS
+    latest = run_dir / "checkpoints" / "latest"
+    assert latest.read_text().strip() == f"step_{step:06d}"
+    assert not (run_dir / "stop").exists() and not (run_dir / "huggingface").exists()
+    resumed = run_module("megatron_rl.train", *arguments, ranks=2).stdout
+    assert f"resumed after step {step}, at prompt {step * NUM_PROMPTS}" in resumed
+    assert [line["step"] for line in metrics_of(run_dir)] == list(range(NUM_STEPS + 1))
+    assert (run_dir / "huggingface" / "model.safetensors").is_file()
 
 
 def test_a_replay_needs_the_same_batch(config: Path, tmp_path: Path) -> None:
