@@ -19,54 +19,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.config import RolloutConfig, SyncConfig
+from megatron_rl.config import SyncConfig
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
-from megatron_rl.engine.server import start_engines
 from megatron_rl.errors import SyncError
 from megatron_rl.sync.probe import Precisions, compare
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import WeightStream
 from tests.sync.faulty_sender import send
-from tests.sync.tiny_checkpoints import (
-    specs_of,
-    stream_of,
-    tensors_of,
-    write_checkpoint,
-    write_tokenizer,
-)
+from tests.sync.served import UPDATE_TIMEOUT
+from tests.sync.tiny_checkpoints import specs_of, stream_of, tensors_of
 
 CONFIG = SyncConfig(bucket_mib=0.25, timeout_seconds=20.0)
-UPDATE_TIMEOUT = 3.0  # after which the gate gives up an update that its sender has left
 # More than two blocks of the prefix cache, which are 128 tokens each on the CPU.
 PROMPT = torch.randint(3, 128, (270,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Versions 0, 1 and 2 of one model; the server starts from 0."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    folders = [write_checkpoint(root / str(seed), "untied", seed) for seed in range(3)]
-    write_tokenizer(folders[0])
-    return folders
-
-
-@pytest.fixture(scope="module")
-def address(
-    folders: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EngineAddress]:
-    config = RolloutConfig(dtype="float32", max_num_seqs=32, kv_cache_gib=0.25, max_model_len=512)
-    (engine,) = start_engines(
-        config,
-        model_path=str(folders[0]),
-        log_dir=tmp_path_factory.mktemp("logs"),
-        token="a-token-for-this-test",
-        seed=0,
-        update_timeout_seconds=UPDATE_TIMEOUT,
-    )
-    with engine:
-        engine.wait_ready()
-        yield engine.address
 
 
 @pytest.fixture(scope="module")

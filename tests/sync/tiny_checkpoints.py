@@ -25,7 +25,6 @@ COMMON = {
     "vocab_size": 128,
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -61,17 +60,18 @@ INT8 = {
 }
 
 
-def write_checkpoint(folder: Path, variant: str, seed: int) -> Path:
+def write_checkpoint(folder: Path, variant: str, seed: int, *, num_layers: int = 2) -> Path:
     """Write `variant` (untied, tied, tied_copy, biased, moe, bfloat16, int8) with weights drawn
     from `seed`.
     """
     torch.manual_seed(seed)
+    common = COMMON | {"num_hidden_layers": num_layers}
     if variant == "moe":
-        config = Qwen3MoeConfig(**COMMON, **MOE, tie_word_embeddings=False)
+        config = Qwen3MoeConfig(**common, **MOE, tie_word_embeddings=False)
     elif variant == "biased":
-        config = Qwen2Config(**COMMON, tie_word_embeddings=False)
+        config = Qwen2Config(**common, tie_word_embeddings=False)
     else:
-        config = Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=variant.startswith("tied"))
+        config = Qwen3Config(**common, head_dim=32, tie_word_embeddings=variant.startswith("tied"))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
