@@ -54,6 +54,25 @@ def reference_of(parity_folder: Path) -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def four_layers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with its two layers twice, enough for a virtual pipeline on two ranks."""
+    folder = tmp_path_factory.mktemp("four_layers") / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    config |= {"num_hidden_layers": 4, "layer_types": 2 * config["layer_types"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in list(tensors.items()):
+        for layer in (0, 1):
+            again = name.replace(f".layers.{layer}.", f".layers.{layer + 2}.")
+            if again != name:
+                tensors[again] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def single_rank(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What support/single_rank.py found."""
     out = tmp_path_factory.mktemp("single_rank")
@@ -63,12 +82,12 @@ def single_rank(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def edge_outcomes(
-    tiny_checkpoint: Path, recorded_rollouts: Path, tmp_path_factory: pytest.TempPathFactory
+    four_layers: Path, recorded_rollouts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Any]]:
     """What every rank of support/edge_ranks.py found, by the name of the file."""
     out = tmp_path_factory.mktemp("edges")
     for world_size in (1, 2):
-        paths = (tiny_checkpoint, recorded_rollouts, out)
+        paths = (four_layers, recorded_rollouts, out)
         run_module("tests.learner.support.edge_ranks", *paths, ranks=world_size)
     return {path.stem: torch.load(path, weights_only=False) for path in out.glob("*.pt")}
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_rl.learner.model.restore_point import RestorePoint
-from tests.learner.support.edge_ranks import LAYOUTS, RESTORED
+from tests.learner.support.edge_ranks import RESTORED, WITH_RESTORE
 
 NAMES = [
     f"restored.{layout}.{dtype}.{optimizer}"
-    for layout in LAYOUTS
+    for layout in WITH_RESTORE
     for is_distributed, optimizer in ((False, "plain"), (True, "distributed"))
     for dtype in RESTORED[is_distributed]
 ]

@@ -1,10 +1,14 @@
 """What the ranks of test_checkpoint.py do: train, save, load on other layouts, go on.
 
-    torchrun --nproc_per_node N -m tests.learner.support.checkpoint_ranks MODEL ROLLOUTS OUT
+    torchrun --nproc_per_node N -m tests.learner.support.checkpoint_ranks MODEL ROLLOUTS OUT [MODE]
 
-Two ranks save after two steps, one of the layouts loads, saves the same again and does step 3; then
-one rank does so too. Rank 0 writes `OUT/<kind>.<layout>.pt`: what step 3 gave, and every tensor of
-the checkpoint that was saved right after loading.
+Two ranks save after two steps. Then every layout of the kind's chain loads what the one before it
+saved, saves the same again and does step 3; two ranks first, then four, then one. Rank 0 writes
+`OUT/<kind>.<layout>.pt`: what step 3 gave, and every tensor of the checkpoint that was saved right
+after loading.
+
+With MODE `chain of all` the chain is of all layouts and of PAIR_KINDS, and nothing else is done;
+afterwards, with `pairs`, every layout loads the checkpoints of all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from megatron_rl.errors import DataError
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
@@ -35,19 +39,27 @@ from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
 from tests.learner.support.exported import exported_weights
 from tests.support.checkpoint_reader import read_tensors
+from tests.support.layouts import LAYOUTS, names_of
 
 NUM_UPDATES, WARMUP_STEPS, LEARNING_RATE = 6, 3, 1e-3
 SAVED_AFTER = 2
 OPTIMIZER = OptimizerConfig(
     learning_rate=LEARNING_RATE, warmup_steps=WARMUP_STEPS, decay="linear", weight_decay=0.01
 )
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp1": (1, {}),
-    "tp2": (2, {"tensor": 2}),
-    "pp2": (2, {"pipeline": 2}),
-    "pp2_vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
-    "dp2": (2, {}),
-}
+CHAIN = (
+    "tp2",
+    "tp2_sp",
+    "cp2",
+    "pp2",
+    "pp2_vpp2",
+    "pp2_uneven",
+    "dp2",
+    "tp4",
+    "cp2_pp2_vpp2",
+    "dp1",
+)
+SHORT_CHAIN = ("tp2_sp", "dp2", "pp2", "pp2_vpp2", "dp1")
+CHAIN_OF_ALL = (*names_of(2), *names_of(4), *names_of(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +70,28 @@ class Kind:
     dtype: str
     is_distributed: bool
     layout: str
+    chain: tuple[str, ...] = CHAIN
 
 
 KINDS = (
     Kind(name="float32", dtype="float32", is_distributed=False, layout="tp2"),
-    Kind(name="float32_distributed", dtype="float32", is_distributed=True, layout="dp2"),
-    Kind(name="bfloat16", dtype="bfloat16", is_distributed=False, layout="pp2"),
+    Kind(
+        name="float32_distributed",
+        dtype="float32",
+        is_distributed=True,
+        layout="dp2",
+        chain=SHORT_CHAIN,
+    ),
+    Kind(
+        name="bfloat16",
+        dtype="bfloat16",
+        is_distributed=False,
+        layout="pp2",
+        chain=SHORT_CHAIN,
+    ),
     Kind(name="bfloat16_distributed", dtype="bfloat16", is_distributed=True, layout="dp2"),
 )
+PAIR_KINDS = {kind.name: kind for kind in KINDS if kind.name in ("float32", "bfloat16_distributed")}
 
 
 def build(kind: Kind, model: Path, parallel: Parallel, **settings: Any) -> Learner:
@@ -134,13 +160,31 @@ def contents(folder: Path) -> dict[str, Any]:
     return {"tensors": tensors, "counts": [group["step"] for group in groups]}
 
 
+def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """The tensors of two checkpoints that are not the same bits. A vocabulary is padded to a
+    multiple of 128 x TP, so that the rows behind the shorter one are zeros.
+    """
+    different = sorted(found.keys() ^ expected.keys())
+    for name in found.keys() & expected.keys():
+        one, other = found[name], expected[name]
+        is_padded = "embedding" in name or "output_layer" in name
+        if is_padded and len(one) != len(other):
+            rows = min(len(one), len(other))
+            if one[rows:].any() or other[rows:].any():
+                different.append(name)
+            one, other = one[:rows], other[:rows]
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            different.append(name)
+    return different
+
+
 def start(layout: str) -> Parallel:
     """Megatron's groups of the layout, in place of those that were there."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    return initialize_parallel(ParallelConfig(**LAYOUTS[layout][1], timeout_seconds=60), seed=0)
+    return initialize_parallel(LAYOUTS[layout].config(), seed=0)
 
 
 def write(out: Path, name: str, outcome: dict[str, Any]) -> None:
@@ -158,18 +202,48 @@ def save_first(kind: Kind, model: Path, rollouts: Path, out: Path) -> None:
     write(out, f"{kind.name}.uninterrupted", outcome | {"rates": rates, **contents(folder)})
 
 
-def go_on(kind: Kind, layout: str, model: Path, rollouts: Path, out: Path) -> None:
+def folder_of(out: Path, kind: Kind, layout: str) -> Path:
+    """The checkpoint that a layout saved right after it had loaded one."""
+    return out / f"{kind.name}_{layout}" / f"step_{SAVED_AFTER:06d}"
+
+
+def go_on(kind: Kind, layout: str, source: Path, model: Path, rollouts: Path, out: Path) -> None:
     """Load on a layout, save what was loaded, and do the third step."""
     learner, dual = build(kind, model, start(layout)), DualVariable(0.1)
-    step = load(out / kind.name / f"step_{SAVED_AFTER:06d}", learner, dual)
-    again = save(out / f"{kind.name}_{layout}", learner, dual, step)
+    step = load(source, learner, dual)
+    again = save(folder_of(out, kind, layout).parent, learner, dual, step)
     outcome = outcome_of(learner, train(learner, rollouts, dual, range(step + 1, step + 2)))
     write(out, f"{kind.name}.{layout}", outcome | contents(again))
 
 
+def follow_the_chain(
+    kind: Kind, chain: Sequence[str], model: Path, rollouts: Path, out: Path
+) -> None:
+    """The layouts of this world size, each with the checkpoint of the one before it."""
+    source = out / kind.name / f"step_{SAVED_AFTER:06d}"
+    for layout in chain:
+        if LAYOUTS[layout].ranks == int(os.environ["WORLD_SIZE"]):
+            go_on(kind, layout, source, model, rollouts, out)
+        source = folder_of(out, kind, layout)
+
+
+def load_all(kind: Kind, target: str, model: Path, out: Path) -> None:
+    """The checkpoint of every layout on one, saved again beside the first one of all."""
+    learner, dual = build(kind, model, start(target)), DualVariable(0.1)
+    expected, found = read_tensors(out / kind.name / f"step_{SAVED_AFTER:06d}"), {}
+    for source in LAYOUTS:
+        step = load(folder_of(out, kind, source), learner, dual)
+        again = save(out / "again", learner, dual, step)
+        if learner.parallel.rank == 0:
+            saved = contents(again)
+            found[source] = (differences(saved["tensors"], expected), set(saved["counts"]))
+        dist.barrier()
+    write(out, f"{kind.name}.{target}.pairs", found)
+
+
 def change_settings(kind: Kind, model: Path, rollouts: Path, out: Path) -> None:
     """Go on with another learning rate and other betas than the checkpoint was made with."""
-    learner = build(kind, model, start("tp1"), learning_rate=2 * LEARNING_RATE, betas=(0.8, 0.9))
+    learner = build(kind, model, start("dp1"), learning_rate=2 * LEARNING_RATE, betas=(0.8, 0.9))
     dual = DualVariable(0.1)
     load(out / kind.name / f"step_{SAVED_AFTER:06d}", learner, dual)
     reports = train(learner, rollouts, dual, range(3, 4))
@@ -179,7 +253,7 @@ def change_settings(kind: Kind, model: Path, rollouts: Path, out: Path) -> None:
 
 def keep_some(kind: Kind, model: Path, out: Path) -> None:
     """Four checkpoints of which two are kept; then a run that starts over in the same folder."""
-    learner, dual = build(kind, model, start("tp1")), DualVariable(0.1)
+    learner, dual = build(kind, model, start("dp1")), DualVariable(0.1)
     folder, found = out / "kept", []
     for step in (1, 2, 3, 4, 2):
         save(folder, learner, dual, step, keep=2)
@@ -259,18 +333,22 @@ def load_broken(kind: Kind, layout: str, model: Path, out: Path) -> None:
     write(out, "broken_errors", errors)
 
 
-def main(model: Path, rollouts: Path, out: Path) -> None:
+def main(model: Path, rollouts: Path, out: Path, mode: str = "") -> None:
     world_size = int(os.environ["WORLD_SIZE"])
-    for kind in KINDS:
+    if mode == "pairs":
+        for kind in PAIR_KINDS.values():
+            for target in names_of(world_size):
+                load_all(kind, target, model, out)
+        shut_down_parallel()
+        return
+    for kind in PAIR_KINDS.values() if mode else KINDS:
         if world_size == 2:
             save_first(kind, model, rollouts, out)
-        for layout, (ranks, _) in LAYOUTS.items():
-            if ranks == world_size:
-                go_on(kind, layout, model, rollouts, out)
-    if world_size == 1:
+        follow_the_chain(kind, CHAIN_OF_ALL if mode else kind.chain, model, rollouts, out)
+    if world_size == 1 and not mode:
         change_settings(KINDS[0], model, rollouts, out)
         keep_some(KINDS[0], model, out)
-    else:
+    elif world_size == 2 and not mode:
         load_broken(KINDS[0], "dp2", model, out)
         if (out / "small_disk").is_dir():
             fill_the_disk(KINDS[0], "dp2", model, rollouts, out, out / "small_disk")
@@ -281,4 +359,4 @@ if __name__ == "__main__":
     from megatron_rl.learner.layout.cpu_device import run_on_cpu
 
     run_on_cpu()
-    main(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:4]), *sys.argv[4:])

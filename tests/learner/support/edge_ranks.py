@@ -25,7 +25,6 @@ from megatron_rl.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    ParallelConfig,
     RejectionConfig,
 )
 from megatron_rl.config.presets import PRESETS
@@ -41,8 +40,11 @@ from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
 from tests.learner.support import edge_batch
 from tests.learner.support.exported import exported_weights
+from tests.support.layouts import LAYOUTS, names_of
 
-LAYOUTS = {"dp1": (1, 1, 1), "dp2": (2, 1, 1), "tp2": (2, 2, 1), "pp2": (2, 1, 2)}
+SKIPPED = ("dp1", "dp2", "tp2", "cp2", "pp2")
+WITH_RESTORE = (*SKIPPED, "pp2_vpp2")
+WITH_PRESETS = ("dp1", "dp2")
 # Whether the optimizer is distributed -> the dtypes in which updates are taken back. The main
 # weights are those of the model, separate ones, or on every rank a part of separate ones.
 RESTORED = {False: ("float32", "bfloat16"), True: ("bfloat16",)}
@@ -66,8 +68,11 @@ def build(
 def state_of(learner: Learner) -> dict[str, torch.Tensor]:
     """Everything that an optimizer step changes on this rank."""
     trained = learner.trained
-    [part] = trained.parts
-    state = {f"model.{name}": value for name, value in part.named_parameters()}
+    state = {
+        f"model.{number}.{name}": value
+        for number, part in enumerate(trained.parts)
+        for name, value in part.named_parameters()
+    }
     numbers = [float(trained.scheduler.num_steps)]
     for number, part in enumerate(chained_optimizers(trained.optimizer)):
         for group in part.optimizer.param_groups:
@@ -269,24 +274,22 @@ def gathered(outcome: Any, parallel: Parallel) -> list[Any]:
 def main(model: Path, rollouts: Path, out: Path) -> None:
     from megatron.core import parallel_state
 
-    world_size = int(os.environ["WORLD_SIZE"])
-    for layout, (ranks, tensor, pipeline) in LAYOUTS.items():
-        if ranks != world_size:
+    for layout in names_of(int(os.environ["WORLD_SIZE"])):
+        if layout not in WITH_RESTORE:
             continue
-        parallel = initialize_parallel(
-            ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_seconds=60), seed=0
-        )
+        parallel = initialize_parallel(LAYOUTS[layout].config(), seed=0)
         outcomes: dict[str, Any] = {}
         for is_distributed in (False, True):
             optimizer = replace(MOVING, distributed=is_distributed)
-            pair = [build(model, parallel, optimizer) for _ in range(2)]
-            name = layout + (".distributed" if is_distributed else "")
-            outcomes[name] = skipped(*pair, rollouts)
+            if layout in SKIPPED:
+                pair = [build(model, parallel, optimizer) for _ in range(2)]
+                name = layout + (".distributed" if is_distributed else "")
+                outcomes[name] = skipped(*pair, rollouts)
             for dtype in RESTORED[is_distributed]:
                 pair = [build(model, parallel, optimizer, dtype) for _ in range(2)]
                 kind = "distributed" if is_distributed else "plain"
                 outcomes[f"restored.{layout}.{dtype}.{kind}"] = restored(*pair, rollouts)
-        if tensor == pipeline == 1:
+        if layout in WITH_PRESETS:
             folder = out / f"{layout}.{parallel.rank}"
             folder.mkdir()
             configs = edge_batch.preset_configs(folder, iter(PRESETS))
