@@ -1,11 +1,11 @@
 """Says what a run will need on a cluster, before any GPU is held.
 
-    python tools/plan.py configs/dapo.yaml --nodes 1 --gpus-per-node 8 \\
-        model.path=configs/shapes/Qwen3-8B
+    python tools/plan.py configs/dapo.yaml --nodes 1 --gpus-per-node 8
 
 Prints whether the settings are valid there and why not, the memory of the fullest GPU by component
 in both phases, what to change if it does not fit, the tokens of a step, the bytes and seconds of a
-sync by link, and the files and bytes of a checkpoint. Of the model only config.json is needed.
+sync by link, and the files and bytes of a checkpoint. Of the model only config.json is needed; if
+model.path is not there, the shape of the same name in configs/shapes/ is taken.
 
 `--simulate` builds every rank's part of the model without memory, publishes it twice, and checks
 that every tensor is sent exactly once and in the same order. The exit code is 1 if something is
@@ -18,6 +18,8 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -33,6 +35,7 @@ from megatron_rl.plan.traffic import longest_sequence
 
 GB = 1e9
 MAX_SIMULATED = 512
+SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 # What to do about each component if no setting of the layout is enough.
 _MORE_GPUS = "take more nodes, or engines on GPUs of their own (rollout.urls)"
 _REMEDIES = dict.fromkeys(
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gpu_bytes=options.gpu_gb * GB,
             device=options.device,
         )
-        config = load_config(options.config, options.overrides)
+        config = with_known_shape(load_config(options.config, options.overrides))
         is_good = tell(config, cluster)
         if options.simulate:
             is_good &= tell_simulation(config, cluster)
@@ -74,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"plan: not valid: {error}", file=sys.stderr)
         return 1
     return 0 if is_good else 1
+
+
+def with_known_shape(config: Config) -> Config:
+    """The settings, with the shape of the same name in configs/shapes/ if the model is absent."""
+    path = Path(config.model.path)
+    shape = SHAPES / path.name
+    if (path / "config.json").is_file() or not (shape / "config.json").is_file():
+        return config
+    print(f"note: model.path={path} is not there; planned with the shape in {shape}")
+    return replace(config, model=replace(config.model, path=str(shape)))
 
 
 def tell(config: Config, cluster: Cluster) -> bool:

@@ -33,7 +33,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's settings. Models that are in the Hugging Face hub's local cache may be named.
 
     Args:
-        path: YAML file; settings missing from it have the defaults of `megatron_rl.config`.
+        path: YAML file; settings missing from it have the defaults of `megatron_rl.config`. Its key
+            `base` names another file, relative to it, whose settings it changes.
         overrides: `key=value` texts that take precedence over the file, e.g. `loop.num_steps=50`,
             `data.tasks.0.weight=2`, `learner.optimizer.betas=[0.9,0.99]`. An empty value is "".
 
@@ -41,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: in one line that names the file or the override, the key, the expected and the
             actual value, and, for an unknown key, the nearest valid one.
     """
-    from_file = _read_yaml(Path(path))
+    from_file = _read_with_base(Path(path))
     check(Config, from_file, (), str(path))
     changes = [(f"override {show(each)}", *_parse_override(each)) for each in overrides]
     preset = _preset(from_file, changes, str(path))
@@ -121,6 +122,28 @@ def save_config(config: Config, path: str | Path) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    """The settings of a file over those of its base, of which lists are replaced as a whole."""
+    settings, files = _read_yaml(path), [path]
+    while "base" in settings:
+        base = settings.pop("base")
+        if not isinstance(base, str) or not base:
+            raise ConfigError(f"{files[-1]}: base: expected the path of a file, got {show(base)}")
+        files.append(files[-1].parent / base)
+        if files[-1].resolve() in [file.resolve() for file in files[:-1]]:
+            raise ConfigError(f"{files[-2]}: base: expected another file, got {show(base)} again")
+        below = _read_yaml(files[-1])
+        check(
+            Config,
+            {key: value for key, value in below.items() if key != "base"},
+            (),
+            str(files[-1]),
+        )
+        merged = OmegaConf.merge(below, settings)
+        settings = OmegaConf.to_container(merged, resolve=False)
+    return settings
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -269,3 +269,29 @@ def test_a_text_or_a_list_of_texts(tmp_path):
         ),
     ]:
         assert expected in complaint(path, override)
+
+
+def test_a_file_changes_the_settings_of_its_base(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "base.yaml").write_text(
+        "objective: {preset: dapo}\nloop: {num_steps: 7, seed: 3}\n"
+        "data: {tasks: [{name: chain_sum}, {name: b}]}\n"
+    )
+    (tmp_path / "middle.yaml").write_text("base: other/base.yaml\nloop: {num_steps: 8}\n")
+    path = write(tmp_path, "base: middle.yaml\nloop: {num_steps: 9}\ndata: {tasks: [{name: a}]}\n")
+    config = load_config(path, ["loop.seed=4"])
+    assert (config.loop.num_steps, config.loop.seed) == (9, 4)
+    assert config.objective.clip_high == 0.28  # of the preset in the base
+    assert [task.name for task in config.data.tasks] == ["a"]  # lists are replaced
+
+
+def test_a_base_that_is_wrong_is_named(tmp_path):
+    assert complaint(write(tmp_path, "base: run.yaml\n")) == (
+        f"{tmp_path}/run.yaml: base: expected another file, got 'run.yaml' again"
+    )
+    assert "base: expected the path of a file, got 3" in complaint(write(tmp_path, "base: 3\n"))
+    path = write(tmp_path, "base: none.yaml\n")
+    assert complaint(path).startswith(f"{tmp_path}/none.yaml: expected a readable YAML file")
+    (tmp_path / "below.yaml").write_text("loop: {num_stpes: 1}\n")
+    message = complaint(write(tmp_path, "base: below.yaml\n"))
+    assert message.startswith(f"{tmp_path}/below.yaml: loop.num_stpes")

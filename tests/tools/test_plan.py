@@ -10,9 +10,49 @@ import pytest
 from tools import plan
 
 ROOT = Path(__file__).parents[2]
-DAPO = [str(ROOT / "configs" / "dapo.yaml"), f"model.path={ROOT}/configs/shapes/Qwen3-8B"]
+# Without what makes the run fit.
+DAPO = [
+    str(ROOT / "configs" / "dapo.yaml"),
+    f"model.path={ROOT}/configs/shapes/Qwen3-8B",
+    "parallel.sequence_parallel=false",
+    "model.activation_recomputation=none",
+]
 GIVEN_ENGINES = ["rollout.num_engines=0", "rollout.urls=[http://127.0.0.1:8000]"]
 SHORT = ["rollout.sampling.max_tokens=2048", "learner.tokens_per_micro_batch=4096"]
+
+
+# Every configuration of a cluster: (file, nodes, GPUs of a node, GPUs of a replica, replicas).
+SHIPPED = [
+    ("dapo", 1, 8, 4, 2),
+    ("dapo_fp8", 1, 8, 4, 2),
+    ("dapo_4_nodes", 4, 8, 2, 16),
+    ("dapo_4_nodes_fp8", 4, 8, 2, 16),
+    ("llama_8b", 1, 8, 4, 2),
+    ("gsm8k", 1, 1, 1, 1),
+    ("gsm8k", 1, 8, 1, 8),
+]
+
+
+@pytest.mark.parametrize(("name", "nodes", "gpus", "tensor", "data"), SHIPPED)
+def test_the_shipped_configurations_fit(
+    name: str,
+    nodes: int,
+    gpus: int,
+    tensor: int,
+    data: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """As they are; the models, which are not there, by their shapes."""
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--nodes", str(nodes), "--gpus-per-node", str(gpus)]
+    assert plan.main([str(ROOT / "configs" / f"{name}.yaml"), *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert "is not there; planned with the shape in" in printed
+    ranks = f"{nodes * gpus} ranks on {nodes} node(s)"
+    assert f"{ranks} = tensor {tensor} x context 1 x pipeline 1 x data {data}" in printed
+    assert printed.count(" GB, fits") == 2
 
 
 def test_a_run_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
