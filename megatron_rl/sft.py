@@ -20,6 +20,7 @@ from megatron_rl.data.pairs import Pair, PairStream
 from megatron_rl.data.tokenizer import load_tokenizer, read_template
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.batch.deal import pack_rows
+from megatron_rl.learner.layout.deterministic import use_deterministic_algorithms
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import LossTerms, RowOutput
@@ -47,6 +48,8 @@ def warm_start(config: Config, progress: Progress) -> None:
     with LoadingConsole(is_shown=is_first) as watch:
         tokenizer = load_tokenizer(config.model.path, geometry.vocab_size)
         stream = PairStream(config, tokenizer, watch)
+    if config.model.kernels.deterministic:
+        use_deterministic_algorithms()
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(
         config.model,

@@ -28,6 +28,7 @@ from megatron_rl.config.data import (
     TaskConfig,
 )
 from megatron_rl.config.evaluation import EvalConfig, EvalSetConfig
+from megatron_rl.config.kernels import FP8_POSITIONS, KernelConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
 from megatron_rl.config.loop import CheckpointConfig, DynamicSamplingConfig, LoopConfig, SyncConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
@@ -52,6 +53,7 @@ __all__ = [
     "EvalSetConfig",
     "ImportanceConfig",
     "KLConfig",
+    "KernelConfig",
     "LearnerConfig",
     "LoopConfig",
     "ModelConfig",
@@ -106,6 +108,7 @@ class Config:
         _check_timeouts(self.rollout, self.parallel)
         _check_updates(self.learner, self.loop)
         _check_rows(self.learner, self.parallel)
+        _check_fp8_rows(self.model, self.parallel)
         if self.objective.acceptance.enabled:
             _check_acceptance(self.replay, self.rollout.sampling, self.sync)
 
@@ -212,8 +215,18 @@ def _check_rows(learner: LearnerConfig, parallel: ParallelConfig) -> None:
     require(
         learner.tokens_per_micro_batch % multiple == 0,
         f"learner.tokens_per_micro_batch: expected a multiple of {multiple}, because several ranks "
-        "share a row (parallel.sequence_parallel, parallel.context), got "
+        "share a row (parallel.sequence_parallel, context, row_alignment), got "
         f"{learner.tokens_per_micro_batch}",
+    )
+
+
+def _check_fp8_rows(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """FP8 matrix products need rows of certain lengths on every rank."""
+    multiple = FP8_POSITIONS[model.kernels.fp8]
+    require(
+        parallel.row_alignment % multiple == 0,
+        f"parallel.row_alignment: expected a multiple of {multiple}, the positions that FP8 "
+        f"products need (model.kernels.fp8={model.kernels.fp8}), got {parallel.row_alignment}",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.choices import Decay, Recompute, RoutingReplay
+from megatron_rl.config.choices import AdamImplementation, Decay, Recompute, RoutingReplay
 from megatron_rl.config.rules import above_zero, at_least, literal_choices, require
 
 
@@ -20,6 +20,12 @@ class OptimizerConfig:
     warmup_steps: int = 0  # optimizer updates
     decay: Decay = "constant"  # over all updates of the run
     distributed: bool = False  # Megatron's distributed optimizer: states sharded over DP
+    # add gradients over replicas during the backward pass, a bucket at a time
+    overlap_grad_reduce: bool = False
+    # gather the updated weights during the next forward pass; with `distributed` alone
+    overlap_param_gather: bool = False
+    # auto: Transformer Engine's on a GPU where it is installed, otherwise Apex's, otherwise torch's
+    implementation: AdamImplementation = "auto"
 
     def __post_init__(self) -> None:
         literal_choices(self)
@@ -34,6 +40,11 @@ class OptimizerConfig:
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"betas: expected two numbers in [0, 1), got {list(self.betas)}",
+        )
+        require(
+            not self.overlap_param_gather or (self.distributed and self.overlap_grad_reduce),
+            "overlap_param_gather: expected distributed=true and overlap_grad_reduce=true with it, "
+            f"got distributed={self.distributed}, overlap_grad_reduce={self.overlap_grad_reduce}",
         )
 
 

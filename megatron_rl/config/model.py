@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from megatron_rl.config.choices import ActivationRecomputation, DType
+from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.config.rules import above_zero, at_least, literal_choices, require
 
 
@@ -20,9 +22,14 @@ class ModelConfig:
     # attention and of dense feed-forward layers; full: of whole layers, of which only the input is
     # kept
     activation_recomputation: ActivationRecomputation = "none"
+    kernels: KernelConfig = field(default_factory=KernelConfig)
 
     def __post_init__(self) -> None:
         literal_choices(self)
+        require(
+            self.kernels.fp8 == "none" or self.dtype == "bfloat16",
+            f"dtype: expected bfloat16 with kernels.fp8={self.kernels.fp8}, got {self.dtype}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,8 @@ class ParallelConfig:
     # decoder layers of each part of the pipeline, in layer order: pipeline x virtual_pipeline
     # numbers, for stages of different sizes; []: as many layers in every part
     stage_layers: list[int] = field(default_factory=list)
+    # the positions that a rank has of a row are a multiple of this, as FP8 products need it
+    row_alignment: int = 1
     # timeout of every collective. Ranks that do not use the engines wait in a collective while
     # other ranks start engines, sample, score and evaluate
     timeout_seconds: float = 1800.0
@@ -55,6 +64,7 @@ class ParallelConfig:
             expert_tensor=self.expert_tensor,
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual_pipeline,
+            row_alignment=self.row_alignment,
         )
         require(
             self.tensor > 1 or not self.sequence_parallel,
@@ -81,7 +91,8 @@ class ParallelConfig:
     @property
     def row_multiple(self) -> int:
         """The number of positions of a row must be a multiple of this."""
-        return self.sequence_multiple * (self.tensor if self.sequence_parallel else 1)
+        ranks = self.tensor if self.sequence_parallel else 1
+        return ranks * math.lcm(self.sequence_multiple, self.context * self.row_alignment)
 
     @property
     def sequence_multiple(self) -> int:

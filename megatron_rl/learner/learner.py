@@ -21,6 +21,8 @@ from megatron_rl.learner.model.export import (
     tensor_shapes,
     tensor_stages,
 )
+from megatron_rl.learner.model.implementations import describe_implementations
+from megatron_rl.learner.model.offload import OptimizerOffload
 from megatron_rl.learner.model.routing import BalanceScales
 from megatron_rl.learner.model.training_model import build_training_model
 from megatron_rl.learner.passes.forward import (
@@ -83,6 +85,8 @@ class Learner:
             has_routing_replay=self.moe.routing_replay != "none",
         )
         self._routers = RouterMemory(geometry, parallel, self.moe)
+        self.implementations = describe_implementations(model, optimizer)
+        self._offloaded = OptimizerOffload(self.trained)
         self._reference = None
         if reference_path:
             self._reference = FrozenPolicy(reference_path, model, parallel, temperature=temperature)
@@ -96,6 +100,17 @@ class Learner:
     def logprob_backend(self) -> str:
         """A description of the implementation that computes log-probs here: `C++ (avx512)`."""
         return kernels.backend(self.parallel.device)
+
+    def offload(self) -> None:
+        """Move gradients and the optimizer's state to host memory, where they do not take memory
+        from engines on the same GPU. On a CPU they are in host memory already.
+        """
+        if self.parallel.device.type != "cpu":
+            self._offloaded.offload()
+
+    def onload(self) -> None:
+        """Bring back what `offload` has moved. `update` does so by itself."""
+        self._offloaded.onload()
 
     def recompute(
         self, rows: Sequence[MicroBatch], *, is_for_update: bool = False
@@ -222,6 +237,7 @@ class Learner:
             return terms.total, count, terms.result
 
         trained = self.trained
+        self.onload()
         for part in trained.parts:
             part.zero_grad_buffer()
         trained.optimizer.zero_grad()
@@ -261,6 +277,7 @@ class Learner:
         """The Hugging Face tensors of this stage, on its source of weights (see export.py); the
         other ranks must iterate too.
         """
+        self.trained.finish_weights()
         return owned_tensors(self.trained.modules, self.geometry, self.parallel)
 
     def give_tensors(self) -> None:
@@ -272,4 +289,5 @@ class Learner:
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights as Hugging Face tensors, on global rank 0. A collective (see export.py)."""
+        self.trained.finish_weights()
         return full_tensors(self.trained.modules, self.geometry, self.parallel)

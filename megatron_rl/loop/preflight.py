@@ -20,6 +20,7 @@ from megatron_rl.data.watch import Watch
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint, saved_run_state
+from megatron_rl.learner.model.implementations import check_implementations
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.trackers import check_trackers
@@ -77,6 +78,7 @@ def preflight(config: Config) -> Preflight:
     if is_evaluated(config) and config.data.num_held_out:
         sets = (held_out_set(stream.held_out(), config.eval), *sets)
     check_world_size(config.parallel)
+    check_implementations(config.model, config.learner.optimizer)
     verifiers = resolve_verifiers(config.data.tasks)
     set_verifiers = set_verifiers_of(config)
     for terms in (verifiers | set_verifiers).values():

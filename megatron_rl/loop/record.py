@@ -87,6 +87,7 @@ def save_step(
     is_stopping = not is_last and is_asked_to_stop(run_dir, learner.parallel)
     if is_stopping or should_save(config, state.step):
         with phase("checkpoint"):
+            learner.onload()
             writer.wait()  # a run that resumes here finds the rollouts of every step
             save_checkpoint(
                 run_dir / "checkpoints",

@@ -27,6 +27,7 @@ from megatron_rl.engine.server import (
     given_addresses,
 )
 from megatron_rl.engine.start import start_engines_of
+from megatron_rl.learner.layout.deterministic import use_deterministic_algorithms
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
@@ -110,6 +111,8 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             forget_request(run_dir, is_first=True)
             if not config.replay:
                 engines = _start_engines(config, stack)
+        if config.model.kernels.deterministic:
+            use_deterministic_algorithms()
         parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
         # Not after an error: the other ranks would see a closed connection and report that first.
         stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
@@ -147,6 +150,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         if link is None and not config.replay:
             contributor = _contributor(config, parallel, stack)
         _tell_resumption(checked, state, recorder)
+        recorder.say(f"learner: {learner.implementations}")
         recorder.say(f"log-probs: {learner.logprob_backend}")
         for line in (*replaced_keys(config), *tried):
             recorder.say(line)

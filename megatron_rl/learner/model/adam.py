@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.optim.adamw import adamw
 
+from megatron_rl.config.choices import AdamImplementation
+
 
 class FusedLayoutAdamW(torch.optim.Optimizer):
     """AdamW with `step` in the parameter group; the state of a parameter consists of `exp_avg` and
@@ -77,16 +79,22 @@ class FusedLayoutAdamW(torch.optim.Optimizer):
             )
 
 
-def use_fused_layout() -> None:
-    """Make Megatron-Core use this optimizer instead of falling back to torch's. Idempotent."""
+def use_adam(implementation: AdamImplementation) -> None:
+    """Make Megatron-Core use an implementation of Adam; not auto. Idempotent."""
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        megatron_optimizer.Adam = FusedLayoutAdamW
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-        # The optimizer's state now has apex's layout. The distributed optimizer must read it in
-        # that layout, and it accepts only the class that it knows as Adam.
-        distrib_optimizer.Adam = FusedLayoutAdamW
-        distrib_optimizer.HAVE_APEX_OR_TE = True
-        distrib_optimizer.USING_APEX_OPTIMIZER = True
+    if implementation == "transformer_engine":
+        from transformer_engine.pytorch.optimizers import FusedAdam as adam
+    elif implementation == "apex":
+        from apex.optimizers import FusedAdam as adam
+    else:
+        adam = FusedLayoutAdamW
+    megatron_optimizer.Adam = adam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    # The distributed optimizer reads the state in the layout that it knows, and accepts only the
+    # class that it knows as Adam. FusedLayoutAdamW has Apex's layout.
+    distrib_optimizer.Adam = adam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = implementation == "transformer_engine"
+    distrib_optimizer.USING_APEX_OPTIMIZER = implementation != "transformer_engine"

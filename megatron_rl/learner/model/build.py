@@ -9,7 +9,6 @@ with packed attention and this package's norm.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_rl.config.choices import ActivationRecomputation
+from megatron_rl.config.choices import ActivationRecomputation, FP8Recipe
+from megatron_rl.config.learner import OptimizerConfig
 from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.cpu_device import is_cpu_run
@@ -29,6 +29,7 @@ from megatron_rl.learner.model.experts import (
     use_row_routing,
 )
 from megatron_rl.learner.model.head import score_chosen_positions
+from megatron_rl.learner.model.implementations import check_implementations, uses_transformer_engine
 from megatron_rl.learner.model.norm import root_mean_square_norm
 from megatron_rl.weights.geometry import Geometry, read_hf_config, rope_parameters
 from megatron_rl.weights.huggingface import CheckpointReader
@@ -53,6 +54,14 @@ RECOMPUTATIONS: dict[ActivationRecomputation, dict[str, Any]] = {
         "recompute_num_layers": 1,
     },
 }
+# FP8 numbers have 4 bits of exponent; those of gradients have 5, except with a scale for each block
+# (DeepSeek-V3, arXiv 2412.19437).
+FP8: dict[FP8Recipe, dict[str, Any]] = {
+    "none": {},
+    "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -60,8 +69,8 @@ def build_model(
     config: ModelConfig,
     geometry: Geometry,
     parallel: Parallel,
+    optimizer: OptimizerConfig,
     *,
-    use_distributed_optimizer: bool,
     has_routing_replay: bool = False,
 ) -> tuple[DistributedDataParallel, ...]:
     """This rank's parts of the model in layer order, loaded with the checkpoint's weights, each in
@@ -77,39 +86,48 @@ def build_model(
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     geometry.check_layout(parallel.layout)
+    check_implementations(config, optimizer)
     transformer = transformer_config(
-        geometry,
-        parallel,
-        DTYPES[config.dtype],
-        activation_recomputation=config.activation_recomputation,
-        has_routing_replay=has_routing_replay,
+        geometry, parallel, config, has_routing_replay=has_routing_replay
     )
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
-    )
-    wrapped = []
+    wrapped: list[DistributedDataParallel] = []
     for part in build_parts(geometry, parallel, transformer, config.path):
         # Megatron's Float16Module is not used, because it would cast the logits to float32; here
         # the logits keep their dtype.
         part.to(device=parallel.device, dtype=DTYPES[config.dtype])
-        ddp = DistributedDataParallel(transformer, ddp_config, part)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=optimizer.distributed,
+            overlap_grad_reduce=optimizer.overlap_grad_reduce,
+            overlap_param_gather=optimizer.overlap_param_gather,
+        )
+        # As Megatron's own training does, the later parts of a virtual pipeline have one bucket.
+        ddp = DistributedDataParallel(
+            transformer, ddp_config, part, disable_bucketing=bool(wrapped)
+        )
         ddp.broadcast_params()
         wrapped.append(ddp)
+    if optimizer.overlap_grad_reduce:
+        # The schedule reduces gradients in the backward pass of the last row alone.
+        without_reduction = [each.no_sync for each in wrapped]
+        transformer.no_sync_func = without_reduction if len(wrapped) > 1 else without_reduction[0]
     return tuple(wrapped)
 
 
 def transformer_config(
     geometry: Geometry,
     parallel: Parallel,
-    dtype: torch.dtype,
+    model: ModelConfig,
     *,
-    activation_recomputation: ActivationRecomputation = "none",
     has_routing_replay: bool = False,
 ) -> TransformerConfig:
     """Megatron's settings for this model and layout."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnBackend
 
+    dtype, kernels = DTYPES[model.dtype], model.kernels
+    has_fused_layers = uses_transformer_engine(model)
     return TransformerConfig(
         num_layers=geometry.num_layers,
         hidden_size=geometry.hidden_size,
@@ -139,19 +157,23 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=not is_cpu_run() and has_transformer_engine(),
+        apply_rope_fusion=kernels.fused_rope,
+        gradient_accumulation_fusion=kernels.fused_gradient_accumulation,
+        persist_layer_norm=has_fused_layers,
+        transformer_impl="transformer_engine" if has_fused_layers else "local",
+        attention_backend=AttnBackend[kernels.attention],
+        deterministic_mode=kernels.deterministic,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **_pipeline_settings(geometry, parallel.layout),
         **expert_settings(
             geometry.experts,
             parallel.layout,
-            is_grouped=has_transformer_engine(),
+            is_grouped=has_fused_layers,
             has_replay=has_routing_replay,
         ),
-        **_recomputation_settings(geometry, activation_recomputation),
+        **_recomputation_settings(geometry, model.activation_recomputation),
+        **FP8[kernels.fp8],
     )
 
 
@@ -181,11 +203,6 @@ def _pipeline_settings(geometry: Geometry, layout: ParallelConfig) -> dict[str, 
         parts[-1].append("loss")
         settings["pipeline_model_parallel_layout"] = parts
     return settings
-
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used: it is installed, and there is a GPU."""
-    return not is_cpu_run() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def build_parts(
@@ -222,6 +239,11 @@ def _build_gpt(
     if geometry.has_rope_scaling or geometry.rope_theta != int(geometry.rope_theta):
         inverse_frequencies, scale = _hf_rope(geometry, model_path)
         if scale != 1.0:
+            if transformer.apply_rope_fusion:
+                raise ConfigError(
+                    "model.kernels.fused_rope: expected false for a model with YaRN, whose "
+                    "attention factor the fused kernel leaves out, got true"
+                )
             # Megatron multiplies cosines and sines by 0.1 x ln(scale) + 1, where scale is this
             # attribute. Release 0.19 reads it while the layers are built
             # (transformer/attention.py).
@@ -256,12 +278,13 @@ def layer_spec(geometry: Geometry, transformer: TransformerConfig, vp_stage: int
         get_num_layers_to_build,
     )
 
+    has_fused_layers = transformer.transformer_impl == "transformer_engine"
     options: dict[str, Any] = {
         "num_experts": geometry.experts.num_experts if geometry.experts else None,
-        "moe_grouped_gemm": has_transformer_engine() and geometry.experts is not None,
+        "moe_grouped_gemm": has_fused_layers and geometry.experts is not None,
         "qk_layernorm": geometry.has_qk_norm,
     }
-    if has_transformer_engine():
+    if has_fused_layers:
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
         use_row_routing(spec.submodules, geometry)
         return spec

@@ -130,8 +130,7 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
     with _reading(folder):
         loaded = _load(_sharded_state(trained, is_loading=True), folder)
         random_state = _read_random_state(folder, trained, state["world_size"])
-    for number, module in enumerate(trained.modules):
-        module.load_state_dict(loaded["model"][str(number)])
+    _load_parts(trained.modules, loaded["model"])
     settings = [
         {key: value for key, value in group.items() if key not in ("params", "step")}
         for group in trained.optimizer.param_groups
@@ -146,10 +145,33 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
 
 def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        known = load_sharded_metadata(str(folder))
+        for state in sharded["model"].values():
+            for name in [name for name in state if _is_extra(name)]:
+                if state[name].unique_key not in known:
+                    del state[name]
         return dist_checkpointing.load(sharded, str(folder))
+
+
+def _load_parts(parts: Sequence[GPTModel], loaded: dict[str, Any]) -> None:
+    """Set the parts' weights; RuntimeError if a weight is missing or has another shape."""
+    for number, part in enumerate(parts):
+        missing = part.load_state_dict(loaded[str(number)], strict=False).missing_keys
+        weights = [name for name in missing if not _is_extra(name)]
+        if weights:
+            raise RuntimeError(f"expected {weights[0]}, got none")
+
+
+def _is_extra(name: str) -> bool:
+    """Whether an entry of a module's state holds the scales of FP8, which Transformer Engine's
+    modules measure anew if they are absent. Megatron's modules have such entries too, but not for
+    norms.
+    """
+    return name.endswith("_extra_state")
 
 
 @contextmanager
@@ -193,6 +215,7 @@ def _write_parts(folder: Path, trained: TrainingModel) -> None:
     from megatron.core import dist_checkpointing
 
     _results_stay_in_process()
+    trained.finish_weights()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         dist_checkpointing.save(_sharded_state(trained, is_loading=False), str(folder))

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_rl.config import ModelConfig
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.learner.model.build import DTYPES, empty_parts, transformer_config
+from megatron_rl.learner.model.build import empty_parts, transformer_config
 from megatron_rl.weights.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -38,7 +38,11 @@ def meta_parts(model: ModelConfig, geometry: Geometry, parallel: Parallel) -> li
     """The parts of the model that the rank of `parallel` holds, in layer order, without weights."""
     # Rotary frequencies are no parameters, and scaled ones would be computed.
     geometry = replace(geometry, has_rope_scaling=False, rope_theta=float(int(geometry.rope_theta)))
-    transformer = transformer_config(geometry, parallel, DTYPES[model.dtype])
-    transformer = replace(transformer, perform_initialization=False)
+    transformer = transformer_config(geometry, parallel, model)
+    # Transformer Engine's modules are told the device.
+    is_told = transformer.transformer_impl == "transformer_engine"
+    transformer = replace(
+        transformer, perform_initialization=False, init_model_with_meta_device=is_told
+    )
     with _OnMeta():
         return empty_parts(geometry, parallel, transformer, model.path)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.learner import OptimizerConfig
-from megatron_rl.learner.model.adam import use_fused_layout
+from megatron_rl.learner.model.adam import use_adam
+from megatron_rl.learner.model.implementations import adam_of
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -27,7 +28,7 @@ def build_optimizer(
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    use_fused_layout()
+    use_adam(adam_of(config.implementation))
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -41,6 +42,7 @@ def build_optimizer(
             bf16=parts[0].config.bf16,
             params_dtype=parts[0].config.params_dtype,
             use_distributed_optimizer=config.distributed,
+            overlap_param_gather=config.overlap_param_gather,
         ),
         list(parts),
     )

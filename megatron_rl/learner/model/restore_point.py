@@ -28,7 +28,8 @@ class RestorePoint:
         self._schedule = 0
 
     def copy(self) -> None:
-        """Replace the copy by the present state."""
+        """Replace the copy by the present state. A collective over all ranks."""
+        self._trained.finish_weights()
         tensors = list(_tensors_of(self._trained))
         if not self._tensors:
             # Page-locked, so that a copy from a GPU takes its full bandwidth; kept for all steps.

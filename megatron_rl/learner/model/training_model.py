@@ -40,6 +40,14 @@ class TrainingModel:
         """The parts without Megatron's DDP."""
         return [part.module for part in self.parts]
 
+    def finish_weights(self) -> None:
+        """Wait for all weights of the last optimizer step, if they are gathered during the next
+        forward pass; then a collective over the replicas, otherwise nothing.
+        """
+        for part in self.parts:
+            if part.ddp_config.overlap_param_gather:
+                part.start_param_sync(force_sync=True)
+
 
 def build_training_model(
     model: ModelConfig,
@@ -60,13 +68,7 @@ def build_training_model(
         ConfigError: the model does not allow the layout or an option. DataError: the checkpoint
             does not match the geometry.
     """
-    parts = build_model(
-        model,
-        geometry,
-        parallel,
-        use_distributed_optimizer=optimizer.distributed,
-        has_routing_replay=has_routing_replay,
-    )
+    parts = build_model(model, geometry, parallel, optimizer, has_routing_replay=has_routing_replay)
     built, scheduler = build_optimizer(optimizer, parts, num_updates=num_updates)
     return TrainingModel(
         parallel=parallel, geometry=geometry, parts=parts, optimizer=built, scheduler=scheduler

@@ -8,6 +8,7 @@ one copy of the weights in the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.config import ModelConfig
@@ -27,7 +28,7 @@ class FrozenPolicy:
         """
         Args:
             path: Hugging Face checkpoint folder.
-            model: settings that determine the dtype.
+            model: settings of the dtype and the kernels.
             temperature: the learner's; the log-probs are computed at this temperature.
         """
         dtype = DTYPES[model.dtype]
@@ -36,7 +37,9 @@ class FrozenPolicy:
         self._vocab_size = geometry.vocab_size
         self._temperature = temperature
         self._parallel = parallel
-        transformer = transformer_config(geometry, parallel, dtype)
+        transformer = transformer_config(
+            geometry, parallel, replace(model, activation_recomputation="none")
+        )
         self._parts = build_parts(geometry, parallel, transformer, path)
         for part in self._parts:
             part.to(device=parallel.device, dtype=dtype).requires_grad_(False)

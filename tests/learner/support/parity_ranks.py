@@ -293,7 +293,7 @@ def refusals(folder: Path, parallel: Parallel) -> dict[str, tuple[str, str]]:
                 ModelConfig(path=str(path)),
                 read_geometry(path),
                 parallel,
-                use_distributed_optimizer=False,
+                OptimizerConfig(),
             )
         except (ConfigError, DataError) as error:
             found[path.name] = (type(error).__name__, str(error))

@@ -97,7 +97,7 @@ def schedules(model: Path, parallel: Parallel) -> dict[str, Any]:
             ModelConfig(path=str(model)),
             read_geometry(model),
             parallel,
-            use_distributed_optimizer=False,
+            config,
         )
         optimizer, scheduler = build_optimizer(config, built, num_updates=NUM_UPDATES)
         rates = []

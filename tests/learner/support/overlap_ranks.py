@@ -1,0 +1,172 @@
+"""What the ranks of test_offload.py do: the same recorded steps with and without overlapped
+communication, and with the optimizer's state moved away between them.
+
+    torchrun --nproc_per_node N -m tests.learner.support.overlap_ranks MODEL ROLLOUTS OUT
+
+Rank 0 writes `OUT/<layout>.<variant>.pt`: exported weights after each step, and the metrics.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from megatron_rl.learner.batch.deal import deal_batch
+from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
+from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.model.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rl.learner.model.offload import OptimizerOffload
+from megatron_rl.learner.model.restore_point import RestorePoint
+from megatron_rl.learner.update.step import train_step
+from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.weights.geometry import read_geometry
+from tests.learner import recorded
+from tests.learner.support.exported import exported_weights
+from tests.support.layouts import LAYOUTS
+
+NUM_STEPS = 3
+BUCKET = 30_000  # parameters: several buckets of the tiny model
+OPTIMIZER = {"learning_rate": 1e-2, "weight_decay": 0.1}
+GRADIENTS = {"overlap_grad_reduce": True}
+WEIGHTS = GRADIENTS | {"overlap_param_gather": True}
+# Name -> (dtype, settings of the optimizer, whether its state is moved away between steps)
+VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "plain": ("float32", {}, False),
+    "plain_overlap": ("float32", GRADIENTS, False),
+    "plain_offload": ("float32", {}, True),
+    "distributed": ("float32", {"distributed": True}, False),
+    "distributed_overlap": ("float32", {"distributed": True} | WEIGHTS, False),
+    "bfloat16": ("bfloat16", {"distributed": True}, False),
+    "bfloat16_overlap": ("bfloat16", {"distributed": True} | WEIGHTS, False),
+    "bfloat16_offload": ("bfloat16", {"distributed": True} | WEIGHTS, True),
+}
+OF_LAYOUT = {
+    "dp2": tuple(VARIANTS),
+    "cp2": ("distributed", "distributed_overlap"),
+    "pp2_vpp2": ("plain", "plain_overlap", "plain_offload"),
+    "cp2_pp2_vpp2": ("bfloat16", "bfloat16_overlap"),
+}
+
+
+def use_small_buckets() -> None:
+    """As if the model were large."""
+    from megatron.core import distributed
+
+    config = distributed.DistributedDataParallelConfig
+    distributed.DistributedDataParallelConfig = functools.partial(config, bucket_size=BUCKET)
+
+
+def step_of(learner: Learner, rollouts: Path, step: int, dual: DualVariable) -> dict[str, float]:
+    batch = deal_batch(
+        recorded.read_samples(rollouts, step, learner.parallel),
+        learner.parallel,
+        samples_per_prompt=recorded.NUM_SAMPLES,
+        num_mini_batches=2,
+        tokens_per_row=96,
+    )
+    report, _ = train_step(
+        learner,
+        batch,
+        dual,
+        ObjectiveConfig(),
+        step=step,
+        weight_version=step - 1,
+        should_recompute=False,
+    )
+    return report.metrics
+
+
+def moved_away_and_back(learner: Learner) -> dict[str, Any]:
+    """What `Learner.offload` and `onload` do on a GPU."""
+    offload = OptimizerOffload(learner.trained)
+    num_bytes = offload.offload()
+    assert offload.is_offloaded and offload.offload() == 0
+    left = sum(
+        buffer.grad_data.untyped_storage().nbytes()
+        for part in learner.trained.parts
+        for buffer in part.buffers
+    )
+    state = learner.trained.optimizer.chained_optimizers[0].optimizer.state
+    left += sum(
+        value.untyped_storage().nbytes()
+        for of_parameter in state.values()
+        for value in of_parameter.values()
+        if torch.is_tensor(value)
+    )
+    weights = exported_weights(learner)  # the model is there meanwhile
+    offload.onload()
+    assert not offload.is_offloaded
+    return {"num_bytes": num_bytes, "left": left, "weights": weights}
+
+
+def run_variant(learner: Learner, rollouts: Path, out: Path, *, is_offloaded: bool) -> Any:
+    dual, found = DualVariable(0.1), []
+    point = RestorePoint(learner.trained)
+    for step in range(1, NUM_STEPS + 1):
+        point.copy()
+        step_of(learner, rollouts, step + 1, DualVariable(0.1))
+        point.restore()
+        each: dict[str, Any] = {"metrics": step_of(learner, rollouts, step, dual)}
+        if is_offloaded:
+            each["offload"] = moved_away_and_back(learner)
+        each["weights"] = exported_weights(learner)
+        found.append(each)
+    return found
+
+
+def goes_on(learner: Learner, fresh: Learner, rollouts: Path, folder: Path) -> bool:
+    """Whether a learner that loads the checkpoint of another one does the same next step."""
+    saved = save_checkpoint(folder, learner.trained, {}, step=1, keep=1)
+    load_checkpoint(saved, fresh.trained)
+    metrics = [
+        step_of(each, rollouts, NUM_STEPS + 1, DualVariable(0.1)) for each in (learner, fresh)
+    ]
+    pair = [exported_weights(each) for each in (learner, fresh)]
+    is_same = all(torch.equal(tensor, pair[1][name]) for name, tensor in pair[0].items())
+    return metrics[0] == metrics[1] and is_same
+
+
+def main(model: Path, rollouts: Path, out: Path) -> None:
+    from megatron.core import parallel_state
+
+    use_small_buckets()
+    geometry = read_geometry(model)
+    for layout, variants in OF_LAYOUT.items():
+        if LAYOUTS[layout].ranks != int(os.environ["WORLD_SIZE"]):
+            continue
+        parallel = initialize_parallel(LAYOUTS[layout].config(), seed=0)
+        for name in variants:
+            dtype, settings, is_offloaded = VARIANTS[name]
+            optimizer = OptimizerConfig(**OPTIMIZER, **settings)
+            learner, fresh = (
+                Learner(
+                    ModelConfig(path=str(model), dtype=dtype),
+                    optimizer,
+                    geometry,
+                    parallel,
+                    num_updates=2 * NUM_STEPS + 2,
+                )
+                for _ in range(2)
+            )
+            outcome = {
+                "steps": run_variant(learner, rollouts, out, is_offloaded=is_offloaded),
+                "goes_on": goes_on(learner, fresh, rollouts, out / f"{layout}.{name}"),
+                "num_buckets": [len(part.bucket_groups) for part in learner.trained.parts],
+            }
+            if parallel.rank == 0:
+                torch.save(outcome, out / f"{layout}.{name}.pt")
+        parallel_state.destroy_model_parallel()
+    shut_down_parallel()
+
+
+if __name__ == "__main__":
+    from megatron_rl.learner.layout.cpu_device import run_on_cpu
+
+    run_on_cpu()
+    main(*map(Path, sys.argv[1:]))
