@@ -28,10 +28,14 @@ from megatron_rl.config.data import (
     TaskConfig,
 )
 from megatron_rl.config.evaluation import EvalConfig, EvalSetConfig
-from megatron_rl.config.kernels import FP8_POSITIONS, KernelConfig
 from megatron_rl.config.learner import LearnerConfig, OptimizerConfig, WarmStartConfig
 from megatron_rl.config.loop import CheckpointConfig, DynamicSamplingConfig, LoopConfig, SyncConfig
-from megatron_rl.config.model import ModelConfig, ParallelConfig
+from megatron_rl.config.model import (
+    FP8_POSITIONS,
+    KernelConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from megatron_rl.config.objective import (
     AcceptanceConfig,
     ConstraintConfig,
