@@ -59,41 +59,52 @@ say "building megatron_rl (C++ kernels; CUDA's are compiled by tools/gpu_check.s
 PATH="$PWD/$folder/bin:$PATH" MEGATRON_RL_CUDA=0 "${pip[@]}" --no-build-isolation .
 say "installed in $((SECONDS - started)) s, $(du -sh "$folder" | cut -f1)"
 
-say "pip check:"
-"$folder/bin/python" -m pip check || true
-cd "$folder" # so that the installed package is imported, not the repository's
-bin/python -W ignore - <<'PY'
+say "pip check: $("$folder/bin/python" -m pip check 2>&1 | tail -1)"
+# Isolated, so that the installed package is imported and not the repository's.
+"$folder/bin/python" -I -W ignore - ${is_built:+te} <<'PY'
 import importlib
 import importlib.metadata
 import sys
 
-NAMES = (
-    "torch", "numpy", "transformers", "compressed_tensors", "megatron.core", "vllm", "modelopt",
-    "modelopt.torch.quantization", "triton", "flashinfer", "transformer_engine.common", "mcore_bridge",
-    "megatron_rl", "megatron_rl._C", "megatron_rl.train", "megatron_rl.sft", "megatron_rl.serve",
-    "megatron_rl.sync.engine_side.plugin", "megatron.core.models.gpt.gpt_layer_specs",
-    "megatron.core.optimizer", "vllm.entrypoints.openai.api_server", "transformer_engine.pytorch",
-)
+PACKAGES = (
+    "torch numpy transformers compressed_tensors triton vllm vllm.entrypoints.openai.api_server "
+    "flashinfer modelopt modelopt.torch.quantization transformer_engine.common"
+).split()
+MEGATRON = (
+    "transformer_engine.pytorch megatron.core megatron.core.optimizer mcore_bridge "
+    "megatron.core.models.gpt.gpt_layer_specs megatron.core.extensions.transformer_engine"
+).split()
+OWN = (
+    "megatron_rl megatron_rl._C megatron_rl.train megatron_rl.sft megatron_rl.serve "
+    "megatron_rl.evaluate megatron_rl.sync.engine_side.plugin megatron_rl.learner.model.implementations"
+).split()
 failed = []
-for name in NAMES:
-    try:
-        if name == "megatron_rl._C":
-            import torch  # its libraries
-        module = importlib.import_module(name)
-        top = name.split(".")[0].replace("_", "-")
+
+
+def try_all(names: list[str]) -> None:
+    for name in names:
         try:
-            version = importlib.metadata.version({"megatron": "megatron-core", "modelopt": "nvidia-modelopt"}.get(top, top))
-        except importlib.metadata.PackageNotFoundError:
-            version = getattr(module, "__version__", "")
-        print(f"  {name} {version}")
-    except BaseException as error:
-        failed.append(name)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"  {name}: FAILED: {reason[:300]}")
+            importlib.import_module(name)
+        except BaseException as error:
+            failed.append(name)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"  {name}: FAILED: {reason[:300]}")
+        else:
+            print(f"  {name}")
+
+
+try_all(PACKAGES)
+if len(sys.argv) == 1:  # without its compiled part Transformer Engine cannot be imported, Megatron can
+    print("  (Transformer Engine's part for torch is not compiled: Megatron is imported without it)")
+    MEGATRON = [name for name in MEGATRON if "transformer_engine" not in name and name != "mcore_bridge"]
+    sys.modules["transformer_engine"] = None
+try_all([*MEGATRON, *OWN])
 import torch
 
 if torch.version.cuda is None:
-    failed.append(f"CUDA build of torch (got {torch.__version__})")
-print(f"imported {len(NAMES) - len(failed)} of {len(NAMES)}; not: {', '.join(failed) or 'none'}")
-sys.exit(bool(set(failed) - {"transformer_engine.pytorch", "mcore_bridge"}))
+    failed.append(f"a CUDA build of torch, got {torch.__version__}")
+versions = [f"{name} {importlib.metadata.version(name)}" for name in
+            ("torch", "megatron-core", "vllm", "transformer-engine", "nvidia-modelopt", "transformers")]
+print(f"{', '.join(versions)}, CUDA {torch.version.cuda}: not imported: {', '.join(failed) or 'none'}")
+sys.exit(bool(failed))
 PY

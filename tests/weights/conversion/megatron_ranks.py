@@ -9,13 +9,14 @@ what a conversion wrote, and FOLDER/<case>/out what Megatron saves.
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_rl.config import ParallelConfig
+from megatron_rl.config import ModelConfig, ParallelConfig
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.model.build import build_parts, transformer_config
 from megatron_rl.learner.model.checkpoint import _results_stay_in_process, _sharded_model
@@ -34,7 +35,7 @@ def load_and_save(folder: Path, model: Path, layout: str) -> None:
 
     parallel = initialize_parallel(ParallelConfig(**LAYOUTS[layout]), seed=0)
     geometry = read_geometry(model)
-    transformer = transformer_config(geometry, parallel, torch.float32)
+    transformer = transformer_config(geometry, parallel, ModelConfig())
     parts = build_parts(geometry, parallel, transformer, model)
     with torch.no_grad():
         for part in parts:
@@ -55,3 +56,4 @@ if __name__ == "__main__":
     for case in sys.argv[2:]:
         name, layout = case.split(":")
         load_and_save(Path(sys.argv[1]) / case, Path(sys.argv[1]) / name, layout)
+        gc.collect()  # the parts hold each other, and with them the store of this port
