@@ -41,6 +41,7 @@ from megatron_rl.loop.state import initial_state
 from megatron_rl.observe.evaluations import HELD_OUT_LABEL, evaluation_table, figures_of_sets
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.process.command import Progress, run_command
+from megatron_rl.process.folder import hold_folder
 from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import Prompt
 from megatron_rl.reward.registry import resolve_verifiers
@@ -79,6 +80,7 @@ def evaluate(config: Config, progress: Progress) -> None:
             )
         scorer = stack.enter_context(Scorer(config.reward, verifiers))
         folder = new_folder(Path(config.run_dir) / "evaluations")
+        hold_folder(folder, f"run_dir={config.run_dir}")
         save_config(config, folder / "config.yaml")
         pool = _start_pool(
             config, folder, end_tokens(config.model.path, tokenizer, geometry.vocab_size), stack
