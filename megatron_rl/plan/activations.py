@@ -12,6 +12,11 @@ of the feed-forward layer, of the queries and of the keys on one rank; s is the 
                      (q + 2 k) s, rotated (q + k) s, attention's result q s; gated product 4 f s and
                      its projection's input f s
 
+A mixture of experts keeps the same of each expert's product, and one more f s for its weight, for
+every token that it is sent; and the copies of the tokens, h s each. Experts are taken to be
+balanced: each rank's get as many tokens as its rows send. Of the E experts, a router keeps logits,
+weights and choices, 9 E.
+
 Sequence parallelism divides norms and the inputs of column-parallel projections over the
 tensor-parallel ranks (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
 """
@@ -50,12 +55,11 @@ class LayerActivations:
 def layer_activations(
     geometry: Geometry, layout: ClusterLayout, device: DeviceType
 ) -> LayerActivations:
-    """What one dense decoder layer keeps for each position that a rank computes."""
+    """What one decoder layer keeps for each position that a rank computes."""
     size = ITEM_SIZES[layout.dtype]
     num_heads = geometry.num_heads / layout.tensor
     num_groups = geometry.num_query_groups / layout.tensor
     query, key = num_heads * geometry.head_dim, num_groups * geometry.head_dim
-    ffn = geometry.ffn_hidden_size / layout.tensor
     hidden = geometry.hidden_size / (layout.tensor if layout.is_sequence_parallel else 1)
     rotation = 4 * geometry.head_dim * size  # cosines and sines, of queries and of keys
     deviations = FLOAT32 * (num_heads + num_groups) if geometry.has_qk_norm else 0.0
@@ -65,7 +69,7 @@ def layer_activations(
             norms=2 * (2 * hidden * size + FLOAT32),
             attention=(mixed + rotated) * size + rotation + deviations,
             core_attention=query * size + statistics,
-            feed_forward=5 * ffn * size,
+            feed_forward=_feed_forward(geometry, layout),
         )
     heads_norms = 0.0
     if geometry.has_qk_norm:
@@ -76,8 +80,37 @@ def layer_activations(
         norms=2 * (2 * FLOAT32 * hidden + FLOAT32 + hidden * size),
         attention=heads_norms + query * size + rotation,
         core_attention=2 * rotated * size + statistics,
-        feed_forward=5 * ffn * size,
+        feed_forward=_feed_forward(geometry, layout),
     )
+
+
+def _feed_forward(geometry: Geometry, layout: ClusterLayout) -> float:
+    """The bytes that a feed-forward layer, or the experts in its place, keep for each position."""
+    size, experts = ITEM_SIZES[layout.dtype], geometry.experts
+    if experts is None:
+        return 5 * feed_forward_columns(geometry, layout) * size
+    shared = experts.shared_ffn_hidden_size / layout.tensor
+    own = feed_forward_columns(geometry, layout) - shared
+    copies = _sent_tokens(geometry, layout) * layout.expert_tensor * geometry.hidden_size
+    router = 9 * experts.num_experts / (layout.tensor if layout.is_sequence_parallel else 1)
+    return (6 * own + copies + 5 * shared) * size + router
+
+
+def _sent_tokens(geometry: Geometry, layout: ClusterLayout) -> float:
+    """The tokens that a rank sends to experts for each position of a row."""
+    return geometry.experts.num_chosen / (layout.tensor if layout.is_sequence_parallel else 1)
+
+
+def feed_forward_columns(geometry: Geometry, layout: ClusterLayout) -> float:
+    """The columns between the two projections that a rank computes for each position: of all the
+    experts that it is sent to together.
+    """
+    experts = geometry.experts
+    if experts is None:
+        return geometry.ffn_hidden_size / layout.tensor
+    # Each of the ETP ranks computes its share of the columns for the tokens of all of them.
+    shared = experts.shared_ffn_hidden_size / layout.tensor
+    return _sent_tokens(geometry, layout) * experts.ffn_hidden_size + shared
 
 
 def kept_by_layer(geometry: Geometry, layout: ClusterLayout, device: DeviceType) -> float:
@@ -109,7 +142,7 @@ def backward_bytes(geometry: Geometry, layout: ClusterLayout, device: DeviceType
     Without recomputation, activations are freed while the gradients of the product are made.
     """
     whole, size = layer_activations(geometry, layout, device), ITEM_SIZES[layout.dtype]
-    ffn, hidden = geometry.ffn_hidden_size / layout.tensor, geometry.hidden_size
+    ffn, hidden = feed_forward_columns(geometry, layout), geometry.hidden_size
     if layout.recomputation == "none":
         return (ffn + 3 * hidden) * size
     gradients = (2 * ffn + 2 * hidden) * size

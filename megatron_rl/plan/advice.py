@@ -95,6 +95,8 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[Change]:
     if parallel.tensor == 1:  # sequence parallelism needs a larger one
         yield from _savings_in_activations(config)
     num_gpus = cluster.num_nodes * cluster.gpus_per_node
+    for expert in _doubled(parallel.expert, min(num_gpus, 64)):
+        yield Change(key="parallel.expert", value=expert)
     for pipeline in _doubled(parallel.pipeline, num_gpus // parallel.tensor):
         yield Change(key="parallel.pipeline", value=pipeline)
     if config.model.activation_recomputation != "full":

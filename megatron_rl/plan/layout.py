@@ -25,6 +25,8 @@ class ClusterLayout:
     data: int  # replicas of the model
     dtype: DType
     has_distributed_optimizer: bool
+    expert: int = 1  # ranks among which the experts are divided
+    expert_tensor: int = 1  # ranks that hold a shard of each expert
     context: int = 1  # ranks among which the positions of a row are divided
     virtual_pipeline: int = 1  # parts of the model on each pipeline rank
     stage_layers: tuple[int, ...] = ()  # decoder layers of each part; (): the same in all
@@ -40,6 +42,14 @@ class ClusterLayout:
     def num_optimizer_shards(self) -> int:
         """The number of ranks among which the optimizer's state is divided."""
         return self.data * self.context if self.has_distributed_optimizer else 1
+
+    @property
+    def num_expert_shards(self) -> int:
+        """The number of ranks among which the optimizer's state of experts is divided: those that
+        hold the same shards of the same experts.
+        """
+        copies = self.world_size // (self.pipeline * self.expert * self.expert_tensor)
+        return copies if self.has_distributed_optimizer else 1
 
     def rows_in_flight(self, stage: int, num_rows: int) -> float:
         """For how many rows a pipeline rank keeps the activations of all its layers at once.
@@ -71,6 +81,8 @@ def layout_of(config: Config, *, num_nodes: int, gpus_per_node: int) -> ClusterL
         gpus_per_node=gpus_per_node,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         context=parallel.context,
         data=num_nodes * gpus_per_node // (parallel.tensor * parallel.context * parallel.pipeline),
         dtype=config.model.dtype,

@@ -2,7 +2,8 @@
 
 Weights, gradients and the optimizer's state follow Megatron's DDP and mixed-precision optimizers:
 gradients are float32; bfloat16 weights have float32 main weights beside two moments; the
-distributed optimizer divides main weights and moments over the data-parallel ranks.
+distributed optimizer divides main weights and moments over the data-parallel ranks; those of
+experts over the ranks that hold the same experts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from megatron_rl.plan.activations import (
     loss_bytes,
 )
 from megatron_rl.plan.layout import ITEM_SIZES, ClusterLayout
-from megatron_rl.plan.parameters import stage_layers, stage_parameters
+from megatron_rl.plan.parameters import (
+    stage_expert_parameters,
+    stage_layers,
+    stage_parameters,
+)
 from megatron_rl.plan.traffic import longest_sequence, step_plan, wire_bytes
 from megatron_rl.weights.geometry import Geometry
 
@@ -118,13 +123,16 @@ def _stage_memory(
 ) -> LearnerMemory:
     size = ITEM_SIZES[layout.dtype]
     count = stage_parameters(geometry, layout, stage)
+    num_expert = stage_expert_parameters(geometry, layout, stage)
+    states = (count - num_expert) / layout.num_optimizer_shards
+    states += num_expert / layout.num_expert_shards
     state = MOMENT_BYTES + (MAIN_WEIGHT_BYTES if layout.dtype != "float32" else 0)
     of_reference = stage_parameters(reference, layout, stage) * size if reference else 0.0
     activations, logits, backward = _row_memory(config, geometry, layout, stage, device)
     return LearnerMemory(
         weights=count * size,
         gradients=count * GRADIENT_BYTES,
-        optimizer=count * state / layout.num_optimizer_shards,
+        optimizer=states * state,
         reference=of_reference,
         activations=activations,
         logits=logits,
@@ -154,6 +162,7 @@ def _row_memory(
 
 def _communication(layout: ClusterLayout) -> float:
     sizes = (layout.tensor, layout.pipeline, layout.context, layout.data, layout.world_size)
+    sizes += (layout.expert, layout.expert_tensor)
     return CONTEXT_BYTES + COMMUNICATOR_BYTES * sum(size > 1 for size in sizes)
 
 
@@ -169,6 +178,9 @@ def engine_memory(
     size = ITEM_SIZES[rollout.dtype]
     weights = wire_bytes(config, geometry)
     wide = max(2 * geometry.ffn_hidden_size, 4 * geometry.hidden_size)
+    if geometry.experts:  # each token has a copy and a product for every expert
+        experts = geometry.experts
+        wide = experts.num_chosen * (2 * experts.ffn_hidden_size + geometry.hidden_size)
     workspace = ENGINE_BATCH_TOKENS * wide * size
     workspace += rollout.max_num_seqs * geometry.vocab_size * 2 * 4  # logits and log-probs, float32
     cache = rollout.gpu_memory_utilization * gpu_bytes - weights - workspace

@@ -33,10 +33,23 @@ def stage_parameters(geometry: Geometry, layout: Layout, stage: int) -> int:
     the vocabulary and, on the last stage of a tied model, its copy of the embedding.
     """
     parts, rules = geometry.parts(layout), tensor_rules(geometry)
-    held = [rule for rule in rules if parts.rank_of(rule.part(parts)) == stage]
+    held = [
+        rule for rule in rules if rule.expert is None and parts.rank_of(rule.part(parts)) == stage
+    ]
     if geometry.is_tied and layout.pipeline > 1 and stage == layout.pipeline - 1:
         held.append(rules[0])
-    return sum(shard_size(rule, geometry, layout.tensor) for rule in held)
+    dense = sum(shard_size(rule, geometry, layout.tensor) for rule in held)
+    return dense + stage_expert_parameters(geometry, layout, stage)
+
+
+def stage_expert_parameters(geometry: Geometry, layout: Layout, stage: int) -> int:
+    """The parameters of experts that each rank of a pipeline stage holds; 0 for a dense model."""
+    if geometry.experts is None:
+        return 0
+    of_layer = [rule for rule in tensor_rules(geometry) if rule.expert == 0 and rule.layer == 0]
+    of_expert = sum(shard_size(rule, geometry, layout.expert_tensor) for rule in of_layer)
+    num_experts = geometry.experts.num_experts // layout.expert
+    return of_expert * num_experts * stage_layers(geometry, layout, stage)
 
 
 def stage_layers(geometry: Geometry, layout: Layout, stage: int) -> int:

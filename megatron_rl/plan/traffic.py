@@ -123,7 +123,8 @@ def checkpoint_plan(config: Config, geometry: Geometry, layout: ClusterLayout) -
     is_main = layout.dtype == "float32" and not layout.has_distributed_optimizer
     of_parameter = MAIN_STATE_BYTES + (0 if is_main else size)
     count = num_parameters(geometry)
-    num_writers = layout.tensor * layout.pipeline
+    # Of a stage the first ranks hold the copies that are written, of experts and of the rest.
+    num_writers = max(layout.tensor, layout.expert * layout.expert_tensor) * layout.pipeline
     return CheckpointPlan(
         num_files=WRITER_FILES * num_writers + FILES_OF_ALL + layout.world_size,
         num_bytes=count * of_parameter,

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -79,6 +80,11 @@ def tensor_rules(geometry: Geometry) -> list[TensorRule]:
     """Every tensor of the model in layer order: embedding, layers, final norm, and the output layer
     unless it is tied.
     """
+    return list(_rules(geometry))
+
+
+@lru_cache(maxsize=16)  # a mixture of experts has tens of thousands
+def _rules(geometry: Geometry) -> tuple[TensorRule, ...]:
     family = find_family(geometry.model_type)
     rules = [_rule(family.embedding, layer=None, is_last_stage=False)]
     for layer in range(geometry.num_layers):
@@ -86,7 +92,7 @@ def tensor_rules(geometry: Geometry) -> list[TensorRule]:
     rules.append(_rule(family.final_norm, layer=None, is_last_stage=True))
     if not geometry.is_tied:
         rules.append(_rule(family.head, layer=None, is_last_stage=True))
-    return rules
+    return tuple(rules)
 
 
 def _layer_rules(rows: Sequence[TensorRow], geometry: Geometry, layer: int) -> Iterator[TensorRule]:

@@ -9,10 +9,11 @@ import pytest
 from megatron_rl.plan.parameters import (
     largest_tensor,
     num_parameters,
+    stage_expert_parameters,
     stage_layers,
     stage_parameters,
 )
-from megatron_rl.weights.geometry import read_geometry
+from megatron_rl.weights.geometry import ExpertGeometry, read_geometry
 from tests.plan.shapes import SHAPES, SMALL, layout
 
 # The elements of the published checkpoints, from the total sizes of their safetensors.
@@ -22,6 +23,9 @@ PUBLISHED = {
     "Qwen2.5-7B": 7_615_616_512,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.1-70B": 70_553_706_496,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
+    "Mixtral-8x7B": 46_702_792_704,
 }
 
 
@@ -45,6 +49,25 @@ def test_the_stages_of_a_small_model() -> None:
     # With TP2 the vocabulary is padded to 256 rows; only norms are whole on both ranks.
     half = stage_parameters(SMALL, layout(tensor=2, pipeline=2), 0)
     assert half == 128 * 8 + 2 * (16 + 320)
+
+
+def test_the_experts_of_a_rank() -> None:
+    experts = ExpertGeometry(
+        num_experts=4,
+        num_chosen=2,
+        ffn_hidden_size=6,
+        shared_ffn_hidden_size=0,
+        is_normalised=True,
+    )
+    mixture = replace(SMALL, model_type="mixtral", experts=experts)
+    # A layer: 656 - 3 x 16 x 8 = 272 beside the feed-forward layer, the router 4 x 8, and each
+    # expert 3 x 6 x 8 = 144.
+    assert num_parameters(mixture) == 2 * 100 * 8 + 4 * (272 + 32 + 4 * 144) + 8
+    half = layout(expert=2, pipeline=2)
+    assert stage_expert_parameters(mixture, half, 0) == 2 * 2 * 144
+    assert stage_parameters(mixture, half, 0) == 128 * 8 + 2 * (272 + 32) + 2 * 2 * 144
+    assert stage_expert_parameters(mixture, layout(expert_tensor=2), 0) == 4 * 4 * 72
+    assert stage_expert_parameters(SMALL, half, 0) == 0
 
 
 def test_the_last_stage_of_a_tied_model_has_a_copy_of_the_embedding() -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_rl.config import ParallelConfig
 from megatron_rl.learner.layout.simulated import Exchange
 from megatron_rl.plan.parameters import stage_parameters, tensor_shapes
 from megatron_rl.plan.simulate import SimulatedRank, problems_in
 from megatron_rl.weights.geometry import read_geometry
 from tests.plan.shapes import SHAPES, SMALL
-from tests.plan.support.simulated_worlds import WORLDS
+from tests.plan.support.simulated_worlds import LARGE_WORLDS, WORLDS
 from tests.support.ranks import run_module
 
 
@@ -27,8 +29,22 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", WORLDS)
 def test_every_tensor_of_a_full_size_model_is_sent_once(model: str, worlds: dict[str, Any]) -> None:
-    geometry, (parallel, size) = read_geometry(SHAPES / model), WORLDS[model]
-    found = worlds[model]
+    assert_sent_once(model, *WORLDS[model], worlds[model])
+
+
+@pytest.mark.slow
+def test_every_tensor_of_thousands_of_experts_is_sent_once(tmp_path: Path) -> None:
+    paths = (SHAPES, tmp_path, "large")
+    run_module("tests.plan.support.simulated_worlds", *paths, ranks=0, timeout=1200)
+    found = json.loads((tmp_path / "worlds.json").read_text())
+    for model, (parallel, size) in LARGE_WORLDS.items():
+        assert_sent_once(model, parallel, size, found[model])
+
+
+def assert_sent_once(
+    model: str, parallel: ParallelConfig, size: int, found: dict[str, Any]
+) -> None:
+    geometry = read_geometry(SHAPES / model)
     assert found["problems"] == []
     assert len(found["num_parameters"]) == size
     assert sum(found["num_sent"]) == len(tensor_shapes(geometry))

@@ -67,6 +67,20 @@ def test_a_run_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "change:" not in printed
 
 
+def test_the_mixture_of_experts_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "dapo_30b_a3b.yaml")
+    model = f"model.path={ROOT}/configs/shapes/Qwen3-30B-A3B"
+    assert plan.main([config, model, "--nodes", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "30,532,122,624 parameters" in printed
+    # Of each rank 1/8 of 28,991,029,248 parameters of experts and 1/2 of most others.
+    assert re.search(r"learner +weights +8\.80\n", printed)
+    assert "DOES NOT FIT" not in printed
+    # Without expert parallelism every rank holds all experts.
+    assert plan.main([config, model, "--nodes", "4", "parallel.expert=1"]) == 1
+    assert "parallel.expert=4: 65.2 GB" in capsys.readouterr().out
+
+
 def test_a_setting_that_would_be_enough(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(DAPO) == 1
     printed = capsys.readouterr().out

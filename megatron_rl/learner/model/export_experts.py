@@ -3,7 +3,7 @@ rank.
 
 The experts of a layer are divided among the expert-parallel ranks, in order, and each is sharded
 over the expert tensor-parallel ranks. A rank sends all of its experts of the layer in one message,
-or in several of at most `MESSAGE_BYTES`: a message an expert would be thousands.
+or in several of at most `MESSAGE_ELEMENTS`: a message an expert would be thousands.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.weights.geometry import Geometry
 from megatron_rl.weights.rules import TensorRule, hf_from_shard, join_parts, shard_shape
 
-MESSAGE_BYTES = 256 * 2**20
+MESSAGE_ELEMENTS = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def expert_tensors(
     by_expert = [list(of_expert) for _, of_expert in groupby(rules, key=lambda rule: rule.expert)]
     num_local = len(by_expert) // parallel.ep_group.size()
     of_one = sum(math.prod(shard_shape(rule, geometry, num_shards)) for rule in by_expert[0])
-    at_once = max(1, MESSAGE_BYTES // (of_one * shards.dtype.itemsize))
+    at_once = max(1, MESSAGE_ELEMENTS // of_one)
     for ep_rank in range(parallel.ep_group.size()):
         own = by_expert[ep_rank * num_local : (ep_rank + 1) * num_local]
         for start in range(0, num_local, at_once):
