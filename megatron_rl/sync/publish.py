@@ -229,6 +229,17 @@ class Publisher:
     ) -> list[str]:
         """Fill each bucket in turn and have every engine load it. Returns a checksum per spec."""
         checksums: list[str] = []
+        filled: dict[int, dict[int, str]] = {}  # ahead of their turn: by bucket, as `fill` returns
+
+        def fill(bucket: Bucket) -> None:
+            filled[bucket.index] = source.fill(bucket, self._sender.buffer)
+
+        def send(bucket: Bucket) -> None:
+            self._sender.send(bucket)
+            following = buckets[bucket.index + 1 : bucket.index + 2]
+            if following and following[0].source == 0 and self._sender.is_free_after_send:
+                fill(following[0])
+
         for bucket in buckets:
             names = (
                 f"{specs[bucket.pieces[0].tensor].name} to {specs[bucket.pieces[-1].tensor].name}"
@@ -236,16 +247,17 @@ class Publisher:
             phase = f"bucket {bucket.index + 1} of {len(buckets)} ({names})"
             is_own = bucket.source == 0
             with _timed(seconds, "send"):
-                if is_own:
-                    completed = source.fill(bucket, self._sender.buffer)
-                else:
-                    completed = dict(self._sources.hear(bucket.source, phase))
+                if is_own and bucket.index not in filled:
+                    fill(bucket)
+                elif not is_own:
+                    filled[bucket.index] = dict(self._sources.hear(bucket.source, phase))
+            completed = filled.pop(bucket.index)
             checksums.extend(completed.values())
             body = {"bucket": bucket_to_json(bucket, completed)}
             with _timed(seconds, "load"):
                 self._on_all(
                     lambda engine, p=phase, b=body: engine.update(p, b),
-                    meanwhile=partial(self._sender.send, bucket) if is_own else _nothing,
+                    meanwhile=partial(send, bucket) if is_own else _nothing,
                 )
         source.check_exhausted()
         return checksums

@@ -95,12 +95,12 @@ class Group:
                 work = _within(seconds, lambda: self._backend.broadcast([tensor], options))
             else:
                 work = self._backend.broadcast([tensor], options)
-            # A wait of NCCL's would only make the stream wait.
-            deadline = time.monotonic() + seconds + 1.0  # gloo's own error tells more
-            while not work.is_completed():
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                time.sleep(POLL_SECONDS)
+            if self._session.backend == "nccl":  # its wait would only make the stream wait
+                deadline = time.monotonic() + seconds
+                while not work.is_completed():
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    time.sleep(POLL_SECONDS)
             work.wait()
 
 
@@ -108,6 +108,7 @@ class Sender:
     """A source's side."""
 
     has_many_sources = True
+    is_free_after_send = True
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
         self._source, self._num_sources = source, num_sources

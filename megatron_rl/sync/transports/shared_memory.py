@@ -32,6 +32,7 @@ class Sender:
     """
 
     has_many_sources = False
+    is_free_after_send = False
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
         if num_sources != 1:

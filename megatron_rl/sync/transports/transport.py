@@ -95,6 +95,9 @@ class Sender(Protocol):
     """
 
     has_many_sources: bool  # whether there may be more than one source
+    # whether `send` returns when the bytes are on their way, so that the source may then write its
+    # next bucket while the workers load this one
+    is_free_after_send: bool
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
         """`source`: the index of this process among the `num_sources` sources, from 0."""

@@ -22,6 +22,7 @@ from megatron_rl.sync.transports.transport import DIGEST_BYTES, Bucket, Offer, T
 
 class Sender:
     has_many_sources = True
+    is_free_after_send = True
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
         self._source = source
