@@ -12,10 +12,11 @@ import pytest
 from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.server import check_given, given_addresses
+from megatron_rl.engine.token import token_in
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.command import Progress
 from megatron_rl.records import TOKEN_VARIABLE
-from megatron_rl.serve import serve, token_in
+from megatron_rl.serve import serve
 from tests.support.processes import is_alive
 from tests.support.served_engine import ServedEngine
 

@@ -62,6 +62,7 @@ UnreadableAnswers = Literal["error", "drop"]
 QuantizationFormat = Literal["none", "int8", "fp8", "int4", "int8_w8a8"]
 QuantizationStrategy = Literal["channel", "group", "block"]
 TopKTies = Literal["auto", "all", "exact"]
+Placement = Literal["auto", "share", "colocated", "nodes"]
 
 # objective
 OldPolicy = Literal["recomputed", "rollout"]

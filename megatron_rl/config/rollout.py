@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.choices import DType, QuantizationFormat, QuantizationStrategy, TopKTies
+from megatron_rl.config.choices import (
+    DType,
+    Placement,
+    QuantizationFormat,
+    QuantizationStrategy,
+    TopKTies,
+)
 from megatron_rl.config.rules import above_zero, at_least, literal_choices, require
 
 # Settings of sampling that training refuses, with the value that turns each off.
@@ -84,7 +90,17 @@ class QuantizationConfig:
 class RolloutConfig:
     """The engines, which the run starts or which are already running."""
 
-    num_engines: int = 1  # servers that the run starts; 0 with `urls`
+    num_engines: int = (
+        1  # servers that the run starts, or waits for (placement=nodes); 0 with `urls`
+    )
+    # share: GPUs of the learner's nodes without a rank; colocated: GPUs with ranks, and engines
+    # sleep while the learner works; auto: share if there are enough, else GPUs with ranks, without
+    # sleep; nodes: engines that megatron_rl.serve starts with this run_dir on nodes of their own
+    placement: Placement = "auto"
+    tensor_parallel: int = 1  # GPUs of each engine; on CPUs, processes with cores of their own
+    # interface, or its address, on which engines of this node listen; "": loopback if all of the
+    # run is on one node, otherwise the interface by which the first node is reached
+    host: str = ""
     # servers that are running already; their token comes from MEGATRON_RL_TOKEN
     urls: list[str] = field(default_factory=list)
     dtype: DType = "bfloat16"  # of the engine
@@ -126,7 +142,12 @@ class RolloutConfig:
             max_retries=self.max_retries,
             keep_steps=self.keep_steps,
         )
-        at_least(1, max_num_seqs=self.max_num_seqs, max_in_flight=self.max_in_flight)
+        at_least(
+            1,
+            max_num_seqs=self.max_num_seqs,
+            max_in_flight=self.max_in_flight,
+            tensor_parallel=self.tensor_parallel,
+        )
         above_zero(
             kv_cache_gib=self.kv_cache_gib,
             startup_timeout_seconds=self.startup_timeout_seconds,

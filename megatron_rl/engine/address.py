@@ -1,8 +1,10 @@
-"""Where a rollout engine listens."""
+"""Where a rollout engine listens, and its route for samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+GENERATE_ROUTE = "/inference/v1/generate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,3 +16,4 @@ class EngineAddress:
 
     url: str
     token: str = field(repr=False)
+    place: str = ""  # where it runs, for the user: "node 0, GPU 2+3"

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.engine.requests import Completion, GenerateRequest
+from megatron_rl.engine.requests import Completion, GenerateRequest, num_requested_logprobs
 from megatron_rl.errors import EngineError
 from megatron_rl.records import MAX_LOGPROB_ROUNDING, MISSING_LOGPROB, RolloutHead
 
-GENERATE_ROUTE = "/inference/v1/generate"
 MAX_MASS_ROUNDING = 1e-3  # by which probabilities of float32 log-probs may add up to more than 1
 
 
@@ -53,15 +52,6 @@ def generate_body(request: GenerateRequest, end_token_ids: Sequence[int]) -> dic
             "skip_special_tokens": False,
         },
     }
-
-
-def num_requested_logprobs(num_logprobs: int) -> int:
-    """vLLM's `logprobs` for heads of K tokens; 0, the sampled token only, without heads.
-
-    The route lists at most as many tokens as are requested, and the sampled token first, even if it
-    is not one of the likeliest. Of K + 1 tokens, the K likeliest are always listed.
-    """
-    return num_logprobs + 1 if num_logprobs else 0
 
 
 def score_body(token_ids: Sequence[int]) -> dict[str, Any]:

@@ -3,7 +3,8 @@ weights that are being updated or may be incomplete.
 
 `--middleware megatron_rl.engine.gate.Gate` passes every request to the server through the gate. The
 client gets the server's answer, or a refusal in JSON, `{"error": {"type": ..., "message": ...}}`.
-The gate does not import vLLM; it knows the routes of vLLM 0.32 by name
+Two routes are the gate's own: a run claims the engine, and gives it back (engine/claims.py). The
+gate does not import vLLM; it knows the routes of vLLM 0.32 by name
 (vllm/entrypoints/rl/online/api_router.py).
 
 vLLM loads weights in place. Therefore no request may be answered between the start of an update and
@@ -24,6 +25,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from megatron_rl.engine.claims import CLAIM_ROUTE, RELEASE_ROUTE, Claim
 from megatron_rl.records import TOKEN_VARIABLE
 
 Scope = MutableMapping[str, Any]
@@ -81,6 +83,7 @@ class Gate:
         self._app = app
         self._token_digest = _digest(token.encode())
         self._weights = WeightState(float(os.environ["MEGATRON_RL_UPDATE_TIMEOUT"]))
+        self._claim = Claim()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -90,6 +93,8 @@ class Gate:
         if path != "/health" and not self._is_authorized(scope):
             message = "expected the run's token as 'Authorization: Bearer ...'"
             await _refuse(scope, send, 401, "unauthorized", message)
+        elif path in (CLAIM_ROUTE, RELEASE_ROUTE):
+            await self._claimed(path, scope, receive, send)
         elif path in UPDATE_ROUTES and scope["type"] == "http":
             await self._update(path, scope, receive, send)
         elif path in CONTROL_ROUTES:
@@ -106,6 +111,25 @@ class Gate:
         return scheme.lower() == b"bearer" and hmac.compare_digest(
             _digest(token.strip()), self._token_digest
         )
+
+    async def _claimed(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a run that claims this engine, or gives its claim back."""
+        try:
+            body = json.loads(await _body_of(receive))
+            run, holder = str(body["run"]), str(body["holder"])
+        except (ValueError, TypeError, KeyError) as error:
+            await _refuse(scope, send, 400, "bad_claim", f"expected run and holder, {error!r}")
+            return
+        if path == RELEASE_ROUTE:
+            self._claim.release(run)
+            await _answer(send, 200, {})
+            return
+        other = self._claim.take(run, holder)
+        if other is None:
+            await _answer(send, 200, {})
+        else:
+            error = {"type": "claimed", "message": other[0], "age": other[1]}
+            await _answer(send, 409, {"error": error})
 
     async def _update(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._weights.begin(path)
@@ -212,10 +236,24 @@ async def _refuse(scope: Scope, send: Send, status: int, kind: str, message: str
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": kind})
         return
-    body = json.dumps({"error": {"type": kind, "message": message}}).encode()
+    await _answer(send, status, {"error": {"type": kind, "message": message}})
+
+
+async def _answer(send: Send, status: int, value: dict[str, Any]) -> None:
+    body = json.dumps(value).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _body_of(receive: Receive) -> bytes:
+    """The body of a request; what has come of it if the client has gone."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return body

@@ -14,8 +14,7 @@ from typing import Any
 
 import httpx
 
-from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.answers import GENERATE_ROUTE
+from megatron_rl.engine.address import GENERATE_ROUTE, EngineAddress
 from megatron_rl.errors import SyncError
 
 MAX_REASON_CHARACTERS = 600  # of an engine's answer, quoted in an error

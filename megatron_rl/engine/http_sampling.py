@@ -13,9 +13,8 @@ from typing import Any
 import httpx
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.engine.address import EngineAddress
+from megatron_rl.engine.address import GENERATE_ROUTE, EngineAddress
 from megatron_rl.engine.answers import (
-    GENERATE_ROUTE,
     generate_body,
     read_completions,
     read_scores,

@@ -11,11 +11,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.engine.answers import num_requested_logprobs
+from megatron_rl.engine.placement import VISIBLE_VARIABLE, visible_devices
+from megatron_rl.engine.requests import num_requested_logprobs
+from megatron_rl.process.interface import interface_of
 from megatron_rl.process.loopback import HOST, INTERFACE, INTERFACE_VARIABLES
 from megatron_rl.records import TOKEN_VARIABLE
 
@@ -36,6 +39,7 @@ def server_command(
     seed: int,
     weight_backend: str | None,
     num_logprobs: int = 0,
+    host: str = HOST,
 ) -> list[str]:
     """The command line of one server.
 
@@ -43,9 +47,10 @@ def server_command(
         seed: for the engine's own random state; every request for samples has its own seed.
         weight_backend: backend of vLLM's weight-transfer API; None if the weights never change.
         num_logprobs: K of the heads that requests may ask for; 0: they ask for none.
+        host: the address that it listens on.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model_path, "--host", HOST, "--port", str(port), "--seed", str(seed)]
+    command += ["--model", model_path, "--host", host, "--port", str(port), "--seed", str(seed)]
     command += ["--dtype", config.dtype, "--kv-cache-dtype", config.kv_cache_dtype]
     command += ["--max-num-seqs", str(config.max_num_seqs)]
     command += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs"]
@@ -53,12 +58,16 @@ def server_command(
     command += ["--disable-uvicorn-access-log", "--disable-fastapi-docs"]
     if num_requested_logprobs(num_logprobs) > DEFAULT_MAX_LOGPROBS:
         command += ["--max-logprobs", str(num_requested_logprobs(num_logprobs))]
+    if config.tensor_parallel > 1:
+        command += ["--tensor-parallel-size", str(config.tensor_parallel)]
     if config.max_model_len:
         command += ["--max-model-len", str(config.max_model_len)]
     if weight_backend is not None:
         command += ["--weight-transfer-config", json.dumps({"backend": weight_backend})]
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+        if config.placement == "colocated":
+            command += ["--enable-sleep-mode"]
     else:
         # Compilation adds half a minute to every start and gave no speed-up on small models. With
         # an explicit cache size vLLM skips its warm-up and does not require most of the host's
@@ -72,11 +81,21 @@ def server_command(
 
 
 def server_environment(
-    config: RolloutConfig, *, token: str, update_timeout_seconds: float
+    config: RolloutConfig,
+    *,
+    token: str,
+    update_timeout_seconds: float,
+    host: str = HOST,
+    gpus: Sequence[int] = (),
 ) -> dict[str, str]:
     """The environment of one server: this process's environment without torchrun's variables, plus
     the token and the settings of vLLM that have no command-line option.
+
+    Args:
+        host: the address that it listens on; its processes talk to each other there, too.
+        gpus: that it may use, among those that this process sees; empty: all of them.
     """
+    interface = INTERFACE if host == HOST else interface_of(host)
     environment = {
         name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.fullmatch(name)
     }
@@ -88,11 +107,13 @@ def server_environment(
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
-            "VLLM_HOST_IP": HOST,  # nothing of an engine listens beyond the host
-            **dict.fromkeys(INTERFACE_VARIABLES, INTERFACE),
+            "VLLM_HOST_IP": host,  # nothing of an engine listens elsewhere
+            **dict.fromkeys(INTERFACE_VARIABLES, interface),
             "PYTHONUNBUFFERED": "1",  # so that the last output of a dying server reaches its log
         }
     )
+    if gpus:
+        environment[VISIBLE_VARIABLE] = visible_devices(gpus)
     if not torch.cuda.is_available():
         num_cores = len(os.sched_getaffinity(0))
         # One core is left to the API server and the learner, as in vLLM's automatic choice.
@@ -105,9 +126,18 @@ def server_environment(
                 "OMP_NUM_THREADS": str(num_threads),
             }
         )
+        if config.tensor_parallel > 1:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores_of_workers(config.tensor_parallel)
         if num_threads * config.num_engines > num_cores:
             # Threads that spin at barriers would take the cores from the other engines. With a core
             # for each thread they sample 1.6 times as fast if they do spin, which they do for
             # milliseconds only.
             environment.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"})
     return environment
+
+
+def _cores_of_workers(count: int) -> str:
+    """An engine's cores for each of its workers, which vLLM wants to know if there are several."""
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[worker::count] or [cores[0]] for worker in range(count)]
+    return "|".join(",".join(map(str, share)) for share in shares)

@@ -1,8 +1,11 @@
 """The engines of a run over HTTP: routes requests to engines, repeats failed requests, and reports
 an engine that dies while requests are open.
 
-Samples do not depend on the engine that produced them, except through the rounding of logits, which
-in vLLM depends on the other requests in the batch.
+The first request of a key is sent to the engine with the fewest open requests of this pool, and
+later ones of the key to the same engine, whose prefix cache holds the earlier turns. As long as no
+request is answered, keys go to the engines in turn. Samples do not depend on the engine that
+produced them, except through the rounding of logits, which in vLLM depends on the other requests in
+the batch.
 
 httpx retries only connections that cannot be opened. A request must also be repeated after a broken
 connection, a status of 500 or above, or an aborted sample, so the retries are implemented here.
@@ -11,7 +14,8 @@ connection, a status of 500 or above, or an aborted sample, so the retries are i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -29,7 +33,7 @@ T = TypeVar("T")
 
 
 def engine_of(engines: Sequence[T], key: int) -> T:
-    """The engine to which requests with this key are sent."""
+    """The engine that scores the sequence of this number."""
     return engines[key % len(engines)]
 
 
@@ -40,6 +44,8 @@ class HttpEnginePool:
         addresses: at least one engine.
         config: timeouts, retries and the bound on open requests.
         end_token_ids: every sample ends at each of them, and at those that the engine knows.
+        first: the engine that gets the first request, modulo their number; replicas of the learner
+            begin with different ones.
         check: raises EngineError if an engine's process has died. It is called while requests are
             open, so that a dead engine is reported with the end of its log and not as a timeout.
     """
@@ -50,6 +56,7 @@ class HttpEnginePool:
         config: RolloutConfig,
         *,
         end_token_ids: Sequence[int] = (),
+        first: int = 0,
         check: Callable[[], None],
     ) -> None:
         if not addresses:
@@ -57,6 +64,7 @@ class HttpEnginePool:
         self._addresses = tuple(addresses)
         self._config = config
         self._end_token_ids = tuple(end_token_ids)
+        self._first = first
         self._check = check
 
     @property
@@ -99,7 +107,8 @@ class HttpEnginePool:
             SamplingClient(address, self._config, self._end_token_ids)
             for address in self._addresses
         ]
-        sampler = _RoutedSampler(clients, self._config.max_retries, self._check)
+        router = _Router(clients, self._config.max_in_flight, self._first)
+        sampler = _RoutedSampler(clients, router, self._config.max_retries, self._check)
         tasks = [asyncio.ensure_future(job(sampler)) for job in jobs]
         results = asyncio.gather(*tasks)
         watcher = asyncio.create_task(self._watch())
@@ -122,21 +131,51 @@ class HttpEnginePool:
             await asyncio.sleep(CHECK_SECONDS)
 
 
+class _Router:
+    """Chooses the engine of each request, and holds requests back while all engines are full."""
+
+    def __init__(self, clients: Sequence[SamplingClient], max_in_flight: int, first: int) -> None:
+        self._clients = [clients[(first + number) % len(clients)] for number in range(len(clients))]
+        self._num_open = [0] * len(clients)
+        self._engine_of: dict[int, int] = {}  # by key
+        self._places = asyncio.Semaphore(max_in_flight * len(clients))
+
+    @asynccontextmanager
+    async def client_of(self, key: int) -> AsyncIterator[SamplingClient]:
+        """The client of the engine to which a request with this key is sent; the request counts as
+        open until the exit.
+        """
+        async with self._places:
+            if key not in self._engine_of:
+                self._engine_of[key] = self._num_open.index(min(self._num_open))
+            engine = self._engine_of[key]
+            self._num_open[engine] += 1
+            try:
+                yield self._clients[engine]
+            finally:
+                self._num_open[engine] -= 1
+
+
 class _RoutedSampler:
     """Sends each request to the engine of its key, and repeats it after a transient failure."""
 
     def __init__(
-        self, clients: Sequence[SamplingClient], max_retries: int, check: Callable[[], None]
+        self,
+        clients: Sequence[SamplingClient],
+        router: _Router,
+        max_retries: int,
+        check: Callable[[], None],
     ) -> None:
         self._clients = tuple(clients)
+        self._router = router
         self._max_retries = max_retries
         self._check = check
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         """See `Sampler.generate`."""
-        client = engine_of(self._clients, request.key)
-        what = f"engine {client.url}, prompt {request.key}"
-        return await self._with_retries(lambda: client.generate(request), what)
+        async with self._router.client_of(request.key) as client:
+            what = f"engine {client.url}, prompt {request.key}"
+            return await self._with_retries(lambda: client.generate(request), what)
 
     async def score(self, token_ids: Sequence[int], key: int) -> tuple[float, ...]:
         """Log-probs of the tokens of sequence `key`."""

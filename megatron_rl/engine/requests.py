@@ -16,6 +16,15 @@ from megatron_rl.records import RolloutHead
 T = TypeVar("T")
 
 
+def num_requested_logprobs(num_logprobs: int) -> int:
+    """vLLM's `logprobs` for heads of K tokens; 0, the sampled token only, without heads.
+
+    The route lists at most as many tokens as are requested, and the sampled token first, even if it
+    is not one of the likeliest. Of K + 1 tokens, the K likeliest are always listed.
+    """
+    return num_logprobs + 1 if num_logprobs else 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """Continuations of one token sequence, sampled in one request.

@@ -25,9 +25,10 @@ from typing import BinaryIO
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.answers import num_requested_logprobs
 from megatron_rl.engine.http import ReadinessProbe
 from megatron_rl.engine.launch import server_command, server_environment
+from megatron_rl.engine.placement import EnginePlace
+from megatron_rl.engine.requests import num_requested_logprobs
 from megatron_rl.engine.server_log import Cause, excerpt, find_cause
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.listener import listens
@@ -168,11 +169,15 @@ def start_engines(
     update_timeout_seconds: float,
     weight_backend: str | None = WEIGHT_BACKEND,
     num_logprobs: int = 0,
+    host: str = HOST,
+    places: Sequence[EnginePlace] | None = None,
 ) -> list[Engine]:
-    """Start `config.num_engines` servers concurrently, without waiting for them. With `config.urls`
-    none is started. `Engine.wait_ready` reports a start that failed.
+    """Start servers concurrently, without waiting for them. `Engine.wait_ready` reports a start
+    that failed.
 
     Args:
+        host: the address of this host that they listen on.
+        places: the engines to start; None: all `config.num_engines`, with the GPUs of this process.
         token: the run's bearer token.
         seed: for the engine's own random state; every request for samples has its own seed.
         update_timeout_seconds: an update that is unfinished for this long poisons the engine
@@ -184,13 +189,15 @@ def start_engines(
         EngineError: a port is already in use.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
+    if places is None:
+        places = [EnginePlace(index=i, node=0, gpus=()) for i in range(config.num_engines)]
     engines: list[Engine] = []
     try:
-        for index in range(config.num_engines):
-            reservation = _reserve_port(config.port + index if config.port else 0)
+        for number, place in enumerate(places):
+            reservation = _reserve_port(host, config.port + number if config.port else 0)
             port = reservation.getsockname()[1]
             engine = Engine(
-                index=index,
+                index=place.index,
                 command=server_command(
                     config,
                     model_path=model_path,
@@ -198,13 +205,18 @@ def start_engines(
                     seed=seed,
                     weight_backend=weight_backend,
                     num_logprobs=num_logprobs,
+                    host=host,
                 ),
                 environment=server_environment(
-                    config, token=token, update_timeout_seconds=update_timeout_seconds
+                    config,
+                    token=token,
+                    update_timeout_seconds=update_timeout_seconds,
+                    host=host,
+                    gpus=place.gpus,
                 ),
-                log_path=log_dir / f"engine_{index}.log",
+                log_path=log_dir / f"engine_{place.index}.log",
                 reservation=reservation,
-                address=EngineAddress(url=f"http://{HOST}:{port}", token=token),
+                address=EngineAddress(url=f"http://{host}:{port}", token=token, place=str(place)),
                 startup_timeout_seconds=config.startup_timeout_seconds,
             )
             engines.append(engine)
@@ -295,14 +307,14 @@ def _start_guard(
     )
 
 
-def _reserve_port(port: int) -> socket.socket:
+def _reserve_port(host: str, port: int) -> socket.socket:
     """A bound socket that does not listen. Both this socket and vLLM's server set SO_REUSEADDR, so
     that the server can bind the same port.
     """
     reservation = socket.socket()
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        reservation.bind((HOST, port))
+        reservation.bind((host, port))
     except OSError as error:
         reservation.close()
         raise EngineError(

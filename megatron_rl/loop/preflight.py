@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_rl.config import Config, RewardTerm, RolloutConfig
 from megatron_rl.data.end_tokens import end_tokens
 from megatron_rl.data.evaluation_sets import EvaluationSet, held_out_set, open_sets
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.data.watch import Watch
+from megatron_rl.engine.placement import place_engines
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint, saved_run_state
@@ -24,6 +27,7 @@ from megatron_rl.learner.model.implementations import check_implementations
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.trackers import check_trackers
+from megatron_rl.process.node import this_node
 from megatron_rl.records import Truncation
 from megatron_rl.reward.expected import answer_checks
 from megatron_rl.reward.registry import (
@@ -31,6 +35,7 @@ from megatron_rl.reward.registry import (
     check_verifier,
     resolve_verifiers,
 )
+from megatron_rl.sync.transports.transport import has_many_sources
 from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import Geometry, read_geometry
 
@@ -89,6 +94,7 @@ def preflight(config: Config) -> Preflight:
     check_trackers(config.tracking)
     check_replay(config)
     check_engine_place(config)
+    check_gpus(config)
     check_fixed_rollouts(config)
     inputs, checkpoint = run_inputs(config, stream, sets), checkpoint_to_resume(config)
     changes: list[str] = []
@@ -314,7 +320,7 @@ def check_fixed_rollouts(config: Config) -> None:
 def check_engine_place(
     config: Config, *, world_size: int | None = None, local_world_size: int | None = None
 ) -> None:
-    """Raise ConfigError if the run would start engines that ranks on other hosts cannot reach.
+    """Raise ConfigError if weights would not reach the engines that the run starts.
 
     Args:
         world_size: the number of ranks; None means those that torchrun started.
@@ -322,15 +328,22 @@ def check_engine_place(
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    parallel = config.parallel
-    num_replicas = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
-    has_far_replicas = local_world_size < world_size and num_replicas > 1
-    if config.rollout.num_engines and not config.replay and has_far_replicas:
+    rollout, transport = config.rollout, config.sync.transport
+    num_nodes = 0
+    if not config.replay and rollout.placement != "nodes":
+        num_nodes = min(rollout.num_engines, world_size // local_world_size)
+    if num_nodes > 1 and not has_many_sources(transport):
         raise ConfigError(
-            f"rollout.num_engines={config.rollout.num_engines}: expected one replica of the model "
-            f"(parallel.tensor x context x pipeline = {world_size} ranks) in a run of several "
-            f"hosts, got {num_replicas}; started engines listen on the first host's loopback only"
+            f"rollout.num_engines={rollout.num_engines}: expected engines on the first host alone "
+            f"with sync.transport={transport}, got engines on {num_nodes} hosts; choose "
+            "sync.transport=collective"
         )
+
+
+def check_gpus(config: Config) -> None:
+    """Raise ConfigError if this node has too few GPUs for the engines that the run starts on it."""
+    if not config.replay:
+        place_engines(config.rollout, this_node(), num_gpus=torch.cuda.device_count())
 
 
 def truncation_of(rollout: RolloutConfig, device: str) -> Truncation:

@@ -20,19 +20,13 @@ from megatron_rl.config.file import replaced_keys, save_config
 from megatron_rl.data.evaluation_sets import questions_of
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.pool import HttpEnginePool
-from megatron_rl.engine.server import (
-    Engine,
-    check_given,
-    check_max_logprobs,
-    given_addresses,
-)
-from megatron_rl.engine.start import start_engines_of
 from megatron_rl.learner.layout.deterministic import use_deterministic_algorithms
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
+from megatron_rl.loop.engines import RunEngines
 from megatron_rl.loop.evaluate import Evaluator
 from megatron_rl.loop.expected import MAX_ANSWERS, try_expected_answers
 from megatron_rl.loop.hf_checkpoints import forget_later_hf
@@ -44,7 +38,7 @@ from megatron_rl.loop.stop import forget_request
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.process.command import Progress
-from megatron_rl.process.lifetime import register_cleanup
+from megatron_rl.process.node import this_node
 from megatron_rl.reward.score import Scorer
 from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.recording import truncate_after
@@ -104,16 +98,18 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
     stopwatch = Stopwatch(on_enter=lambda phase: recorder.phase(phase))
     progress.describe = partial(_describe, run_dir, state, stopwatch)
     with ExitStack() as stack:
-        engines: list[Engine] = []
+        engines = RunEngines(config, this_node(), stack, say=lambda line: recorder.say(line))
         if is_first:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, run_dir / "config.yaml")
             forget_request(run_dir, is_first=True)
             if not config.replay:
-                engines = _start_engines(config, stack)
+                engines.start_first()
         if config.model.kernels.deterministic:
             use_deterministic_algorithms()
         parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
+        if not config.replay:
+            engines.start_others(parallel)
         # Not after an error: the other ranks would see a closed connection and report that first.
         stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
         learner = _build_learner(config, checked, parallel)
@@ -142,13 +138,11 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             expected = checked.stream.expected_answers(MAX_ANSWERS)
             expected += questions_of(checked.sets, MAX_ANSWERS)
             tried = try_expected_answers(expected, verifiers, scorer.rejections)
-        addresses = _addresses(config, engines, parallel)
+        addresses = [] if config.replay else engines.addresses(parallel)
         source, evaluator, link = _connect(
             config, checked, parallel, stopwatch, scorer, addresses, engines=engines, stack=stack
         )
-        contributor = None
-        if link is None and not config.replay:
-            contributor = _contributor(config, parallel, stack)
+        contributor = None if link else _contributor(config, parallel, stack)
         _tell_resumption(checked, state, recorder)
         recorder.say(f"learner: {learner.implementations}")
         recorder.say(f"log-probs: {learner.logprob_backend}")
@@ -170,14 +164,6 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             link=link,
             contributor=contributor,
         )
-
-
-def _start_engines(config: Config, stack: ExitStack) -> list[Engine]:
-    engines = start_engines_of(config, Path(config.run_dir))
-    for engine in engines:
-        stack.callback(engine.stop)
-        register_cleanup(engine.stop)
-    return engines
 
 
 def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Learner:
@@ -221,7 +207,7 @@ def _connect(
     scorer: Scorer | None,
     addresses: Sequence[EngineAddress],
     *,
-    engines: Sequence[Engine],
+    engines: RunEngines,
     stack: ExitStack,
 ) -> tuple[RolloutSource | None, Evaluator | None, EngineLink | None]:
     """The source, evaluator and link with which this rank talks to the engines; None where the rank
@@ -236,15 +222,15 @@ def _connect(
     if scorer is None:
         return None, None, None
 
-    def check_engines() -> None:
-        for engine in engines:
-            engine.check()
-
     def decode(token_ids: Sequence[int]) -> str:
         return checked.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     pool = HttpEnginePool(
-        addresses, config.rollout, end_token_ids=checked.end_token_ids, check=check_engines
+        addresses,
+        config.rollout,
+        end_token_ids=checked.end_token_ids,
+        first=parallel.dp_rank,
+        check=engines.check,
     )
     environment = SingleTurn(decode)
     source = LiveSource(
@@ -277,7 +263,7 @@ def _connect(
 
     def check_after_failure() -> None:
         time.sleep(DEATH_SECONDS)
-        check_engines()
+        engines.check()
 
     publisher = stack.enter_context(_publisher(config, addresses, parallel))
     link = EngineLink(
@@ -309,28 +295,11 @@ def _sources(config: Config, parallel: Parallel) -> Sources | None:
 
 
 def _contributor(config: Config, parallel: Parallel, stack: ExitStack) -> Contributor | None:
-    sources = _sources(config, parallel)
+    sources = None if config.replay else _sources(config, parallel)
     if sources is None:
         return None
     wire_dtype = DTYPES[config.rollout.dtype]  # the engines'
     return stack.enter_context(Contributor(config.sync, sources=sources, wire_dtype=wire_dtype))
-
-
-def _addresses(
-    config: Config, engines: Sequence[Engine], parallel: Parallel
-) -> Sequence[EngineAddress]:
-    """The addresses of the engines that this run started and of those that it was given. A
-    collective over all ranks; it returns when all engines answer.
-    """
-    addresses: list[EngineAddress] = []
-    if parallel.rank == 0 and not config.replay:
-        for engine in engines:
-            engine.wait_ready()
-        given = given_addresses(config.rollout)
-        check_given(given)
-        addresses = [*(engine.address for engine in engines), *given]
-        check_max_logprobs(addresses, config.objective.score_centering.num_requested)
-    return parallel.from_first_rank(addresses)
 
 
 def _describe(run_dir: Path, state: LoopState, stopwatch: Stopwatch) -> str:

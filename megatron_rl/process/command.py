@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -41,9 +42,14 @@ from megatron_rl.process.lifetime import (
 
 USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError)
 ERROR_FILE = "error.txt"
-COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError")
+COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
 LOST_PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
+)
+# Of gloo and of torch's store, if a host cannot be reached any more.
+SILENT_PEER = re.compile(
+    r"Timed out waiting|timed out after|Connection timed out|No route to host"
+    r"|Network is unreachable|timeout caused pair closure"
 )
 
 
@@ -100,15 +106,25 @@ def run_command(
         folder = wanted
         work(config, progress)
     except BaseException as error:
-        _tell(_message(error, rank), folder)
+        _tell(_message(error, rank, progress.describe()), folder)
         _leave(1)
     return 0
 
 
-def _message(error: BaseException, rank: int) -> str:
-    """What the user is told: a line, or a traceback if it is nothing that the user can fix."""
-    if lost := _lost_peer(error):
+def _message(error: BaseException, rank: int, place: str = "") -> str:
+    """What the user is told: a line, or a traceback if it is nothing that the user can fix.
+
+    Args:
+        place: where the run is.
+    """
+    if lost := _peer_error(error, LOST_PEER):
         return f"rank {rank}: another rank ended in the middle of a collective: {lost}"
+    if silent := _peer_error(error, SILENT_PEER):
+        return (
+            f"rank {rank} on {socket.gethostname()}: expected every rank to take part in a "
+            f"collective within parallel.timeout_seconds, another rank or its host does not answer "
+            f"({place}): {silent}"
+        )
     if isinstance(error, USER_ERRORS):
         return f"{type(error).__name__}: {error}"
     if problem := disk_problem(error):
@@ -128,11 +144,11 @@ def _end_after_thread(raised: threading.ExceptHookArgs, folder: Path | None) -> 
     _leave(1)
 
 
-def _lost_peer(error: BaseException | None) -> str:
-    """The message of gloo or NCCL if the error comes from a rank that ended; otherwise ""."""
+def _peer_error(error: BaseException | None, pattern: re.Pattern[str]) -> str:
+    """The message of gloo or NCCL if the error comes from another rank; otherwise ""."""
     while error is not None:
         # By exact class name: a broken connection to an engine is a subclass of RuntimeError.
-        if type(error).__name__ in COLLECTIVE_ERRORS and LOST_PEER.search(str(error)):
+        if type(error).__name__ in COLLECTIVE_ERRORS and pattern.search(str(error)):
             return str(error).splitlines()[0]
         error = error.__cause__ or error.__context__
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 
 import psutil
 
@@ -21,6 +21,11 @@ def is_loopback(host: str) -> bool:
         ConfigError: the name is unknown.
     """
     return ipaddress.ip_address(resolved(host)).is_loopback
+
+
+def is_local(host: str) -> bool:
+    """Whether a host name or address is this host's; raises ConfigError if the name is unknown."""
+    return is_loopback(host) or resolved(host) in _all_addresses()
 
 
 def resolved(host: str) -> str:
@@ -53,6 +58,16 @@ def local_address(peers: Iterable[str]) -> str:
     return HOST
 
 
+def use_route(environment: MutableMapping[str, str]) -> None:
+    """Have gloo listen on the interface by which the first node is reached, unless
+    GLOO_SOCKET_IFNAME names another. Without it gloo takes the address of the host's name, which
+    may be one that other hosts do not reach.
+    """
+    address = local_address([environment["MASTER_ADDR"]])
+    if address != HOST:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface_of(address))
+
+
 def address_of(interface: str) -> str:
     """The address of an interface, or the address itself if it is one of this host's.
 
@@ -62,7 +77,7 @@ def address_of(interface: str) -> str:
     addresses = _addresses()
     if interface in addresses:
         return addresses[interface]
-    if interface in addresses.values():
+    if interface in _all_addresses():
         return interface
     raise ConfigError(
         f"rollout.host={interface}: expected one of this host's interfaces or its address, "
@@ -72,10 +87,19 @@ def address_of(interface: str) -> str:
 
 def interface_of(address: str) -> str:
     """The name of the interface of this host that has the address; raises ConfigError if none."""
-    for name, own in _addresses().items():
-        if own == address:
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
             return name
     raise ConfigError(f"rollout.host={address}: expected an address of this host")
+
+
+def _all_addresses() -> set[str]:
+    return {
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    }
 
 
 def _addresses() -> dict[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import RolloutConfig, SamplingConfig
 from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.pool import HttpEnginePool
+from megatron_rl.engine.pool import HttpEnginePool, _Router
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
 from megatron_rl.engine.server import Engine
 from megatron_rl.errors import EngineError
@@ -347,8 +349,50 @@ def test_requests_in_flight_are_bounded_and_spread_over_engines(failing) -> None
     assert pool.urls == tuple(address.url for address in addresses)
     keys = range(10, 30)
     answers = generate(pool, *(request(key, token_ids=(1, key)) for key in keys))
-    assert [completion.engine for [completion] in answers] == [pool.urls[key % 2] for key in keys]
-    for parity, server in enumerate(servers):
-        asked = sorted(each["token_ids"][1] for each in server.requests)
-        assert asked == list(range(10 + parity, 30, 2))
-        assert 1 < server.max_in_flight <= 3
+    engines = [completion.engine for [completion] in answers]
+    assert engines[:6] == [*pool.urls] * 3  # in turn, as long as nothing is answered
+    assert set(engines[6:]) == set(pool.urls)
+    asked = [each["token_ids"][1] for server in servers for each in server.requests]
+    assert sorted(asked) == [*keys]
+    assert all(1 < server.max_in_flight <= 3 for server in servers)
+
+
+def test_the_least_loaded_engine_comes_first_and_a_key_stays_with_its_engine() -> None:
+    async def route() -> list[str]:
+        clients = [SimpleNamespace(url=name) for name in "abc"]
+        router = _Router(clients, max_in_flight=2, first=1)
+        chosen = []
+        async with AsyncExitStack() as stack:
+            for key in (7, 8, 9, 7):  # "b", "c" and "a" in turn, and "b" again
+                client = await stack.enter_async_context(router.client_of(key))
+                chosen.append(client.url)
+            async with router.client_of(10) as client:  # "c" and "a" have one, "b" two
+                chosen.append(client.url)
+            async with router.client_of(8) as client:
+                chosen.append(client.url)
+        async with router.client_of(11) as client:
+            chosen.append(client.url)
+        return chosen
+
+    assert asyncio.run(route()) == ["b", "c", "a", "b", "c", "c", "b"]
+
+
+def test_requests_wait_for_a_place_before_they_are_given_an_engine() -> None:
+    async def route() -> str:
+        clients = [SimpleNamespace(url=name) for name in "ab"]
+        router = _Router(clients, max_in_flight=1, first=0)
+        late: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def come_late() -> None:
+            async with router.client_of(3) as client:
+                late.set_result(client.url)
+
+        async with router.client_of(1):
+            async with router.client_of(2):
+                task = asyncio.create_task(come_late())
+                await asyncio.sleep(0)
+                assert not late.done()
+            await task
+        return late.result()
+
+    assert asyncio.run(route()) == "b"  # which was free first

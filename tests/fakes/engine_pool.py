@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_rl.engine.pool import engine_of
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
 from megatron_rl.records import RolloutHead
 
@@ -103,7 +102,7 @@ class FakePool:
             weight_versions=(self.weight_version,) * num_tokens,
             finish_reason="stop" if token_ids[-1] == self._end_token else "length",
             ends_with_stop_token=token_ids[-1] == self._end_token,
-            engine=engine_of(self.urls, request.key),
+            engine=self.urls[request.key % len(self.urls)],
             head=head,
         )
 

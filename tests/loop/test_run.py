@@ -23,6 +23,7 @@ from megatron_rl.config import (
 )
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.loop import engines as loop_engines
 from megatron_rl.loop import run as loop_run
 from megatron_rl.loop.inputs import run_inputs
 from megatron_rl.loop.preflight import prepare_data
@@ -95,13 +96,18 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(loop_run, "start_engines_of", note("engines", [FakeEngine(log)]))
-    monkeypatch.setattr(loop_run, "register_cleanup", note("cleanup"))
+    monkeypatch.setattr(loop_engines, "start_engines_of", note("engines", [FakeEngine(log)]))
+    monkeypatch.setattr(loop_engines, "register_cleanup", note("cleanup"))
     monkeypatch.setattr(loop_run, "shut_down_parallel", note("shut down"))
     monkeypatch.setattr(
         loop_run,
         "Learner",
-        note("learner", SimpleNamespace(logprob_backend="C++ (test)", trained=object())),
+        note(
+            "learner",
+            SimpleNamespace(
+                implementations="own (test)", logprob_backend="C++ (test)", trained=object()
+            ),
+        ),
     )
     monkeypatch.setattr(loop_run, "Scorer", note("scorer", FakeContext()))
     monkeypatch.setattr(loop_run, "Publisher", FakeContext)
@@ -284,7 +290,8 @@ def test_a_resumed_run_takes_the_state_and_forgets_later_steps(
     run = start_as(monkeypatch, config, RankParallel())
     assert run.was_resumed and run.inputs["rows"] == prompts.fingerprints()
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == [
+    assert said[:3] == [
+        f"engines: {ADDRESS.url} (given)",
         f"resumed after step 2, at prompt 128, from {step}",
         "changed since then: objective.clip_high: 0.1 became 0.24",
     ]

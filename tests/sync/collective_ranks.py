@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig, SyncConfig
-from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.answers import GENERATE_ROUTE, score_body
+from megatron_rl.engine.address import GENERATE_ROUTE, EngineAddress
+from megatron_rl.engine.answers import score_body
 from megatron_rl.errors import SyncError
 from megatron_rl.learner.layout.parallel import (
     Parallel,

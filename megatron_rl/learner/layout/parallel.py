@@ -20,6 +20,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.learner.layout.context import replica_group
 from megatron_rl.learner.layout.cpu_device import is_cpu_run, run_on_cpu
 from megatron_rl.learner.layout.host_groups import HostGroups, host_groups
+from megatron_rl.process.interface import use_route
 from megatron_rl.process.loopback import is_one_host, rank_store, use_loopback
 
 
@@ -151,6 +152,12 @@ class Parallel:
         dist.broadcast_object_list(box, src=0, group=self.host.world)
         return box[0]
 
+    def from_all_ranks(self, value: object) -> list:
+        """The values of all ranks, in order, on every rank."""
+        values: list[object] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host.world)
+        return values
+
     def any_rank(self, is_true: bool) -> bool:
         """Whether it is True on any rank. A collective over all ranks."""
         flag = torch.tensor([is_true], dtype=torch.int32)
@@ -242,6 +249,8 @@ def initialize_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         timeout = datetime.timedelta(seconds=config.timeout_seconds)
         if is_one_host():
             use_loopback(os.environ)
+        else:
+            use_route(os.environ)
         store = rank_store(timeout)
         dist.init_process_group(
             "gloo" if is_cpu_run() else "nccl",
