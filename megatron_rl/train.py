@@ -79,7 +79,8 @@ def train(config: Config, progress: Progress) -> None:
             figures = evaluate() | fixed_gap() if should_evaluate(config, step) else {}
             # The line is written before the checkpoint: then every step up to a checkpoint has its
             # line, and a resumed run removes the lines of the steps that it repeats.
-            report(step, update.metrics, parity, figures, sampled=sampled)
+            warning = state.dual.warning()
+            report(step, update.metrics, parity, figures, sampled=sampled, warning=warning)
             if save_step(learner, state, config, run.inputs, run.writer, phase):
                 run.recorder.say(f"stopped after step {step}, as the file {STOP} asked")
                 return

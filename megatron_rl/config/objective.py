@@ -58,6 +58,7 @@ class ConstraintConfig:
     # subtracted from a token's gap before it is penalised. none: 0, as published; batch: the mean
     # gap of the kept tokens of the global batch (one more forward pass)
     baseline: Baseline = "none"
+    fixed_lambda: float | None = None  # lambda stays at this value; null: the dual step moves it
     initial: float = 0.1  # lambda before the first step
     # eta of lambda <- clip(lambda + eta * (mean discrepancy - tolerance), minimum, maximum)
     learning_rate: float = 1.0
@@ -67,8 +68,16 @@ class ConstraintConfig:
     tolerance: float | str = 0.0037
     tolerance_steps: int = 10
     tolerance_slack: float = 2.0  # standard errors above the measured mean
+    tolerance_factor: float = 1.0  # of the measured tolerance; below 1 the gap is to shrink
+    # for tolerance=auto: the gap that initial, learning_rate, minimum and maximum are given for,
+    # e.g. the paper's 0.0037. They are converted to the measured gap, lambda by reference / gap and
+    # eta by its square, so that lambda * gap is the same share of an advantage; null: they are not
+    reference_tolerance: float | None = None
     minimum: float = 0.0
     maximum: float = 10.0
+    # a line in the console if lambda has been at its maximum for so many steps, or has grown for so
+    # many while the gap did not fall (objective/dual_watch.py); 0: never
+    warn_after_steps: int = 20
     # a token's gap is clipped to this when penalised by shaping or differentiable; null: it is not
     max_discrepancy: float | None = None
 
@@ -80,8 +89,15 @@ class ConstraintConfig:
             f"not change, got {self.baseline}",
         )
         at_least(0, learning_rate=self.learning_rate, minimum=self.minimum)
+        if self.fixed_lambda is not None:
+            at_least(0, fixed_lambda=self.fixed_lambda)
         at_least(0, warmup_steps=self.warmup_steps, tolerance_slack=self.tolerance_slack)
         at_least(2, tolerance_steps=self.tolerance_steps)
+        above_zero(tolerance_factor=self.tolerance_factor)
+        require(
+            self.warn_after_steps == 0 or self.warn_after_steps >= 4,
+            f"warn_after_steps: expected 0 (never) or at least 4, got {self.warn_after_steps}",
+        )
         self._check_units()
         if isinstance(self.tolerance, str):
             require(
@@ -90,6 +106,8 @@ class ConstraintConfig:
             )
         else:
             self._check_tolerance(self.tolerance)
+        if self.reference_tolerance is not None:
+            above_zero(reference_tolerance=self.reference_tolerance)
         require(
             self.minimum <= self.initial <= self.maximum,
             f"initial: expected from minimum={self.minimum:g} to maximum={self.maximum:g}, "
@@ -107,6 +125,13 @@ class ConstraintConfig:
             f"tolerance: expected a finite number of at least 0, in the unit of "
             f"measure={self.measure}, got {tolerance:g}",
         )
+        for key, default in (("tolerance_factor", 1.0), ("reference_tolerance", None)):
+            value = getattr(self, key)
+            require(
+                value == default,
+                f"{key}: expected it with tolerance=auto only, got {value} with "
+                f"tolerance={tolerance:g}",
+            )
 
     def _check_units(self) -> None:
         """gate=token and max_discrepancy act on a single token's penalty, so they need its unit."""

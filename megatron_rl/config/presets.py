@@ -106,6 +106,8 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "score_centering_tis": {"score_centering": _CENTERING, "importance": _TIS},
     # arXiv 2606.08779, Alg. 1: the defaults, under a name
     "dc_grpo": {"constraint": _SHAPING},
+    # its pilot, before the Lagrangian: a weight of 1 from the start, which stays
+    "dual_grpo": {"constraint": {**_SHAPING, "fixed_lambda": 1.0}},
     "dc_grpo_centered": {"constraint": {**_SHAPING, "baseline": "batch"}},
     "dc_grpo_penalty": {"constraint": {**_SHAPING, "penalty": "differentiable"}},
     # its App. B: the penalties of its theory, estimated on the engine's tokens

@@ -31,6 +31,7 @@ def write_metrics(
     step: int,
     *known: Mapping[str, float],
     sampled: SampledStep = NOTHING_SAMPLED,
+    warning: str | None = None,
 ) -> None:
     """Record the metrics of a step. A collective over the heads of the replicas; rank 0 writes.
 
@@ -41,6 +42,7 @@ def write_metrics(
             each is recorded, and if a task has several verifiers, that of each verifier.
         known: figures that are already final and the same on every head.
         sampled: this replica's rollouts; without groups for an evaluation before the first step.
+        warning: a line for the console, after that of the step.
     """
     if not replicas.is_replica_head:
         return
@@ -55,6 +57,8 @@ def write_metrics(
         spent = sum(seconds.get(phase, 0.0) for phase in STEP_PHASES)
         metrics["speed/tokens_per_second"] = metrics["rollout/num_tokens"] / spent
     recorder.write(step, metrics)
+    if warning is not None:
+        recorder.say(warning)
 
 
 def rollout_metrics(

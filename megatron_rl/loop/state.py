@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_rl.config import ConstraintConfig
 from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.objective.dual_watch import DualWatch
 from megatron_rl.objective.tolerance import CalibratedTolerance
 
 
@@ -58,8 +59,17 @@ def initial_state(config: ConstraintConfig) -> LoopState:
     calibration = None
     tolerance = config.tolerance
     if isinstance(tolerance, str):  # "auto"
-        calibration = CalibratedTolerance(config.tolerance_steps, config.tolerance_slack)
+        calibration = CalibratedTolerance(
+            config.tolerance_steps, config.tolerance_slack, config.tolerance_factor
+        )
         tolerance = 0.0  # a placeholder until it is calibrated
+    if config.fixed_lambda is not None:
+        value = config.fixed_lambda
+        return LoopState(
+            dual=DualVariable(value, 0.0, tolerance, value, value, calibration=calibration)
+        )
+    is_constant = config.learning_rate == 0 or config.minimum == config.maximum
+    should_watch = config.warn_after_steps > 0 and not is_constant
     return LoopState(
         dual=DualVariable(
             config.initial,
@@ -69,5 +79,7 @@ def initial_state(config: ConstraintConfig) -> LoopState:
             config.maximum,
             warmup_steps=config.warmup_steps,
             calibration=calibration,
+            reference_tolerance=config.reference_tolerance,
+            watch=DualWatch(config.warn_after_steps) if should_watch else None,
         )
     )

@@ -29,6 +29,7 @@ import torch
 
 from megatron_rl.config.choices import Gate
 from megatron_rl.errors import ConfigError, DataError, DivergenceError
+from megatron_rl.objective.dual_watch import DualWatch
 from megatron_rl.objective.tolerance import CalibratedTolerance
 
 GATES = get_args(Gate)
@@ -53,6 +54,8 @@ class DualVariable:
         *,
         warmup_steps: int = 0,
         calibration: CalibratedTolerance | None = None,
+        reference_tolerance: float | None = None,
+        watch: DualWatch | None = None,
     ) -> None:
         """
         Args:
@@ -62,6 +65,11 @@ class DualVariable:
             minimum, maximum: the interval that lambda is projected to; 0 <= minimum <= maximum.
             warmup_steps: dual steps over which eta rises linearly to `learning_rate`; 0: none.
             calibration: replaces `tolerance` by one that is calibrated over the first steps.
+            reference_tolerance: the gap that the values above are given for. When the calibration
+                has measured one, lambda and its bounds are multiplied by reference / measured, and
+                eta by the square of it, so that lambda * gap moves as it would there. None: they
+                are taken as they are.
+            watch: counts the steps in which the constraint has no effect; None: nothing does.
 
         Raises:
             ConfigError: a value is outside its range.
@@ -89,8 +97,11 @@ class DualVariable:
         self.tolerance = float(tolerance)
         self.minimum = float(minimum)
         self.maximum = float(maximum)
+        self._given = (self.learning_rate, self.minimum, self.maximum)
         self.warmup_steps = warmup_steps
         self.calibration = calibration
+        self.reference_tolerance = reference_tolerance
+        self.watch = watch
         self.num_updates = 0  # dual steps so far, without the updates at rest
 
     @property
@@ -119,21 +130,29 @@ class DualVariable:
         if self.calibration is not None and self.calibration.value is None:
             self.calibration.add(mean_discrepancy)
             if self.calibration.value is not None:
-                self.tolerance = self.calibration.value
+                self.value *= self._adopt(self.calibration, self.calibration.value)
             return self.value
         self.num_updates += 1
         rate = self.learning_rate
         if self.num_updates < self.warmup_steps:
             rate *= self.num_updates / self.warmup_steps
-        stepped = self.value + rate * (mean_discrepancy - self.tolerance)
-        self.value = self._project(stepped)
+        before = self.value
+        self.value = self._project(before + rate * (mean_discrepancy - self.tolerance))
+        if self.watch is not None:
+            self.watch.add(before, self.value, gap=mean_discrepancy, maximum=self.maximum)
         return self.value
+
+    def warning(self) -> str | None:
+        """The line for the console if the constraint has had no effect for long, see DualWatch."""
+        return None if self.watch is None else self.watch.warning(self.value, self.tolerance)
 
     def state_dict(self) -> dict[str, Any]:
         """The values that change during training, as plain JSON; the rest comes from the config."""
         state: dict[str, Any] = {"value": self.value, "num_updates": self.num_updates}
         if self.calibration is not None:
             state["tolerance"] = self.calibration.state_dict()
+        if self.watch is not None:
+            state["watch"] = self.watch.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -157,9 +176,30 @@ class DualVariable:
         if self.calibration is not None:
             self.calibration.load_state_dict(state.get("tolerance"))
             if self.calibration.value is not None:
-                self.tolerance = self.calibration.value
+                self._adopt(self.calibration, self.calibration.value)
+        if self.watch is not None:
+            self.watch.load_state_dict(state.get("watch"))
         self.num_updates = int(state.get("num_updates", 0))
         self.value = self._project(value)
+
+    def _adopt(self, calibration: CalibratedTolerance, tolerance: float) -> float:
+        """Take over a calibrated tolerance; return the factor of lambda."""
+        self.tolerance = tolerance
+        if self.reference_tolerance is None:
+            return 1.0
+        if calibration.measured == 0:
+            raise DivergenceError(
+                "dual variable: expected a measured gap above 0 to convert lambda to, got 0; set "
+                "objective.constraint.reference_tolerance to null"
+            )
+        factor = self.reference_tolerance / calibration.measured
+        rate, minimum, maximum = self._given
+        self.learning_rate, self.minimum, self.maximum = (
+            rate * factor**2,
+            minimum * factor,
+            maximum * factor,
+        )
+        return factor
 
     def _project(self, value: float) -> float:
         return min(max(value, self.minimum), self.maximum)

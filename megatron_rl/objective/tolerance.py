@@ -1,6 +1,6 @@
 """The tolerance of the constraint, calibrated from the mean gaps of the first steps.
 
-    c = mean(delta_bar) + slack * s / sqrt(K)
+    c = factor * (mean(delta_bar) + slack * s / sqrt(K))
 
 The mean is over the first K steps; s is the standard deviation of the K means, with K - 1 in the
 denominator. During these steps lambda is at rest and nothing acts on the gap; then c is frozen. The
@@ -20,20 +20,22 @@ class CalibratedTolerance:
     same floats hold the same bits.
     """
 
-    def __init__(self, num_steps: int, slack: float) -> None:
+    def __init__(self, num_steps: int, slack: float, factor: float = 1.0) -> None:
         """
         Args:
             num_steps: K, at least 2.
             slack: in standard errors of the mean, at least 0.
+            factor: of the tolerance, above 0; below 1 the gap is to shrink.
         """
-        if num_steps < 2 or not math.isfinite(slack) or slack < 0:
+        if num_steps < 2 or not 0 <= slack < math.inf or not 0 < factor < math.inf:
             raise ConfigError(
-                "calibrated tolerance: expected at least 2 steps and a slack of at least 0, got "
-                f"{num_steps} and {slack}; change objective.constraint.tolerance_steps or "
-                "tolerance_slack"
+                "calibrated tolerance: expected at least 2 steps, a slack of at least 0 and a "
+                f"factor above 0, got {num_steps}, {slack} and {factor}; change "
+                "objective.constraint.tolerance_steps, tolerance_slack or tolerance_factor"
             )
         self.num_steps = num_steps
         self.slack = float(slack)
+        self.factor = float(factor)
         self.value: float | None = None  # c; None until enough means have been added
         self._means: list[float] = []
 
@@ -50,10 +52,14 @@ class CalibratedTolerance:
             self.value = self._calibrate()
 
     def _calibrate(self) -> float:
-        count = len(self._means)
-        mean = math.fsum(self._means) / count
+        count, mean = len(self._means), self.measured
         variance = math.fsum((each - mean) ** 2 for each in self._means) / (count - 1)
-        return mean + self.slack * math.sqrt(variance / count)
+        return self.factor * (mean + self.slack * math.sqrt(variance / count))
+
+    @property
+    def measured(self) -> float:
+        """The mean of the gaps that were added, at least one."""
+        return math.fsum(self._means) / len(self._means)
 
     def state_dict(self) -> dict[str, Any]:
         """The tolerance and the means added so far, as plain JSON values."""

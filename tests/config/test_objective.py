@@ -35,7 +35,7 @@ def test_a_preset_is_more_than_its_name_and_is_read_back(name, empty, tmp_path):
     assert config.objective.preset == name
     # dc_grpo is the defaults, said by name.
     assert (replace(config.objective, preset="") == ObjectiveConfig()) == (name == "dc_grpo")
-    assert config.objective.constraint.enabled == name.startswith("dc_")
+    assert config.objective.constraint.enabled == name.startswith(("dc_", "dual_"))
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 
@@ -139,6 +139,22 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
         (["constraint.tolerance=often"], "constraint.tolerance: expected a number or auto, got"),
         (["constraint.tolerance=2"], "tolerance: expected a difference of probabilities in [0, 1]"),
         (["constraint.tolerance_steps=1"], "constraint.tolerance_steps: expected at least 2, got"),
+        (
+            ["constraint.warn_after_steps=3"],
+            "warn_after_steps: expected 0 (never) or at least 4, g",
+        ),
+        (
+            ["constraint.tolerance_factor=0.8"],
+            "tolerance_factor: expected it with tolerance=auto only, got 0.8 with tolerance=0.0037",
+        ),
+        (
+            ["constraint.reference_tolerance=0.0037"],
+            "reference_tolerance: expected it with tolerance=auto only, got 0.0037",
+        ),
+        (
+            ["constraint.tolerance=auto", "constraint.reference_tolerance=0"],
+            "constraint.reference_tolerance: expected above 0",
+        ),
         (["constraint.gate=sequence"], "constraint.gate: expected batch, mean or token, got"),
         (["constraint.baseline=mean"], "constraint.baseline: expected none or batch, got 'mean'"),
         (

@@ -116,7 +116,7 @@ def test_a_preset_trains_three_steps(preset: str, steps_of: dict[str, Lines]) ->
     for line in steps:
         assert all(math.isfinite(value) for value in line.values())
         assert line["discrepancy/mean"] > 0
-        assert (line["constraint/lambda"] > 0) == preset.startswith("dc_")
+        assert (line["constraint/lambda"] > 0) == preset.startswith(("dc_", "dual_"))
         assert figure in line, sorted(line)
         has_correction = any(key.startswith("correction/") for key in line)
         assert has_correction == figure.startswith("correction/")

@@ -18,9 +18,13 @@ from tests.fakes.learner import FakeParallel
 class FakeRecorder:
     def __init__(self) -> None:
         self.lines: list[tuple[int, dict[str, float]]] = []
+        self.said: list[str] = []
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.lines.append((step, metrics))
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
 
 
 TERMS = (RewardTerm(verifier="exact"), RewardTerm(verifier="own:fn", weight=0.5))
@@ -121,6 +125,13 @@ def test_the_reward_of_each_source() -> None:
 def test_an_evaluation_before_the_first_step_has_a_line_of_its_own() -> None:
     [(_, line)] = write(NOTHING_SAMPLED, {"eval/avg_at_8": 0.5})
     assert line.keys() == {"eval/avg_at_8", "speed/seconds/learner"}
+
+
+def test_a_warning_is_a_line_of_the_console() -> None:
+    recorder = FakeRecorder()
+    for step, warning in ((1, None), (2, "warning: lambda has been")):
+        write_metrics(recorder, Stopwatch(), FakeParallel(), by("sums"), step, {}, warning=warning)
+    assert recorder.said == ["warning: lambda has been"] and len(recorder.lines) == 2
 
 
 def test_only_heads_of_replicas_report() -> None:

@@ -30,6 +30,34 @@ def test_a_tolerance_is_calibrated_over_the_first_steps() -> None:
     assert state.dual.value == 0.3
 
 
+def test_the_settings_of_a_calibrated_tolerance_and_of_the_warning_are_used() -> None:
+    settings = {"tolerance": "auto", "tolerance_steps": 2, "tolerance_slack": 0.0}
+    settings |= {"tolerance_factor": 0.5, "reference_tolerance": 0.01, "warn_after_steps": 5}
+    dual = initial_state(ConstraintConfig(initial=0.3, learning_rate=2.0, **settings)).dual
+    for gap in (0.01, 0.03):
+        dual.update(gap)
+    # The measured gap of 0.02 is twice the reference.
+    assert (dual.tolerance, dual.value, dual.learning_rate) == pytest.approx((0.01, 0.15, 0.5))
+    assert dual.maximum == pytest.approx(5.0)
+    lines = [(dual.update(0.02), dual.warning())[1] for _ in range(5)]
+    assert lines[:4] == [None] * 4 and "each of the last 5 steps" in lines[4]
+
+
+def test_a_fixed_lambda_stays() -> None:
+    settings = {"tolerance": "auto", "tolerance_steps": 2, "reference_tolerance": 0.01}
+    dual = initial_state(ConstraintConfig(fixed_lambda=12.0, initial=0.3, **settings)).dual
+    for gap in (0.5, 0.5, 0.9, 0.0):
+        assert dual.update(gap) == 12.0
+    assert dual.watch is None and dual.tolerance == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"warn_after_steps": 0}, {"learning_rate": 0.0}, {"minimum": 0.1, "maximum": 0.1}]
+)
+def test_a_lambda_that_stays_by_the_settings_is_not_warned_of(settings) -> None:
+    assert initial_state(ConstraintConfig(**settings)).dual.watch is None
+
+
 def test_steps_are_counted_once() -> None:
     state = initial_state(ConstraintConfig())
     assert [state.step for _ in state.steps(3)] == [1, 2, 3]

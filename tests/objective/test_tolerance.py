@@ -19,6 +19,42 @@ def test_worked_by_hand():
         calibrated.add(0.1)
 
 
+def test_the_factor_of_the_tolerance():
+    calibrated = CalibratedTolerance(3, slack=1.5, factor=0.8)
+    for mean in (0.002, 0.004, 0.006):
+        calibrated.add(mean)
+    assert calibrated.value == pytest.approx(0.8 * (0.004 + 1.5 * 0.002 / math.sqrt(3)), rel=1e-12)
+    assert calibrated.measured == pytest.approx(0.004, rel=1e-12)
+    with pytest.raises(ConfigError, match="a factor above 0, got 2, 0 and 0"):
+        CalibratedTolerance(2, slack=0, factor=0)
+
+
+def rescaled() -> DualVariable:
+    calibration = CalibratedTolerance(2, slack=0.0, factor=0.5)
+    return DualVariable(0.1, 1.0, maximum=2.0, calibration=calibration, reference_tolerance=0.004)
+
+
+def test_lambda_and_its_step_are_converted_to_the_measured_gap():
+    dual = rescaled()
+    dual.update(0.001)
+    dual.update(0.003)
+    # The gap is 0.002, half of the reference: lambda and its bound double, eta is four times as
+    # large, and lambda * gap is 0.1 * 0.004 as before.
+    assert (dual.value, dual.maximum, dual.learning_rate) == pytest.approx((0.2, 4.0, 4.0))
+    assert dual.tolerance == pytest.approx(0.001)
+    # As 0.1 + (0.006 - 0.002) at the reference: 0.104, doubled.
+    assert dual.update(0.003) == pytest.approx(2 * 0.104)
+    resumed = rescaled()
+    for _ in range(2):  # a second load changes nothing
+        resumed.load_state_dict(dual.state_dict())
+    assert (resumed.value, resumed.maximum) == (dual.value, dual.maximum)
+    assert resumed.update(0.0045) == dual.update(0.0045)
+    equal = rescaled()
+    equal.update(0.0)
+    with pytest.raises(DivergenceError, match="expected a measured gap above 0"):
+        equal.update(0.0)
+
+
 def test_equal_means_are_the_tolerance():
     calibrated = CalibratedTolerance(2, slack=100.0)
     calibrated.add(0.003)

@@ -59,6 +59,8 @@ EXPECTED = {
     "k3_rejection": (-2.2 + 0.55, 2),
     # A' = 0.8, 0.88 | -2.02 | 0.5
     "dc_grpo": ((1.24 * 0.8 + 0.6 * 0.88) / 2 - 1.1 * 2.02 + 0.55, 3),
+    # The same with the test's lambda; the preset's own is 1.
+    "dual_grpo": ((1.24 * 0.8 + 0.6 * 0.88) / 2 - 1.1 * 2.02 + 0.55, 3),
     # The mean delta is 0.85 / 4 = 0.2125, so A' is higher by 0.085.
     "dc_grpo_centered": ((1.24 * 0.885 + 0.6 * 0.965) / 2 - 1.1 * 1.935 + 1.1 * 0.585, 3),
     "dc_grpo_penalty": (PPO - 0.4 * ((0.68 + 0.38) / 2 + 0.005 + 0.05), 3),
