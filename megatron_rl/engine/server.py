@@ -93,7 +93,8 @@ class Engine:
         else:
             ended = f"exited with code {code}"
         when = "while serving" if self._is_ready else "before it was ready"
-        if code == 128 + signal.SIGKILL:
+        is_core_gone = cause is not None and cause.text.startswith("guard: ")
+        if code == 128 + signal.SIGKILL or is_core_gone:
             when += " (by the kernel, if memory ran out: see dmesg)"
         raise EngineError(
             f"{self._name}: {ended} {when}{_told(cause)}\n{excerpt(lines, cause, self.log_path)}"

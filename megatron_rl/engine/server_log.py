@@ -39,7 +39,7 @@ def find_cause(lines: Sequence[str], *, is_signal: bool) -> Cause | None:
 
     A server logs errors that do not end it, such as a refused update. An error that others refer to
     did end it; without a reference the last one did, unless the guard found EngineCore dead, which
-    then died without a word.
+    then died without a word, as it did if there is no error before a reference.
     """
     bare = [_PREFIX.sub("", line) for line in lines]
     if is_signal:
@@ -47,7 +47,7 @@ def find_cause(lines: Sequence[str], *, is_signal: bool) -> Cause | None:
     references = [i for i, line in enumerate(bare) if _REFERENCE.search(line)]
     stop = references[0] if references else len(bare)
     errors = [i for i in range(stop) if _ERROR.match(bare[i]) or _FATAL.match(bare[i])]
-    if not references:
+    if not references or not errors:
         errors = [i for i, line in enumerate(bare) if _GUARD.match(line)] or errors
     return _cause(bare, errors)
 

@@ -63,6 +63,11 @@ def test_the_error_that_others_refer_to(lines: list[str]) -> None:
             [REFUSED, "guard: the EngineCore process died, ending its server"],
             "guard: the EngineCore process died, ending its server",
         ),
+        (  # EngineCore was killed, and the API server refers to an error that nobody logged
+            [*[f"{SERVER}{DEAD}"] * 3, "guard: the EngineCore process died, ending its server"],
+            "guard: the EngineCore process died, ending its server",
+        ),
+        ([f"{SERVER}{DEAD}"], ""),
         (["INFO:     Shutting down", *NOISE], ""),
     ],
 )
