@@ -201,6 +201,10 @@ MLP_NORM = layer_row(
     "pre_mlp_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight",
 )
+# In front of experts there is no linear layer that it could be fused into.
+EXPERTS_NORM = layer_row(
+    "replicated", {"post_attention_layernorm.weight": ("hidden",)}, "pre_mlp_layernorm.weight"
+)
 GATE_AND_UP = layer_row(
     "gate_up",
     {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},

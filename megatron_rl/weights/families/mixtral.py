@@ -11,7 +11,7 @@ FAMILY = family.ModelFamily(
         family.ATTENTION_NORM,
         family.QKV_WEIGHT,
         family.ATTENTION_OUTPUT,
-        family.MLP_NORM,
+        family.EXPERTS_NORM,
         family.layer_row(
             "replicated",
             {"block_sparse_moe.gate.weight": ("experts", "hidden")},

@@ -10,7 +10,7 @@ FAMILY = family.ModelFamily(
         family.QKV_WEIGHT,
         family.QKV_BIAS,
         family.ATTENTION_OUTPUT,
-        family.MLP_NORM,
+        family.EXPERTS_NORM,
         family.ROUTER,
         family.EXPERT_GATE_AND_UP,
         family.EXPERT_DOWN,

@@ -11,7 +11,7 @@ FAMILY = family.ModelFamily(
         family.QUERY_NORM,
         family.KEY_NORM,
         family.ATTENTION_OUTPUT,
-        family.MLP_NORM,
+        family.EXPERTS_NORM,
         family.ROUTER,
         family.EXPERT_GATE_AND_UP,
         family.EXPERT_DOWN,

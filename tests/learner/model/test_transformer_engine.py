@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from tests.learner.support.te_names import LAYOUTS
+from tests.learner.support.te_names import EXPERT_LAYOUTS, LAYOUTS
 from tests.support.ranks import ROOT, rank_environment
 from tests.support.transformer_engine import packages
 
 # Tied with norms of queries and keys; with biases; with neither.
 SHAPES = ("Qwen3-0.6B", "Qwen2.5-7B", "Llama-3.1-70B")
 NUM_LAYERS = 4
+MIXTURES = ("Qwen3-30B-A3B", "Mixtral-8x7B")
 # Parameters of a decoder layer: two norms and four projections, and what the family adds.
 OF_A_LAYER = {"Qwen3-0.6B": 8, "Qwen2.5-7B": 7, "Llama-3.1-70B": 6}
 
@@ -29,7 +30,7 @@ OF_A_LAYER = {"Qwen3-0.6B": 8, "Qwen2.5-7B": 7, "Llama-3.1-70B": 6}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("te_names") / "found.json"
-    shapes = [str(ROOT / "configs" / "shapes" / name) for name in SHAPES]
+    shapes = [str(ROOT / "configs" / "shapes" / name) for name in (*SHAPES, *MIXTURES)]
     finished = subprocess.run(
         [
             sys.executable,
@@ -51,7 +52,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 every_case = pytest.mark.parametrize(
-    ("shape", "layout"), [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
+    ("shape", "layout"),
+    [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
+    + [(shape, layout) for shape in MIXTURES for layout in EXPERT_LAYOUTS],
 )
 
 
@@ -63,8 +66,12 @@ def test_names_and_shapes_are_those_of_the_table(
     assert case["names"] == []
     assert case["modules"] == [
         "megatron.TELayerNormColumnParallelLinear",
-        "megatron.TERowParallelLinear",
+        "megatron.TERowParallelGroupedLinear"
+        if shape in MIXTURES
+        else "megatron.TERowParallelLinear",
     ]
+    if shape in MIXTURES:
+        return
     world_size, sizes = LAYOUTS[layout]
     pipeline = sizes.get("pipeline", 1)
     ends = 3 if shape != "Qwen3-0.6B" or pipeline > 1 else 2  # embedding, norm, head

@@ -26,7 +26,7 @@ import torch
 from megatron_rl.config import Config, KernelConfig, ModelConfig, ParallelConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.layout.simulated import simulated_rank
-from megatron_rl.learner.model.build import held_parameters
+from megatron_rl.learner.model.build import held_parameters, tensor_place
 from megatron_rl.learner.model.meta import meta_parts
 from megatron_rl.plan.simulate import problems_in, simulate
 from megatron_rl.weights.geometry import Geometry, read_geometry
@@ -36,6 +36,11 @@ LAYOUTS = {
     "tp1": (1, {}),
     "tp2_sp": (2, {"tensor": 2, "sequence_parallel": True}),
     "tp4_pp2": (8, {"tensor": 4, "pipeline": 2}),
+}
+EXPERT_LAYOUTS = {
+    "tp2_ep2": (2, {"tensor": 2, "sequence_parallel": True, "expert": 2}),
+    "ep2_etp2": (4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}),
+    "ep4_pp2": (8, {"pipeline": 2, "expert": 4}),
 }
 
 
@@ -54,7 +59,7 @@ def shard_shape(rule: TensorRule, geometry: Geometry, parallel: Parallel) -> tup
             shape[dimension] = max(0, min(stop, shape[dimension]) - start)
         return torch.empty(shape, device="meta")
 
-    shard = shard_from_hf(rule, geometry, read, parallel.tp_rank, parallel.tp_size)
+    shard = shard_from_hf(rule, geometry, read, *tensor_place(rule, parallel))
     return tuple(shard.shape)
 
 
@@ -91,7 +96,7 @@ def checkpoint_keys(parts: Sequence[torch.nn.Module]) -> tuple[set[Any], set[str
 
 
 def compare(shape: Path, layout: str) -> dict[str, Any]:
-    world_size, sizes = LAYOUTS[layout]
+    world_size, sizes = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     geometry, parallel_config = read_geometry(shape), ParallelConfig(**sizes)
     found: dict[str, Any] = {"names": [], "only_one": [], "objects": [], "num_parameters": 0}
     for rank in range(world_size):
@@ -107,17 +112,23 @@ def compare(shape: Path, layout: str) -> dict[str, Any]:
             layer = theirs[0].decoder.layers[0]
             found["modules"] = [
                 type(each).__module__.split(".")[0] + "." + type(each).__name__
-                for each in (layer.self_attention.linear_qkv, layer.mlp.linear_fc2)
+                for each in (layer.self_attention.linear_qkv, _second_linear(layer.mlp))
             ]
     config = Config(model=model_of(shape, "transformer_engine"), parallel=parallel_config)
     found["export"] = problems_in(simulate(config, geometry, world_size=world_size), geometry)
     return found
 
 
+def _second_linear(mlp: Any) -> torch.nn.Module:
+    return mlp.experts.linear_fc2 if hasattr(mlp, "experts") else mlp.linear_fc2
+
+
 def small(shape: Path) -> Path:
-    """The shape with few layers, beside it: all layers have the same names."""
+    """The shape with few layers and experts, beside it: all of them have the same names."""
     raw = json.loads((shape / "config.json").read_text())
     raw["num_hidden_layers"] = 4
+    raw |= {key: 8 for key in ("num_experts", "num_local_experts") if key in raw}
+    raw |= {key: 2 for key in ("num_experts_per_tok",) if key in raw}
     raw.pop("layer_types", None)
     folder = Path(sys.argv[2]).with_name(shape.name)
     folder.mkdir(exist_ok=True)
@@ -125,11 +136,17 @@ def small(shape: Path) -> Path:
     return folder
 
 
+def layouts_of(shape: Path) -> dict[str, Any]:
+    """Those that the test compares for it."""
+    is_mixture = read_geometry(shape).experts is not None
+    return EXPERT_LAYOUTS if is_mixture else LAYOUTS
+
+
 def main(out: Path, shapes: Sequence[Path]) -> None:
     found = {
         f"{shape.name}.{layout}": compare(small(shape), layout)
         for shape in shapes
-        for layout in LAYOUTS
+        for layout in layouts_of(shape)
     }
     found["version"] = PACKAGE.__version__
     out.write_text(json.dumps(found))

@@ -9,7 +9,6 @@ what a conversion wrote, and FOLDER/<case>/out what Megatron saves.
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,12 @@ import torch
 from megatron_rl.config import ModelConfig, ParallelConfig
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.model.build import build_parts, transformer_config
-from megatron_rl.learner.model.checkpoint import _results_stay_in_process, _sharded_model
+from megatron_rl.learner.model.checkpoint import (
+    _load,
+    _load_parts,
+    _results_stay_in_process,
+    _sharded_model,
+)
 from megatron_rl.weights.geometry import read_geometry
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -31,7 +35,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def load_and_save(folder: Path, model: Path, layout: str) -> None:
     """Load `folder/in` over weights that are all zero, and save what was loaded."""
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
     parallel = initialize_parallel(ParallelConfig(**LAYOUTS[layout]), seed=0)
     geometry = read_geometry(model)
@@ -41,19 +45,18 @@ def load_and_save(folder: Path, model: Path, layout: str) -> None:
         for part in parts:
             for parameter in part.parameters():
                 parameter.zero_()
-    loaded = dist_checkpointing.load({"model": _sharded_model(parts)}, str(folder / "in"))
-    for number, part in enumerate(parts):
-        part.load_state_dict(loaded["model"][str(number)])
+    loaded = _load({"model": _sharded_model(parts)}, folder / "in")
+    _load_parts(parts, loaded["model"])
     _results_stay_in_process()
     if parallel.rank == 0:
         (folder / "out").mkdir()
     parallel.barrier()
     dist_checkpointing.save({"model": _sharded_model(parts)}, str(folder / "out"))
-    shut_down_parallel()
+    parallel_state.destroy_model_parallel()
 
 
 if __name__ == "__main__":
     for case in sys.argv[2:]:
         name, layout = case.split(":")
         load_and_save(Path(sys.argv[1]) / case, Path(sys.argv[1]) / name, layout)
-        gc.collect()  # the parts hold each other, and with them the store of this port
+    shut_down_parallel()
