@@ -23,8 +23,7 @@ if TYPE_CHECKING:  # reward workers and the launcher read these records without 
 
 # How the engines' HTTP routes write a log-prob that is NaN or -inf.
 MISSING_LOGPROB = -9999.0
-# A log-prob of at most this much above 0 is a rounding error: it is the difference between a logit
-# and a float32 log-sum-exp of nearly the same size.
+# A log-prob of at most this much above 0 is a rounding error of a logit minus its log-sum-exp.
 MAX_LOGPROB_ROUNDING = 1e-3
 # Rewards of one group that differ by at most this much, relative to the largest of them, are equal:
 # it is a few units in the last place of float32, in which a verifier may compute.
@@ -111,6 +110,8 @@ class Rollout:
     engine: str = ""  # url of the engine that sampled it (the last one of an episode); "": unknown
     # of the response tokens, in order; None: there are no such tokens, or no head was requested
     head: RolloutHead | None = None
+    # [up to L, layers, k] the experts that the engine sent the first tokens to; None: not returned
+    routes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, dtype in ROLLOUT_DTYPES.items():
@@ -344,10 +345,11 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # [S+1] int32, real lengths, cumulated
     cu_seqlens_padded: torch.Tensor  # [S+1] int32, where each sequence starts in the row
     samples: tuple[Sample, ...]  # [S] in the order of the row; () in a filler row
-    # The heads of the rollouts, absent where the mask is False; None in a filler row, and where no
-    # heads were requested.
+    # The heads of the rollouts, absent where the mask is False; None: no heads were requested.
     head_ids: torch.Tensor | None = None  # [T, K] int32, -1 where there is no token
     rollout_head_logprobs: torch.Tensor | None = None  # [T, K] float32, -inf where there is none
+    # [T, layers, k] int16, the rollouts' routes, -1 where there is none; None: no rollout has any
+    routes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

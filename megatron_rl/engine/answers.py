@@ -7,6 +7,8 @@ and weight versions. All functions here are pure; `engine/http_sampling.py` send
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,7 +130,32 @@ def read_completion(
         and not isinstance(choice.get("stop_reason"), str),
         engine=url,
         head=read_head(content, num_logprobs, where) if num_logprobs else None,
+        routes=read_routes(choice.get("routed_experts"), where),
     )
+
+
+def read_routes(encoded: str | None, where: str) -> np.ndarray | None:
+    """The experts of each token, [tokens, layers, k] integers; None if the engine returns none.
+
+    Args:
+        encoded: an array in NumPy's format, in base64 (vllm/utils/serial_utils.py, numpy2base64).
+        where: the beginning of an error message.
+
+    Raises:
+        EngineError: it is no such array.
+    """
+    if encoded is None:
+        return None
+    try:
+        routes = np.load(io.BytesIO(base64.b64decode(encoded, validate=True)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise EngineError(f"{where}: expected routed experts as an array, got: {error}") from error
+    if routes.ndim != 3 or not np.issubdtype(routes.dtype, np.integer):
+        raise EngineError(
+            f"{where}: expected routed experts of [tokens, layers, experts of a token] integers, "
+            f"got {list(routes.shape)} {routes.dtype}"
+        )
+    return routes
 
 
 def read_head(content: Sequence[dict[str, Any]], num_logprobs: int, where: str) -> RolloutHead:

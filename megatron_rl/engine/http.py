@@ -182,6 +182,17 @@ class ReadinessProbe:
             return False
         return response.status_code == httpx.codes.BAD_REQUEST and "logprobs" in response.text
 
+    def returns_routes(self) -> bool:
+        """Whether the server answers with the experts that tokens were sent to."""
+        sampling = {"max_tokens": 1, "logprobs": 0, "detokenize": False}
+        body = {"token_ids": [0, 0], "sampling_params": sampling}
+        try:
+            response = self._client.post(GENERATE_ROUTE, headers=self._token, json=body)
+            choices = response.json()["choices"]
+        except (httpx.TransportError, ValueError, KeyError):
+            return False
+        return all(choice.get("routed_experts") is not None for choice in choices)
+
     def _answers(self, path: str, headers: dict[str, str]) -> bool:
         try:
             return self._client.get(path, headers=headers).status_code == httpx.codes.OK

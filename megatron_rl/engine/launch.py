@@ -40,6 +40,7 @@ def server_command(
     weight_backend: str | None,
     num_logprobs: int = 0,
     host: str = HOST,
+    returns_routes: bool = False,
 ) -> list[str]:
     """The command line of one server.
 
@@ -48,6 +49,7 @@ def server_command(
         weight_backend: backend of vLLM's weight-transfer API; None if the weights never change.
         num_logprobs: K of the heads that requests may ask for; 0: they ask for none.
         host: the address that it listens on.
+        returns_routes: whether answers have the experts of every token.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model_path, "--host", host, "--port", str(port), "--seed", str(seed)]
@@ -60,6 +62,8 @@ def server_command(
         command += ["--max-logprobs", str(num_requested_logprobs(num_logprobs))]
     if config.tensor_parallel > 1:
         command += ["--tensor-parallel-size", str(config.tensor_parallel)]
+    if returns_routes:
+        command += ["--enable-return-routed-experts"]
     if config.max_model_len:
         command += ["--max-model-len", str(config.max_model_len)]
     if weight_backend is not None:

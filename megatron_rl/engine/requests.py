@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from megatron_rl.config.rollout import SamplingConfig
 from megatron_rl.records import RolloutHead
 
@@ -59,6 +61,9 @@ class Completion:
     ends_with_stop_token: bool
     engine: str  # url of the engine that sampled it
     head: RolloutHead | None = None  # of each token; None: none was requested
+    # [tokens of the request and of the answer but the last, layers, k] integers: the experts that
+    # each token was sent to; None: the engine does not return them
+    routes: np.ndarray | None = None
 
 
 class Sampler(Protocol):

@@ -172,6 +172,7 @@ def start_engines(
     num_logprobs: int = 0,
     host: str = HOST,
     places: Sequence[EnginePlace] | None = None,
+    returns_routes: bool = False,
 ) -> list[Engine]:
     """Start servers concurrently, without waiting for them. `Engine.wait_ready` reports a start
     that failed.
@@ -185,6 +186,7 @@ def start_engines(
             (sync.timeout_seconds).
         weight_backend: backend of vLLM's weight-transfer API; None if the weights never change.
         num_logprobs: K of the heads that requests may ask for; 0: they ask for none.
+        returns_routes: whether answers have the experts of every token.
 
     Raises:
         EngineError: a port is already in use.
@@ -207,6 +209,7 @@ def start_engines(
                     weight_backend=weight_backend,
                     num_logprobs=num_logprobs,
                     host=host,
+                    returns_routes=returns_routes,
                 ),
                 environment=server_environment(
                     config,
@@ -287,6 +290,23 @@ def check_max_logprobs(addresses: Sequence[EngineAddress], num_logprobs: int) ->
                     f"{address.url} that sends {wanted} log-probs a token, it refuses them; start "
                     f"it with --max-logprobs {wanted} (rollout.extra_args), or with python -m "
                     "megatron_rl.serve and this config"
+                )
+
+
+def check_returned_routes(addresses: Sequence[EngineAddress]) -> None:
+    """Check that every server, started or given, returns the experts of its tokens.
+
+    Raises:
+        EngineError: the message names the URL of the first server that does not.
+    """
+    for address in addresses:
+        with ReadinessProbe(address, GIVEN_TIMEOUT_SECONDS) as probe:
+            if not probe.returns_routes():
+                raise EngineError(
+                    "learner.moe.routing_replay=rollout: expected an engine at "
+                    f"{address.url} that returns routed experts, got an answer without; start it "
+                    "on a GPU with --enable-return-routed-experts, or set "
+                    "learner.moe.routing_replay=recomputed"
                 )
 
 

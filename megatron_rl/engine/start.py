@@ -68,6 +68,7 @@ def start_engines_of(
         num_logprobs=config.objective.score_centering.num_requested,
         host=host,
         places=places,
+        returns_routes=config.learner.moe.routing_replay == "rollout",
     )
 
 

@@ -22,6 +22,7 @@ from megatron_rl.engine.server import (
     Engine,
     check_given,
     check_max_logprobs,
+    check_returned_routes,
     given_addresses,
 )
 from megatron_rl.engine.start import listening_address, start_engines_of
@@ -88,6 +89,8 @@ class RunEngines:
             given = self._given()
             addresses = [*own, *given]
             check_max_logprobs(addresses, self._config.objective.score_centering.num_requested)
+            if self._config.learner.moe.routing_replay == "rollout":
+                check_returned_routes(addresses)
             check_reach(self._config.sync.transport, addresses)
             if given:
                 self._claims = Claims(given, Path(self._config.run_dir))

@@ -93,6 +93,7 @@ def preflight(config: Config) -> Preflight:
         check_group_verifier(config.reward.group_verifier)
     check_trackers(config.tracking)
     check_replay(config)
+    check_routing_replay(config, geometry)
     check_engine_place(config)
     check_gpus(config)
     check_fixed_rollouts(config)
@@ -263,6 +264,24 @@ def check_score_centering(config: Config, geometry: Geometry) -> None:
         raise ConfigError(
             "objective.score_centering.num_logprobs: expected below the model's vocabulary of "
             f"{geometry.vocab_size}, got {wanted}"
+        )
+
+
+def check_routing_replay(config: Config, geometry: Geometry) -> None:
+    """Raise ConfigError if there are no experts whose routes could be replayed, or if the engines
+    cannot return theirs.
+    """
+    replay = config.learner.moe.routing_replay
+    if replay != "none" and geometry.experts is None:
+        raise ConfigError(
+            f"learner.moe.routing_replay={replay}: expected none for a model without experts, "
+            f"{config.model.path}; set learner.moe.routing_replay=none"
+        )
+    is_started = config.rollout.num_engines > 0 and not config.replay
+    if replay == "rollout" and is_started and not torch.cuda.is_available():
+        raise ConfigError(
+            "learner.moe.routing_replay=rollout: expected engines on a GPU, as vLLM returns routed "
+            "experts there only, got engines on the CPU; set learner.moe.routing_replay=recomputed"
         )
 
 

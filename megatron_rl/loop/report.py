@@ -17,6 +17,7 @@ from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.records import SampledStep
 from megatron_rl.reward.registry import rewards_apart, verifiers_apart
+from megatron_rl.rollout.routes import route_bytes
 
 NOTHING_SAMPLED = SampledStep(groups=(), num_prompts=0, num_rounds=0)
 # The phases whose time counts towards tokens per second; evaluations and checkpoints do not count.
@@ -90,6 +91,7 @@ def rollout_metrics(
         "rollout/response_tokens/max": Max(max(lengths, default=float("-inf"))),
         "rollout/truncation_rate/mean": mean_of([each.is_truncated for each in rollouts]),
         "rollout/num_tokens": Sum(float(sum(lengths))),
+        "rollout/route_bytes/mean": mean_of(route_bytes(rollouts)),  # of a response
         "rollout/num_prompts": Sum(float(len(groups))),
         "rollout/num_rounds": Max(sampled.num_rounds or float("-inf")),
         "rollout/kept_rate/mean": mean_of([kept for each in groups for kept in each.is_kept]),

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.config import Config, RewardTerm
 from megatron_rl.config.file import replaced_keys, save_config
@@ -213,11 +214,12 @@ def _connect(
     """The source, evaluator and link with which this rank talks to the engines; None where the rank
     does not need one.
     """
-    num_logprobs = config.objective.score_centering.num_requested
+    wanted: dict[str, Any] = {
+        "num_logprobs": config.objective.score_centering.num_requested,
+        "routed": checked.geometry if config.learner.moe.routing_replay == "rollout" else None,
+    }
     if config.replay and parallel.is_replica_head:
-        replay = ReplaySource(
-            Path(config.replay), config.loop, share=parallel.share, num_logprobs=num_logprobs
-        )
+        replay = ReplaySource(Path(config.replay), config.loop, share=parallel.share, **wanted)
         return replay, None, None
     if scorer is None:
         return None, None, None
@@ -243,7 +245,7 @@ def _connect(
         seed=config.loop.seed,
         share=parallel.share,
         time=stopwatch.time,
-        num_logprobs=num_logprobs,
+        **wanted,
     )
     evaluator = Evaluator(
         pool=pool,

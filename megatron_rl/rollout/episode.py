@@ -28,6 +28,7 @@ class Episode:
         self._weight_versions: list[int] = []
         self._heads: list[RolloutHead] = []
         self._engine = ""
+        self._routes: np.ndarray | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -73,6 +74,7 @@ class Episode:
         self._logprobs += completion.logprobs
         self._weight_versions += completion.weight_versions
         self._engine = completion.engine
+        self._routes = completion.routes  # of all tokens so far: those of the request too
 
     def rollout(self, *, finish_reason: str, text: str) -> Rollout:
         """The episode so far as a record; its engine is that of the last completion.
@@ -90,6 +92,7 @@ class Episode:
             text=text,
             engine=self._engine,
             head=_joined(self._heads),
+            routes=self._routes,
         )
 
 

@@ -14,8 +14,10 @@ from megatron_rl.errors import EngineError
 from megatron_rl.records import MAX_SAMPLES, Prompt, RolloutGroup, Score, ScoredGroup
 from megatron_rl.rollout.environment import Environment, EpisodeRequest
 from megatron_rl.rollout.heads import check_heads
+from megatron_rl.rollout.routes import check_routes
 from megatron_rl.rollout.seeds import sampling_seed
 from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
+from megatron_rl.weights.geometry import Geometry
 
 
 class LiveSource:
@@ -30,6 +32,7 @@ class LiveSource:
             replica's first item and the number of its items.
         time: returns a context manager that times the named phase, "rollout" or "reward".
         num_logprobs: K of the rollouts' heads; 0: no heads are requested.
+        routed: the model whose experts the rollouts must tell; None: they need not.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class LiveSource:
         share: Callable[[int], tuple[int, int]],
         time: Callable[[str], AbstractContextManager[None]],
         num_logprobs: int = 0,
+        routed: Geometry | None = None,
     ) -> None:
         self._prompts = prompts
         self._environment = environment
@@ -56,6 +60,7 @@ class LiveSource:
         self._share = share
         self._time = time
         self._num_logprobs = num_logprobs
+        self._routed = routed
 
     def take(self, request: RolloutRequest) -> TakenRollouts:
         """This replica's share of `request.num_prompts` prompts, sampled and scored.
@@ -76,7 +81,9 @@ class LiveSource:
                 num_logprobs=self._num_logprobs,
             )
         check_versions(groups, request.weight_version)
-        check_heads(groups, self._num_logprobs, f"environment {type(self._environment).__name__}")
+        where = f"environment {type(self._environment).__name__}"
+        check_heads(groups, self._num_logprobs, where)
+        check_routes(groups, self._routed, where)
         with self._time("reward"):
             scores = self._score(groups)
         return TakenRollouts(

@@ -34,6 +34,7 @@ from megatron_rl.records import (
     Score,
     ScoredGroup,
 )
+from megatron_rl.rollout.routes import pack_routes, split_routes
 
 FILE_NAME = re.compile(r"step_(\d{6,})\.rank(\d+)\.(jsonl|safetensors|recomputed\.safetensors)")
 
@@ -58,7 +59,7 @@ def write_step(
     metadata = {"num_ranks": str(num_ranks), "num_samples": str(len(lines))}
     stem = f"step_{step:06d}.rank{rank}"
     rollouts = [rollout for judged in groups for rollout in judged.group.rollouts]
-    tensors = _tensors(lines, rollouts) | _heads(rollouts)
+    tensors = _tensors(lines, rollouts) | _heads(rollouts) | pack_routes(rollouts)
     _write(folder / f"{stem}.safetensors", save(tensors, metadata))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
@@ -115,7 +116,8 @@ def read_step(folder: Path, step: int) -> list[ScoredGroup]:
 
 def read_samples(folder: Path, step: int) -> list[dict[str, Any]]:
     """All ranks' samples of a step, sorted by prompt and sample index: the keys of the JSONL file,
-    `token_ids`, `loss_mask`, `rollout_logprobs` and `weight_versions` as arrays [L], and `head`.
+    `token_ids`, `loss_mask`, `rollout_logprobs` and `weight_versions` as arrays [L], `head` and
+    `routes`.
 
     Raises:
         DataError: as `read_step`.
@@ -276,6 +278,7 @@ def _read_samples(stem: Path) -> Iterator[dict[str, Any]]:
         key: [piece.numpy() for piece in tensors[key].split(lengths)] for key in TOKEN_TENSORS
     }
     columns["head"] = _split_heads(tensors, columns["loss_mask"])
+    columns["routes"] = split_routes(tensors, len(lines))
     for row, line in enumerate(lines):
         yield line | {key: column[row] for key, column in columns.items()}
 
@@ -290,6 +293,7 @@ def _rollout(line: dict[str, Any]) -> Rollout:
         text=line["response"],
         engine=line.get("engine", ""),  # absent from older recordings
         head=line["head"],
+        routes=line["routes"],
     )
 
 

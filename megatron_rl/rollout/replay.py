@@ -10,7 +10,9 @@ from megatron_rl.errors import DataError
 from megatron_rl.records import ScoredGroup
 from megatron_rl.rollout.heads import check_heads, without_heads
 from megatron_rl.rollout.recording import read_step
+from megatron_rl.rollout.routes import check_routes
 from megatron_rl.rollout.source import RolloutRequest, TakenRollouts
+from megatron_rl.weights.geometry import Geometry
 
 
 class ReplaySource:
@@ -22,6 +24,7 @@ class ReplaySource:
         share: given the number of items of all replicas together, returns the index of this
             replica's first item and the number of its items.
         num_logprobs: K of the heads that the rollouts must have; 0: heads are left out.
+        routed: the model whose experts the rollouts must tell; None: they need not.
     """
 
     def __init__(
@@ -31,11 +34,13 @@ class ReplaySource:
         *,
         share: Callable[[int], tuple[int, int]],
         num_logprobs: int = 0,
+        routed: Geometry | None = None,
     ) -> None:
         self._folder = folder
         self._config = config
         self._share = share
         self._num_logprobs = num_logprobs
+        self._routed = routed
 
     def take(self, request: RolloutRequest) -> TakenRollouts:
         """This replica's share of all rollouts that were recorded for `request.step`. With dynamic
@@ -48,7 +53,9 @@ class ReplaySource:
         """
         groups = read_step(self._folder, request.step)
         self._check(groups, request)
-        check_heads([each.group for each in groups], self._num_logprobs, f"replay={self._folder}")
+        recorded, where = [each.group for each in groups], f"replay={self._folder}"
+        check_heads(recorded, self._num_logprobs, where)
+        check_routes(recorded, self._routed, where)
         if not self._num_logprobs:
             groups = without_heads(groups)
         start, count = self._share(len(groups))

@@ -209,6 +209,7 @@ def _row(samples: Sequence[Sample], size: int, sequence_multiple: int) -> MicroB
     positions[starts[-1] :] = np.arange(size - starts[-1])
     is_sampled = torch.from_numpy(loss_mask)
     head_ids, head_logprobs = _heads(samples, is_sampled)
+    routes = _routes(samples, starts, size)
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -223,7 +224,32 @@ def _row(samples: Sequence[Sample], size: int, sequence_multiple: int) -> MicroB
         samples=tuple(samples),
         head_ids=head_ids,
         rollout_head_logprobs=head_logprobs,
+        routes=routes,
     )
+
+
+def _routes(samples: Sequence[Sample], starts: Sequence[int], size: int) -> torch.Tensor | None:
+    """The routes of a row, [T, layers, k] int16, -1 where a rollout has none; None without any.
+
+    Unlike everything else, a route belongs to the token at its position, not to the prediction: it
+    is where the hidden state of that token was sent. The engine has none of the last token, which
+    it only sampled.
+    """
+    found = [each.rollout.routes for each in samples if each.rollout.routes is not None]
+    if not found:
+        return None
+    shapes = {routes.shape[1:] for routes in found}
+    if len(shapes) > 1:
+        raise DataError(
+            f"row of prompts {sorted({each.prompt_index for each in samples})}: expected routes of "
+            f"one number of layers and experts, got {sorted(shapes)}"
+        )
+    row = np.full((size, *shapes.pop()), -1, np.int16)
+    for start, sample in zip(starts, samples, strict=False):
+        routes = sample.rollout.routes
+        if routes is not None:
+            row[start : start + len(routes)] = routes
+    return torch.from_numpy(row)
 
 
 def _heads(

@@ -21,6 +21,7 @@ class RouterMemory:
         self._geometry = geometry
         self._parallel = parallel
         self._moe = moe
+        self._follows_rollouts = moe.routing_replay == "rollout"
         # by the identity of a row that is held until its update; of the layers on this rank
         self._recorded: dict[int, Routes] = {}
         self._statistics = self._no_statistics()
@@ -41,18 +42,24 @@ class RouterMemory:
         if is_for_update and self._moe.routing_replay == "recomputed":
             recorded = {index: {} for index in range(len(rows))}
             self._recorded |= {id(row): recorded[index] for index, row in enumerate(rows)}
-        return PassRouting(parallel=self._parallel, recorded=recorded)
+        return PassRouting(
+            parallel=self._parallel,
+            recorded=recorded,
+            follows_rollouts=self._follows_rollouts,
+        )
 
     def of_update(self, rows: Sequence[MicroBatch], balance: BalanceScales | None) -> PassRouting:
         """The routing of an update: with the routes of the separate pass, if there was one and they
         are replayed.
         """
         known = ((index, self._recorded.pop(id(row), None)) for index, row in enumerate(rows))
+        routes = {index: of_row for index, of_row in known if of_row is not None}
         return PassRouting(
             parallel=self._parallel,
             scales=balance,
             statistics=self._statistics,
-            routes={index: routes for index, routes in known if routes is not None},
+            routes=routes,
+            follows_rollouts=self._follows_rollouts,
         )
 
     def take_metrics(self) -> dict[str, float]:

@@ -29,6 +29,7 @@ class PassRouting:
     # by the index of the row; a row without an entry is routed freely, and not recorded
     routes: Mapping[int, Routes] = field(default_factory=dict)
     recorded: Mapping[int, Routes] = field(default_factory=dict)
+    follows_rollouts: bool = False  # whether rows with the engine's routes take these
 
     def of_row(self, index: int, row: MicroBatch, share: RowShare) -> RowRouting:
         """The routing of a row of the pass.
@@ -40,12 +41,16 @@ class PassRouting:
         ids = row.sequence_ids
         if not row.samples:  # filler
             ids, lengths = torch.full_like(ids, -1), torch.zeros_like(lengths)
+        routes = self.routes.get(index)
+        if self.follows_rollouts and row.routes is not None:
+            own = own_positions(row.routes, share, self.parallel)
+            routes = dict(enumerate(own.unbind(1)))
         return RowRouting(
             sequence_ids=own_positions(ids, share, self.parallel),
             lengths=lengths,
             scales=self.scales,
             statistics=self.statistics,
-            routes=self.routes.get(index),
+            routes=routes,
             recorded=self.recorded.get(index),
         )
 

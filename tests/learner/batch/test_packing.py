@@ -204,6 +204,7 @@ def test_pack_is_deterministic_and_dense():
 
 
 def test_pack_dtypes():
+    optional = {"samples", "head_ids", "rollout_head_logprobs", "routes"}
     (row,) = pack(random_samples(0, 3, 5), tokens_per_row=32)
     for batch in (row, empty_micro_batch(32)):
         expected = {
@@ -213,7 +214,7 @@ def test_pack_dtypes():
             "cu_seqlens": torch.int32,
             "cu_seqlens_padded": torch.int32,
         }
-        for name in set(MicroBatch.__slots__) - {"samples", "head_ids", "rollout_head_logprobs"}:
+        for name in set(MicroBatch.__slots__) - optional:
             tensor = getattr(batch, name)
             assert tensor.dtype == expected.get(name, torch.int64), name
             if not name.startswith("cu_"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.config.learner import MoeConfig
 from megatron_rl.learner.batch.deal import deal_batch
-from megatron_rl.learner.batch.packing import fill
+from megatron_rl.learner.batch.packing import fill, pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.routing import BalanceScales
+from megatron_rl.learner.model.routing import BalanceScales, Routes
 from megatron_rl.learner.passes.forward import LossTerms, RowOutput
 from megatron_rl.records import MicroBatch
 from megatron_rl.weights.geometry import read_geometry
@@ -31,14 +32,16 @@ COEFFICIENT = 0.1
 STEP = 0.001  # along the gradient, for the derivative of a loss
 
 
-def build(model: Path, parallel: Parallel, recomputation: str = "none") -> Learner:
+def build(
+    model: Path, parallel: Parallel, recomputation: str = "none", replay: str = "recomputed"
+) -> Learner:
     return Learner(
         ModelConfig(path=str(model), activation_recomputation=recomputation),
         OptimizerConfig(learning_rate=0.0, clip_grad=0.0),
         read_geometry(model),
         parallel,
         num_updates=1,
-        moe=MoeConfig(routing_replay="recomputed"),
+        moe=MoeConfig(routing_replay=replay),
     )
 
 
@@ -130,6 +133,46 @@ def replays(model: Path, parallel: Parallel, rows: Sequence[MicroBatch]) -> dict
     return found
 
 
+def with_routes(
+    rows: Sequence[MicroBatch], routes: Sequence[Routes], change: int
+) -> list[MicroBatch]:
+    """The rows, packed anew of rollouts that hold the experts of all tokens but the last, each
+    expert's number changed by so much.
+    """
+    found = []
+    for row, of_row in zip(rows, routes, strict=True):
+        every = torch.stack([of_row[layer] for layer in sorted(of_row)], 1).numpy()
+        samples = []
+        for start, sample in zip(row.cu_seqlens_padded.tolist(), row.samples, strict=False):
+            length = len(sample.rollout.token_ids)
+            own = (every[start : start + length - 1] + change) % 4
+            samples.append(replace(sample, rollout=replace(sample.rollout, routes=own)))
+        [again] = pack(samples, tokens_per_row=128, min_size=row.tokens.numel())
+        found.append(again)
+    return found
+
+
+def follows_rollouts(
+    model: Path, parallel: Parallel, rows: Sequence[MicroBatch], routes: Sequence[Routes]
+) -> dict[str, Any]:
+    """Gradients and recomputed log-probs with the experts of an engine that is the learner, and of
+    one that is not.
+    """
+    found: dict[str, Any] = {}
+    for recomputation in ("none", "full"):
+        learner = build(model, parallel, recomputation, "rollout")
+        found[recomputation] = {
+            "free": update(learner, rows, 1.0)[0],
+            "own": update(learner, with_routes(rows, routes, 0), 1.0)[0],
+            "other": update(learner, with_routes(rows, routes, 1), 1.0)[0],
+        }
+    found["logprobs"] = [
+        [row.recomputed_logprobs for row in learner.recompute(packed)]
+        for packed in (rows, with_routes(rows, routes, 0), with_routes(rows, routes, 1))
+    ]
+    return found
+
+
 def main(model: Path, rollouts: Path, out: Path) -> None:
     parallel = initialize_parallel(ParallelConfig(), seed=0)
     batch = deal_batch(
@@ -151,6 +194,8 @@ def main(model: Path, rollouts: Path, out: Path) -> None:
     outcome["num_tokens"] = sum(int((row.sequence_ids >= 0).sum()) for row in rows)
     outcome["num_positions"] = sum(row.tokens.numel() for row in rows)
     outcome["replays"] = replays(model, parallel, rows)
+    routes = outcome["replays"]["routes"]
+    outcome["rollouts"] = follows_rollouts(model, parallel, rows, routes)
     torch.save(outcome, out / "single.pt")
     shut_down_parallel()
 

@@ -139,3 +139,20 @@ def test_replayed_routes_give_the_same_bits(recomputation: str, single: dict[str
     assert changed
     for name in changed:
         assert relative_difference(found["other"][name], found["free"][name]) > 0.01, name
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_the_experts_of_an_engine_are_followed(recomputation: str, single: dict[str, Any]) -> None:
+    """The last token of a sequence, which the engine only sampled, is routed freely."""
+    found = single["rollouts"][recomputation]
+    for name, tensor in found["free"].items():
+        assert torch.equal(found["own"][name], tensor), name
+        assert torch.equal(single["rollouts"]["none"]["own"][name], tensor), name
+        if "experts" in name:
+            assert relative_difference(found["other"][name], tensor) > 0.01, name
+
+
+def test_recomputed_logprobs_follow_the_engine_too(single: dict[str, Any]) -> None:
+    free, own, other = single["rollouts"]["logprobs"]
+    assert all(torch.equal(one, another) for one, another in zip(free, own, strict=True))
+    assert not any(torch.equal(one, another) for one, another in zip(free, other, strict=True))
