@@ -97,10 +97,10 @@ def hand_rows_to_experts(model: GPTModel) -> None:
 
 def _mark_as_expert(experts: torch.nn.Module) -> None:
     """Let gradients and optimizer state be exchanged among the ranks that hold the same shards of
-    the same experts. Megatron marks the parameters itself only under expert parallelism
-    (tensor_parallel/layers.py); otherwise it would use the data-parallel ranks, which hold others
-    if expert tensor and tensor parallelism differ, without an error. A checkpoint's parts of the
-    optimizer are then also the same under every layout.
+    the same experts. Release 0.16 of Megatron marks the parameters itself only under expert
+    parallelism (tensor_parallel/layers.py); otherwise it would use the data-parallel ranks, which
+    hold others if expert tensor and tensor parallelism differ, without an error. With the mark
+    everywhere, the parts of the optimizer in a checkpoint are the same under every layout.
     """
     for parameter in experts.parameters():
         parameter.allreduce = False
