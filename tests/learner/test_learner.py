@@ -80,6 +80,7 @@ def test_a_micro_batch_with_a_broken_row_gets_no_loss(monkeypatch: pytest.Monkey
         truncation=None,
         parallel=SimpleNamespace(is_row_head=True),
         _routers=SimpleNamespace(of_update=lambda rows, balance: None),
+        onload=lambda: None,
     )
     with pytest.raises(DivergenceError, match="micro-batch 1: logits of row 5"):
         learner.Learner.update(one, ["sound", "broken", "sound"], row_loss)

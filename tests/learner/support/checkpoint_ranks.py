@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,16 @@ def contents(folder: Path) -> dict[str, Any]:
 
     tensors = read_tensors(folder)
     common = dist_checkpointing.load_common_state_dict(str(folder))["optimizer"]
-    groups = common.get("param_groups") or common["optimizer"]["param_groups"]
-    return {"tensors": tensors, "counts": [group["step"] for group in groups]}
+    return {"tensors": tensors, "counts": list(step_counts(common))}
+
+
+def step_counts(state: Any) -> Iterator[int]:
+    """Of every parameter group of an optimizer, or of several that are chained."""
+    for key, value in state.items():
+        if key == "param_groups":
+            yield from (group["step"] for group in value)
+        elif isinstance(value, dict):
+            yield from step_counts(value)
 
 
 def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
