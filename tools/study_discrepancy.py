@@ -5,9 +5,12 @@
 
 `run` iterates over engines x seeds x arms, with `--jobs` concurrent training runs. Each job has its
 own rollout engine, which serves the job's runs one after another. The command can be stopped and
-started again; finished runs are not repeated. `report` writes discrepancy-study.md, one PNG per
-engine, and the raw figures of every step as CSV, from the runs that are finished; the names begin
-with that of the study's file.
+started again; finished runs are not repeated, and a stopped one is resumed from its checkpoint. If
+the study has more_seeds, they are then run for the arms that are within two standard errors of the
+first arm, and for that one. A file with several models has all of it once for each.
+
+`report` writes discrepancy-study.md, one PNG per engine, and the raw figures of every step as CSV,
+from the runs that are finished; the names begin with that of the study's file.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ from megatron_rl.errors import ConfigError, DataError, EngineError
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.lifetime import watch_signals
 from megatron_rl.study.runs import DONE_FILE
-from megatron_rl.study.study import Study, choose, load_study, run_dir_of, run_study
+from megatron_rl.study.study import Study, choose, load_studies, run_dir_of, run_study
 
 Record = dict[str, Any]
 LAST_STEPS = 10  # figures at the end of a run are means over so many steps
@@ -78,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="further settings of every run"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--models", help="only these, a,b,... (default all)")
     parser.add_argument("--engines", help="only these, a,b,... (default all)")
     parser.add_argument("--arms", help="only these, a,b,... (default all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/study"))
@@ -85,11 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     watch_signals(lambda: "finished runs are kept")
     try:
-        study = choose(load_study(options.study), options.engines, options.arms)
+        studies = chosen(options)
         if options.action == "run":
-            run_study(study, options.overrides, options.output, options.jobs)
+            for study in studies:
+                run_all(study, options.overrides, options.output / study.model, options.jobs)
         else:
-            curves = read_curves(study, options.output)
+            curves = read_curves(studies, options.output)
             options.docs.mkdir(parents=True, exist_ok=True)
             write_csv(curves, options.docs / f"{name_of(options.study)}.csv")
             write_report(curves, options.docs, options.study)
@@ -99,18 +105,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_curves(study: Study, output: Path) -> list[Record]:
-    """One record per step of every finished run: engine, arm, seed, step and metrics.
+def chosen(options: argparse.Namespace) -> list[Study]:
+    """The part of the study's file that the command line selects, one study a model.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no model, engine or arm of a name.
+    """
+    studies = load_studies(options.study)
+    names = [study.model for study in studies]
+    wanted = names if options.models is None else options.models.split(",")
+    for name in wanted:
+        if name not in names:
+            raise ConfigError(f"--models: expected some of {', '.join(names)}, got {name!r}")
+    return [choose(each, options.engines, options.arms) for each in studies if each.model in wanted]
+
+
+def run_all(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> None:
+    """Run a study, and then its more_seeds for the arms that are close to the first one.
+
+    Raises:
+        ConfigError, EngineError: see `run_study`.
+    """
+    run_study(study, overrides, output, jobs)
+    if not study.more_seeds:
+        return
+    for engine in study.engines:
+        records = finished_curves(replace(study, engines={engine: ()}), output)
+        first, *others = study.arms
+        close = [arm for arm in others if is_close(records, first, arm)]
+        if close:
+            print(f"{engine}: seeds {study.more_seeds} for {first}, {', '.join(close)}", flush=True)
+            part = choose(study, engine, ",".join([first, *close]))
+            run_study(replace(part, seeds=study.more_seeds), overrides, output, jobs)
+
+
+def is_close(records: Sequence[Record], first: str, other: str) -> bool:
+    """Whether the avg@8 of two arms at the end differs by at most two standard errors of the
+    difference, over the seeds that are finished. With fewer than two seeds it is not known.
+    """
+    ends = [
+        [at_end(run, "eval/avg_at_8") for run in runs_of(records, arm)] for arm in (first, other)
+    ]
+    if min(len(each) for each in ends) < 2:
+        return False
+    difference = statistics.mean(ends[0]) - statistics.mean(ends[1])
+    variance = sum(statistics.variance(each) / len(each) for each in ends)
+    return abs(difference) <= 2 * math.sqrt(variance)
+
+
+def finished_curves(study: Study, output: Path) -> list[Record]:
+    """One record per step of every finished run of a model: engine, arm, seed, step and metrics."""
+    records: list[Record] = []
+    for engine, arm, seed in replace(study, seeds=study.seeds + study.more_seeds).runs():
+        folder = run_dir_of(output, engine, arm, seed)
+        if (folder / DONE_FILE).is_file():
+            place = {"engine": engine, "arm": arm, "seed": seed}
+            records += [place | record for record in read_metrics(folder / "metrics.jsonl")]
+    return records
+
+
+def read_curves(studies: Sequence[Study], output: Path) -> list[Record]:
+    """The records of every finished run of all models; an engine is named after its model too.
 
     Raises:
         DataError: no run is finished.
     """
     records: list[Record] = []
-    for engine, arm, seed in study.runs():
-        folder = run_dir_of(output, engine, arm, seed)
-        if (folder / DONE_FILE).is_file():
-            place = {"engine": engine, "arm": arm, "seed": seed}
-            records += [place | record for record in read_metrics(folder / "metrics.jsonl")]
+    for study in studies:
+        prefix = f"{study.model}-" if study.model else ""
+        found = finished_curves(study, output / study.model)
+        records += [each | {"engine": prefix + each["engine"]} for each in found]
     if not records:
         raise DataError(f"{output}: expected finished runs, got none; call with run first")
     return records

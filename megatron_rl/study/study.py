@@ -34,12 +34,15 @@ class Study:
     """The definition of a study.
 
     Example: `Study(config="configs/quickstart.yaml", settings=("loop.num_steps=60",),
-    seeds=(0, 1), engines={"bf16": ()}, arms={"grpo": ("objective.constraint.enabled=false",)})`.
+    seeds=(0, 1), more_seeds=(2,), engines={"bf16": ()},
+    arms={"grpo": ("objective.constraint.enabled=false",)}, model="")`.
     """
 
+    model: str  # the name of this model among those of the file; "": the file has one
     config: str  # YAML file that every run starts from
     settings: tuple[str, ...]  # of every run, `key=value`
     seeds: tuple[int, ...]
+    more_seeds: tuple[int, ...]  # of arms that these seeds do not tell from the first one
     engines: Parts
     arms: Parts  # the first one is the baseline of the comparison
 
@@ -58,26 +61,46 @@ class Study:
         return [*own, f"loop.seed={seed}", f"data.seed={seed}"]
 
 
-def load_study(path: Path) -> Study:
-    """Read a study from a YAML file with the fields of `Study`.
+def load_studies(path: Path) -> tuple[Study, ...]:
+    """Read a YAML file: one study for each of its models.
+
+    The fields are those of `Study`; more_seeds may be missing. Instead of config, a file may have
+    `models`, from a name to the config and the settings of the model, and, if the model is not for
+    all of them, the names of its engines and arms.
 
     Raises:
         ConfigError: the file cannot be read, or lacks a field.
     """
     try:
         found: Any = OmegaConf.to_container(OmegaConf.load(path))
-        return Study(
-            config=str(found["config"]),
-            settings=tuple(map(str, found["settings"])),
-            seeds=tuple(map(int, found["seeds"])),
-            engines={name: tuple(map(str, keys)) for name, keys in found["engines"].items()},
-            arms={name: tuple(map(str, keys)) for name, keys in found["arms"].items()},
+        models = found.get("models") or {"": {"config": found["config"], "settings": []}}
+        everything = {
+            part: {name: tuple(map(str, keys)) for name, keys in found[part].items()}
+            for part in ("engines", "arms")
+        }
+        return tuple(
+            Study(
+                model=name,
+                config=str(model["config"]),
+                settings=(*map(str, found["settings"]), *map(str, model["settings"])),
+                seeds=tuple(map(int, found["seeds"])),
+                more_seeds=tuple(map(int, found.get("more_seeds", ()))),
+                engines={
+                    each: everything["engines"][each] for each in _names(model, "engines", found)
+                },
+                arms={each: everything["arms"][each] for each in _names(model, "arms", found)},
+            )
+            for name, model in models.items()
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: expected config, settings, seeds, engines and arms as in "
-            f"configs/studies/discrepancy.yaml, got {error!r}"
+            f"{path}: expected config or models, settings, seeds, engines and arms as in "
+            f"configs/studies/*.yaml, got {error!r}"
         ) from error
+
+
+def _names(model: dict[str, Any], part: str, found: dict[str, Any]) -> list[str]:
+    return list(model.get(part) or found[part])
 
 
 def choose(study: Study, engines: str | None, arms: str | None) -> Study:
@@ -153,8 +176,16 @@ def unfinished(
 
 
 def served_settings(study: Study, engine: str, overrides: Sequence[str]) -> Config:
-    """The settings that the servers of an engine are started with."""
-    return load_config(study.config, [*overrides, *study.settings, *study.engines[engine]])
+    """The settings that the servers of an engine are started with. They can send the heads of
+    log-probs that the arms with score centering ask for.
+    """
+    shared = [*overrides, *study.settings, *study.engines[engine]]
+    config = load_config(study.config, shared)
+    of_arms = [load_config(study.config, [*shared, *keys]) for keys in study.arms.values()]
+    centering = max(
+        (each.objective.score_centering for each in of_arms), key=lambda each: each.num_requested
+    )
+    return replace(config, objective=replace(config.objective, score_centering=centering))
 
 
 def run_engine(

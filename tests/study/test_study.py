@@ -13,12 +13,14 @@ import pytest
 
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.study import study as plan
-from megatron_rl.study.study import Study, choose, run_study
+from megatron_rl.study.study import Study, choose, load_studies, run_study, served_settings
 
 STUDY = Study(
+    model="",
     config="configs/quickstart.yaml",
     settings=("loop.num_steps=2",),
     seeds=(0, 1),
+    more_seeds=(),
     engines={"bf16": (), "int4": ("rollout.quantization.format=int4",)},
     arms={"grpo": ("objective.constraint.enabled=false",), "dc_grpo": ()},
 )
@@ -92,3 +94,41 @@ def test_a_part_of_a_study() -> None:
     assert choose(STUDY, "int4", "grpo").runs() == [("int4", "grpo", 0), ("int4", "grpo", 1)]
     with pytest.raises(ConfigError, match="--arms: expected some of grpo, dc_grpo, got 'tis'"):
         choose(STUDY, None, "grpo,tis")
+
+
+MODELS = """
+models:
+  small: {config: configs/quickstart.yaml, settings: [loop.seed=1]}
+  large: {config: configs/gsm8k.yaml, settings: [], engines: [int4], arms: [grpo, dc_grpo]}
+settings: [loop.num_steps=2]
+seeds: [0, 1]
+more_seeds: [2]
+engines: {bf16: [], int4: [rollout.quantization.format=int4]}
+arms: {grpo: [objective.constraint.enabled=false], tis: [], dc_grpo: []}
+"""
+
+
+def test_a_file_with_two_models_is_two_studies(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(MODELS)
+    small, large = load_studies(path)
+    assert (small.model, small.config) == ("small", "configs/quickstart.yaml")
+    assert small.settings == ("loop.num_steps=2", "loop.seed=1")
+    assert (list(small.engines), list(small.arms)) == (["bf16", "int4"], ["grpo", "tis", "dc_grpo"])
+    assert (list(large.engines), list(large.arms)) == (["int4"], ["grpo", "dc_grpo"])
+    assert small.seeds == (0, 1) and large.more_seeds == (2,)
+    path.write_text(MODELS.replace("[grpo, dc_grpo]", "[grpo, dcgrpo]"))
+    with pytest.raises(ConfigError, match=r"expected config or models, settings.*'dcgrpo'"):
+        load_studies(path)
+
+
+def test_a_shared_server_can_send_the_heads_that_an_arm_needs() -> None:
+    centred = (
+        "objective.score_centering.enabled=true",
+        "objective.score_centering.num_logprobs=40",
+    )
+    plain = served_settings(STUDY, "bf16", [])
+    assert plain.objective.score_centering.num_requested == 0
+    study = Study(**{**fields_of(STUDY), "arms": {"grpo": (), "centred": centred}})
+    assert served_settings(study, "bf16", []).objective.score_centering.num_requested == 40
+    assert served_settings(study, "bf16", []).rollout == plain.rollout

@@ -11,10 +11,12 @@ from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.study.runs import DONE_FILE
-from megatron_rl.study.study import load_study, run_dir_of
-from tools.study_discrepancy import FIRST_STEPS, at_same_entropy, main, with_error
+from megatron_rl.study.study import load_studies, run_dir_of, served_settings
+from tools import study_discrepancy
+from tools.study_discrepancy import FIRST_STEPS, at_same_entropy, is_close, main, with_error
 
 REPOSITORY = Path(__file__).parents[2]
+STUDIES = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
 STUDY = """
 config: configs/quickstart.yaml
 settings: [loop.num_steps=2, sync.probe_tolerance=1]
@@ -35,17 +37,39 @@ def write_run(folder: Path, *, end: float, entropy: float = 0.3) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def test_the_shipped_study_loads_with_every_arm_on_every_engine():
-    study = load_study(REPOSITORY / "configs/studies/discrepancy.yaml")
-    assert len(study.runs()) == len(study.seeds) * len(study.engines) * len(study.arms)
-    assert len(study.seeds) >= 3
-    # A study that is stopped has whole seeds of the engines it came to.
-    first = study.runs()[: len(study.arms)]
-    assert {(engine, seed) for engine, _, seed in first} == {(next(iter(study.engines)), 0)}
-    for engine, arm, seed in study.runs():
-        config = load_config(REPOSITORY / study.config, study.overrides(engine, arm, seed))
-        assert config.loop.seed == config.data.seed == seed
-        assert config.loop.num_steps >= 60
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_loads_with_every_arm_on_every_engine(path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for study in load_studies(path):
+        assert len(study.runs()) == len(study.seeds) * len(study.engines) * len(study.arms)
+        assert len(study.seeds) >= 3
+        # A study that is stopped has whole seeds of the engines it came to.
+        first = study.runs()[: len(study.arms)]
+        assert {(engine, seed) for engine, _, seed in first} == {(next(iter(study.engines)), 0)}
+        for engine in study.engines:
+            served = served_settings(study, engine, [])
+            for arm in study.arms:
+                config = load_config(study.config, study.overrides(engine, arm, 4))
+                assert config.loop.seed == config.data.seed == 4
+                assert config.loop.num_steps >= 60
+                assert (config.model.path, config.rollout) == (served.model.path, served.rollout)
+
+
+def test_the_published_regime_is_the_papers():
+    for study in load_studies(REPOSITORY / "configs/studies/published_regime.yaml"):
+        shares = set()
+        for engine, arm, seed in study.runs():
+            config = load_config(study.config, study.overrides(engine, arm, seed))
+            objective, constraint = config.objective, config.objective.constraint
+            assert objective.normalize == "sequence_mean" and objective.clip_high == 0.24
+            assert config.learner.mini_batches_per_step == 4 and config.sync.every == 1
+            assert config.loop.num_steps >= 300
+            if arm == "dual_grpo":
+                assert constraint.fixed_lambda == 1
+            elif constraint.enabled:
+                assert constraint.reference_tolerance == 0.0037
+                shares.add((constraint.initial, constraint.learning_rate))
+        assert shares == {(0.1, 1.0), (1.0, 10.0)}  # the paper's lambda and eta, and ten times them
 
 
 def test_the_report_says_what_the_runs_did(tmp_path):
@@ -86,6 +110,51 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     assert written.index("Before.") < written.index("## Engine: bf16") < written.index("After.")
 
 
+def test_arms_close_to_the_first_one_get_more_seeds(tmp_path, monkeypatch):
+    """Ends of 0.6 and 0.8 have a variance of 0.02, so with 0.7 twice the standard error of the
+    difference is 2 * sqrt(0.02 / 2 + 0) = 0.2.
+    """
+    study = STUDY.replace("{grpo:", "{grpo: [], near: [], far:").replace(
+        "seeds:", "more_seeds: [5]\nseeds:"
+    )
+    (tmp_path / "regime.yaml").write_text(study.replace("bf16: [], ", ""))
+    ends = {
+        "grpo": (0.6, 0.8),
+        "near": (0.899, 0.899),
+        "far": (0.901, 0.901),
+        "dc_grpo": (0.3, 0.3),
+    }
+    ran = []
+
+    def run(study, overrides, output, jobs):
+        ran.append((list(study.arms), study.seeds))
+        for engine, arm, seed in study.runs():
+            write_run(run_dir_of(output, engine, arm, seed), end=[*ends[arm]][seed % 2])
+
+    monkeypatch.setattr(study_discrepancy, "run_study", run)
+    assert main(["run", str(tmp_path / "regime.yaml"), "-o", str(tmp_path / "runs")]) == 0
+    assert ran == [(["grpo", "near", "far", "dc_grpo"], (0, 1)), (["grpo", "near"], (5,))]
+    options = ["report", str(tmp_path / "regime.yaml"), "-o", str(tmp_path / "runs")]
+    assert main([*options, "--docs", str(tmp_path)]) == 0
+    report = (tmp_path / "regime-study.md").read_text()
+    assert "| grpo | 3 |" in report and "| near | 3 |" in report and "| far | 2 |" in report
+    assert not is_close([], "grpo", "near")
+
+
+def test_the_engines_of_several_models_have_their_own_tables(tmp_path, capsys):
+    models = "models: {a: {config: x, settings: []}, b: {config: x, settings: []}}"
+    (tmp_path / "two.yaml").write_text(STUDY.replace("config: configs/quickstart.yaml", models))
+    for model in "ab":
+        write_run(run_dir_of(tmp_path / "runs" / model, "bf16", "grpo", 0), end=0.5)
+    options = ["report", str(tmp_path / "two.yaml"), "-o", str(tmp_path / "runs")]
+    assert main([*options, "--docs", str(tmp_path)]) == 0
+    report = (tmp_path / "two-study.md").read_text()
+    assert report.index("## Engine: a-bf16") < report.index("## Engine: b-bf16")
+    assert (tmp_path / "two-study-b-bf16.png").is_file()
+    assert main([*options, "--docs", str(tmp_path), "--models", "c"]) == 1
+    assert "--models: expected some of a, b, got 'c'" in capsys.readouterr().err
+
+
 def test_runs_are_compared_where_their_entropy_is_the_same():
     others = [
         {"step": 20, "loss/entropy/mean": entropy, "discrepancy/mean": gap}
@@ -111,7 +180,7 @@ def test_a_study_of_real_runs_two_at_a_time_on_engines_that_stay(tmp_path, tiny_
     command += [f"model.path={tiny_checkpoint}", "parallel.tensor=1", "loop.prompts_per_step=8"]
     command += ["data.num_held_out=8", "checkpoint.save_hf=false"]
     assert main(command) == 0
-    study = load_study(tmp_path / "discrepancy.yaml")
+    [study] = load_studies(tmp_path / "discrepancy.yaml")
     for engine, arm, seed in study.runs():
         folder = run_dir_of(tmp_path / "runs", engine, arm, seed)
         assert [each["step"] for each in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
@@ -121,8 +190,10 @@ def test_a_study_of_real_runs_two_at_a_time_on_engines_that_stay(tmp_path, tiny_
 
 def test_what_is_no_study_and_what_has_no_runs(tmp_path, capsys):
     (tmp_path / "discrepancy.yaml").write_text("config: x\n")
-    with pytest.raises(ConfigError, match="expected config, settings, seeds, engines and arms"):
-        load_study(tmp_path / "discrepancy.yaml")
+    with pytest.raises(
+        ConfigError, match="expected config or models, settings, seeds, engines and arms"
+    ):
+        load_studies(tmp_path / "discrepancy.yaml")
     (tmp_path / "discrepancy.yaml").write_text(STUDY)
     assert main(["report", str(tmp_path / "discrepancy.yaml"), "-o", str(tmp_path / "none")]) == 1
     assert "expected finished runs, got none" in capsys.readouterr().err
