@@ -169,20 +169,22 @@ def _communication(layout: ClusterLayout) -> float:
 def engine_memory(
     config: Config, geometry: Geometry, *, gpu_bytes: float, num_engines: int
 ) -> EngineMemory:
-    """The memory of `num_engines` engines that share one GPU of `gpu_bytes`.
+    """The memory of `num_engines` engines that share one GPU of `gpu_bytes`. An engine divides
+    weights, heads and columns among its `rollout.tensor_parallel` GPUs.
 
     Raises:
         ConfigError: rollout.gpu_memory_utilization leaves no room for the KV cache of one sequence.
     """
     rollout = config.rollout
-    size = ITEM_SIZES[rollout.dtype]
-    weights = wire_bytes(config, geometry)
+    size, shards = ITEM_SIZES[rollout.dtype], rollout.tensor_parallel
+    weights = wire_bytes(config, geometry) / shards
     wide = max(2 * geometry.ffn_hidden_size, 4 * geometry.hidden_size)
     if geometry.experts:  # each token has a copy and a product for every expert
         experts = geometry.experts
         wide = experts.num_chosen * (2 * experts.ffn_hidden_size + geometry.hidden_size)
     workspace = ENGINE_BATCH_TOKENS * wide * size
     workspace += rollout.max_num_seqs * geometry.vocab_size * 2 * 4  # logits and log-probs, float32
+    workspace /= shards
     cache = rollout.gpu_memory_utilization * gpu_bytes - weights - workspace
     longest = longest_sequence(config, geometry) * kv_bytes_per_token(config, geometry)
     if cache < longest:
@@ -200,8 +202,12 @@ def engine_memory(
 
 
 def kv_bytes_per_token(config: Config, geometry: Geometry) -> float:
-    """The bytes of keys and values of one token in all layers of an engine."""
+    """The bytes of keys and values of one token in all layers, on one GPU of an engine. GPUs beyond
+    the key-value heads hold copies.
+    """
     size = (
         1 if config.rollout.kv_cache_dtype.startswith("fp8") else ITEM_SIZES[config.rollout.dtype]
     )
-    return 2 * geometry.num_layers * geometry.num_query_groups * geometry.head_dim * size
+    shards = min(config.rollout.tensor_parallel, geometry.num_query_groups)
+    num_heads = geometry.num_query_groups / shards
+    return 2 * geometry.num_layers * num_heads * geometry.head_dim * size

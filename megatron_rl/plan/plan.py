@@ -132,7 +132,10 @@ def memory_plan(
     )
     engine = None
     if config.rollout.num_engines and not config.replay:
-        num_engines = -(-config.rollout.num_engines // cluster.gpus_per_node)
+        # An engine has several GPUs; those that one host has no room for are on the others.
+        num_gpus = config.rollout.num_engines * config.rollout.tensor_parallel
+        room = cluster.gpus_per_node
+        num_engines = -(-num_gpus // (room if num_gpus <= room else room * cluster.num_nodes))
         engine = engine_memory(
             config, geometry, gpu_bytes=cluster.gpu_bytes, num_engines=num_engines
         )
