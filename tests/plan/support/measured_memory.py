@@ -102,6 +102,15 @@ CASES = {
         dtype="float32",
         tokens=512,
     ),
+    "qwen3_moe_float32": Case(
+        model=SIZES
+        | {"model_type": "qwen3_moe", "num_hidden_layers": 3, "hidden_size": 128}
+        | {"vocab_size": 512, "intermediate_size": 512, "tie_word_embeddings": False}
+        | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+        | {"norm_topk_prob": True},
+        dtype="float32",
+        tokens=512,
+    ),
 }
 
 
