@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.learner.support.parity_cases import BFLOAT16_CASES, CASES, Case
+from tests.learner.support.parity_cases import BFLOAT16_CASES, CASES, MOE_CASES, Case
 from tests.learner.support.parity_models import MODELS
 
-PAIRS = [(model, case) for case in (*CASES, *BFLOAT16_CASES) for model in case.models or MODELS]
+PAIRS = [
+    (model, case)
+    for case in (*CASES, *BFLOAT16_CASES, *MOE_CASES)
+    for model in case.models or MODELS
+]
 
 
 @pytest.mark.parametrize(
