@@ -12,7 +12,7 @@ weights before the update), `policy_logprobs` (the learner's, under gradient).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -315,6 +315,8 @@ class SampledStep:
     groups: tuple[JudgedGroup, ...]  # by prompt index
     num_prompts: int  # sampled by all replicas together, whether kept or not
     num_rounds: int  # of sampling; 0 if the rollouts were read from a recording
+    # `Metric`s of this replica's source, to be reduced over the replicas
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def samples(self) -> list[Sample]:
         """All rollouts of this replica, group after group."""

@@ -81,7 +81,7 @@ def train(config: Config, progress: Progress) -> None:
             # line, and a resumed run removes the lines of the steps that it repeats.
             warning = state.dual.warning()
             report(step, update.metrics, parity, figures, sampled=sampled, warning=warning)
-            if save_step(learner, state, config, run.inputs, run.writer, phase):
+            if save_step(learner, state, config, run.inputs, run.source, run.writer, phase):
                 run.recorder.say(f"stopped after step {step}, as the file {STOP} asked")
                 return
         if config.checkpoint.save_hf:

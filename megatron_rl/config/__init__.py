@@ -113,6 +113,7 @@ class Config:
         _check_updates(self.learner, self.loop)
         _check_rows(self.learner, self.parallel)
         _check_fp8_rows(self.model, self.parallel)
+        _check_ahead(self.rollout, self.sync, self.objective.acceptance)
         if self.objective.acceptance.enabled:
             _check_acceptance(self.replay, self.rollout.sampling, self.sync)
 
@@ -231,6 +232,26 @@ def _check_fp8_rows(model: ModelConfig, parallel: ParallelConfig) -> None:
         parallel.row_alignment % multiple == 0,
         f"parallel.row_alignment: expected a multiple of {multiple}, the positions that FP8 "
         f"products need (model.kernels.fp8={model.kernels.fp8}), got {parallel.row_alignment}",
+    )
+
+
+def _check_ahead(rollout: RolloutConfig, sync: SyncConfig, acceptance: AcceptanceConfig) -> None:
+    """Rollouts sampled ahead need a publication in every step, one for each version."""
+    age, key = rollout.max_policy_age, "rollout.max_policy_age"
+    require(
+        age > 0 or sync.running_requests == "wait",
+        f"sync.running_requests: expected wait with {key}=0, where no request runs when weights "
+        f"are published, got {sync.running_requests}",
+    )
+    require(
+        age == 0 or sync.every == 1,
+        f"sync.every: expected 1 with {key}={age}, since the age is counted in publications, got "
+        f"{sync.every}",
+    )
+    require(
+        age == 0 or not acceptance.enabled,
+        f"objective.acceptance.enabled: expected false with {key}={age}, since rollouts would be "
+        "sampled by an update that is taken back, got true",
     )
 
 

@@ -63,6 +63,8 @@ QuantizationFormat = Literal["none", "int8", "fp8", "int4", "int8_w8a8"]
 QuantizationStrategy = Literal["channel", "group", "block"]
 TopKTies = Literal["auto", "all", "exact"]
 Placement = Literal["auto", "share", "colocated", "nodes"]
+HandOut = Literal["in_order", "finished"]
+LateGroups = Literal["wait", "drop"]
 
 # objective
 OldPolicy = Literal["recomputed", "rollout"]
@@ -97,4 +99,7 @@ TrackingMode = Literal["offline", "online"]
 TRACKERS = modules_in("observe/trackers", support=("tracker",))
 
 # sync
+# What becomes of requests that run when the weights change: they end first; they go on with the
+# cache of the old weights; or they go on after their cache was computed again.
+RunningRequests = Literal["wait", "keep", "recompute"]
 TRANSPORTS = modules_in("sync/transports", support=("transport",))

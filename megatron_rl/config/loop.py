@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_rl.config.choices import TRANSPORTS
-from megatron_rl.config.rules import above_zero, at_least, at_most, one_of
+from megatron_rl.config.choices import TRANSPORTS, RunningRequests
+from megatron_rl.config.rules import above_zero, at_least, at_most, literal_choices, one_of
 from megatron_rl.records import MAX_SAMPLES
 
 
@@ -49,6 +49,10 @@ class SyncConfig:
     # so that checkpoints, evaluations and the last step coincide with a publication
     every: int = 1
     transport: str = "shared_memory"  # a module of sync/transports/
+    # with rollout.max_policy_age above 0: requests that run when weights are published end first
+    # (wait), or go on with the new weights, either with the key-value cache of the old weights
+    # (keep) or after it was computed again (recompute)
+    running_requests: RunningRequests = "wait"
     bucket_mib: float = 64.0  # memory of one bucket; the peak extra memory of an update
     # timeout of each call of an update; an engine that is half-updated for longer is poisoned
     timeout_seconds: float = 120.0
@@ -59,6 +63,7 @@ class SyncConfig:
 
     def __post_init__(self) -> None:
         one_of("transport", self.transport, TRANSPORTS)
+        literal_choices(self)
         at_least(1, every=self.every)
         above_zero(bucket_mib=self.bucket_mib, timeout_seconds=self.timeout_seconds)
         at_least(0, probe_num_tokens=self.probe_num_tokens, probe_tolerance=self.probe_tolerance)

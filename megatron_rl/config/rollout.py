@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from megatron_rl.config.choices import (
     DType,
+    HandOut,
+    LateGroups,
     Placement,
     QuantizationFormat,
     QuantizationStrategy,
@@ -117,6 +119,19 @@ class RolloutConfig:
     request_timeout_seconds: float = 300.0
     max_retries: int = 3
     max_in_flight: int = 64  # requests, per engine
+    # 0: a step samples its rollouts before it trains on them. k: the engines sample ahead while the
+    # learner trains, and no token that a step trains on was sampled by weights more than k
+    # publications older than the learner's (docs/asynchronous.md)
+    max_policy_age: int = 0
+    # with max_policy_age above 0: a step takes the groups whose prompts come first, or those that
+    # are finished first
+    hand_out: HandOut = "in_order"
+    # with hand_out=finished, a group that is too old for the step after this one and not finished
+    # yet: the step waits for it, or it is dropped as soon as the step has enough others
+    late_groups: LateGroups = "wait"
+    # with max_policy_age above 0: a longer response is sampled by several requests of at most so
+    # many tokens, so that an update waits for one of them and not for the response; 0: by one
+    tokens_per_request: int = 0
     # how many of several equal logits at rank top_k the engine keeps. all: all of them (vLLM's
     # torch path); exact: only enough for exactly k (its Triton path); auto: all on a CPU, exact on
     # CUDA
@@ -141,6 +156,8 @@ class RolloutConfig:
             num_threads=self.num_threads,
             max_retries=self.max_retries,
             keep_steps=self.keep_steps,
+            max_policy_age=self.max_policy_age,
+            tokens_per_request=self.tokens_per_request,
         )
         at_least(
             1,
@@ -166,6 +183,17 @@ class RolloutConfig:
             self.max_model_len == 0 or self.sampling.max_tokens < self.max_model_len,
             f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
             f"got {self.sampling.max_tokens}",
+        )
+        require(
+            self.late_groups == "wait" or self.hand_out == "finished",
+            "late_groups: expected wait with hand_out=in_order, where a step waits for its own "
+            f"groups, got {self.late_groups}",
+        )
+        require(
+            self.tokens_per_request == 0 or (self.max_policy_age > 0 and not self.sampling.stop),
+            "tokens_per_request: expected 0 unless max_policy_age is above 0 and sampling.stop is "
+            "empty (a stop text may begin in one request and end in the next), got "
+            f"{self.tokens_per_request}",
         )
         for key, neutral in _EVALUATION_ONLY.items():
             value = getattr(self.sampling, key)

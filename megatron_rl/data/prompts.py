@@ -6,6 +6,7 @@ a prompt depends neither on the number of ranks nor on earlier calls.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -56,6 +57,7 @@ class PromptStream:
                 f"data.max_prompt_tokens: expected room for a prompt, got {max_prompt_tokens} "
                 "tokens: lower rollout.sampling.max_tokens, or use a model with a longer context"
             )
+        self._lock = threading.Lock()
         self._config = config
         self._format = PromptFormat(tokenizer, config)
         self._max_prompt_tokens = max_prompt_tokens
@@ -120,13 +122,14 @@ class PromptStream:
         return found
 
     def prompts(self, start: int, count: int) -> list[Prompt]:
-        """The training prompts `start` to `start + count - 1`.
+        """The training prompts `start` to `start + count - 1`. May be called from any thread.
 
         Raises:
             DataError: a prompt is too long, a row lacks a column, or every question of a task is
                 held out.
         """
-        return [self._prompt(index) for index in range(start, start + count)]
+        with self._lock:  # what is drawn first fills the caches of mixture and tasks
+            return [self._prompt(index) for index in range(start, start + count)]
 
     def _prompt(self, index: int) -> Prompt:
         number = self._mixture.task(index)

@@ -76,9 +76,20 @@ class EngineControl:
         """Whether new requests wait in the engine instead of running."""
         return bool(self._call("pause", "GET", "/is_paused")["is_paused"])
 
-    def pause(self) -> None:
-        """Make new requests wait in the engine; returns when those in flight are answered."""
-        self._call("pause", "POST", "/pause?mode=wait&clear_cache=true")
+    def pause(self, *, mode: str = "wait", drain_seconds: float = 0.0) -> None:
+        """Make new requests wait in the engine.
+
+        Args:
+            mode: wait: returns when those in flight are answered; keep: they are frozen where they
+                are, and go on after `resume`.
+            drain_seconds: is added to the timeout.
+        """
+        self._call(
+            "pause",
+            "POST",
+            f"/pause?mode={mode}&clear_cache={'true' if mode == 'wait' else 'false'}",
+            added_seconds=drain_seconds,
+        )
 
     def start(self) -> None:
         """Begin an update."""
@@ -105,9 +116,14 @@ class EngineControl:
         """Complete an update; from now on the engine labels every token with `version`."""
         self._call("finish", "POST", "/finish_weight_update", {"weight_version": str(version)})
 
-    def reset_prefix_cache(self) -> None:
-        """Discard the cached blocks that were computed with the old weights."""
-        answer = self._call("reset prefix cache", "POST", "/reset_prefix_cache")
+    def reset_prefix_cache(self, *, with_running: bool = False) -> None:
+        """Discard the cached blocks that were computed with the old weights.
+
+        Args:
+            with_running: also those of requests in flight, which compute them again.
+        """
+        path = f"/reset_prefix_cache{'?reset_running_requests=true' if with_running else ''}"
+        answer = self._call("reset prefix cache", "POST", path)
         if answer.get("success") is not True:
             raise SyncError(
                 f"engine {self.url}, reset prefix cache: expected success, got {answer}; "
@@ -119,13 +135,20 @@ class EngineControl:
         self._call("resume", "POST", "/resume")
 
     def _call(
-        self, phase: str, method: str, path: str, body: dict[str, Any] | None = None
+        self,
+        phase: str,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        added_seconds: float = 0.0,
     ) -> dict[str, Any]:
+        timeout = self._timeout_seconds + added_seconds
         try:
-            response = self._client.request(method, path, json=body)
+            response = self._client.request(method, path, json=body, timeout=timeout)
         except httpx.TimeoutException as error:
             raise SyncError(
-                f"engine {self.url}, {phase}: expected an answer within {self._timeout_seconds} s, "
+                f"engine {self.url}, {phase}: expected an answer within {timeout} s, "
                 f"got none ({type(error).__name__}); change sync.timeout_seconds"
             ) from error
         except httpx.HTTPError as error:

@@ -24,11 +24,16 @@ from megatron_rl.engine.http import authorization, reason_of, tls_context
 from megatron_rl.engine.requests import Completion, GenerateRequest
 from megatron_rl.errors import EngineError
 
-POISONED = "weights_poisoned"  # error type of engine/gate.py; a retry cannot succeed
+# Error types of engine/gate.py: a retry cannot succeed, or succeeds after the update.
+POISONED, UPDATING = "weights_poisoned", "weights_updating"
 
 
 class TransientError(Exception):
     """A request failed, but a retry may succeed; the message says what happened."""
+
+
+class UpdatingError(Exception):
+    """The engine's weights are being updated; it answers after that."""
 
 
 class SamplingClient:
@@ -40,6 +45,7 @@ class SamplingClient:
     Raises:
         TransientError: from every call, if the connection broke, the engine answered with a status
             of 500 or above, or a sample was aborted.
+        UpdatingError: from every call, while the engine's weights are being updated.
         EngineError: from every call, if the engine refused the request, is poisoned, sent an
             invalid answer, or did not answer within `rollout.request_timeout_seconds`.
     """
@@ -88,6 +94,8 @@ class SamplingClient:
             raise TransientError(repr(error)) from error
         if response.status_code >= 400:
             reason = f"status {reason_of(response)}"
+            if response.status_code == httpx.codes.CONFLICT and UPDATING in response.text:
+                raise UpdatingError(reason)
             if response.status_code < 500 or POISONED in response.text:
                 raise EngineError(f"engine {self.url}, {what}: {reason}")
             raise TransientError(reason)

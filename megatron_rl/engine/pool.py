@@ -21,11 +21,12 @@ from typing import TypeVar
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.http_sampling import SamplingClient, TransientError
+from megatron_rl.engine.http_sampling import SamplingClient, TransientError, UpdatingError
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
 from megatron_rl.errors import EngineError
 
 CHECK_SECONDS = 0.5  # between checks of the engines' processes
+UPDATE_SECONDS = 0.2  # between requests to an engine whose weights are being updated
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 8.0
 
@@ -102,33 +103,40 @@ class HttpEnginePool:
         ]
         return asyncio.run(self._run(jobs))
 
-    async def _run(self, jobs: Sequence[Callable[[_RoutedSampler], Awaitable[T]]]) -> list[T]:
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[_RoutedSampler]:
+        """A sampler whose connections stay open until the context ends; inside one event loop."""
         clients = [
             SamplingClient(address, self._config, self._end_token_ids)
             for address in self._addresses
         ]
         router = _Router(clients, self._config.max_in_flight, self._first)
-        sampler = _RoutedSampler(clients, router, self._config.max_retries, self._check)
-        tasks = [asyncio.ensure_future(job(sampler)) for job in jobs]
-        results = asyncio.gather(*tasks)
-        watcher = asyncio.create_task(self._watch())
         try:
-            await asyncio.wait({results, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if watcher.done():
-                watcher.result()  # raises: the watcher never returns
-            return await results
+            yield _RoutedSampler(clients, router, self._config.max_retries, self._check)
         finally:
-            for task in (*tasks, watcher):
-                task.cancel()
-            await asyncio.gather(results, *tasks, watcher, return_exceptions=True)
             for client in clients:
                 await client.close()
 
-    async def _watch(self) -> None:
-        """Raise EngineError as soon as an engine's process has died."""
+    async def watch(self) -> None:
+        """Raise EngineError as soon as an engine's process has died; returns never."""
         while True:
             self._check()
             await asyncio.sleep(CHECK_SECONDS)
+
+    async def _run(self, jobs: Sequence[Callable[[_RoutedSampler], Awaitable[T]]]) -> list[T]:
+        async with self.session() as sampler:
+            tasks = [asyncio.ensure_future(job(sampler)) for job in jobs]
+            results = asyncio.gather(*tasks)
+            watcher = asyncio.create_task(self.watch())
+            try:
+                await asyncio.wait({results, watcher}, return_when=asyncio.FIRST_COMPLETED)
+                if watcher.done():
+                    watcher.result()  # raises: the watcher never returns
+                return await results
+            finally:
+                for task in (*tasks, watcher):
+                    task.cancel()
+                await asyncio.gather(results, *tasks, watcher, return_exceptions=True)
 
 
 class _Router:
@@ -191,7 +199,7 @@ class _RoutedSampler:
                 await asyncio.sleep(min(pause, MAX_BACKOFF_SECONDS))
                 self._check()
             try:
-                return await attempt()
+                return await _after_update(attempt)
             except TransientError as error:
                 failure = str(error)
         # Connections break before the guard notices that its engine is dead. The guard's report is
@@ -202,6 +210,17 @@ class _RoutedSampler:
             f"{what}: failed {self._max_retries + 1} times "
             f"(rollout.max_retries={self._max_retries}), the last time with {failure}"
         )
+
+
+async def _after_update(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Attempt again for as long as the engine's weights are being updated. The engine ends an
+    update that takes too long (engine/gate.py), and then refuses with another error.
+    """
+    while True:
+        try:
+            return await attempt()
+        except UpdatingError:
+            await asyncio.sleep(UPDATE_SECONDS)
 
 
 async def _score(

@@ -7,6 +7,7 @@ An environment uses a `Sampler`. The code that runs environments uses an `Engine
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -92,6 +93,18 @@ class EnginePool(Protocol):
         Raises:
             EngineError: an engine died, refused a request, or gave an invalid answer. The first
                 exception of a job cancels the others.
+        """
+        ...
+
+    def session(self) -> AbstractAsyncContextManager[Sampler]:
+        """A sampler for requests that begin and end at any time, inside one event loop."""
+        ...
+
+    async def watch(self) -> None:
+        """Run beside a session; returns never.
+
+        Raises:
+            EngineError: an engine's process has died.
         """
         ...
 

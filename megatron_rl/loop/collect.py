@@ -12,7 +12,7 @@ which replica kept them. Dropped groups still count towards the mean discrepancy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,7 @@ from megatron_rl.config import Config, ObjectiveConfig, RewardConfig
 from megatron_rl.loop.replicas import Replicas
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.advantage import group_advantages, reward_deviations
+from megatron_rl.observe.metrics import Metric, merge
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import JudgedGroup, SampledStep, Score, ScoredGroup
 from megatron_rl.reward.overlong import overlong_penalty
@@ -44,6 +45,7 @@ def collect_step(
     """
     loop, dynamic = config.loop, config.loop.dynamic_sampling
     groups: list[JudgedGroup] = []
+    metrics: dict[str, Metric] = {}
     num_kept = num_prompts = num_rounds = 0
     while num_kept < loop.prompts_per_step and num_rounds < dynamic.max_rounds:
         request = RolloutRequest(
@@ -52,14 +54,17 @@ def collect_step(
             num_prompts=loop.prompts_per_step - num_kept,
             weight_version=state.published_version,
         )
-        of_round, counts, is_whole_step = _take(source, replicas, request, config, phase)
+        of_round, of_source, counts, is_whole_step = _take(source, replicas, request, config, phase)
         groups += of_round
+        metrics = merge([metrics, of_source])
         num_prompts += counts[0]
         num_rounds += counts[1]
         num_kept += counts[2]
         if is_whole_step or not dynamic.enabled:
             break
-    return SampledStep(groups=tuple(groups), num_prompts=num_prompts, num_rounds=num_rounds)
+    return SampledStep(
+        groups=tuple(groups), num_prompts=num_prompts, num_rounds=num_rounds, metrics=metrics
+    )
 
 
 def _take(
@@ -68,25 +73,27 @@ def _take(
     request: RolloutRequest,
     config: Config,
     phase: Phase,
-) -> tuple[list[JudgedGroup], tuple[int, int, int], bool]:
-    """This replica's groups of one round, and, on every rank, the numbers of prompts, rounds and
-    kept groups over all replicas, and whether these are all groups of the step.
+) -> tuple[list[JudgedGroup], Mapping[str, Metric], tuple[int, int, int], bool]:
+    """This replica's groups of one round and its source's metrics; and, on every rank, the numbers
+    of prompts, rounds and kept groups over all replicas, and whether these are all groups of the
+    step.
 
     Every round ends with a collective, so that no rank waits in one for longer than a round takes.
     """
     groups: list[JudgedGroup] = []
+    metrics: Mapping[str, Metric] = {}
     counts, is_whole_step = (0, 0, 0), False
     if source is not None:
         taken = source.take(request)
         groups = [judge(scored, config) for scored in taken.groups]
         counts = (taken.num_prompts, taken.num_rounds, sum(any(each.is_kept) for each in groups))
-        is_whole_step = taken.is_whole_step
+        is_whole_step, metrics = taken.is_whole_step, taken.metrics
     with phase("rollout"):  # the seconds in which a replica waits for the slowest one
         if source is not None:
             num_kept = torch.tensor([counts[2]], dtype=torch.float64)
             counts = (*counts[:2], int(replicas.reducer()(num_kept, "sum")))
         counts, is_whole_step = replicas.from_replica_head((counts, is_whole_step))
-    return groups, counts, is_whole_step
+    return groups, metrics, counts, is_whole_step
 
 
 def judge(scored: ScoredGroup, config: Config) -> JudgedGroup:

@@ -15,6 +15,7 @@ from megatron_rl.learner.batch.deal import by_sample
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.checkpoint import save_checkpoint
+from megatron_rl.loop.ahead import is_ahead, save_ahead
 from megatron_rl.loop.hf_checkpoints import hf_folder
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.schedule import should_save, should_save_hf
@@ -23,6 +24,7 @@ from megatron_rl.loop.stop import forget_request, is_asked_to_stop
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import RecomputedRow, SampledStep
 from megatron_rl.rollout.recording import write_recomputed, write_step
+from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.rollout.writer import RolloutWriter
 from megatron_rl.weights.huggingface import write_checkpoint
 
@@ -72,6 +74,7 @@ def save_step(
     state: LoopState,
     config: Config,
     inputs: Inputs,
+    source: RolloutSource | None,
     writer: RolloutWriter,
     phase: Phase,
 ) -> bool:
@@ -80,6 +83,7 @@ def save_step(
     step (`loop/stop.py`); then the first of them is due. A collective over all ranks.
 
     Args:
+        source: on the heads of the replicas; None elsewhere.
         inputs: of `loop/inputs.py`, with which a resumed run compares its own.
         writer: of the rollouts, which must be on disk before a checkpoint.
     """
@@ -89,6 +93,8 @@ def save_step(
         with phase("checkpoint"):
             learner.onload()
             writer.wait()  # a run that resumes here finds the rollouts of every step
+            if is_ahead(config):
+                save_ahead(source, state, config, learner.parallel)
             save_checkpoint(
                 run_dir / "checkpoints",
                 learner.trained,

@@ -102,6 +102,7 @@ def rollout_metrics(
             own = [each for each in groups if each.group.prompt.source == source]
             rewards = [s.reward for each in own for s in each.scores if s.failure is None]
             metrics[f"reward/{source}/mean"] = mean_of(rewards)
+    metrics |= sampled.metrics
     return metrics | {
         f"reward/verifier/{name}/mean": mean_of(rewards)
         for name, rewards in rewards_apart(scored, verifiers_apart(verifiers)).items()

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_rl.config import Config, RewardTerm
 from megatron_rl.config.file import replaced_keys, save_config
@@ -27,6 +26,7 @@ from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
+from megatron_rl.loop.ahead import AHEAD, check_ledger, is_ahead
 from megatron_rl.loop.engines import RunEngines
 from megatron_rl.loop.evaluate import Evaluator
 from megatron_rl.loop.expected import MAX_ANSWERS, try_expected_answers
@@ -34,6 +34,7 @@ from megatron_rl.loop.hf_checkpoints import forget_later_hf
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
+from megatron_rl.loop.sources import replay_source, sampling_source
 from megatron_rl.loop.state import LoopState, initial_state
 from megatron_rl.loop.stop import forget_request
 from megatron_rl.observe.recorder import Recorder
@@ -41,9 +42,7 @@ from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.process.command import Progress
 from megatron_rl.process.node import this_node
 from megatron_rl.reward.score import Scorer
-from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.recording import truncate_after
-from megatron_rl.rollout.replay import ReplaySource
 from megatron_rl.rollout.single_turn import SingleTurn
 from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.rollout.writer import RolloutWriter
@@ -116,19 +115,11 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         learner = _build_learner(config, checked, parallel)
         if checked.checkpoint is not None:
             state.load_state_dict(load_checkpoint(checked.checkpoint, learner.trained))
+            check_ledger(state, config)
         if is_first and not config.replay:
             _forget_later_steps(run_dir, state.step)
-        recorder = stack.enter_context(
-            Recorder(
-                run_dir,
-                rank=parallel.rank,
-                num_steps=config.loop.num_steps,
-                last_step=-1 if checked.checkpoint is None else state.step,
-                config=config,
-            )
-        )
-        keep = config.rollout.keep_steps
-        writer = stack.enter_context(RolloutWriter(run_dir / "rollouts", keep=keep))
+        recorder = stack.enter_context(_recorder(config, checked, parallel, state))
+        writer = stack.enter_context(_writer(config))
         scorer = None
         if parallel.is_replica_head and not config.replay:
             # Its processes import their verifiers while the engines load.
@@ -141,7 +132,15 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             tried = try_expected_answers(expected, verifiers, scorer.rejections)
         addresses = [] if config.replay else engines.addresses(parallel)
         source, evaluator, link = _connect(
-            config, checked, parallel, stopwatch, scorer, addresses, engines=engines, stack=stack
+            config,
+            checked,
+            parallel,
+            stopwatch,
+            scorer,
+            addresses,
+            state=state,
+            engines=engines,
+            stack=stack,
         )
         contributor = None if link else _contributor(config, parallel, stack)
         _tell_resumption(checked, state, recorder)
@@ -181,6 +180,20 @@ def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Le
     )
 
 
+def _recorder(config: Config, checked: Preflight, parallel: Parallel, state: LoopState) -> Recorder:
+    return Recorder(
+        Path(config.run_dir),
+        rank=parallel.rank,
+        num_steps=config.loop.num_steps,
+        last_step=-1 if checked.checkpoint is None else state.step,
+        config=config,
+    )
+
+
+def _writer(config: Config) -> RolloutWriter:
+    return RolloutWriter(Path(config.run_dir) / "rollouts", keep=config.rollout.keep_steps)
+
+
 def _tell_resumption(checked: Preflight, state: LoopState, recorder: Recorder) -> None:
     if checked.checkpoint is None:
         return
@@ -196,6 +209,7 @@ def _forget_later_steps(run_dir: Path, step: int) -> None:
     truncate_after(run_dir / "rollouts", step)
     for folder in (run_dir / "rollouts" / "eval").glob("**"):  # of the sets, too
         truncate_after(folder, step)
+    truncate_after(run_dir / AHEAD, step)
     cut_sync_log(run_dir / SYNC_LOG, step)
     forget_later_hf(run_dir, step)
 
@@ -208,19 +222,16 @@ def _connect(
     scorer: Scorer | None,
     addresses: Sequence[EngineAddress],
     *,
+    state: LoopState,
     engines: RunEngines,
     stack: ExitStack,
 ) -> tuple[RolloutSource | None, Evaluator | None, EngineLink | None]:
     """The source, evaluator and link with which this rank talks to the engines; None where the rank
     does not need one.
     """
-    wanted: dict[str, Any] = {
-        "num_logprobs": config.objective.score_centering.num_requested,
-        "routed": checked.geometry if config.learner.moe.routing_replay == "rollout" else None,
-    }
+    routed = checked.geometry if config.learner.moe.routing_replay == "rollout" else None
     if config.replay and parallel.is_replica_head:
-        replay = ReplaySource(Path(config.replay), config.loop, share=parallel.share, **wanted)
-        return replay, None, None
+        return replay_source(config, parallel, routed=routed), None, None
     if scorer is None:
         return None, None, None
 
@@ -235,17 +246,18 @@ def _connect(
         check=engines.check,
     )
     environment = SingleTurn(decode)
-    source = LiveSource(
+    source = sampling_source(
         checked.stream.prompts,
         environment,
         pool,
         partial(scorer.score, with_group_verifier=True),
-        sampling=config.rollout.sampling,
-        num_samples=config.loop.samples_per_prompt,
-        seed=config.loop.seed,
-        share=parallel.share,
+        state=state,
+        config=config,
+        parallel=parallel,
         time=stopwatch.time,
-        **wanted,
+        is_changed=bool(checked.changes),
+        stack=stack,
+        routed=routed,
     )
     evaluator = Evaluator(
         pool=pool,
@@ -285,6 +297,7 @@ def _publisher(config: Config, addresses: Sequence[EngineAddress], parallel: Par
         config.sync,
         wire_dtype=DTYPES[config.rollout.dtype],  # the engines'
         sources=_sources(config, parallel),
+        drain_seconds=_drain_seconds(config),
     )
 
 
@@ -293,7 +306,12 @@ def _sources(config: Config, parallel: Parallel) -> Sources | None:
     if not has_many_sources(config.sync.transport) or not parallel.is_weight_source:
         return None
     group = parallel.host.pp if parallel.pp_size > 1 else None
-    return Sources(group, config.sync.timeout_seconds)
+    return Sources(group, config.sync.timeout_seconds + _drain_seconds(config))
+
+
+def _drain_seconds(config: Config) -> float:
+    """The longest time until requests end that are in flight when weights are published."""
+    return config.rollout.request_timeout_seconds if is_ahead(config) else 0.0
 
 
 def _contributor(config: Config, parallel: Parallel, stack: ExitStack) -> Contributor | None:

@@ -5,13 +5,14 @@ saved with every checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rl.config import ConstraintConfig
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.objective.dual_watch import DualWatch
 from megatron_rl.objective.tolerance import CalibratedTolerance
+from megatron_rl.rollout.ledger import Ledger
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +29,9 @@ class LoopState:
     # the step after which the engines' current weights were published; not saved, because a resumed
     # run publishes its weights before it samples
     published_version: int = 0
+    # of a run that samples ahead, when its last checkpoint was written; otherwise every prompt
+    # before `next_prompt` is used and no other
+    ledger: Ledger = field(default_factory=Ledger)
 
     def steps(self, num_steps: int) -> Iterator[int]:
         """Increment `step` up to `num_steps` and yield each remaining step."""
@@ -40,6 +44,7 @@ class LoopState:
         return {
             "step": self.step,
             "next_prompt": self.next_prompt,
+            "used_ahead": list(self.ledger.ahead),
             "dual": self.dual.state_dict(),
         }
 
@@ -51,6 +56,8 @@ class LoopState:
         """
         self.step = state["step"]
         self.next_prompt = state["next_prompt"]
+        # absent from older checkpoints
+        self.ledger = Ledger(first=self.next_prompt, ahead=tuple(state.get("used_ahead", ())))
         self.dual.load_state_dict(state["dual"])
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_rl.engine.requests import Completion
 from megatron_rl.records import Rollout, RolloutHead
+from megatron_rl.rollout.heads import joined_heads
 
 
 class Episode:
@@ -91,16 +92,6 @@ class Episode:
             finish_reason=finish_reason,
             text=text,
             engine=self._engine,
-            head=_joined(self._heads),
+            head=joined_heads(self._heads),
             routes=self._routes,
         )
-
-
-def _joined(heads: Sequence[RolloutHead]) -> RolloutHead | None:
-    """The heads of all turns, one after another."""
-    if not heads:
-        return None
-    return RolloutHead(
-        token_ids=np.concatenate([head.token_ids for head in heads]),
-        logprobs=np.concatenate([head.logprobs for head in heads]),
-    )

@@ -1,5 +1,5 @@
-"""Checks that rollouts hold the heads that score centering needs, and removes those that it does
-not.
+"""Checks that rollouts hold the heads that score centering needs, joins the heads of the turns of
+an episode, and removes those that are not needed.
 """
 
 from __future__ import annotations
@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from megatron_rl.errors import DataError
-from megatron_rl.records import Rollout, RolloutGroup, ScoredGroup
+from megatron_rl.records import Rollout, RolloutGroup, RolloutHead, ScoredGroup
 
 
 def check_heads(groups: Iterable[RolloutGroup], num_logprobs: int, where: str) -> None:
@@ -35,6 +37,16 @@ def check_heads(groups: Iterable[RolloutGroup], num_logprobs: int, where: str) -
                     f"{num_tokens} response tokens, got "
                     f"{'none' if found is None else f'{found[1]} for each of {found[0]}'}"
                 )
+
+
+def joined_heads(heads: Sequence[RolloutHead]) -> RolloutHead | None:
+    """The heads of several pieces of one response, one after another; None if there are none."""
+    if not heads:
+        return None
+    return RolloutHead(
+        token_ids=np.concatenate([head.token_ids for head in heads]),
+        logprobs=np.concatenate([head.logprobs for head in heads]),
+    )
 
 
 def without_heads(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:

@@ -153,15 +153,21 @@ def run_episodes(
     """
     return pool.run(
         [
-            partial(_sample_group, environment, prompt, request)
+            partial(sample_group, environment, prompt, request)
             for prompt, request in zip(prompts, requests, strict=True)
         ]
     )
 
 
-async def _sample_group(
+async def sample_group(
     environment: Environment, prompt: Prompt, request: EpisodeRequest, sampler: Sampler
 ) -> RolloutGroup:
+    """The rollouts of one prompt that the request asks for.
+
+    Raises:
+        EngineError: see `Sampler.generate`.
+        ValueError: the environment returned a wrong number of rollouts.
+    """
     rollouts = await environment.rollouts(prompt, request, sampler)
     if len(rollouts) != request.num_samples:
         raise ValueError(

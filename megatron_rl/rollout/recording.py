@@ -114,6 +114,11 @@ def read_step(folder: Path, step: int) -> list[ScoredGroup]:
     return sorted(scored, key=lambda each: each.group.prompt.index)
 
 
+def has_step(folder: Path, step: int) -> bool:
+    """Whether a step was recorded."""
+    return (folder / f"step_{step:06d}.rank0.safetensors").is_file()
+
+
 def read_samples(folder: Path, step: int) -> list[dict[str, Any]]:
     """All ranks' samples of a step, sorted by prompt and sample index: the keys of the JSONL file,
     `token_ids`, `loss_mask`, `rollout_logprobs` and `weight_versions` as arrays [L], `head` and

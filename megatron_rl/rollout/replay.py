@@ -25,6 +25,8 @@ class ReplaySource:
             replica's first item and the number of its items.
         num_logprobs: K of the heads that the rollouts must have; 0: heads are left out.
         routed: the model whose experts the rollouts must tell; None: they need not.
+        is_any_order: whether the other run may have used prompts in another order than that of the
+            stream, as one does that samples ahead.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class ReplaySource:
         share: Callable[[int], tuple[int, int]],
         num_logprobs: int = 0,
         routed: Geometry | None = None,
+        is_any_order: bool = False,
     ) -> None:
         self._folder = folder
         self._config = config
         self._share = share
         self._num_logprobs = num_logprobs
         self._routed = routed
+        self._is_any_order = is_any_order
 
     def take(self, request: RolloutRequest) -> TakenRollouts:
         """This replica's share of all rollouts that were recorded for `request.step`. With dynamic
@@ -71,8 +75,9 @@ class ReplaySource:
         indices = [each.group.prompt.index for each in scored]
         sizes = [len(each.group.rollouts) for each in scored]
         is_dynamic = config.dynamic_sampling.enabled
+        in_order = list(range(request.first_prompt, request.first_prompt + len(scored)))
         is_right = (
-            indices == list(range(request.first_prompt, request.first_prompt + len(scored)))
+            (indices == in_order or self._is_any_order)
             and all(size == config.samples_per_prompt for size in sizes)
             and len(scored) >= config.prompts_per_step
             and (is_dynamic or len(scored) == config.prompts_per_step)

@@ -58,6 +58,13 @@ def evaluation_seeds(run_seed: int, indices: Mapping[str, Sequence[int]]) -> dic
     return seeds
 
 
+def piece_seed(seed: int, piece: int) -> int:
+    """The seed of piece 1, 2, ... of a sample that is sampled by several requests, from the seed of
+    the sample: 63 bits. Its random numbers do not repeat those of the first piece.
+    """
+    return _hash(seed, piece) % 2**63
+
+
 def _seed(place: int, high: int) -> int:
     return (high % 2**31) << 32 | (place % _NUM_PLACES) << SAMPLE_BITS
 

@@ -1,12 +1,14 @@
 """The interface from which a training step gets its scored rollouts. `rollout/live.py` samples
-them, `rollout/replay.py` reads recorded ones.
+them, `rollout/buffer.py` samples them ahead, `rollout/replay.py` reads recorded ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from megatron_rl.observe.metrics import Metric
 from megatron_rl.records import ScoredGroup
 
 
@@ -35,6 +37,8 @@ class TakenRollouts:
     num_prompts: int  # of all replicas together
     num_rounds: int  # 1 if they were sampled, 0 if they were read from a recording
     is_whole_step: bool  # True if the source has no further rollouts for this step
+    # of this replica, to be reduced over the replicas; the same keys on all of them
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
 
 class RolloutSource(Protocol):

@@ -86,6 +86,7 @@ class Publisher:
             them unchanged.
         sources: the processes that send tensors, of which this is source 0; None: it is the only
             one.
+        drain_seconds: added to the timeout of the pause, in which requests end that are in flight.
         control: creates the client of an engine's weight routes from its address and the timeout.
     """
 
@@ -96,6 +97,7 @@ class Publisher:
         *,
         wire_dtype: torch.dtype | None,
         sources: Sources | None = None,
+        drain_seconds: float = 0.0,
         control: Callable[[EngineAddress, float], EngineControl] = EngineControl,
     ) -> None:
         if not addresses:
@@ -105,6 +107,8 @@ class Publisher:
         self._transport_name = config.transport
         self._hosts = tuple(urlsplit(address.url).hostname or HOST for address in addresses)
         self._sources = sources or Sources(None, config.timeout_seconds)
+        self._running_requests = config.running_requests
+        self._drain_seconds = drain_seconds
         self._sender = sender_class(self._transport_name)(
             source=0,
             num_sources=self._sources.count,
@@ -160,7 +164,7 @@ class Publisher:
             with _timed(seconds, "finish"):
                 self._on_all(lambda engine: engine.finish(version))
             with _timed(seconds, "reset"):
-                self._on_all(lambda engine: engine.reset_prefix_cache())
+                self._on_all(self._reset)
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             self._on_all(lambda engine: engine.abandon(reason))
@@ -215,10 +219,23 @@ class Publisher:
         was_paused = dict(zip(self._engines, self._on_all(lambda engine: engine.is_paused())))
         try:
             with _timed(seconds, "pause"):
-                self._on_all(lambda engine: engine.pause())
+                self._on_all(self._pause_one)
         except SyncError:
             self._on_all(lambda engine: None if was_paused[engine] else _resume_whole(engine))
             raise
+
+    def _pause_one(self, engine: EngineControl) -> None:
+        if self._running_requests == "wait":
+            engine.pause(drain_seconds=self._drain_seconds)
+        else:
+            engine.pause(mode="keep")
+
+    def _reset(self, engine: EngineControl) -> None:
+        """Discard the cache of the old weights. A running request that keeps its own blocks also
+        keeps those that it shares with requests to come.
+        """
+        if self._running_requests != "keep":
+            engine.reset_prefix_cache(with_running=self._running_requests == "recompute")
 
     def _send(
         self,

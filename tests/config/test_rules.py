@@ -89,3 +89,48 @@ def test_an_update_is_taken_back_only_where_engines_score_it(
     with pytest.raises(ConfigError, match=rf"objective\.acceptance\.enabled: .*{expected}"):
         replace(config, **rest, **settings)
     replace(config, objective=ObjectiveConfig(), **rest, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sync": SyncConfig(running_requests="keep")}, "sync.running_requests: expected wait"),
+        (
+            {"rollout": RolloutConfig(max_policy_age=1), "sync": SyncConfig(every=2)},
+            "sync.every: expected 1 with rollout.max_policy_age=1",
+        ),
+        (
+            {
+                "rollout": RolloutConfig(max_policy_age=1),
+                "objective": ObjectiveConfig(acceptance=AcceptanceConfig(enabled=True)),
+            },
+            "objective.acceptance.enabled: expected false",
+        ),
+    ],
+)
+def test_rollouts_ahead_need_a_publication_in_every_step(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Config(**{"loop": LoopConfig(num_steps=20), "eval": EvalConfig(every=0), **changes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"late_groups": "drop"}, "late_groups: expected wait with hand_out=in_order"),
+        ({"tokens_per_request": 8}, "tokens_per_request: expected 0 unless"),
+        (
+            {
+                "tokens_per_request": 8,
+                "max_policy_age": 1,
+                "sampling": SamplingConfig(stop=["</answer>"]),
+            },
+            "tokens_per_request: expected 0 unless",
+        ),
+        ({"max_policy_age": -1}, "max_policy_age: expected at least 0"),
+    ],
+)
+def test_settings_of_rollouts_ahead(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RolloutConfig(**settings)

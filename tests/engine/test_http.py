@@ -24,10 +24,20 @@ CALLS: dict[str, tuple[Callable[[EngineControl], object], str, str]] = {
     ),
     "is_paused": (EngineControl.is_paused, "pause", "/is_paused"),
     "pause": (EngineControl.pause, "pause", "/pause?mode=wait&clear_cache=true"),
+    "freeze": (
+        lambda control: control.pause(mode="keep"),
+        "pause",
+        "/pause?mode=keep&clear_cache=false",
+    ),
     "start": (EngineControl.start, "start", "/start_weight_update"),
     "update": (lambda control: control.update("bucket 3", {"b": 2}), "bucket 3", "/update_weights"),
     "finish": (lambda control: control.finish(7), "finish", "/finish_weight_update"),
     "reset": (EngineControl.reset_prefix_cache, "reset prefix cache", "/reset_prefix_cache"),
+    "reset all": (
+        lambda control: control.reset_prefix_cache(with_running=True),
+        "reset prefix cache",
+        "/reset_prefix_cache?reset_running_requests=true",
+    ),
     "resume": (EngineControl.resume, "resume", "/resume"),
 }
 BODIES = {
@@ -120,3 +130,11 @@ def test_the_probe_sends_the_token_only_when_it_should() -> None:
     assert server.tokens == [None, None, "Bearer t", "Bearer t"]
     with ReadinessProbe(server.address, 5.0) as probe:
         assert not probe.is_up()
+
+
+def test_a_pause_may_take_the_time_of_the_requests_in_flight() -> None:
+    with control_of("hang", seconds=0.2) as (control, _):
+        begin = time.monotonic()
+        with pytest.raises(SyncError, match=r"within 0\.7 s"):
+            control.pause(drain_seconds=0.5)
+        assert 0.6 < time.monotonic() - begin < 2

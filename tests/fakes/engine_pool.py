@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import random
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -56,6 +57,15 @@ class FakePool:
             return await asyncio.gather(*(job(self) for job in jobs))
 
         return asyncio.run(run_all())
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Sampler]:
+        """The pool itself."""
+        yield self
+
+    async def watch(self) -> None:
+        """No engine dies."""
+        await asyncio.Event().wait()
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         """[num_samples] completions; sample j depends on the tokens and on `seed + j` alone."""

@@ -9,6 +9,7 @@ import pytest
 from megatron_rl.config import ConstraintConfig
 from megatron_rl.errors import DataError
 from megatron_rl.loop.state import initial_state
+from megatron_rl.rollout.ledger import Ledger
 
 
 def test_it_starts_with_the_settings_of_the_constraint() -> None:
@@ -69,12 +70,14 @@ def test_it_comes_back_from_a_checkpoint() -> None:
     state = initial_state(ConstraintConfig())
     next(state.steps(9))
     state.next_prompt = 64
+    state.ledger = Ledger(first=64, ahead=(66, 70))
     state.dual.update(0.5)
     saved = json.loads(json.dumps(state.state_dict()))
-    assert saved.keys() == {"step", "next_prompt", "dual"}
+    assert saved.keys() == {"step", "next_prompt", "used_ahead", "dual"}
     found = initial_state(ConstraintConfig())
     found.load_state_dict(saved)
     assert (found.step, found.next_prompt, found.dual.value) == (1, 64, state.dual.value)
+    assert found.ledger == state.ledger
     assert list(found.steps(2)) == [2]
 
 

@@ -31,6 +31,7 @@ def source(
     stop: int | None = None,
     is_dynamic: bool = False,
     num_logprobs: int = 0,
+    is_any_order: bool = False,
 ) -> RolloutSource:
     """The share is all items from `start` to `stop`."""
     config = LoopConfig(
@@ -42,7 +43,9 @@ def source(
     def share(count: int) -> tuple[int, int]:
         return start, (count if stop is None else stop) - start
 
-    return ReplaySource(folder, config, share=share, num_logprobs=num_logprobs)
+    return ReplaySource(
+        folder, config, share=share, num_logprobs=num_logprobs, is_any_order=is_any_order
+    )
 
 
 def scored(index: int) -> ScoredGroup:
@@ -69,6 +72,17 @@ def test_heads_are_replayed_if_the_objective_needs_them(tmp_path: Path) -> None:
     record(tmp_path, [make_group(index) for index in range(4, 8)])
     with pytest.raises(DataError, match=r"a head of 5 log-probs \(objective.score_.*, got none"):
         source(tmp_path, num_logprobs=5).take(REQUEST)
+
+
+def test_a_run_that_sampled_ahead_may_have_used_prompts_in_another_order(tmp_path: Path) -> None:
+    record(tmp_path, [make_group(index) for index in (4, 6, 9, 11)])
+    with pytest.raises(DataError, match="from prompt 4 on"):
+        source(tmp_path).take(REQUEST)
+    taken = source(tmp_path, is_any_order=True).take(REQUEST)
+    assert taken.groups == tuple(scored(index) for index in (4, 6, 9, 11))
+    record(tmp_path, [make_group(index) for index in (4, 6, 9)])
+    with pytest.raises(DataError, match="got 3 from prompt 4"):
+        source(tmp_path, is_any_order=True).take(REQUEST)
 
 
 def test_each_replica_gets_its_share(tmp_path: Path) -> None:

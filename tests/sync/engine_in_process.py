@@ -54,7 +54,7 @@ class InProcess:
     def is_paused(self) -> bool:
         return False
 
-    def pause(self) -> None:
+    def pause(self, *, mode: str = "wait", drain_seconds: float = 0.0) -> None:
         pass
 
     def resume(self) -> None:
@@ -84,7 +84,7 @@ class InProcess:
     def finish(self, version: int) -> None:
         self._llm.finish_weight_update(weight_version=str(version))
 
-    def reset_prefix_cache(self) -> None:
+    def reset_prefix_cache(self, *, with_running: bool = False) -> None:
         assert self._llm.reset_prefix_cache()
 
 

@@ -37,8 +37,8 @@ class FakeEngine:
     def is_paused(self) -> bool:
         return False
 
-    def pause(self) -> None:
-        self.calls.append("pause")
+    def pause(self, *, mode: str = "wait", drain_seconds: float = 0.0) -> None:
+        self.calls.append("pause" if mode == "wait" else f"pause {mode}")
 
     def start(self) -> None:
         self.calls.append("start")
@@ -70,8 +70,8 @@ class FakeEngine:
             worker.complete()
         self.version = version
 
-    def reset_prefix_cache(self) -> None:
-        self.calls.append("reset")
+    def reset_prefix_cache(self, *, with_running: bool = False) -> None:
+        self.calls.append("reset all" if with_running else "reset")
 
     def resume(self) -> None:
         self.calls.append("resume")

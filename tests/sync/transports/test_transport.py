@@ -61,7 +61,10 @@ def start() -> Iterator[Callable[..., tuple[Publisher, list[FakeEngine]]]]:
         engines = [FakeEngine(url, expected, count) for url, count in zip(URLS, NUM_WORKERS)]
         by_url = {engine.url: engine for engine in engines}
         config = SimpleNamespace(
-            transport=transport, bucket_mib=512 / 2**20, timeout_seconds=timeout
+            transport=transport,
+            bucket_mib=512 / 2**20,
+            timeout_seconds=timeout,
+            running_requests="wait",
         )
         publisher = Publisher(
             [EngineAddress(url=url, token="") for url in URLS],
