@@ -5,9 +5,8 @@ Legend of shapes, used in every docstring of the package:
 packed row, `S` packed sequences in a row, `M` micro-batches, `V` vocabulary size (of the local
 shard where a docstring says so), `H` hidden size, `K` tokens of a head.
 
-Three policies, three names, never shortened:
-`rollout_logprobs` (the engine's, when it sampled), `recomputed_logprobs` (the learner's at the
-weights before the update), `policy_logprobs` (the learner's, under gradient).
+Three policies: `rollout_logprobs` (the engine's, when it sampled), `recomputed_logprobs` (the
+learner's at the weights before the update), `policy_logprobs` (the learner's, under gradient).
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ class Rollout:
     rollout_logprobs: np.ndarray
     # [L] int32, version of the weights that sampled the token, -1 where the mask is False
     weight_versions: np.ndarray
-    finish_reason: str  # "stop": the model ended the response; "length": it reached max_tokens
+    finish_reason: str  # "stop", "length" (max_tokens); "timeout", "crash" of its environment
     text: str  # the response, decoded without special tokens
     engine: str = ""  # url of the engine that sampled it (the last one of an episode); "": unknown
     # of the response tokens, in order; None: there are no such tokens, or no head was requested
@@ -315,8 +314,7 @@ class SampledStep:
     groups: tuple[JudgedGroup, ...]  # by prompt index
     num_prompts: int  # sampled by all replicas together, whether kept or not
     num_rounds: int  # of sampling; 0 if the rollouts were read from a recording
-    # `Metric`s of this replica's source, to be reduced over the replicas
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # `Metric`s of the source
 
     def samples(self) -> list[Sample]:
         """All rollouts of this replica, group after group."""

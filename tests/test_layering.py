@@ -61,7 +61,7 @@ MAX_ROOT_FILES, MAX_IMPORT_CHAIN = 7, 10
 MAX_TRAIN_LINES = 100  # of train.py, the journey of a prompt
 MIN_DOCUMENTED = 0.9  # share of the public classes, functions and methods
 # Modules that may catch everything: commands, cleanups after a signal, and scoring processes.
-PROCESS_BOUNDARIES = {"process.command", "process.lifetime", "reward.worker"}
+PROCESS_BOUNDARIES = {"process.command", "process.lifetime", "reward.worker", "rollout.tool_worker"}
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|common|misc)(_|$)")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -42,9 +42,15 @@ from megatron_rl.config.objective import (
     KLConfig,
     ObjectiveConfig,
 )
-from megatron_rl.config.rollout import QuantizationConfig, RolloutConfig, SamplingConfig
+from megatron_rl.config.rollout import (
+    EnvironmentConfig,
+    QuantizationConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
 from megatron_rl.config.rules import require
 from megatron_rl.config.tracking import TrackingConfig
+from megatron_rl.records import MAX_SAMPLES
 
 __all__ = [
     "AcceptanceConfig",
@@ -53,6 +59,7 @@ __all__ = [
     "ConstraintConfig",
     "DataConfig",
     "DynamicSamplingConfig",
+    "EnvironmentConfig",
     "EvalConfig",
     "EvalSetConfig",
     "ImportanceConfig",
@@ -185,6 +192,12 @@ def _check_batches(
         f"eval.{key}.num_samples": each.num_samples for key, each in evaluation.used_sets().items()
     }
     for key, num_samples in together.items():
+        turns = rollout.environment.max_turns
+        require(
+            rollout.environment.name == "single_turn" or num_samples * turns <= MAX_SAMPLES,
+            f"rollout.environment.max_turns: expected at most {MAX_SAMPLES} / {key}={num_samples}, "
+            f"the seeds of a prompt, got {turns}",
+        )
         require(
             num_samples <= rollout.max_num_seqs,
             f"rollout.max_num_seqs: expected at least {key}={num_samples}, which an engine samples "

@@ -65,6 +65,7 @@ TopKTies = Literal["auto", "all", "exact"]
 Placement = Literal["auto", "share", "colocated", "nodes"]
 HandOut = Literal["in_order", "finished"]
 LateGroups = Literal["wait", "drop"]
+ENVIRONMENTS = ("single_turn", *modules_in("rollout/tools"))
 
 # objective
 OldPolicy = Literal["recomputed", "rollout"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_rl.config.choices import (
+    ENVIRONMENTS,
     DType,
     HandOut,
     LateGroups,
@@ -13,7 +14,14 @@ from megatron_rl.config.choices import (
     QuantizationStrategy,
     TopKTies,
 )
-from megatron_rl.config.rules import above_zero, at_least, literal_choices, require
+from megatron_rl.config.rules import (
+    above_zero,
+    at_least,
+    is_import_path,
+    literal_choices,
+    one_of,
+    require,
+)
 
 # Settings of sampling that training refuses, with the value that turns each off.
 _EVALUATION_ONLY = {
@@ -89,6 +97,25 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig:
+    """What produces the rollouts of a prompt: one response, or an episode of several turns."""
+
+    # single_turn; a module of rollout/tools/; or a user's "package.module:function"
+    name: str = "single_turn"
+    max_turns: int = 4  # of the policy, in an episode
+    tool_seconds: float = 5.0  # for each answer of the tool; then its episode ends as a timeout
+    episode_seconds: float = 0.0  # for an episode with its sampling; 0: no limit
+    num_workers: int = 2  # processes that run the tool, of each replica
+
+    def __post_init__(self) -> None:
+        if not is_import_path(self.name):
+            one_of("name", self.name, ENVIRONMENTS)
+        at_least(1, max_turns=self.max_turns, num_workers=self.num_workers)
+        at_least(0, episode_seconds=self.episode_seconds)
+        above_zero(tool_seconds=self.tool_seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """The engines, which the run starts or which are already running."""
 
@@ -138,6 +165,7 @@ class RolloutConfig:
     top_k_ties: TopKTies = "auto"
     extra_args: list[str] = field(default_factory=list)  # appended to the server's command line
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
 
     def __post_init__(self) -> None:
         require(

@@ -94,6 +94,11 @@ class PromptFormat:
         if self._is_chat:
             _check_template(template, self._arguments)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template is used."""
+        return self._is_chat
+
     def text(self, messages: Messages, where: str = "data") -> str:
         """The text of a prompt; without a chat template, only the contents of the messages.
 

@@ -28,6 +28,7 @@ from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.loop.ahead import AHEAD, check_ledger, is_ahead
 from megatron_rl.loop.engines import RunEngines
+from megatron_rl.loop.environments import make_environment, single_turn
 from megatron_rl.loop.evaluate import Evaluator
 from megatron_rl.loop.expected import MAX_ANSWERS, try_expected_answers
 from megatron_rl.loop.hf_checkpoints import forget_later_hf
@@ -43,7 +44,6 @@ from megatron_rl.process.command import Progress
 from megatron_rl.process.node import this_node
 from megatron_rl.reward.score import Scorer
 from megatron_rl.rollout.recording import truncate_after
-from megatron_rl.rollout.single_turn import SingleTurn
 from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.rollout.writer import RolloutWriter
 from megatron_rl.sync.contribute import Contributor
@@ -235,9 +235,6 @@ def _connect(
     if scorer is None:
         return None, None, None
 
-    def decode(token_ids: Sequence[int]) -> str:
-        return checked.tokenizer.decode(token_ids, skip_special_tokens=True)
-
     pool = HttpEnginePool(
         addresses,
         config.rollout,
@@ -245,7 +242,7 @@ def _connect(
         first=parallel.dp_rank,
         check=engines.check,
     )
-    environment = SingleTurn(decode)
+    environment = make_environment(config, checked.tokenizer, stack)
     source = sampling_source(
         checked.stream.prompts,
         environment,
@@ -283,7 +280,7 @@ def _connect(
     link = EngineLink(
         publisher=publisher,
         pool=pool,
-        environment=environment,
+        environment=single_turn(checked.tokenizer),  # of the parity probe
         prompts=checked.stream.prompts,
         log=Path(config.run_dir) / SYNC_LOG,
         check_after_failure=check_after_failure,

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_rl.config import RewardConfig
-from megatron_rl.reward.process import WorkerCrash, WorkerProcess, WorkerTimeout
+from megatron_rl.process.worker_process import WorkerCrash, WorkerProcess, WorkerTimeout
 
 
 class WorkerPool:
@@ -89,7 +89,12 @@ class WorkerPool:
                     raise RuntimeError("the scorer is closed")
                 if worker is not None:
                     self._workers.discard(worker)
-                worker = WorkerProcess(self._verifiers, self._config.group_verifier)
+                worker = WorkerProcess(
+                    "megatron_rl.reward.worker",
+                    (self._config.group_verifier, *self._verifiers),
+                    what="scoring process",
+                    key="data.tasks[].verifier",
+                )
                 self._workers.add(worker)
             self._own.worker = worker
         worker.wait_until_ready()

@@ -24,6 +24,9 @@ from megatron_rl.reward.registry import check_group_verifier, check_verifier
 logger = logging.getLogger(__name__)
 
 
+FAILED = ("timeout", "crash")  # finish reasons of episodes whose environment failed
+
+
 class Scorer:
     """Scores responses in worker processes; a context manager, callable from any thread.
 
@@ -93,10 +96,14 @@ class Scorer:
             ]
         )
         remaining = iter(judged)
+
+        def unseen(rollout: Rollout) -> Score:
+            return failed_score(rollout) if rollout.finish_reason in FAILED else cut
+
         cut = Score(reward=self._config.truncated_reward or 0.0, is_formatted=False, failure=None)
         scores = [
             tuple(
-                cut if is_unseen(rollout, self._config) else next(remaining)
+                unseen(rollout) if is_unseen(rollout, self._config) else next(remaining)
                 for rollout in group.rollouts
             )
             for group in groups
@@ -248,8 +255,17 @@ def _log_failures(
     )
 
 
+def failed_score(rollout: Rollout) -> Score:
+    """The score of an episode that its environment did not end: as of a verifier that failed."""
+    return Score(reward=0.0, is_formatted=False, failure=rollout.finish_reason)
+
+
 def is_unseen(rollout: Rollout, config: RewardConfig) -> bool:
-    """Whether a response is given `reward.truncated_reward` and not shown to a verifier."""
+    """Whether a response is not shown to a verifier: it is given `reward.truncated_reward`, or its
+    environment failed.
+    """
+    if rollout.finish_reason in FAILED:
+        return True
     return config.truncated_reward is not None and rollout.is_truncated
 
 

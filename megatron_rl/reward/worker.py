@@ -1,6 +1,6 @@
 """A scoring process: `python -m megatron_rl.reward.worker PARENT_PID GROUP_VERIFIER VERIFIER ...`.
 
-`reward/process.py` starts it; GROUP_VERIFIER is "" if there is none. Torch is never imported. The
+`reward/pool.py` starts it; GROUP_VERIFIER is "" if there is none. Torch is never imported. The
 process reads questions from standard input, one line of JSON each, and writes an answer, one line
 of JSON, to the pipe that was its standard output:
 

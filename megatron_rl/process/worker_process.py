@@ -1,13 +1,14 @@
-"""The owner's side of one scoring process and its pipe: requests with a hard time limit.
+"""The owner's side of a process that answers questions, one line of JSON each, over a pipe of its
+own: requests with a hard time limit.
 
 `multiprocessing` and pools built on it (`concurrent.futures`, loky, pebble) are not used. A spawned
 child would import the run's main module, and with it torch; a forked one would copy the locks of a
 process with many threads; and if workers share a queue, a killed worker can leave it locked. Here
 each worker has its own pipe, so that its death does not affect the others.
 
-psutil is not used to end the processes that a verifier started. One signal to the process group
-reaches all of them at once, while a walk over the process tree misses children that are started in
-the meantime.
+psutil is not used to end the processes that a user's function started. One signal to the process
+group reaches all of them at once, while a walk over the process tree misses children that are
+started in the meantime.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import TOKEN_VARIABLE
 
-STARTUP_TIMEOUT_SECONDS = 120.0  # for importing the verifiers; the first read of a disk is slow
+STARTUP_TIMEOUT_SECONDS = 120.0  # for importing functions; the first read of a disk is slow
 
 
 class WorkerTimeout(Exception):
@@ -38,26 +39,28 @@ class WorkerCrash(Exception):
 
 
 class WorkerProcess:
-    """A scoring process. It must be started from a thread that lives as long as the process is
-    needed, because the kernel ends the process together with that thread.
+    """A process. It must be started from a thread that lives as long as the process is needed,
+    because the kernel ends the process together with that thread.
 
     Args:
-        verifiers: names of the verifiers that the process imports.
-        group_verifier: name of the group verifier that the process imports; "": none.
+        module: is run with this process's id and `arguments`. Its first line of output is
+            `{"error": null}` once it is ready, or says why it is not.
+        what: names the process in errors: "scoring process".
+        key: the setting that names what the process imports.
     """
 
-    def __init__(self, verifiers: Sequence[str], group_verifier: str) -> None:
-        names = (group_verifier, *verifiers)
+    def __init__(self, module: str, arguments: Sequence[str], *, what: str, key: str) -> None:
+        self._what, self._key = what, key
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_rl.reward.worker", str(os.getpid()), *names],
+            [sys.executable, "-m", module, str(os.getpid()), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             # A separate process group: Ctrl-C reaches only the run, and killing the group also ends
-            # the processes that a verifier started.
+            # the processes that it started.
             start_new_session=True,
             env={
-                # A verifier runs on text that a model generated; it must not reach the engines.
+                # It works on text that a model generated; it must not reach the engines.
                 **{name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
                 "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
                 "OMP_NUM_THREADS": "1",
@@ -74,24 +77,24 @@ class WorkerProcess:
         return self._process.poll() is None
 
     def wait_until_ready(self) -> None:
-        """Wait until the verifiers are imported.
+        """Wait until the process is ready.
 
         Raises:
-            ConfigError: a verifier could not be imported, or the process did not start.
+            ConfigError: a function could not be imported, or the process did not start.
         """
         if self._is_ready:
             return
         try:
             error = self._exchange(b"", STARTUP_TIMEOUT_SECONDS)["error"]
         except (WorkerTimeout, WorkerCrash) as failure:
-            error = f"data.tasks[].verifier: expected a scoring process that starts, got: {failure}"
+            error = f"{self._key}: expected a {self._what} that starts, got: {failure}"
         if error is not None:
             self.kill()
             raise ConfigError(error)
         self._is_ready = True
 
     def request(self, question: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
-        """Sends one question and waits for its answer; both are described in `reward/worker.py`.
+        """Sends one question and waits for its answer; both are described in `module`.
 
         Raises:
             WorkerTimeout, WorkerCrash: the process has ended; start another one.
@@ -134,11 +137,11 @@ class WorkerProcess:
                     incoming += received
             except BrokenPipeError:
                 self.kill()
-                raise WorkerCrash(_how_it_ended(self._process.returncode)) from None
+                raise WorkerCrash(self._how_it_ended()) from None
         return json.loads(incoming)
 
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"the scoring process exited with code {code}"
-    return f"the scoring process was killed by {signal.Signals(-code).name}"
+    def _how_it_ended(self) -> str:
+        code = self._process.returncode
+        if code >= 0:
+            return f"the {self._what} exited with code {code}"
+        return f"the {self._what} was killed by {signal.Signals(-code).name}"
