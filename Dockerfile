@@ -20,4 +20,9 @@ WORKDIR /workspace
 # and this package are built against it.
 RUN pip install --no-cache-dir "setuptools>=77,<81" wheel ninja packaging torch==2.13.0
 COPY . .
+# Transformer Engine's part for torch is source, and is compiled against this torch.
+RUN grep -v '^transformer-engine-torch==' requirements/gpu.lock > /tmp/wheels.txt \
+    && pip install --no-cache-dir --no-deps -r /tmp/wheels.txt \
+    && pip install --no-cache-dir --no-deps --no-build-isolation \
+        "$(grep -o '^transformer-engine-torch==[^ ;]*' requirements/gpu.lock)"
 RUN MEGATRON_RL_CUDA=1 pip install --no-cache-dir --no-build-isolation ".[gpu,test]"

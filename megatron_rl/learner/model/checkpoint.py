@@ -34,6 +34,11 @@ from megatron_rl.errors import DataError
 from megatron_rl.learner.model import checkpoint_files
 from megatron_rl.learner.model.checkpoint_files import STATE
 from megatron_rl.learner.model.export import tensor_shapes
+from megatron_rl.learner.model.optimizer_state import (
+    load_optimizer,
+    load_settings,
+    sharded_optimizer,
+)
 from megatron_rl.learner.model.training_model import TrainingModel
 
 if TYPE_CHECKING:
@@ -129,13 +134,18 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
     state = _read_state(folder, _kind(trained))
     with _reading(folder):
         loaded = _load(_sharded_state(trained, is_loading=True), folder)
+        if _has_distributed_optimizer(trained):
+            load_optimizer(trained.optimizer, _sharded_model(trained.modules), folder)
         random_state = _read_random_state(folder, trained, state["world_size"])
     _load_parts(trained.modules, loaded["model"])
     settings = [
         {key: value for key, value in group.items() if key not in ("params", "step")}
         for group in trained.optimizer.param_groups
     ]
-    trained.optimizer.load_state_dict(loaded["optimizer"])
+    if _has_distributed_optimizer(trained):
+        load_settings(trained.optimizer, loaded["optimizer"])
+    else:
+        trained.optimizer.load_state_dict(loaded["optimizer"])
     for group, of_config in zip(trained.optimizer.param_groups, settings, strict=True):
         group.update(of_config)
     trained.scheduler.load_state_dict(state["scheduler"])
@@ -203,12 +213,24 @@ def _sharded_model(parts: Sequence[GPTModel]) -> dict[str, Any]:
 
 def _sharded_state(trained: TrainingModel, *, is_loading: bool) -> dict[str, Any]:
     model = _sharded_model(trained.modules)
+    if _has_distributed_optimizer(trained):
+        # While loading, the optimizer's tensors are read afterwards, a part of them at a time.
+        return (
+            {"model": model}
+            if is_loading
+            else {
+                "model": model,
+                "optimizer": sharded_optimizer(trained.optimizer, model),
+            }
+        )
     optimizer = trained.optimizer.sharded_state_dict(
-        model,
-        is_loading=is_loading,
-        metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+        model, is_loading=is_loading, metadata={"chained_optim_avoid_prefix": True}
     )
     return {"model": model, "optimizer": optimizer}
+
+
+def _has_distributed_optimizer(trained: TrainingModel) -> bool:
+    return trained.parts[0].ddp_config.use_distributed_optimizer
 
 
 def _write_parts(folder: Path, trained: TrainingModel) -> None:
@@ -267,7 +289,7 @@ def _kind(trained: TrainingModel) -> dict[str, Any]:
     geometry = asdict(trained.geometry)
     return geometry | {
         "dtype": str(trained.parts[0].config.params_dtype),
-        "has_distributed_optimizer": trained.parts[0].ddp_config.use_distributed_optimizer,
+        "has_distributed_optimizer": _has_distributed_optimizer(trained),
     }
 
 
@@ -329,5 +351,5 @@ def _bytes_per_parameter(trained: TrainingModel) -> int:
     optimizer updates the model's weights directly; otherwise it has separate main weights.
     """
     dtype: torch.dtype = trained.parts[0].config.params_dtype
-    is_main = dtype == torch.float32 and not trained.parts[0].ddp_config.use_distributed_optimizer
+    is_main = dtype == torch.float32 and not _has_distributed_optimizer(trained)
     return BYTES_PER_PARAMETER + (0 if is_main else dtype.itemsize)
