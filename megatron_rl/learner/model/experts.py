@@ -8,7 +8,7 @@ float32. No token is dropped: an expert takes as many as it is sent.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +71,10 @@ def use_row_routing(layer: Any, geometry: Geometry) -> None:
         return
     if is_cpu_run():
         run_experts_on_cpu()
-    layer.mlp.submodules.router = row_router()
+    # The spec of the layer in release 0.16, in 0.19 a function with the same submodules.
+    spec = layer.mlp
+    submodules = spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+    submodules.router = row_router()
     # The keys of a checkpoint are those of Transformer Engine's layers, in which the norm before
     # the experts is a module of its own.
     names = layer.sharded_state_dict_keys_map

