@@ -72,11 +72,16 @@ def test_random_episodes_stay_aligned(seed: int) -> None:
         assert len(ids) <= len(PROMPT_IDS) + max_tokens
         assert (rollout.weight_versions == np.where(mask, seed, -1)).all()
         assert ((rollout.rollout_logprobs < 0) <= mask).all()
-        # The tokens around a reply are never the policy's, and the policy's are never masked.
-        assert not mask[np.isin(ids, (BEFORE, AFTER))].any()
-        last = ids[np.flatnonzero(~mask)[-1] + 1 :]
-        said = last[:-1] if last[-1] == STOP else last
-        assert rollout.text == decode(said.tolist())
+        # Each masked piece is the whole reply to the policy's piece before it.
+        edges = np.flatnonzero(np.diff(mask)) + 1
+        pieces = [tuple(each.tolist()) for each in np.split(ids, edges)][1:]
+        turns = [piece[:-1] if piece[-1] == STOP else piece for piece in pieces[::2]]
+        assert rollout.text == decode(turns[-1])
+        assert len(turns) == len(pieces[1::2]) + 1
+        for turn, said, answer in zip(turns, pieces[::2], pieces[1::2], strict=False):
+            text = asyncio.run(echo(make_prompt(0), [decode(turn)]))
+            assert text is not None
+            assert answer == reply_ids(text, after_stop_token=said[-1] == STOP)
 
 
 def test_the_last_turn_is_not_answered() -> None:
