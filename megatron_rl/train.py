@@ -27,7 +27,6 @@ from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_st
 from megatron_rl.loop.report import write_metrics
 from megatron_rl.loop.run import start_run
 from megatron_rl.loop.schedule import should_evaluate, should_publish
-from megatron_rl.loop.stop import STOP
 from megatron_rl.process.command import Progress, run_command
 
 
@@ -42,7 +41,8 @@ def train(config: Config, progress: Progress) -> None:
         evaluate = partial(evaluate_sets, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
         report = partial(
-            write_metrics, run.recorder, run.stopwatch, learner.parallel, run.verifiers
+            *(write_metrics, run.recorder, run.stopwatch, learner.parallel, run.verifiers),
+            run.meter.measure,
         )
         parity = publish()
         if run.was_resumed:
@@ -82,7 +82,7 @@ def train(config: Config, progress: Progress) -> None:
             warning = state.dual.warning()
             report(step, update.metrics, parity, figures, sampled=sampled, warning=warning)
             if save_step(learner, state, config, run.inputs, run.source, run.writer, phase):
-                run.recorder.say(f"stopped after step {step}, as the file {STOP} asked")
+                run.recorder.say(f"stopped after step {step}, as it was asked to")
                 return
         if config.checkpoint.save_hf:
             with phase("save"):

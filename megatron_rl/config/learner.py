@@ -85,6 +85,8 @@ class LearnerConfig:
     # batch has one update, because the update's forward pass gives the same numbers; always: never
     # skipped
     recompute: Recompute = "auto"
+    # TFLOP/s of one GPU in the learner's precision, for speed/mfu; 0: by the GPU's name
+    peak_tflops: float = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
 
@@ -95,6 +97,7 @@ class LearnerConfig:
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             mini_batches_per_step=self.mini_batches_per_step,
         )
+        at_least(0, peak_tflops=self.peak_tflops)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ badly formatted, and has no advantage and no penalty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_rl.config import RewardTerm
 from megatron_rl.loop.replicas import Replicas
@@ -20,6 +20,7 @@ from megatron_rl.reward.registry import rewards_apart, verifiers_apart
 from megatron_rl.rollout.routes import route_bytes
 
 NOTHING_SAMPLED = SampledStep(groups=(), num_prompts=0, num_rounds=0)
+Measure = Callable[[int, Mapping[str, float], SampledStep], dict[str, float]]
 # The phases whose time counts towards tokens per second; evaluations and checkpoints do not count.
 STEP_PHASES = ("rollout", "reward", "learner", "sync", "acceptance")
 
@@ -29,34 +30,41 @@ def write_metrics(
     stopwatch: Stopwatch,
     replicas: Replicas,
     verifiers: Mapping[str, Sequence[RewardTerm]],
+    measure: Measure,
     step: int,
     *known: Mapping[str, float],
     sampled: SampledStep = NOTHING_SAMPLED,
     warning: str | None = None,
 ) -> None:
-    """Record the metrics of a step. A collective over the heads of the replicas; rank 0 writes.
+    """Record the metrics of a step. A collective over all ranks; rank 0 writes.
 
     Args:
         stopwatch: measures the seconds of each phase since the last line. A checkpoint is written
             after the line of its step, so its seconds appear in the next line.
         verifiers: of all tasks and files, by their name; if there are several tasks, the reward of
             each is recorded, and if a task has several verifiers, that of each verifier.
+        measure: of `loop/machine.py`: step, seconds by phase and rollouts -> figures.
         known: figures that are already final and the same on every head.
         sampled: this replica's rollouts; without groups for an evaluation before the first step.
         warning: a line for the console, after that of the step.
     """
+    seconds = stopwatch.take()
+    used = measure(step, seconds, sampled)
     if not replicas.is_replica_head:
         return
     metrics = reduce(rollout_metrics(sampled, verifiers), replicas.reducer())
     for each in known:
         metrics |= each
-    seconds = stopwatch.take()
+    metrics |= used
     metrics |= {f"speed/seconds/{phase}": value for phase, value in seconds.items()}
     if metrics["rollout/num_tokens"] == 0:  # an evaluation has a line of its own
         del metrics["rollout/num_tokens"], metrics["rollout/num_prompts"]
     else:
         spent = sum(seconds.get(phase, 0.0) for phase in STEP_PHASES)
         metrics["speed/tokens_per_second"] = metrics["rollout/num_tokens"] / spent
+        if "speed/num_gpus" in used:
+            per_gpu = metrics["speed/tokens_per_second"] / used["speed/num_gpus"]
+            metrics["speed/tokens_per_second_per_gpu"] = per_gpu
     recorder.write(step, metrics)
     if warning is not None:
         recorder.say(warning)

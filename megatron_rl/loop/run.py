@@ -19,6 +19,7 @@ from megatron_rl.config import Config, RewardTerm
 from megatron_rl.config.file import replaced_keys, save_config
 from megatron_rl.data.evaluation_sets import questions_of
 from megatron_rl.engine.address import EngineAddress
+from megatron_rl.engine.load import EngineLoad
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.learner.layout.deterministic import use_deterministic_algorithms
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
@@ -34,6 +35,7 @@ from megatron_rl.loop.expected import MAX_ANSWERS, try_expected_answers
 from megatron_rl.loop.hf_checkpoints import forget_later_hf
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
+from megatron_rl.loop.machine import Meter
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
 from megatron_rl.loop.sources import replay_source, sampling_source
 from megatron_rl.loop.state import LoopState, initial_state
@@ -63,7 +65,8 @@ class Run:
     state=LoopState(...), recorder=Recorder(...), writer=RolloutWriter(...),
     stopwatch=Stopwatch(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
     engine_urls=("http://127.0.0.1:18400",), inputs={...}, was_resumed=False, source=None,
-    evaluator=None, link=None, contributor=None)`.
+    evaluator=None, link=None, contributor=None,
+    meter=Meter(...))`.
     """
 
     config: Config
@@ -81,6 +84,7 @@ class Run:
     evaluator: Evaluator | None  # on the heads of the replicas, unless rollouts are replayed
     link: EngineLink | None  # on rank 0, unless rollouts are replayed
     contributor: Contributor | None  # on the other sources of the weights
+    meter: Meter  # of the machines' use
 
 
 @contextmanager
@@ -143,10 +147,11 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             stack=stack,
         )
         contributor = None if link else _contributor(config, parallel, stack)
+        meter = _meter(config, learner, addresses, stack)
         _tell_resumption(checked, state, recorder)
         recorder.say(f"learner: {learner.implementations}")
         recorder.say(f"log-probs: {learner.logprob_backend}")
-        for line in (*replaced_keys(config), *tried):
+        for line in (*replaced_keys(config), *tried, *filter(None, [meter.omission])):
             recorder.say(line)
         yield Run(
             config=config,
@@ -163,6 +168,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             evaluator=evaluator,
             link=link,
             contributor=contributor,
+            meter=meter,
         )
 
 
@@ -309,6 +315,15 @@ def _sources(config: Config, parallel: Parallel) -> Sources | None:
 def _drain_seconds(config: Config) -> float:
     """The longest time until requests end that are in flight when weights are published."""
     return config.rollout.request_timeout_seconds if is_ahead(config) else 0.0
+
+
+def _meter(
+    config: Config, learner: Learner, addresses: Sequence[EngineAddress], stack: ExitStack
+) -> Meter:
+    load = None
+    if learner.parallel.rank == 0 and addresses:
+        load = stack.enter_context(EngineLoad(addresses))
+    return Meter(config, learner.geometry, learner.parallel, load)
 
 
 def _contributor(config: Config, parallel: Parallel, stack: ExitStack) -> Contributor | None:

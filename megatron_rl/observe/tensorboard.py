@@ -110,7 +110,19 @@ LAYOUT = {
     },
     "speed": {
         "tokens per second": ["Multiline", ["^speed/tokens_per_second$"]],
+        "tokens per second and GPU": ["Multiline", ["^speed/tokens_per_second_per_gpu$"]],
+        "MFU": ["Multiline", ["^speed/mfu$"]],
         "seconds by phase": ["Multiline", ["^speed/seconds/.*"]],
+        "seconds of the slowest rank": ["Multiline", ["^speed/slowest_seconds/.*"]],
+        "which rank is the slowest": ["Multiline", ["^speed/slowest_rank/.*"]],
+        "weight sync, GiB per second": ["Multiline", ["^speed/sync_gib_per_second$"]],
+        "memory, GiB": ["Multiline", ["^speed/memory/.*"]],
+    },
+    "engines": {
+        "running requests": ["Multiline", ["^speed/engines/[0-9]+/running/mean$"]],
+        "waiting requests": ["Multiline", ["^speed/engines/[0-9]+/waiting/.*"]],
+        "use of the KV cache": ["Multiline", ["^speed/engines/[0-9]+/kv_cache_use/max$"]],
+        "preemptions": ["Multiline", ["^speed/engines/[0-9]+/preemptions/sum$"]],
     },
 }
 

@@ -164,7 +164,7 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(config: Path, tmp_p
     asking.start()
     told = run_module("megatron_rl.train", *arguments, ranks=2).stdout
     asking.join()
-    step = int(re.search(r"stopped after step (\d+), as the file stop asked", told)[1])
+    step = int(re.search(r"stopped after step (\d+), as it was asked to", told)[1])
     assert 1 <= step < NUM_STEPS
     latest = run_dir / "checkpoints" / "latest"
     assert latest.read_text().strip() == f"step_{step:06d}"

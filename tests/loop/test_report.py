@@ -42,6 +42,11 @@ def make_step() -> SampledStep:
     return SampledStep(groups=groups, num_prompts=2, num_rounds=1)
 
 
+def measured(step: int, seconds: object, sampled: object) -> dict[str, float]:
+    """In place of `loop/machine.py`, which tests/loop/test_machine.py tests."""
+    return {}
+
+
 def write(
     sampled: SampledStep, *known: dict[str, float], parallel: FakeParallel | None = None
 ) -> list[tuple[int, dict[str, float]]]:
@@ -49,7 +54,14 @@ def write(
     with stopwatch.time("learner"):
         pass
     write_metrics(
-        recorder, stopwatch, parallel or FakeParallel(), by("sums"), 7, *known, sampled=sampled
+        recorder,
+        stopwatch,
+        parallel or FakeParallel(),
+        by("sums"),
+        measured,
+        7,
+        *known,
+        sampled=sampled,
     )
     return recorder.lines
 
@@ -130,7 +142,9 @@ def test_an_evaluation_before_the_first_step_has_a_line_of_its_own() -> None:
 def test_a_warning_is_a_line_of_the_console() -> None:
     recorder = FakeRecorder()
     for step, warning in ((1, None), (2, "warning: lambda has been")):
-        write_metrics(recorder, Stopwatch(), FakeParallel(), by("sums"), step, {}, warning=warning)
+        write_metrics(
+            recorder, Stopwatch(), FakeParallel(), by("sums"), measured, step, {}, warning=warning
+        )
     assert recorder.said == ["warning: lambda has been"] and len(recorder.lines) == 2
 
 

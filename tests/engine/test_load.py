@@ -1,0 +1,72 @@
+"""The load of engines from the text that vLLM 0.32 answers, and of one that answers nothing."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_rl.engine.address import EngineAddress
+from megatron_rl.engine.load import EngineLoad, parse
+
+TEXT = """# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 2.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:num_preemptions_total{engine="0",model_name="m"} %d
+vllm:num_preemptions_created{engine="0",model_name="m"} 1.7e+09
+"""
+
+
+def test_what_is_read() -> None:
+    assert parse(TEXT % 7) == {
+        "vllm:num_requests_running": 3.0,
+        "vllm:num_requests_waiting": 2.0,
+        "vllm:kv_cache_usage_perc": 0.25,
+        "vllm:num_preemptions_total": 7.0,
+    }
+    two = 'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_running{engine="1"} 1.0\n'
+    assert parse(two) == {"vllm:num_requests_running": 4.0}
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """An engine whose preemptions grow by one with each reading."""
+    count = iter(range(5, 10_000))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_allowed = self.headers["Authorization"] == "Bearer secret"
+            body = (TEXT % next(count)).encode() if self.path == "/metrics" else b""
+            self.send_response(200 if is_allowed else 401)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_figures_by_engine(url: str) -> None:
+    dead = EngineAddress(url="http://127.0.0.1:9", token="secret")
+    with EngineLoad([EngineAddress(url=url, token="secret"), dead], seconds=0.01) as load:
+        figures: dict[str, float] = {}
+        deadline = time.monotonic() + 10
+        while figures.get("speed/engines/0/preemptions/sum", 0.0) < 1:
+            figures = load.take()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert figures["speed/engines/0/running/mean"] == 3.0
+    assert figures["speed/engines/0/waiting/max"] == 2.0
+    assert figures["speed/engines/0/kv_cache_use/max"] == 0.25
+    assert not any(key.startswith("speed/engines/1") for key in figures)
