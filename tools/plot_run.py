@@ -1,5 +1,6 @@
 """Draws a run into one PNG: the reward, the discrepancy with its tolerance, the constrained signal
-if it is another one, lambda, and the log-odds displacement by confidence.
+if it is another one, lambda, and the log-odds displacement by confidence. Of several runs it draws
+reward, discrepancy, lambda and tokens per second, a colour for each run.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -24,25 +25,84 @@ from megatron_rl.observe.run_log import Record, read_metrics
 SIGNAL = "constraint/signal/mean"
 QUANTILES = (1, 25, 50, 75, 99)  # of the log-odds displacement, in per cent
 BLUE, ORANGE, RED, GREEN, GREY = "#2563a8", "#d9822b", "#c23b3b", "#2f8f5b", "#5f6b7a"
+COLORS = (BLUE, ORANGE, GREEN, RED, GREY, "#7a4fa3")  # of runs that are compared
+COMPARED = {
+    "reward/mean": "reward",
+    "discrepancy/mean": "discrepancy",
+    "constraint/lambda": "lambda",
+    "speed/tokens_per_second": "tokens per second",
+    "speed/mfu": "MFU",
+}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "grid.color": "#e3e7ec",
+    "legend.frameon": False,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and draw the run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder with metrics.jsonl")
-    parser.add_argument("-o", "--output", type=Path, help="PNG; default RUN_DIR/curves.png")
+    parser.add_argument("run_dir", type=Path, nargs="+", help="folder with metrics.jsonl")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="PNG; default curves.png in the first RUN_DIR"
+    )
     options = parser.parse_args(arguments)
-    output = options.output or options.run_dir / "curves.png"
+    output = options.output or options.run_dir[0] / "curves.png"
     try:
-        records = read_metrics(options.run_dir / "metrics.jsonl")
-        if not records:
-            raise DataError(f"{options.run_dir / 'metrics.jsonl'}: expected steps, got none")
-        plot_run(records, output, title=str(options.run_dir))
+        runs = {str(folder): _records_of(folder) for folder in options.run_dir}
+        if len(runs) == 1:
+            [(name, records)] = runs.items()
+            plot_run(records, output, title=name)
+        else:
+            compare_runs(runs, output)
     except (DataError, OSError) as error:
         print(f"plot_run: {error}", file=sys.stderr)
         return 1
     print(output)
     return 0
+
+
+def _records_of(folder: Path) -> list[Record]:
+    records = read_metrics(folder / "metrics.jsonl")
+    if not records:
+        raise DataError(f"{folder / 'metrics.jsonl'}: expected steps, got none")
+    return records
+
+
+def compare_runs(runs: Mapping[str, Sequence[Record]], output: Path) -> None:
+    """Write a PNG with a panel for each metric of COMPARED that a run has, and a curve in it for
+    each run.
+
+    Args:
+        runs: lines of a metrics.jsonl by the name of the run.
+    """
+    panels = {
+        label: key
+        for key, label in COMPARED.items()
+        if any(series(records, key)[0] for records in runs.values())
+    }
+    with pyplot.rc_context(STYLE):
+        figure, all_axes = pyplot.subplots(
+            len(panels),
+            1,
+            figsize=(8, 2.7 * len(panels)),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axes, (label, key) in zip(all_axes[:, 0], panels.items(), strict=True):
+            for (name, records), color in zip(runs.items(), itertools.cycle(COLORS)):
+                _draw_curve(axes, records, key, color=color, label=name)
+            axes.set_ylabel(label)
+        all_axes[0, 0].legend(loc="best", fontsize=8)
+        all_axes[-1, 0].set_xlabel("step")
+        figure.savefig(output, dpi=150)
+        pyplot.close(figure)
 
 
 def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
@@ -54,16 +114,7 @@ def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
         output: path of the PNG.
         title: of the figure.
     """
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "axes.grid": True,
-        "grid.color": "#e3e7ec",
-        "legend.frameon": False,
-    }
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(STYLE):
         heights = {"reward": 1.3, "gap": 1.1}
         heights |= {"signal": 1.1} if series(records, SIGNAL)[0] else {}
         heights |= {"lambda": 0.8}

@@ -22,7 +22,6 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.engine.load import EngineLoad
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.loop.link import SYNC_LOG
 from megatron_rl.records import SampledStep
 from megatron_rl.weights.geometry import Geometry
 from megatron_rl.weights.rules import hf_shapes, tensor_rules
@@ -163,13 +162,19 @@ class Meter:
 
     Args:
         load: on rank 0, of the engines; None elsewhere, and in a replay.
+        sync_log: with a line for each sync.
     """
 
     def __init__(
-        self, config: Config, geometry: Geometry, parallel: Parallel, load: EngineLoad | None
+        self,
+        config: Config,
+        geometry: Geometry,
+        parallel: Parallel,
+        load: EngineLoad | None,
+        sync_log: Path,
     ) -> None:
         self._config, self._geometry, self._parallel = config, geometry, parallel
-        self._load = load
+        self._load, self._sync_log = load, sync_log
         is_cuda = parallel.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(parallel.device) if is_cuda else ""
 
@@ -195,5 +200,5 @@ class Meter:
         )
         if self._load is not None:
             figures |= self._load.take()
-            figures |= sync_figures(Path(self._config.run_dir) / SYNC_LOG, step)
+            figures |= sync_figures(self._sync_log, step)
         return figures

@@ -104,9 +104,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
     with ExitStack() as stack:
         engines = RunEngines(config, this_node(), stack, say=lambda line: recorder.say(line))
         if is_first:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, run_dir / "config.yaml")
-            forget_request(run_dir, is_first=True)
+            _prepare_folder(config, run_dir)
             if not config.replay:
                 engines.start_first()
         if config.model.kernels.deterministic:
@@ -170,6 +168,12 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             contributor=contributor,
             meter=meter,
         )
+
+
+def _prepare_folder(config: Config, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    forget_request(run_dir, is_first=True)
 
 
 def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Learner:
@@ -323,7 +327,8 @@ def _meter(
     load = None
     if learner.parallel.rank == 0 and addresses:
         load = stack.enter_context(EngineLoad(addresses))
-    return Meter(config, learner.geometry, learner.parallel, load)
+    log = Path(config.run_dir) / SYNC_LOG
+    return Meter(config, learner.geometry, learner.parallel, load, log)
 
 
 def _contributor(config: Config, parallel: Parallel, stack: ExitStack) -> Contributor | None:

@@ -76,3 +76,18 @@ def test_a_folder_without_steps_is_named(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     message = capsys.readouterr().err.strip()
     assert message == f"plot_run: {tmp_path}/metrics.jsonl: expected steps, got none"
+
+
+def test_several_runs_are_compared(tmp_path, capsys):
+    for name, reward in (("first", 0.2), ("second", 0.6)):
+        (tmp_path / name).mkdir()
+        with RunLog(tmp_path / name / "metrics.jsonl", keep_through=-1) as log:
+            for step in range(1, 4):
+                log.write(step, {"reward/mean": reward, "speed/tokens_per_second": 100.0 * reward})
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    assert main([*folders, "-o", str(tmp_path / "compared.png")]) == 0
+    assert {BLUE, ORANGE} <= colors_of(tmp_path / "compared.png")
+    assert RED not in colors_of(tmp_path / "compared.png")
+    (tmp_path / "second" / "metrics.jsonl").write_text("")
+    assert main([*folders, "-o", str(tmp_path / "none.png")]) == 1
+    assert "second" in capsys.readouterr().err
