@@ -120,7 +120,8 @@ def without_learner(config: Config) -> Config:
     """The settings of an evaluation: those of a run, less what only a learner needs.
 
     Raises:
-        ConfigError: there are several processes, or rollouts are to be replayed.
+        ConfigError: there are several processes, rollouts are to be replayed, or the engines are
+            on nodes of their own.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
@@ -131,6 +132,12 @@ def without_learner(config: Config) -> Config:
     if config.replay:
         raise ConfigError(
             f"replay: expected none, since an evaluation samples, got {config.replay!r}"
+        )
+    if config.rollout.placement == "nodes" and config.rollout.num_engines:
+        raise ConfigError(
+            "rollout.placement=nodes: expected engines that an evaluation starts itself or is "
+            "given, got those of a run; set rollout.placement=auto, or rollout.num_engines=0 and "
+            "rollout.urls"
         )
     kl = replace(config.objective.kl, coefficient=0.0, reference="")
     return replace(

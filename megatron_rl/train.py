@@ -25,6 +25,7 @@ from megatron_rl.loop.parity import ParityProbe
 from megatron_rl.loop.publish import publish_weights
 from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_step
 from megatron_rl.loop.report import write_metrics
+from megatron_rl.loop.rest import engines_asleep
 from megatron_rl.loop.run import start_run
 from megatron_rl.loop.schedule import should_evaluate, should_publish
 from megatron_rl.process.command import Progress, run_command
@@ -34,9 +35,8 @@ def train(config: Config, progress: Progress) -> None:
     """Run all remaining steps; see the docstring of this module."""
     with start_run(config, progress) as run:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
-        sender = run.link or run.contributor
         probe = ParityProbe(learner, run.link, run.engine_urls, config).check
-        publish = partial(publish_weights, learner, sender, probe, state, config, phase)
+        publish = partial(publish_weights, learner, run.sender, probe, state, config, phase)
         acceptance = Acceptance(learner, run.link, publish, config, phase)
         evaluate = partial(evaluate_sets, run.evaluator, state, config, phase)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
@@ -54,7 +54,7 @@ def train(config: Config, progress: Progress) -> None:
         for step in state.steps(config.loop.num_steps):
             sampled = collect_step(run.source, learner.parallel, state, config, phase)
             acceptance.copy_state()
-            with phase("learner"):
+            with phase("learner"), engines_asleep(run.link, learner.parallel, config):
                 batch = deal_batch(
                     sampled.samples(),
                     learner.parallel,

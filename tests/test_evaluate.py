@@ -209,6 +209,9 @@ def test_what_it_cannot_do_is_said_before_anything_is_started(
     ):
         with pytest.raises(error, match=expected):
             evaluate(replace(config, **changed), Progress())
+    far = replace(config, rollout=replace(config.rollout, placement="nodes"))
+    with pytest.raises(ConfigError, match=r"expected engines that an evaluation starts itself"):
+        evaluate(far, Progress())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="expected one process, got WORLD_SIZE=2: start it with"):
         evaluate(config, Progress())

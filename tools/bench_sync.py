@@ -72,8 +72,9 @@ class PipedEngine:
     def abandon(self, reason: str) -> None:
         """The worker has told its error already."""
 
-    def pause(self) -> None:
+    def pause(self, **_options: Any) -> bool:
         """Nothing is in flight."""
+        return True
 
     resume = reset_prefix_cache = close = pause
 

@@ -175,6 +175,12 @@ class RolloutConfig:
         )
         literal_choices(self)
         require(
+            self.placement != "colocated" or self.max_policy_age == 0,
+            "placement: expected share, auto or nodes with max_policy_age="
+            f"{self.max_policy_age}, since colocated engines sleep while the learner works and "
+            "samples are taken ahead then, got colocated",
+        )
+        require(
             self.quantization.format != "int8_w8a8" or self.dtype == "bfloat16",
             f"dtype: expected bfloat16 with quantization.format=int8_w8a8, got {self.dtype}",
         )

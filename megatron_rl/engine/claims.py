@@ -25,6 +25,7 @@ RELEASE_ROUTE = "/megatron_rl/release"
 CLAIM_SECONDS = 12.0
 RENEW_SECONDS = 3.0
 CALL_SECONDS = 10.0  # for one request
+RELEASE_SECONDS = 1.0  # short, because a run that ends may not be able to reach its engines
 LOOK_SECONDS = 1.0  # between attempts to claim an engine that another run holds
 
 
@@ -108,7 +109,7 @@ class Claims:
         self._is_ended.set()
         for client in self._clients:
             try:
-                client.post(RELEASE_ROUTE, json=self._body)
+                client.post(RELEASE_ROUTE, json=self._body, timeout=RELEASE_SECONDS)
             except httpx.HTTPError:
                 continue  # it is gone, or the claim ends by itself
 

@@ -134,6 +134,14 @@ class EngineControl:
         """Run the waiting requests, and accept new ones."""
         self._call("resume", "POST", "/resume")
 
+    def sleep(self) -> None:
+        """Free the KV cache, and move the weights to the host's memory."""
+        self._call("sleep", "POST", "/sleep?level=1")
+
+    def wake(self) -> None:
+        """Take the memory again; the engine serves the weights that it had."""
+        self._call("wake up", "POST", "/wake_up")
+
     def _call(
         self,
         phase: str,

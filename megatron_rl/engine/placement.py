@@ -79,3 +79,8 @@ def visible_devices(gpus: Sequence[int]) -> str:
     own = os.environ.get(VISIBLE_VARIABLE)
     names = own.split(",") if own else None
     return ",".join(str(gpu) if names is None else names[gpu] for gpu in gpus)
+
+
+def sleeps(placement: str, device: str) -> bool:
+    """Whether engines sleep while the learner works; `device` is the learner's, cpu or cuda."""
+    return placement == "colocated" and device == "cuda"

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from megatron_rl.config import Config
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.claims import Claims
+from megatron_rl.engine.placement import sleeps
 from megatron_rl.engine.registry import wait_for_registered
 from megatron_rl.engine.server import (
     Engine,
@@ -97,6 +98,12 @@ class RunEngines:
                 register_cleanup(self._claims.release)
                 self._stack.enter_context(self._claims)
             self._say(engine_map(addresses))
+            placement, device = self._config.rollout.placement, parallel.device.type
+            if placement == "colocated" and not sleeps(placement, device):
+                self._say(
+                    "rollout.placement=colocated: the engines stay awake, since on CPUs sleep "
+                    "frees no memory"
+                )
         return parallel.from_first_rank(addresses)
 
     def check(self) -> None:

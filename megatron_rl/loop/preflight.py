@@ -27,7 +27,7 @@ from megatron_rl.learner.model.implementations import check_implementations
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.trackers import check_trackers
-from megatron_rl.process.node import this_node
+from megatron_rl.process.node import Node, this_node
 from megatron_rl.records import Truncation
 from megatron_rl.reward.expected import answer_checks
 from megatron_rl.reward.registry import (
@@ -359,10 +359,17 @@ def check_engine_place(
         )
 
 
-def check_gpus(config: Config) -> None:
-    """Raise ConfigError if this node has too few GPUs for the engines that the run starts on it."""
-    if not config.replay:
-        place_engines(config.rollout, this_node(), num_gpus=torch.cuda.device_count())
+def check_gpus(config: Config, node: Node | None = None, num_gpus: int | None = None) -> None:
+    """Raise ConfigError if a node has too few GPUs for the engines that the run starts on it.
+
+    Args:
+        node: None means this node.
+        num_gpus: that its ranks see; None means those that this process sees.
+    """
+    if config.replay:
+        return
+    num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus
+    place_engines(config.rollout, node or this_node(), num_gpus=num_gpus)
 
 
 def truncation_of(rollout: RolloutConfig, device: str) -> Truncation:

@@ -86,6 +86,11 @@ class Run:
     contributor: Contributor | None  # on the other sources of the weights
     meter: Meter  # of the machines' use
 
+    @property
+    def sender(self) -> EngineLink | Contributor | None:
+        """What this rank publishes weights with; None if it sends none."""
+        return self.link or self.contributor
+
 
 @contextmanager
 def start_run(config: Config, progress: Progress) -> Iterator[Run]:

@@ -17,6 +17,7 @@ from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.loop.preflight import (
     check_context,
     check_engine_place,
+    check_gpus,
     check_reference,
     check_stop_tokens,
 )
@@ -32,6 +33,7 @@ from megatron_rl.plan.traffic import (
     step_plan,
     sync_plan,
 )
+from megatron_rl.process.node import Node
 from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import Geometry, read_geometry
 
@@ -117,7 +119,8 @@ def memory_plan(
     config: Config, geometry: Geometry, layout: ClusterLayout, cluster: Cluster
 ) -> MemoryPlan:
     """The memory of the fullest GPU: the pipeline stage that needs most, with the engines that the
-    run starts on the GPUs of its first node. Given engines (`rollout.urls`) have their own.
+    run starts on the GPUs of its nodes. Engines on nodes of their own (`rollout.placement=nodes`,
+    `rollout.urls`) have theirs.
 
     Raises:
         ConfigError: an engine has no room for one sequence.
@@ -131,9 +134,10 @@ def memory_plan(
         reference=read_geometry(kl) if kl else None,
     )
     engine = None
-    if config.rollout.num_engines and not config.replay:
+    rollout = config.rollout
+    if rollout.num_engines and rollout.placement != "nodes" and not config.replay:
         # An engine has several GPUs; those that one host has no room for are on the others.
-        num_gpus = config.rollout.num_engines * config.rollout.tensor_parallel
+        num_gpus = rollout.num_engines * rollout.tensor_parallel
         room = cluster.gpus_per_node
         num_engines = -(-num_gpus // (room if num_gpus <= room else room * cluster.num_nodes))
         engine = engine_memory(
@@ -155,6 +159,12 @@ def problems_of(
         partial(geometry.check_layout, parallel),
         partial(check_world_size, parallel, world_size),
         partial(check_engine_place, config, world_size=world_size, local_world_size=gpus_per_node),
+        partial(
+            check_gpus,
+            config,
+            Node(index=0, count=num_nodes, num_ranks=gpus_per_node),
+            gpus_per_node,
+        ),
         partial(check_stop_tokens, config, geometry),
         partial(check_context, config, geometry),
         partial(check_reference, config, geometry),

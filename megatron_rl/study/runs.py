@@ -36,7 +36,8 @@ def shared_engines(config: Config, folder: Path, *, count: int) -> Iterator[list
     """Start engines for `run_to_the_end`, wait until they are ready, and stop them on exit.
 
     Args:
-        config: settings of the runs; `rollout.num_engines` and `rollout.urls` are not used.
+        config: settings of the runs; `rollout.num_engines`, `rollout.urls` and `rollout.placement`
+            are not used.
         folder: the folder for the engines' model and logs.
         count: number of engines.
     Yields:
@@ -44,7 +45,7 @@ def shared_engines(config: Config, folder: Path, *, count: int) -> Iterator[list
     Raises:
         EngineError: an engine did not start.
     """
-    rollout = replace(config.rollout, num_engines=count, urls=[])
+    rollout = replace(config.rollout, num_engines=count, urls=[], placement="auto")
     engines = start_engines_of(replace(config, rollout=rollout), folder)
     with ExitStack() as stack:
         for engine in engines:

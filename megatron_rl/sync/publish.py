@@ -130,6 +130,14 @@ class Publisher:
             engine.close()
         self._sender.close()
 
+    def sleep(self) -> None:
+        """Let all engines free their memory; raises SyncError if one does not."""
+        self._on_all(lambda engine: engine.sleep())
+
+    def wake(self) -> None:
+        """Wake all engines, with the weights that they had; raises SyncError if one does not."""
+        self._on_all(lambda engine: engine.wake())
+
     def publish(self, stream: WeightStream, *, version: int) -> PublishReport:
         """Send one version of the weights to every engine and make the engines serve it.
 

@@ -14,10 +14,17 @@ from megatron_rl.config import (
     ModelConfig,
     RolloutConfig,
     SamplingConfig,
+    SyncConfig,
     TaskConfig,
 )
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.loop.preflight import preflight, prepare_data
+from megatron_rl.loop.preflight import (
+    check_engine_place,
+    check_gpus,
+    preflight,
+    prepare_data,
+)
+from megatron_rl.process.node import Node
 
 
 @pytest.mark.parametrize("section", ["rollout", "eval"])
@@ -70,3 +77,22 @@ def test_a_row_that_no_run_can_use_ends_the_run_before_it_starts(
     assert "\n" not in str(caught.value)
     path.write_text('{"question":"1+1","answer":2}\n')
     assert len(preflight(config).stream.prompts(0, 1)) == 1
+
+
+def test_engines_on_several_hosts_need_a_transport_that_goes_there() -> None:
+    config = Config(rollout=RolloutConfig(num_engines=2))
+    check_engine_place(config, world_size=8, local_world_size=8)
+    with pytest.raises(ConfigError, match=r"got engines on 2 hosts; choose sync\.transport=coll"):
+        check_engine_place(config, world_size=16, local_world_size=8)
+    far = replace(config, sync=SyncConfig(transport="collective"))
+    check_engine_place(far, world_size=16, local_world_size=8)
+    one = replace(config, rollout=RolloutConfig(num_engines=1))  # on the host of rank 0
+    check_engine_place(one, world_size=16, local_world_size=8)
+
+
+def test_too_few_gpus_are_found_before_a_process_is_started() -> None:
+    config = Config(rollout=RolloutConfig(num_engines=3, tensor_parallel=4))
+    node = Node(index=0, count=1, num_ranks=8)
+    with pytest.raises(ConfigError, match="expected 12 GPUs on node 0 for 3 engines"):
+        check_gpus(config, node, 8)
+    check_gpus(replace(config, replay="runs/a/rollouts"), node, 8)

@@ -37,9 +37,22 @@ CPU = torch.device("cpu")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the ranks found, by layout, and the scores of the engine as it was loaded."""
     folder = tmp_path_factory.mktemp("collective")
+    return publish_from(folder, {4: ["2x2"], 2: ["2x1", "1x2", "faults"]}, tensor_parallel=1)
+
+
+def publish_from(
+    folder: Path, layouts: dict[int, list[str]], *, tensor_parallel: int
+) -> dict[str, Any]:
+    """Publish from learners in layouts, by number of ranks, to an engine of so many workers."""
     write_sharp_model(folder / "a")
     write_changed_model(folder / "a", folder / "b")
-    config = RolloutConfig(dtype="float32", kv_cache_gib=0.1, num_threads=1, max_num_seqs=16)
+    config = RolloutConfig(
+        dtype="float32",
+        kv_cache_gib=0.1,
+        num_threads=1,
+        max_num_seqs=16,
+        tensor_parallel=tensor_parallel,
+    )
     (engine,) = start_engines(
         config,
         model_path=str(folder / "a"),
@@ -54,8 +67,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         [server] = [pid for pid in descendants_of(engine.pid) if is_server(pid)]
         named = {"url": engine.address.url, "token": engine.address.token, "pid": server}
         (folder / "engine.json").write_text(json.dumps(named))
-        for num_ranks, layouts in ((4, ["2x2"]), (2, ["2x1", "1x2", "faults"])):
-            run_module("tests.sync.collective_ranks", folder, *layouts, ranks=num_ranks)
+        for num_ranks, of_ranks in layouts.items():
+            run_module("tests.sync.collective_ranks", folder, *of_ranks, ranks=num_ranks)
             found |= json.loads((folder / f"{num_ranks}.json").read_text())
     return found
 
@@ -81,6 +94,15 @@ def test_an_updated_engine_equals_a_freshly_loaded_one(found: dict[str, Any], la
     assert scores["a2"] == scores["a4"] == found["loaded"]
     assert scores["b1"] == scores["b3"]
     assert max(abs(a - b) for a, b in zip(scores["a2"], scores["b1"], strict=True)) > 0.1
+
+
+@pytest.mark.slow
+def test_every_worker_of_an_engine_is_updated(tmp_path: Path) -> None:
+    found = publish_from(tmp_path, {2: ["2x1", "1x2"]}, tensor_parallel=2)
+    for layout in ("2x1", "1x2"):
+        scores = found[layout]
+        assert scores["a2"] == scores["a4"] == found["loaded"]
+        assert scores["b1"] == scores["b3"] != scores["a2"]
 
 
 @pytest.mark.parametrize(
