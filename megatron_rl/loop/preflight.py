@@ -182,12 +182,15 @@ def prepare_stream(
         ConfigError, DataError: what is wrong, and where to change it.
     """
     context = context_of(config, geometry)
-    room = min(context, config.learner.tokens_per_micro_batch)
+    # An engine that scores given tokens samples one more, which needs a position.
+    is_scored = config.objective.acceptance.enabled
+    room = min(context - is_scored, config.learner.tokens_per_micro_batch)
     limit = config.data.max_prompt_tokens or room - config.rollout.sampling.max_tokens
-    if limit + config.rollout.sampling.max_tokens > context:
+    if limit + config.rollout.sampling.max_tokens > context - is_scored:
+        spare = " less one position, which scoring needs (objective.acceptance)" * is_scored
         raise ConfigError(
             f"data.max_prompt_tokens={limit}: expected room for rollout.sampling.max_tokens="
-            f"{config.rollout.sampling.max_tokens} in the model's context of {context}"
+            f"{config.rollout.sampling.max_tokens} in the model's context of {context}{spare}"
         )
     has_room = config.eval.sampling.max_tokens < context
     if is_evaluated(config) and config.data.num_held_out and not has_room:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import (
+    AcceptanceConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -96,3 +97,27 @@ def test_too_few_gpus_are_found_before_a_process_is_started() -> None:
     with pytest.raises(ConfigError, match="expected 12 GPUs on node 0 for 3 engines"):
         check_gpus(config, node, 8)
     check_gpus(replace(config, replay="runs/a/rollouts"), node, 8)
+
+
+def test_an_engine_that_judges_updates_needs_a_position_more(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question":"1+1","answer":2}\n')
+    config = Config(
+        model=ModelConfig(path=str(tiny_checkpoint)),
+        data=DataConfig(
+            tasks=[TaskConfig(path=str(path), verifier="exact")],
+            num_held_out=0,
+            max_prompt_tokens=24,
+        ),
+        rollout=RolloutConfig(max_model_len=32, sampling=SamplingConfig(max_tokens=8)),
+        eval=EvalConfig(sampling=SamplingConfig(max_tokens=8)),
+    )
+    prepare_data(config)  # 24 + 8 tokens fill the context
+    judged = replace(
+        config, objective=replace(config.objective, acceptance=AcceptanceConfig(enabled=True))
+    )
+    with pytest.raises(ConfigError, match=r"context of 32 less one position"):
+        prepare_data(judged)
+    prepare_data(replace(judged, data=replace(config.data, max_prompt_tokens=23)))
