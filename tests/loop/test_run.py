@@ -105,7 +105,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         note(
             "learner",
             SimpleNamespace(
-                implementations="own (test)", logprob_backend="C++ (test)", trained=object()
+                implementations="own (test)",
+                logprob_backend="C++ (test)",
+                trained=object(),
+                geometry=object(),
+                parallel=RankParallel(rank=1),
             ),
         ),
     )

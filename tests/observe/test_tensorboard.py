@@ -1,8 +1,11 @@
 import re
+import time
+from types import SimpleNamespace
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_rl.loop.evaluation_metrics import evaluation_metrics
 from megatron_rl.loop.report import NOTHING_SAMPLED, rollout_metrics
@@ -13,11 +16,17 @@ from megatron_rl.observe.metrics import reduce
 from megatron_rl.observe.tensorboard import LAYOUT, TensorBoardWriter
 
 
-def test_scalars_survive_a_resume_without_doubled_steps(tmp_path):
+def later_clock():
+    """A second later: files of one second are ordered by their number, as text."""
+    return SimpleNamespace(time=lambda: time.time() + 1, sleep=time.sleep)
+
+
+def test_scalars_survive_a_resume_without_doubled_steps(tmp_path, monkeypatch):
     first = TensorBoardWriter(tmp_path, purge_step=None)
     for step in range(4):
         first.write(step, {"reward/mean": step / 10})
     # Not closed: a killed process closes nothing, and every step was flushed.
+    monkeypatch.setattr(event_file_writer, "time", later_clock())
     resumed = TensorBoardWriter(tmp_path, purge_step=2)
     resumed.write(2, {"reward/mean": 9.0})
     resumed.close()
@@ -67,8 +76,18 @@ def keys_of_a_step() -> set[str]:
         "loss/rollout_kl/mean",
         "loss/update_kl/mean",
         "reference/kl_k3/mean",
+        "speed/engines/0/kv_cache_use/max",
+        "speed/engines/0/preemptions/sum",
+        "speed/engines/0/running/mean",
+        "speed/engines/0/waiting/max",
+        "speed/memory/host_gib/max",
+        "speed/mfu",
         "speed/seconds/rollout",
+        "speed/slowest_rank/learner",
+        "speed/slowest_seconds/learner",
+        "speed/sync_gib_per_second",
         "speed/tokens_per_second",
+        "speed/tokens_per_second_per_gpu",
     }
 
 

@@ -26,7 +26,8 @@ from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, s
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import LossTerms, RowOutput
 from megatron_rl.records import TOKEN_VARIABLE, Rollout, Sample
-from megatron_rl.sync.probe import check_parity
+from megatron_rl.sync.probe import Precisions
+from megatron_rl.sync.probe import compare as compare_logprobs
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import weight_stream
 from megatron_rl.weights.geometry import read_geometry
@@ -91,12 +92,10 @@ def compare(learner: Learner, samples: list[Sample]) -> dict[str, float]:
         kept = [torch.as_tensor(sample.rollout.loss_mask) for sample, _ in scored]
         served = [torch.as_tensor(sample.rollout.rollout_logprobs) for sample, _ in scored]
         own = torch.cat([each[mask] for (_, each), mask in zip(scored, kept)])
-        report = check_parity(
-            torch.cat([each[mask] for each, mask in zip(served, kept)]),
-            own,
-            engine_dtype="float32",
-            learner_dtype="float32",
-            tolerance=1.0,  # the test judges
+        report = compare_logprobs(
+            [each[mask] for each, mask in zip(served, kept)],
+            [each[mask] for (_, each), mask in zip(scored, kept)],
+            Precisions(engine="float32", learner="float32", tolerance=1.0),  # the test judges
         )
         found = {
             "num_tokens": report.num_tokens,
