@@ -1,6 +1,6 @@
 """Measures how long two ranks take to their first prompt on a DAPO-like file, and their memory.
 
-    python tools/bench_data.py [--file FILE] [--ranks 2] [key=value ...]
+    python -m tools.bench_data [--file FILE] [--ranks 2] [key=value ...]
 
 Without --file, a Parquet file of 1.8 million rows is written first (tools/make_dapo_like.py). Each
 rank is a process of its own with the imports of `megatron_rl.train`; it does what a run does before

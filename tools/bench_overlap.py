@@ -1,6 +1,6 @@
 """Measures how well sampling and training overlap (`rollout.max_policy_age`).
 
-    python tools/bench_overlap.py --work DIR [--tokens 64,256,512] [--ages 1,2] [--steps 8]
+    python -m tools.bench_overlap --work DIR [--tokens 64,256,512] [--ages 1,2] [--steps 8]
 
 For every length, a run with max_policy_age=0 gives the seconds of the two legs alone, generation
 (with rewards) and training; then a run for each k gives the seconds of a step. Printed are these,

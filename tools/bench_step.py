@@ -1,6 +1,6 @@
 """Measures a whole training step beside TRL's, on this machine and the same work.
 
-    python tools/bench_step.py --work DIR [--tokens 16,128,512] [--steps 5] [--pairs 3]
+    python -m tools.bench_step --work DIR [--tokens 16,128,512] [--steps 5] [--pairs 3]
 
 Both train a Qwen3 with 3.2M parameters in float32 on 32 prompts x 8 samples x N new tokens a step,
 with as many threads as there are cores. The model never ends a response, so every response has N

@@ -1,8 +1,8 @@
 """Checks that two commits train identically, bit for bit, for refactors that must change no number.
 
-    python tools/compare_commits.py main HEAD --work runs/compare
-    python tools/compare_commits.py main HEAD --work runs/compare --layouts tp2 --objectives gspo
-    python tools/compare_commits.py HEAD HEAD --work runs/compare --again      is a run repeatable?
+    python -m tools.compare_commits main HEAD --work runs/compare
+    python -m tools.compare_commits main HEAD --work runs/compare --layouts tp2 --objectives gspo
+    python -m tools.compare_commits HEAD HEAD --work runs/compare --again      is a run repeatable?
 
 For each layout, dtype and objective, both commits train a few steps on the same recorded rollouts,
 on two ranks of this machine. Then all contents of the two run folders are compared by their bits:
