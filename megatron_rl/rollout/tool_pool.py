@@ -5,14 +5,13 @@ that hangs or ends its process costs one episode.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 from megatron_rl.config.rollout import EnvironmentConfig
 from megatron_rl.process.worker_process import WorkerCrash, WorkerProcess, WorkerTimeout
+from megatron_rl.process.worker_threads import WorkerThreads
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.multi_turn import ToolCrash, ToolTimeout
 
@@ -26,11 +25,12 @@ class ToolPool:
 
     def __init__(self, config: EnvironmentConfig) -> None:
         self._config = config
-        self._own = threading.local()  # a process belongs to one thread for life
-        self._lock = threading.Lock()
-        self._workers: set[WorkerProcess] = set()
-        self._is_closed = False
-        self._threads = ThreadPoolExecutor(config.num_workers, thread_name_prefix="tool")
+        self._pool = WorkerThreads(
+            config.num_workers,
+            self._start,
+            lambda: ToolCrash("the run is ending"),
+            name="tool",
+        )
 
     def __enter__(self) -> ToolPool:
         return self
@@ -40,14 +40,7 @@ class ToolPool:
 
     def close(self) -> None:
         """End the processes; calls in progress fail. May be called twice."""
-        with self._lock:
-            self._is_closed = True
-            workers = list(self._workers)
-        for worker in workers:
-            worker.interrupt()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for worker in workers:
-            worker.kill()
+        self._pool.close()
 
     async def reply(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
         """The tool's answer to the last turn; None: it has nothing to say.
@@ -58,13 +51,13 @@ class ToolPool:
         """
         question = {"prompt": asdict(prompt), "turns": list(turns)}
         loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self._threads, self._ask, question)
+        answer = await loop.run_in_executor(self._pool.threads, self._ask, question)
         if answer.get("error") is not None:
             raise ToolCrash(answer["error"])
         return answer["reply"]
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        worker = self._worker()
+        worker = self._pool.worker()
         try:
             return worker.request(question, self._config.tool_seconds)
         except WorkerTimeout as failure:
@@ -72,19 +65,7 @@ class ToolPool:
         except WorkerCrash as failure:
             raise ToolCrash(str(failure)) from failure
 
-    def _worker(self) -> WorkerProcess:
-        """This thread's process; a new one if the last one ended."""
-        worker: WorkerProcess | None = getattr(self._own, "worker", None)
-        if worker is None or not worker.is_alive():
-            with self._lock:
-                if self._is_closed:
-                    raise ToolCrash("the run is ending")
-                if worker is not None:
-                    self._workers.discard(worker)
-                worker = WorkerProcess(
-                    WORKER, [self._config.name], what="tool", key="rollout.environment.name"
-                )
-                self._workers.add(worker)
-            self._own.worker = worker
-        worker.wait_until_ready()
-        return worker
+    def _start(self) -> WorkerProcess:
+        return WorkerProcess(
+            WORKER, [self._config.name], what="tool", key="rollout.environment.name"
+        )
