@@ -31,6 +31,7 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from megatron_rl.config import ParallelConfig
+from megatron_rl.config.hub import how_to_fetch, model_folder
 from megatron_rl.data.tokenizer import read_template
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.model.checkpoint_files import STATE, saved_run_state
@@ -81,13 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("source", type=Path, help="the folder of a checkpoint")
+    parser.add_argument(
+        "source", help="the folder of a checkpoint, or a model's name in the hub's cache"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, help=f"of a run's checkpoint: <run_dir>/{OF_STEPS}/<its name>"
     )
     parser.add_argument("--to", choices=("huggingface", "megatron"), help="default: the other one")
     parser.add_argument(
-        "--model", type=Path, help="Hugging Face folder of the config and tokenizer"
+        "--model", help="of the config and tokenizer: a Hugging Face folder or name, as above"
     )
     parser.add_argument("--verify", action="store_true", help="compare every byte afterwards")
     parser.add_argument(
@@ -105,12 +108,12 @@ def _expert_sizes(options: argparse.Namespace) -> dict[str, int]:
 
 
 def _request(options: argparse.Namespace) -> Request:
-    source: Path = options.source.resolve()
+    source = Path(model_folder(options.source)).resolve()
     is_megatron = (source / METADATA).is_file() or (source / STATE).is_file()
     if not is_megatron and not (source / "config.json").is_file():
         raise DataError(
             f"{source}: expected a checkpoint, with config.json (Hugging Face) or {METADATA} "
-            "(Megatron, the folder of one iteration), got neither"
+            f"(Megatron, the folder of one iteration), got neither{how_to_fetch(options.source)}"
         )
     goes_to_megatron = options.to == "megatron" if options.to else not is_megatron
     if not is_megatron and not goes_to_megatron:
@@ -121,14 +124,14 @@ def _request(options: argparse.Namespace) -> Request:
         if not (source / STATE).is_file() or goes_to_megatron:
             raise ConfigError("--output: expected a folder, got none")
         output = source.parents[1] / OF_STEPS / source.name
-    model = options.model or (Path(settings["model"]["path"]) if settings else source)
+    model = options.model or (settings["model"]["path"] if settings else str(source))
     template = read_template(settings["data"].get("chat_template_file", "")) if settings else ""
     return Request(
         source=source,
         output=output.absolute(),
         is_megatron=is_megatron,
         to_megatron=goes_to_megatron,
-        model=model,
+        model=Path(model_folder(model)),
         chat_template=template,
     )
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rl.config.hub import model_folder
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observe.loading import LoadingConsole
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("model", type=Path, help="Hugging Face checkpoint")
+    parser.add_argument("model", help="Hugging Face checkpoint, or its name in the hub's cache")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--calibration", type=Path, help=".jsonl, or a text file, a text a line")
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options: argparse.Namespace) -> None:
+    options.model = Path(model_folder(options.model))
     geometry = read_geometry(options.model)
     check_checkpoint(options.model, geometry)
     is_calibrated = options.format in CALIBRATED

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rl.config import Config
-from megatron_rl.config.hub import cached_folder
+from megatron_rl.config.hub import model_folder
 from megatron_rl.config.presets import PRESETS, dotted
 from megatron_rl.config.rules import join_choices
 from megatron_rl.config.schema import Keys, build, check, hint_at, one_line, show
@@ -63,11 +63,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _with_cached_models(config: Config) -> Config:
     """The settings with folders of the hub's cache in place of names of models that are in it."""
-    path, reference = config.model.path, config.objective.kl.reference
-    kl = replace(config.objective.kl, reference=cached_folder(reference) or reference)
+    kl = replace(config.objective.kl, reference=model_folder(config.objective.kl.reference))
     return replace(
         config,
-        model=replace(config.model, path=cached_folder(path) or path),
+        model=replace(config.model, path=model_folder(config.model.path)),
         objective=replace(config.objective, kl=kl),
     )
 

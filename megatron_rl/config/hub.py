@@ -27,6 +27,13 @@ def cached_folder(name: str, *, kind: str = "model") -> str:
         return ""
 
 
+def model_folder(path: str) -> str:
+    """The folder of a model that a setting or an argument names: the one in the cache if `path` is
+    the name of a model that is there, and otherwise `path`.
+    """
+    return cached_folder(path) or path
+
+
 def how_to_fetch(name: str, *, kind: str = "model") -> str:
     """The end of a message on a path that does not exist: where else it was looked for, and the
     command that fetches it. "" if `name` is a path that exists, or cannot be a name.

@@ -35,8 +35,9 @@ def authorization(address: EngineAddress) -> dict[str, str]:
 
 
 def reason_of(response: httpx.Response) -> str:
-    """Status and text of an answer, for an error message."""
-    return f"{response.status_code}: {response.text[:MAX_REASON_CHARACTERS]}"
+    """Status and text of an answer, in one line, for an error message."""
+    text = " ".join(response.text[: 2 * MAX_REASON_CHARACTERS].split())
+    return f"{response.status_code}: {text[:MAX_REASON_CHARACTERS]}"
 
 
 class EngineControl:

@@ -24,6 +24,7 @@ from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http_sampling import SamplingClient, TransientError, UpdatingError
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
 from megatron_rl.errors import EngineError
+from megatron_rl.process.guard import DEATH_SECONDS
 
 CHECK_SECONDS = 0.5  # between checks of the engines' processes
 UPDATE_SECONDS = 0.2  # between requests to an engine whose weights are being updated
@@ -202,9 +203,8 @@ class _RoutedSampler:
                 return await _after_update(attempt)
             except TransientError as error:
                 failure = str(error)
-        # Connections break before the guard notices that its engine is dead. The guard's report is
-        # preferred, because it quotes the engine's log.
-        await asyncio.sleep(2 * CHECK_SECONDS)
+        # The guard's report is preferred, because it quotes the engine's log.
+        await asyncio.sleep(DEATH_SECONDS)
         self._check()
         raise EngineError(
             f"{what}: failed {self._max_retries + 1} times "

@@ -29,7 +29,7 @@ from megatron_rl.engine.http import ReadinessProbe
 from megatron_rl.engine.launch import server_command, server_environment
 from megatron_rl.engine.placement import EnginePlace
 from megatron_rl.engine.requests import num_requested_logprobs
-from megatron_rl.engine.server_log import Cause, excerpt, find_cause
+from megatron_rl.engine.server_log import Cause, find_cause, last_words
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.process.listener import listens
 from megatron_rl.process.loopback import HOST
@@ -78,27 +78,27 @@ class Engine:
         return self._guard.pid
 
     def check(self) -> None:
-        """Raise EngineError with the exit code, the cause and the log lines around it if the server
-        has died. Cheap enough to be called often.
+        """Raise EngineError with how the server ended, the cause and its line in the log if it has
+        died. Cheap enough to be called often.
         """
         code = self._guard.poll()
         if code is None or self._is_stopped:
             return
-        lines = self._log_lines()
+        lines, first = self._log_lines()
         cause = find_cause(lines, is_signal=code < 0 or code > 128)
+        is_core_gone = cause is not None and not cause.text
         if code < 0:
             ended = f"its guard was ended by {signal.Signals(-code).name}"
         elif code > 128:
             ended = f"ended by {signal.Signals(code - 128).name}"
+        elif is_core_gone:
+            ended = "its EngineCore process died"
         else:
             ended = f"exited with code {code}"
         when = "while serving" if self._is_ready else "before it was ready"
-        is_core_gone = cause is not None and cause.text.startswith("guard: ")
         if code == 128 + signal.SIGKILL or is_core_gone:
-            when += " (by the kernel, if memory ran out: see dmesg)"
-        raise EngineError(
-            f"{self._name}: {ended} {when}{_told(cause)}\n{excerpt(lines, cause, self.log_path)}"
-        )
+            when += " (killed by the kernel, if memory ran out: see dmesg)"
+        raise EngineError(f"{self._name}: {ended} {when}{self._told(lines, cause, first)}")
 
     def is_alive(self) -> bool:
         """Whether the server is still running."""
@@ -117,12 +117,12 @@ class Engine:
                 self.check()
                 if time.monotonic() > deadline:
                     self.stop()
-                    lines = self._log_lines()
-                    cause = find_cause(lines, is_signal=False)
+                    lines, first = self._log_lines()
+                    told = self._told(lines, find_cause(lines, is_signal=False), first)
                     raise EngineError(
                         f"{self._name}: expected it to be ready within "
                         f"rollout.startup_timeout_seconds={self._startup_timeout_seconds:g}, it is "
-                        f"not{_told(cause)}\n{excerpt(lines, cause, self.log_path)}"
+                        f"not{told}"
                     )
                 time.sleep(0.1)
             # Checked before the token is sent, because another server may have taken the port and
@@ -154,10 +154,19 @@ class Engine:
     def __exit__(self, *_exception: object) -> None:
         self.stop()
 
-    def _log_lines(self) -> list[str]:
-        with open(self.log_path, "rb") as log:
-            log.seek(self._log_start)
-            return log.read().decode(errors="replace").splitlines()
+    def _log_lines(self) -> tuple[list[str], int]:
+        """The lines that this server wrote to the log, and the number of the first one."""
+        content = self.log_path.read_bytes()
+        before, own = content[: self._log_start], content[self._log_start :]
+        return own.decode(errors="replace").split("\n"), before.count(b"\n") + 1
+
+    def _told(self, lines: Sequence[str], cause: Cause | None, first: int) -> str:
+        """The end of a message: the cause and where it stands, or the last line of the log."""
+        if cause is not None:
+            what = f": {cause.text}" if cause.text else ""
+            return f"{what}; see {self.log_path}, line {first + cause.line}"
+        said = last_words(lines)
+        return f"; its log {self.log_path} " + (f"ends with: {said}" if said else "is empty")
 
 
 def start_engines(
@@ -308,10 +317,6 @@ def check_returned_routes(addresses: Sequence[EngineAddress]) -> None:
                     "on a GPU with --enable-return-routed-experts, or set "
                     "learner.moe.routing_replay=recomputed"
                 )
-
-
-def _told(cause: Cause | None) -> str:
-    return "" if cause is None else f": {cause.text}"
 
 
 def _start_guard(

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SHOWN_BEFORE, SHOWN_AFTER = 5, 14  # lines of the log around the cause
 # The prefix of a line of vLLM's log: "(EngineCore pid=17) ERROR 11-22 20:14:19 [core.py:133] "
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]+\] ?)?")
 _ERROR = re.compile(  # of Python, of argparse
@@ -20,15 +19,19 @@ _ERROR = re.compile(  # of Python, of argparse
 # Of a C++ exception that nobody caught, of Python's fault handler: those are followed by a signal.
 _FATAL = re.compile(r"^\s*what\(\):.+|^Fatal Python error: .+")
 _REFERENCE = re.compile(r"root cause|stack trace \(above\)")  # to an error that was logged before
-_GUARD = re.compile(r"^guard: .+")  # of process/guard.py
+# EngineCore ended without a word: of process/guard.py, of vLLM (vllm/v1/engine/core_client.py,
+# `start_engine_core_monitor`, which says nothing if EngineCore told its error before).
+_CORE_GONE = re.compile(
+    r"^guard: the EngineCore process died|^\[shutdown\] MPClient: engine core exited unexpectedly"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """The error that ended a server. Example: `Cause(line=213, text="RuntimeError: no memory")`."""
+    """What ended a server. Example: `Cause(line=213, text="RuntimeError: no memory")`."""
 
     line: int  # index of its line in the log
-    text: str
+    text: str  # "" if EngineCore ended without a word
 
 
 def find_cause(lines: Sequence[str], *, is_signal: bool) -> Cause | None:
@@ -38,21 +41,23 @@ def find_cause(lines: Sequence[str], *, is_signal: bool) -> Cause | None:
         is_signal: whether a signal ended the server; then only an error that leads to one did.
 
     A server logs errors that do not end it, such as a refused update. An error that others refer to
-    did end it; without a reference the last one did, unless the guard found EngineCore dead, which
-    then died without a word, as it did if there is no error before a reference.
+    did end it, unless EngineCore was found dead before anything referred to an error, or there is
+    no error before a reference: then it died without a word. Without any of these lines the last
+    error ended the server.
     """
     bare = [_PREFIX.sub("", line) for line in lines]
     if is_signal:
-        return _cause(bare, [i for i, line in enumerate(bare) if _FATAL.match(line)])
+        return _last(bare, [i for i, line in enumerate(bare) if _FATAL.match(line)])
     references = [i for i, line in enumerate(bare) if _REFERENCE.search(line)]
-    stop = references[0] if references else len(bare)
+    gone = [i for i, line in enumerate(bare) if _CORE_GONE.match(line)]
+    stop = min([*references[:1], *gone[:1]], default=len(bare))
     errors = [i for i in range(stop) if _ERROR.match(bare[i]) or _FATAL.match(bare[i])]
-    if not references or not errors:
-        errors = [i for i, line in enumerate(bare) if _GUARD.match(line)] or errors
-    return _cause(bare, errors)
+    if gone[:1] == [stop] or (stop < len(bare) and not errors):
+        return Cause(line=(gone or references)[0], text="")
+    return _last(bare, errors)
 
 
-def _cause(bare: Sequence[str], errors: Sequence[int]) -> Cause | None:
+def _last(bare: Sequence[str], errors: Sequence[int]) -> Cause | None:
     if not errors:
         return None
     line = errors[-1]
@@ -62,14 +67,7 @@ def _cause(bare: Sequence[str], errors: Sequence[int]) -> Cause | None:
     return Cause(line=line, text=bare[line].strip() + continued)
 
 
-def excerpt(lines: Sequence[str], cause: Cause | None, path: object) -> str:
-    """The lines of a log around the cause, or its last ones, below a line that says which."""
-    filled = [i for i, line in enumerate(lines) if line.strip()]
-    if cause is None:
-        shown = filled[-SHOWN_BEFORE - SHOWN_AFTER - 1 :]
-        title = f"last lines of {path}:"
-    else:
-        here = filled.index(cause.line)
-        shown = filled[max(0, here - SHOWN_BEFORE) : here + SHOWN_AFTER + 1]
-        title = f"lines around it in {path}:"
-    return "\n".join([title, *(lines[i] for i in shown)])
+def last_words(lines: Sequence[str]) -> str:
+    """The last line of a log that is not empty, without its prefix; "" if there is none."""
+    said = [line for line in (_PREFIX.sub("", line).strip() for line in lines) if line]
+    return said[-1] if said else ""

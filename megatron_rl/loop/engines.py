@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,11 +31,14 @@ from megatron_rl.engine.start import listening_address, start_engines_of
 from megatron_rl.engine.token import TOKEN_FILE, token_in
 from megatron_rl.errors import ConfigError
 from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.process.guard import DEATH_SECONDS
 from megatron_rl.process.interface import is_local
 from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.process.node import Node, is_first_of_node
 from megatron_rl.records import TOKEN_VARIABLE
 from megatron_rl.sync.transports.transport import has_many_sources
+
+CHECK_SECONDS = 0.1  # between two checks after a failure
 
 
 class RunEngines:
@@ -114,6 +118,14 @@ class RunEngines:
             engine.check()
         if self._claims is not None:
             self._claims.check()
+
+    def check_after_failure(self) -> None:
+        """`check`, repeated for as long as a dead engine may seem alive. For a call that failed."""
+        end = time.monotonic() + DEATH_SECONDS
+        while self._started and time.monotonic() < end:
+            self.check()
+            time.sleep(CHECK_SECONDS)
+        self.check()
 
     def _start(self) -> None:
         run_dir, node = Path(self._config.run_dir), self._node

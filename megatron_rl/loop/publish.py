@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_rl.config import Config
-from megatron_rl.errors import SyncError
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.loop.link import EngineLink, log_update
@@ -64,11 +63,8 @@ def publish_weights(
 
 def _publish(learner: Learner, link: EngineLink, version: int, config: Config) -> str:
     """Send the weights; the checksum of all that was sent."""
-    try:
-        report = link.publisher.publish(_stream(learner, config), version=version)
-    except SyncError:
-        link.check_after_failure()
-        raise
+    with link.calls() as publisher:
+        report = publisher.publish(_stream(learner, config), version=version)
     log_update(link.log, report)
     return report.checksum
 

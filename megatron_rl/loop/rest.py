@@ -23,15 +23,17 @@ def engines_asleep(link: EngineLink | None, parallel: Parallel, config: Config) 
         link: on rank 0; None on every other rank.
 
     Raises:
-        SyncError: an engine does not fall asleep, or does not wake up.
+        SyncError: an engine does not fall asleep, or does not wake up. EngineError: it is dead.
     """
     if config.replay or not sleeps(config.rollout.placement, parallel.device.type):
         yield
         return
     parallel.barrier()  # every replica has its samples
     if link is not None:
-        link.publisher.sleep()
+        with link.calls() as publisher:
+            publisher.sleep()
     yield
     if link is not None:
-        link.publisher.wake()
+        with link.calls() as publisher:
+            publisher.wake()
     parallel.barrier()

@@ -8,7 +8,6 @@ start first and load their model while the learner loads its own.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -52,9 +51,6 @@ from megatron_rl.sync.contribute import Contributor
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.sources import Sources
 from megatron_rl.sync.transports.transport import has_many_sources
-
-# Time within which a guard notices that its server has died; the connection breaks earlier.
-DEATH_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,10 +283,6 @@ def _connect(
     if parallel.rank != 0:
         return source, evaluator, None
 
-    def check_after_failure() -> None:
-        time.sleep(DEATH_SECONDS)
-        engines.check()
-
     publisher = stack.enter_context(_publisher(config, addresses, parallel))
     link = EngineLink(
         publisher=publisher,
@@ -298,7 +290,7 @@ def _connect(
         environment=single_turn(checked.tokenizer),  # of the parity probe
         prompts=checked.stream.prompts,
         log=Path(config.run_dir) / SYNC_LOG,
-        check_after_failure=check_after_failure,
+        check_after_failure=engines.check_after_failure,
     )
     return source, evaluator, link
 

@@ -32,6 +32,9 @@ from megatron_rl.process.lifetime import become_subreaper, die_with_parent
 POLL_SECONDS = 0.25
 ENDING_SECONDS = 1.0  # for the threads of a killed server to end, on a busy machine
 GRACE_SECONDS = 2.0  # for the server to end by itself and remove its shared memory
+# In which a guard has seen the death of EngineCore and has ended too, on a busy machine. Requests
+# and updates fail earlier.
+DEATH_SECONDS = POLL_SECONDS + ENDING_SECONDS + 1.0
 ENGINE_CORE = "VLLM::EngineCore"  # the name that the process gives itself (vllm/v1/engine/core.py)
 
 

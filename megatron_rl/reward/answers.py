@@ -1,6 +1,7 @@
 """Finds the answer in a response. All verifiers of this package use this one rule.
 
-Reasoning is not an answer: only the text behind the last `</think>` counts. In it, the answer is
+Reasoning is not an answer: only the text behind the last `</think>` counts. Tags may be written in
+capitals, and with blanks before their `>`. In the text, the answer is
 
 1. the content of the last `<answer>...</answer>`; the end tag may be missing, since a stop string
    takes it out of the response;
@@ -25,8 +26,8 @@ from megatron_rl.reward.formulas import formulas_in
 from megatron_rl.reward.notation import without_delimiters
 from megatron_rl.reward.numbers import read_number
 
-THINK, END_THINK = "<think>", "</think>"
-_TAG, _END_TAG = "<answer>", "</answer>"
+_THINK, _END_THINK = (re.compile(rf"<{name}\s*>", re.IGNORECASE) for name in ("think", "/think"))
+_TAG, _END_TAG = (re.compile(rf"<{name}\s*>", re.IGNORECASE) for name in ("answer", "/answer"))
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _HASHES = "####"
 _PHRASE = re.compile(
@@ -53,9 +54,9 @@ class Answer:
 
 def find_answer(response: str) -> Answer:
     """The answer of a response, by the rule above."""
-    said = response.rpartition(END_THINK)[2]
-    if _TAG in said:
-        content = said.rpartition(_TAG)[2].partition(_END_TAG)[0]
+    said = response[_last_end(_END_THINK, response) :]
+    if start := _last_end(_TAG, said):
+        content = _END_TAG.split(said[start:], maxsplit=1)[0]
         boxed = _last_box(content)
         return _whole(content if boxed is None else boxed)
     boxed = _last_box(said)
@@ -110,11 +111,16 @@ def without_unfinished_reasoning(response: str, prompt: str) -> str:
     Args:
         prompt: the text that the response continues; it may end in `<think>`.
     """
-    if END_THINK not in response and prompt.rstrip().endswith(THINK):
+    end, opened = _last_end(_END_THINK, response), prompt.rstrip()
+    if not end and _last_end(_THINK, opened) == len(opened) > 0:
         return ""
-    end = response.rfind(END_THINK) + 1
-    start = response.find(THINK, end)
-    return response if start < 0 else response[:start]
+    start = _THINK.search(response, end)
+    return response if start is None else response[: start.start()]
+
+
+def _last_end(tag: re.Pattern[str], text: str) -> int:
+    """Where the last of these tags ends; 0 if there is none."""
+    return max((found.end() for found in tag.finditer(text)), default=0)
 
 
 def _whole(content: str) -> Answer:

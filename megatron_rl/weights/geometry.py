@@ -18,6 +18,10 @@ from megatron_rl.weights.families.family import ExpertKeys, ModelFamily, find_fa
 from megatron_rl.weights.stages import Layout, PipelineParts, pipeline_parts
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # supported by learner and engine
+ORIGINAL = "original_max_position_embeddings"
+# Those whose frequencies depend on the length that the model was trained with. Where a config does
+# not say it, transformers takes max_position_embeddings, which may be the extended length.
+SCALED_FROM_ORIGINAL = ("llama3", "yarn")
 PADDING_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
@@ -241,6 +245,8 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    if raw.get(ORIGINAL) is not None:  # Phi-3's place, which transformers prefers
+        rope[ORIGINAL] = raw[ORIGINAL]
     return rope
 
 
@@ -250,7 +256,7 @@ def num_positions(raw: dict[str, Any]) -> int:
     length, as in the instructions of Qwen; vLLM 0.32 has to be told of the longer one.
     """
     rope, positions = rope_parameters(raw), raw["max_position_embeddings"]
-    original = rope.get("original_max_position_embeddings")
+    original = rope.get(ORIGINAL)
     if rope["rope_type"] != "yarn" or original is None:
         return positions
     return max(positions, int(rope["factor"] * original))
@@ -289,6 +295,8 @@ def _check_supported(raw: dict[str, Any], family: ModelFamily, model_path: str |
         refused[key] = sorted(set(kinds)) if key == "layer_types" else True
     if rope["rope_type"] not in ROPE_TYPES:
         refused["rope_type"] = rope["rope_type"]
+    if rope["rope_type"] in SCALED_FROM_ORIGINAL and rope.get(ORIGINAL) is None:
+        raise DataError(f"{model_path}/config.json: {_without_original(raw, rope)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refused["partial_rotary_factor"] = rope["partial_rotary_factor"]
     for key, value in refused.items():
@@ -296,3 +304,20 @@ def _check_supported(raw: dict[str, Any], family: ModelFamily, model_path: str |
             f"model.path={model_path}: config.json has {key}={value!r}, which the learner "
             "does not build"
         )
+
+
+def _without_original(raw: dict[str, Any], rope: dict[str, Any]) -> str:
+    section = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    positions, kind = raw["max_position_embeddings"], rope["rope_type"]
+    told = (
+        f"expected {ORIGINAL} in {section} with rope_type {kind}, the length that the model was "
+        f"trained with before it was extended, got none: write {ORIGINAL}={positions} there if "
+        f"max_position_embeddings={positions} is that length"
+    )
+    factor = rope["factor"]
+    if kind == "yarn":
+        told += (
+            f" (the context is then factor={factor:g} times as long), or {ORIGINAL}="
+            f"{positions / factor:g} if it is the extended one"
+        )
+    return told

@@ -8,38 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from megatron_rl.config.file import load_config
-from megatron_rl.config.hub import cached_folder, is_name
+from megatron_rl.config.hub import cached_folder, is_name, model_folder
 from megatron_rl.data.paths import data_files
 from megatron_rl.errors import DataError
 from megatron_rl.weights.geometry import read_geometry
+from tests.support.hub import empty_cache, fetched
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def fetched(hub: Path, kind: str, name: str, *files: str) -> Path:
-    """What the hub's own client leaves of a download: blobs, a snapshot of links, and a ref."""
-    folder = hub / f"{kind}s--{name.replace('/', '--')}"
-    snapshot = folder / "snapshots" / COMMIT
-    for place in (folder / "blobs", folder / "refs", snapshot):
-        place.mkdir(parents=True)
-    (folder / "refs" / "main").write_text(COMMIT)
-    for number, file in enumerate(files):
-        blob = folder / "blobs" / f"{number:040x}"
-        blob.write_text("{}")
-        (snapshot / file).symlink_to(os.path.relpath(blob, snapshot))
-    return snapshot
+CONFIG = {"config.json": b"{}"}
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a working directory without files."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
+    return empty_cache(tmp_path, monkeypatch)
 
 
 def config_file(folder: Path) -> Path:
@@ -49,15 +32,22 @@ def config_file(folder: Path) -> Path:
 
 
 def test_a_model_and_a_reference_of_the_cache(hub: Path, tmp_path: Path) -> None:
-    snapshot = fetched(hub, "model", "Qwen/Qwen3-0.6B", "config.json")
+    snapshot = fetched(hub, "model", "Qwen/Qwen3-0.6B", CONFIG)
     names = ["model.path=Qwen/Qwen3-0.6B", "objective.kl.reference=Qwen/Qwen3-0.6B"]
     config = load_config(config_file(tmp_path), names)
     assert (config.model.path, config.objective.kl.reference) == (str(snapshot),) * 2
     assert Path(config.model.path, "config.json").is_file()
 
 
+def test_what_an_argument_of_a_tool_names(hub: Path) -> None:
+    snapshot = fetched(hub, "model", "Qwen/Qwen3-0.6B", CONFIG)
+    assert model_folder("Qwen/Qwen3-0.6B") == str(snapshot)
+    for path in ("Qwen/Qwen3-8B", "/models/Qwen3-8B", ""):
+        assert model_folder(path) == path
+
+
 def test_a_folder_of_the_same_name_comes_first(hub: Path, tmp_path: Path) -> None:
-    fetched(hub, "model", "runs/model", "config.json")
+    fetched(hub, "model", "runs/model", CONFIG)
     Path("runs/model").mkdir(parents=True)
     assert load_config(config_file(tmp_path), ["model.path=runs/model"]).model.path == "runs/model"
 
@@ -75,7 +65,8 @@ def test_a_name_that_was_not_fetched_says_how(hub: Path, tmp_path: Path) -> None
 
 
 def test_a_data_set_of_the_cache(hub: Path) -> None:
-    snapshot = fetched(hub, "dataset", "openai/gsm8k", "train-0.parquet", "README.md")
+    files = {"train-0.parquet": b"PAR1", "README.md": b""}
+    snapshot = fetched(hub, "dataset", "openai/gsm8k", files)
     assert data_files("openai/gsm8k", "path") == [snapshot / "train-0.parquet"]
     with pytest.raises(DataError, match=r"hf download open-r1/dapo --repo-type dataset$"):
         data_files("open-r1/dapo", "path")
@@ -90,7 +81,7 @@ def test_what_cannot_be_a_name(path: str, hub: Path) -> None:
 
 
 def test_the_cache_of_hf_home(tmp_path: Path) -> None:
-    snapshot = fetched(tmp_path / "home" / "hub", "model", "Qwen/Qwen3-0.6B", "config.json")
+    snapshot = fetched(tmp_path / "home" / "hub", "model", "Qwen/Qwen3-0.6B", CONFIG)
     code = "from megatron_rl.config.hub import cached_folder; print(cached_folder(input()))"
     variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     finished = subprocess.run(

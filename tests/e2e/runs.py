@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from megatron_rl.process.guard import ENGINE_CORE
 from tests.support.processes import descendants_of, is_alive, parent_of
 from tests.support.ranks import ROOT, RUN_SECONDS, run_module, torchrun_command
 from tests.support.served_engine import ServedEngine
@@ -68,9 +69,12 @@ class TrainingProcess:
         return self._log.read_text(errors="replace")
 
     def pid_of(self, role: str) -> int:
-        """Of "torchrun", "rank 0", "rank 1", "server" (vLLM's API server), "guard"."""
+        """Of "torchrun", "rank 0", "rank 1", "server" (vLLM's API server), "engine core" (its
+        process of the model), "guard"."""
         if role == "torchrun":
             return self.process.pid
+        if not role.startswith("rank "):
+            self.wait_until(lambda: any(_is_role(pid, role) for pid in self.pids()))
         pids = self.pids()
         if role.startswith("rank "):
             # Its own children, the checkpoint's writers among them, look like the rank.
@@ -176,6 +180,8 @@ def _is_role(pid: int, role: str) -> bool:
     command = _command_line(pid)
     if role == "guard":
         return "-m megatron_rl.process.guard" in command
+    if role == "engine core":
+        return command.startswith(ENGINE_CORE)
     assert role == "server", role
     return "vllm.entrypoints" in command and "megatron_rl.process.guard" not in command
 

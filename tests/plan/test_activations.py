@@ -15,7 +15,8 @@ from megatron_rl.plan.activations import (
     layer_activations,
     loss_bytes,
 )
-from tests.plan.shapes import SMALL, layout
+from tests.plan.shapes import layout
+from tests.support.geometry import SMALL
 
 
 def test_a_layer_of_transformer_engine() -> None:

@@ -13,8 +13,9 @@ from megatron_rl.plan.parameters import (
     stage_layers,
     stage_parameters,
 )
-from megatron_rl.weights.geometry import ExpertGeometry, read_geometry
-from tests.plan.shapes import SHAPES, SMALL, layout
+from megatron_rl.weights.geometry import read_geometry
+from tests.plan.shapes import SHAPES, layout
+from tests.support.geometry import SMALL, small_experts
 
 # The elements of the published checkpoints, from the total sizes of their safetensors.
 PUBLISHED = {
@@ -52,13 +53,7 @@ def test_the_stages_of_a_small_model() -> None:
 
 
 def test_the_experts_of_a_rank() -> None:
-    experts = ExpertGeometry(
-        num_experts=4,
-        num_chosen=2,
-        ffn_hidden_size=6,
-        shared_ffn_hidden_size=0,
-        is_normalised=True,
-    )
+    experts = small_experts(ffn_hidden_size=6)
     mixture = replace(SMALL, model_type="mixtral", experts=experts)
     # A layer: 656 - 3 x 16 x 8 = 272 beside the feed-forward layer, the router 4 x 8, and each
     # expert 3 x 6 x 8 = 144.

@@ -15,8 +15,9 @@ from megatron_rl.learner.layout.simulated import Exchange
 from megatron_rl.plan.parameters import stage_parameters, tensor_shapes
 from megatron_rl.plan.simulate import SimulatedRank, problems_in
 from megatron_rl.weights.geometry import read_geometry
-from tests.plan.shapes import SHAPES, SMALL
+from tests.plan.shapes import SHAPES
 from tests.plan.support.simulated_worlds import LARGE_WORLDS, WORLDS
+from tests.support.geometry import SMALL
 from tests.support.ranks import run_module
 
 

@@ -16,32 +16,15 @@ from megatron_rl.learner.batch.packing import pack
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Sample, Score, ScoredGroup
 from megatron_rl.rollout.recording import read_step, write_step
 from megatron_rl.rollout.routes import check_routes, route_bytes
-from megatron_rl.weights.geometry import ExpertGeometry, Geometry
+from tests.support.geometry import SMALL, small_experts
 
 NUM_LAYERS, NUM_CHOSEN, NUM_EXPERTS = 2, 2, 300
-GEOMETRY = Geometry(
+GEOMETRY = replace(
+    SMALL,
     model_type="qwen3_moe",
     num_layers=NUM_LAYERS,
-    hidden_size=8,
-    ffn_hidden_size=16,
-    num_heads=2,
-    num_query_groups=2,
-    head_dim=4,
-    vocab_size=100,
-    max_position_embeddings=64,
-    norm_epsilon=1e-6,
     has_qk_norm=True,
-    has_qkv_bias=False,
-    is_tied=False,
-    rope_theta=10000.0,
-    has_rope_scaling=False,
-    experts=ExpertGeometry(
-        num_experts=NUM_EXPERTS,
-        num_chosen=NUM_CHOSEN,
-        ffn_hidden_size=8,
-        shared_ffn_hidden_size=0,
-        is_normalised=True,
-    ),
+    experts=small_experts(num_experts=NUM_EXPERTS, num_chosen=NUM_CHOSEN),
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.hub import empty_cache, fetched_model
 from tools import convert_checkpoint
 
 
@@ -31,3 +32,24 @@ def test_a_run_that_does_not_say_its_model(
     assert convert_checkpoint.main([str(folder), "--to", "megatron"]) == 1
     assert convert_checkpoint.main([str(tmp_path)]) == 1
     assert "expected a checkpoint, with config.json" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_names_of_models_in_the_hub_s_cache(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub = empty_cache(tmp_path, monkeypatch)
+    snapshot = fetched_model(hub, "mine/tiny", tiny_checkpoint)
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / ".metadata").write_text("of no checkpoint")
+    options = convert_checkpoint._parser().parse_args(["mine/tiny", "-o", "out"])
+    request = convert_checkpoint._request(options)
+    assert (request.source, request.model) == (snapshot, snapshot)
+    arguments = [str(tmp_path / "megatron"), "-o", "out", "--model", "mine/tiny"]
+    request = convert_checkpoint._request(convert_checkpoint._parser().parse_args(arguments))
+    assert (request.is_megatron, request.model) == (True, snapshot)
+    assert convert_checkpoint.main(["mine/other", "-o", "out"]) == 1
+    [told] = capsys.readouterr().err.splitlines()
+    assert f"in the hub's cache {hub}" in told and "hf download mine/other" in told

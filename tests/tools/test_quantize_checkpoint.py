@@ -16,6 +16,7 @@ from megatron_rl.weights.conversion import calibration
 from megatron_rl.weights.conversion.calibration import COLUMN_SCALES, PACKAGES
 from megatron_rl.weights.conversion.formats import Format, decompressed
 from megatron_rl.weights.conversion.quantize import scaled
+from tests.support.hub import empty_cache, fetched_model
 from tools import quantize_checkpoint
 
 MISSING = [name for name in PACKAGES if calibration.importlib.util.find_spec(name) is None]
@@ -174,3 +175,21 @@ def test_calibrated_formats(kind: Format, sharp_checkpoint: Path, tmp_path: Path
     found = logits(loaded(sharp_checkpoint, dequantised(out, kind)))
     error = (found - expected).norm() / expected.norm()
     assert 1e-4 < error < {"fp8": 0.1, "int8": 0.03, "int4_awq": 0.4, "nvfp4": 0.5}[kind]
+
+
+def test_a_name_of_a_model_in_the_hub_s_cache(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub = empty_cache(tmp_path, monkeypatch)
+    fetched_model(hub, "mine/tiny", tiny_checkpoint)
+    out = tmp_path / "out"
+    options = ["-o", str(out), "--format", "fp8_channel"]
+    assert quantize_checkpoint.main(["mine/tiny", *options]) == 0
+    assert (out / "model.safetensors").is_file()
+    capsys.readouterr()
+    assert quantize_checkpoint.main(["mine/other", *options]) == 1
+    [told] = capsys.readouterr().err.splitlines()
+    assert "hf download mine/other" in told

@@ -34,7 +34,8 @@ CONFIG: dict[str, Any] = {
 }
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+ORIGINAL = {"original_max_position_embeddings": 512}
+YARN = {"rope_type": "yarn", "factor": 4.0} | ORIGINAL
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -102,13 +103,13 @@ def test_without_key_value_heads_every_head_has_its_own(tmp_path: Path) -> None:
             {
                 "rope_parameters": None,
                 "rope_theta": 5e5,
-                "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0} | ORIGINAL,
             },
             5e5,
             "llama3",
         ),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+            {"rope_parameters": YARN | {"rope_theta": 1e4}},
             1e4,
             "yarn",
         ),
@@ -204,8 +205,8 @@ def test_a_window_of_no_layer_is_full_attention(tmp_path: Path, window: dict[str
             2048,
         ),
         ({"rope_parameters": YARN, "max_position_embeddings": 4096}, 4096),
-        # transformers then takes max_position_embeddings for the original length
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 512),
+        # transformers takes the original length from here, too
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}} | ORIGINAL, 2048),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 512),
     ],
 )
@@ -213,6 +214,38 @@ def test_yarn_extends_the_original_length(
     tmp_path: Path, changes: dict[str, Any], positions: int
 ) -> None:
     assert read_geometry(write(tmp_path, **changes)).max_position_embeddings == positions
+
+
+@pytest.mark.parametrize(
+    ("changes", "section"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling",
+        ),
+        ({"rope_parameters": YARN | {"original_max_position_embeddings": None}}, "rope_parameters"),
+    ],
+)
+def test_yarn_without_the_original_length_says_what_to_write(
+    tmp_path: Path, changes: dict[str, Any], section: str
+) -> None:
+    """transformers and vLLM would take max_position_embeddings for it, extended or not."""
+    key = "original_max_position_embeddings"
+    with pytest.raises(DataError) as caught:
+        read_geometry(write(tmp_path, **changes))
+    assert str(caught.value) == (
+        f"{tmp_path}/config.json: expected {key} in {section} with rope_type yarn, the length that "
+        f"the model was trained with before it was extended, got none: write {key}=512 there if "
+        "max_position_embeddings=512 is that length (the context is then factor=4 times as long), "
+        f"or {key}=128 if it is the extended one"
+    )
+
+
+def test_llama3_without_the_original_length_says_what_to_write(tmp_path: Path) -> None:
+    folder = write(tmp_path, rope_parameters={"rope_type": "llama3", "factor": 8.0})
+    with pytest.raises(DataError, match=r"=512 there if max_position_embeddings=512 is that len"):
+        read_geometry(folder)
 
 
 @pytest.mark.parametrize(

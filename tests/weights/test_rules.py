@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_rl.weights.geometry import ExpertGeometry, Geometry
+from megatron_rl.weights.geometry import Geometry
 from megatron_rl.weights.rules import (
     cut_dimension,
     has_split_groups,
@@ -20,47 +22,26 @@ from megatron_rl.weights.rules import (
 )
 from megatron_rl.weights.stages import PipelineParts
 from tests.learner.support.parity_models import by_expert
+from tests.support.geometry import SMALL, small_experts
 
 EXPERTS = {
-    "qwen3_moe": ExpertGeometry(
-        num_experts=12,
-        num_chosen=2,
-        ffn_hidden_size=8,
-        shared_ffn_hidden_size=0,
-        is_normalised=True,
-    ),
-    "qwen2_moe": ExpertGeometry(
-        num_experts=4,
-        num_chosen=2,
-        ffn_hidden_size=8,
-        shared_ffn_hidden_size=20,
-        is_normalised=False,
-    ),
-    "mixtral": ExpertGeometry(
-        num_experts=4,
-        num_chosen=2,
-        ffn_hidden_size=40,
-        shared_ffn_hidden_size=0,
-        is_normalised=True,
-    ),
+    "qwen3_moe": small_experts(num_experts=12),
+    "qwen2_moe": small_experts(shared_ffn_hidden_size=20, is_normalised=False),
+    "mixtral": small_experts(ffn_hidden_size=40),
 }
 GEOMETRIES = {
-    model_type: Geometry(
+    model_type: replace(
+        SMALL,
         model_type=model_type,
-        num_layers=4,
         hidden_size=24,
         ffn_hidden_size=40,
         num_heads=8,
         num_query_groups=4,
         head_dim=6,  # 8 x 6 is not the hidden size
         vocab_size=vocab_size,
-        max_position_embeddings=64,
-        norm_epsilon=1e-6,
         has_qk_norm=model_type in ("qwen3", "qwen3_moe"),
         has_qkv_bias=model_type in ("qwen2", "qwen2_moe"),
         is_tied=is_tied,
-        rope_theta=10000.0,
-        has_rope_scaling=False,
         experts=EXPERTS.get(model_type),
     )
     for model_type, vocab_size, is_tied in (
@@ -209,24 +190,9 @@ def test_shapes_of_shards(size: int) -> None:
             assert shard_shape(rule, geometry, size) == shard.shape
 
 
-def small(**changes: int) -> Geometry:
+def small() -> Geometry:
     """4 heads of 1 in 2 groups, hidden size 1: small enough to write the rows down."""
-    numbers = {"num_layers": 4, "ffn_hidden_size": 4, "vocab_size": 131} | changes
-    return Geometry(
-        model_type="llama",
-        hidden_size=1,
-        num_heads=4,
-        num_query_groups=2,
-        head_dim=1,
-        max_position_embeddings=8,
-        norm_epsilon=1e-6,
-        has_qk_norm=False,
-        has_qkv_bias=False,
-        is_tied=False,
-        rope_theta=10000.0,
-        has_rope_scaling=False,
-        **numbers,
-    )
+    return replace(SMALL, hidden_size=1, ffn_hidden_size=4, num_heads=4, head_dim=1, vocab_size=131)
 
 
 def column(*values: float) -> torch.Tensor:
