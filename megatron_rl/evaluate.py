@@ -41,7 +41,7 @@ from megatron_rl.loop.state import initial_state
 from megatron_rl.observe.evaluations import HELD_OUT_LABEL, evaluation_table, figures_of_sets
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.process.command import Progress, run_command
-from megatron_rl.process.folder import hold_folder
+from megatron_rl.process.folder import check_new_folder, hold_folder
 from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.records import Prompt
 from megatron_rl.reward.registry import resolve_verifiers
@@ -153,8 +153,12 @@ def has_held_out(config: Config) -> bool:
 
 
 def new_folder(parent: Path) -> Path:
-    """A new folder `parent`/0001, or of the next number that is not taken."""
-    parent.mkdir(parents=True, exist_ok=True)
+    """A new folder `parent`/0001, or of the next number that is not taken.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    check_new_folder(parent / "0001", f"run_dir={parent.parent}")
     for number in itertools.count(1):
         folder = parent / f"{number:04d}"
         try:

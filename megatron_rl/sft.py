@@ -29,6 +29,7 @@ from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.metrics import Mean, merge, reduce
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.process.command import Progress, run_command
+from megatron_rl.process.folder import check_new_folder
 from megatron_rl.records import MicroBatch, Rollout, Sample
 from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import read_geometry
@@ -41,6 +42,8 @@ def warm_start(config: Config, progress: Progress) -> None:
     """Train on the responses and save the checkpoint; see the docstring of this module."""
     settings = config.warm_start
     folder = warm_start_folder(config)
+    output = Path(settings.output or folder / "checkpoint")
+    check_new_folder(output, f"warm_start.output={output}")
     geometry = read_geometry(config.model.path)
     geometry.check_layout(config.parallel)
     check_checkpoint(config.model.path, geometry)
@@ -86,7 +89,6 @@ def warm_start(config: Config, progress: Progress) -> None:
             if is_last:
                 break
     if parallel.rank == 0:
-        output = Path(settings.output or folder / "checkpoint")
         write_checkpoint(
             output,
             learner.full_tensors(),

@@ -222,6 +222,8 @@ def test_what_it_cannot_do_is_said_before_anything_is_started(
 def test_every_evaluation_has_a_folder_of_its_own(tmp_path: Path) -> None:
     names = [new_folder(tmp_path / "evaluations").name for _ in range(3)]
     assert names == ["0001", "0002", "0003"]
+    with pytest.raises(ConfigError, match="run_dir=/proc/nowhere: expected a folder that can be"):
+        new_folder(Path("/proc/nowhere/evaluations"))
 
 
 def test_weight_only_formats_are_rounded_in_the_engines_checkpoint(

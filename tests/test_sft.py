@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ModelConfig, WarmStartConfig
 from megatron_rl.config.file import load_config
 from megatron_rl.data.pairs import PairStream
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
-from megatron_rl.sft import as_samples
+from megatron_rl.errors import ConfigError
+from megatron_rl.process.command import Progress
+from megatron_rl.sft import as_samples, warm_start
 from tests.support.ranks import rank_environment, run_module
 
 NUM_STEPS, SEQUENCES_PER_STEP = 30, 32
@@ -128,3 +130,17 @@ def test_only_the_response_is_learnt() -> None:
     assert sample.prompt_index == 11
     assert sample.rollout.token_ids.tolist() == [1, 5, 6, 7, 2]
     assert sample.rollout.loss_mask.tolist() == [False] * 3 + [True] * 2
+
+
+def test_an_output_that_could_not_be_written_is_refused_before_a_step(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "checkpoint"
+    config = Config(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(path=str(tiny_checkpoint)),
+        warm_start=WarmStartConfig(output=str(output)),
+    )
+    with pytest.raises(ConfigError, match=rf"warm_start\.output={output}: expected a folder"):
+        warm_start(config, Progress())

@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bar()
     try:
         num_parameters = write_model(options.out, options)
-    except FileExistsError as error:
+    except OSError as error:
         print(f"make_tiny_model: {error}", file=sys.stderr)
         return 1
     config = json.loads((options.out / "config.json").read_text())

@@ -18,6 +18,7 @@ Messages = tuple[tuple[str, str], ...]  # (role, content), in order
 SYSTEM = "system"  # the role of a system prompt
 
 _FINAL_ANSWER = re.compile(r"####\s*(\S.*?)\s*$")  # as GSM8K writes it
+_EXACT_FLOATS = 2.0**53  # below it a float is exactly the whole number that was written
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
@@ -93,8 +94,8 @@ def read_turns(record: dict[str, Any], layout: Layout, where: str) -> Messages:
             f"{where}: expected a question in column {layout.prompt_column!r} "
             f"({layout.prompt_key}), got an empty text"
         )
-    for _, content in turns:
-        _check_text(content, layout.prompt_column, layout.prompt_key, where)
+    for text in (text for turn in turns for text in turn):
+        _check_text(text, layout.prompt_column, layout.prompt_key, where)
     return turns
 
 
@@ -151,7 +152,9 @@ def read_answer(record: dict[str, Any], layout: Layout, where: str) -> str:
             f"{where}: expected a text or a finite number in column {layout.answer_column!r} "
             f"({layout.answer_key}), got {_shorten(value)}"
         )
-    answer = str(value)
+    # A column of whole numbers in which one was missing became one of floats.
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT_FLOATS
+    answer = str(int(value) if is_whole else value)
     _check_text(answer, layout.answer_column, layout.answer_key, where)
     if layout.is_answer_required and not answer.strip():
         raise DataError(

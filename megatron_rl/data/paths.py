@@ -59,8 +59,11 @@ def _files_of(path: str, key: str) -> list[Path]:
     if place.is_dir():
         return _in_folder(place, key)
     found = [Path(each) for each in sorted(glob.glob(path))]
+    if files := [each for each in found if each.is_file()]:
+        return [_known(each) for each in files]
     if found:
-        return [_known(each) for each in found if each.is_file()]
+        kind = "a broken link" if not found[0].exists() else "no file"
+        raise DataError(f"{path}: expected a file ({key}), got {found[0]}, which is {kind}")
     if cached := cached_folder(path, kind="dataset"):
         return _in_folder(Path(cached), key)
     fetch = how_to_fetch(path, kind="dataset")

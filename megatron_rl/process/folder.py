@@ -39,7 +39,7 @@ MENDABLE = {
 }
 # Those that mean the same wherever they happen. A file that is missing, say, may be a mistake here.
 _ANYWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EROFS)
-_ANYWHERE += (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+_ANYWHERE += (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _IN_A_TEXT = re.compile(r"\(os error (\d+)\)")  # how safetensors tells of one
 # Sockets are made in the temporary folder, and Linux limits their paths (sun_path in linux/un.h).
 # The longest name is that of vLLM's: "/" and a UUID.
@@ -86,6 +86,27 @@ def hold_folder(folder: Path, setting: str) -> None:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "launch": _launch()}
         os.ftruncate(lock, os.pwrite(lock, json.dumps(holder).encode(), 0))
         os.fsync(lock)
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}: expected a folder that can be written, got {_brief(error)}"
+        ) from error
+
+
+def check_new_folder(folder: Path, setting: str) -> None:
+    """Check that a folder that is written later can be made then; its parent is made now.
+
+    Args:
+        setting: the setting and its value, for messages.
+
+    Raises:
+        ConfigError: its place is taken by a file, or its parent cannot be made or written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+        with tempfile.TemporaryFile(dir=folder.parent) as probe:
+            probe.write(b"\0")
     except OSError as error:
         raise ConfigError(
             f"{setting}: expected a folder that can be written, got {_brief(error)}"

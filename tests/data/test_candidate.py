@@ -95,7 +95,16 @@ def test_an_answer_that_is_no_text(value):
 
 @pytest.mark.parametrize(
     ("value", "answer"),
-    [(7, "7"), (-0.5, "-0.5"), (10**30, "1" + "0" * 30), (Decimal("1.50"), "1.50"), (" 7 ", " 7 ")],
+    [
+        (7, "7"),
+        (7.0, "7"),
+        (-0.0, "0"),
+        (1e22, "1e+22"),
+        (-0.5, "-0.5"),
+        (10**30, "1" + "0" * 30),
+        (Decimal("1.50"), "1.50"),
+        (" 7 ", " 7 "),
+    ],
 )
 def test_numbers_are_answers(value, answer):
     assert read({"question": "q", "answer": value}, is_answer_required=True).answer == answer

@@ -140,6 +140,7 @@ BROKEN = [
     ("a lone surrogate in the question", r'{"q":"\ud83d 1+1","a":"2"}', r"surrogate \\ud83d at c"),
     ("one in the answer", r'{"q":"1+1","a":"2\udc00"}', r"column 'a' .*surrogate \\udc00 at char"),
     ("one in a message", r'{"q":[{"role":"user","content":"\udead"}],"a":"2"}', r"surrogate \\ud"),
+    ("one in a role", r'{"q":[{"role":"\ud800","content":"1"}],"a":"2"}', r"surrogate \\ud800 at"),
     ("NaN as the answer", '{"q":"1+1","a":NaN}', "a text or a finite number in column 'a'.* nan"),
     ("infinity", '{"q":"1+1","a":-Infinity}', "a finite number in column 'a'.* got -inf"),
     ("a number too large", '{"q":"1+1","a":1e400}', "a finite number in column 'a'.* got inf"),

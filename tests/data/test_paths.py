@@ -110,3 +110,16 @@ def test_what_is_no_data(files, path, message, make):
 def test_words_that_begin_like_a_split_are_none(make):
     make("d/training.csv", "d/testament.csv", "d/devious.csv")
     assert len(names("d")) == 3
+
+
+@pytest.mark.parametrize("path", ["gone.jsonl", "*.jsonl"])
+def test_a_broken_link_is_named(path, make, tmp_path):
+    (tmp_path / "gone.jsonl").symlink_to("moved/away.jsonl")
+    with pytest.raises(DataError, match=r"expected a file .*got gone\.jsonl, which is a broken"):
+        names(path)
+
+
+def test_a_pattern_of_folders_finds_no_file(make):
+    make("d/a.jsonl", "e/a.jsonl")
+    with pytest.raises(DataError, match=r"\[de\]: expected a file .*got d, which is no file"):
+        names("[de]")

@@ -21,6 +21,7 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.process import folder as process_folder
 from megatron_rl.process.folder import (
     LOCK_FILE,
+    check_new_folder,
     check_temporary_folder,
     disk_problem,
     hold_folder,
@@ -119,6 +120,36 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path, path: str, fragment: str) 
     assert str(caught.value) == (
         f"run_dir={folder}: expected a folder that can be written, got " + fragment.format(folder)
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "fragment"),
+    [
+        ("file", "File exists: {}; choose a path that is not taken by a file"),
+        ("file/out", "File exists: {parent}; choose a path that is not taken by a file"),
+        ("file/a/out", "Not a directory: {parent}; choose a path whose parents are folders"),
+        ("/proc/nowhere/out", "No such file or directory: {parent}; choose a path that can be"),
+        ("loop/a/out", "Too many levels of symbolic links: {parent}; choose a path without a"),
+    ],
+)
+def test_a_folder_that_could_not_be_made_later(tmp_path: Path, path: str, fragment: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "loop").symlink_to("loop")
+    folder = tmp_path / path
+    with pytest.raises(ConfigError) as caught:
+        check_new_folder(folder, "warm_start.output=a")
+    expected = fragment.format(folder, parent=folder.parent)
+    assert f"warm_start.output=a: expected a folder that can be written, got {expected}" in str(
+        caught.value
+    )
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_folder_that_can_be_made_later_is_not_made_now(tmp_path: Path) -> None:
+    check_new_folder(tmp_path / "a" / "out", "warm_start.output=a")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+    (tmp_path / "a" / "out").mkdir()
+    check_new_folder(tmp_path / "a" / "out", "warm_start.output=a")  # which is then replaced
 
 
 @pytest.mark.parametrize(

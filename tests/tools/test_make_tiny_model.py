@@ -27,6 +27,13 @@ def checkpoint(tmp_path_factory):
     return out, result.stdout
 
 
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert make_tiny_model.main([str(tmp_path / "file" / "model")]) == 1
+    [told] = capsys.readouterr().err.splitlines()
+    assert told.startswith("make_tiny_model: ") and "Not a directory" in told
+
+
 def test_one_line_with_the_parameter_count(checkpoint):
     out, stdout = checkpoint
     model = AutoModelForCausalLM.from_pretrained(out)
