@@ -15,6 +15,12 @@ venv="$(dirname "${BASH_SOURCE[0]}")/../.venv"
 if ! command -v torchrun >/dev/null && [ -f "$venv/bin/activate" ]; then
     source "$venv/bin/activate"
 fi
+if ! command -v torchrun >/dev/null; then
+    echo "torchrun.sh: expected torchrun on the PATH or in .venv (tools/bootstrap.sh), got none" >&2
+    exit 2
+fi
+python="$(dirname "$(command -v torchrun)")/python"
+"$python" -m megatron_rl.process.packages # one line here instead of a traceback of each rank
 
 num_gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
 num_ranks="${NPROC:-$((num_gpus > 0 ? num_gpus : 2))}"
@@ -22,7 +28,7 @@ num_threads=$(($(nproc) / num_ranks))
 num_threads=$((num_threads < 1 ? 1 : num_threads > 8 ? 8 : num_threads))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$num_threads}"
 
-launcher=("$(dirname "$(command -v torchrun)")/python" -m megatron_rl.process.agent)
+launcher=("$python" -m megatron_rl.process.agent)
 if [ "${NNODES:-1}" -gt 1 ]; then
     : "${MASTER_ADDR:?expected the first node of NNODES=$NNODES}"
     launcher=(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,53 @@ def test_torchrun_is_found_in_the_repository_s_environment(tmp_path: Path) -> No
     )
     assert finished.returncode == 1
     assert "nowhere.yaml: expected a readable YAML file" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("blocked", "package"), [("megatron", "megatron-core"), ("torch", "torch")]
+)
+def test_a_missing_package_is_one_line(blocked: str, package: str, tmp_path: Path) -> None:
+    """Before ranks are started; nothing of the learner is imported."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] == {blocked!r}:\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    bin_folder = Path(sys.executable).parent
+    begin = time.monotonic()
+    finished = subprocess.run(
+        [ROOT / "launch" / "torchrun.sh", "megatron_rl.train", "nowhere.yaml"],
+        env=os.environ
+        | {
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "NPROC": "2",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 1 and time.monotonic() - begin < 60
+    [line] = finished.stderr.splitlines()
+    assert line.startswith(f"ConfigError: learner: expected the packages {package} in ")
+    assert "requirements/cpu.txt" in line
+
+
+def test_a_missing_torchrun_is_told(tmp_path: Path) -> None:
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    script = launch / "torchrun.sh"
+    script.write_bytes((ROOT / "launch" / "torchrun.sh").read_bytes())
+    finished = subprocess.run(
+        ["bash", script, "megatron_rl.train", "nowhere.yaml"],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("torchrun.sh: expected torchrun on the PATH or in .venv")
+    assert len(finished.stderr.splitlines()) == 1

@@ -1,8 +1,9 @@
 """launch/slurm.sbatch under a real SLURM of two nodes on this machine.
 
 A run with learners on one node and engines on the other is requeued and goes on, is stopped by the
-signal before the time limit after it has saved, and ends well. A job with learners on both nodes is
-cancelled and leaves no process.
+signal that SLURM sends before the time limit after it has saved, and ends well. A job with learners
+and an engine on both nodes, and a heterogeneous one, are cancelled and leave no process.
+docs/cluster.md has the last result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from tests.support.ranks import ROOT
 CLUSTER = ROOT / "tests" / "support" / "slurm_two_nodes.sh"
 MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name)]
 START_SECONDS, STEP_SECONDS, LEFT_SECONDS = 400.0, 120.0, 15.0
-NUM_STEPS = 120
+SIGNAL_SECONDS = 150.0  # SLURM compares times with limits twice a minute
+SIGNAL_MINUTES = 5  # before the limit, as `--signal` of the script says
+ENDLESS = 100_000  # steps
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
@@ -43,17 +46,36 @@ def cluster(
     subprocess.run([CLUSTER, "stop"], env=environment, check=True, timeout=60)
 
 
-def submit(cluster: dict[str, str], config: Path, run_dir: Path, **variables: str) -> str:
-    """Submit a run of NUM_STEPS on both nodes; returns the job's number.
+def write_small(write_config: Callable[..., Path], folder: Path, num_steps: int) -> Path:
+    return write_config(
+        folder,
+        parallel={"tensor": 2},
+        rollout={
+            "dtype": "float32",
+            "num_threads": 1,
+            "kv_cache_gib": 0.1,
+            "max_num_seqs": 16,
+            "sampling": {"max_tokens": 16},
+        },
+        checkpoint={"every": 3, "save_hf": True},
+        loop={"num_steps": num_steps, "prompts_per_step": 4, "samples_per_prompt": 4},
+    )
+
+
+def submit(
+    cluster: dict[str, str], config: Path, run_dir: Path, *nodes: str, **variables: str
+) -> str:
+    """Submit a run; returns the job's number.
 
     Args:
+        nodes: options of sbatch.
         variables: of the environment.
     """
+    log = f"--output={run_dir.parent}/job.log"
     submitted = subprocess.run(
         [
-            *("sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1"),
-            *("--time=30", f"--output={run_dir.parent}/job.log", "launch/slurm.sbatch"),
-            *(str(config), f"run_dir={run_dir}", f"loop.num_steps={NUM_STEPS}"),
+            *("sbatch", "--parsable", "--time=30", log, *nodes, "launch/slurm.sbatch"),
+            *(str(config), f"run_dir={run_dir}"),
         ],
         cwd=ROOT,
         env=cluster | variables,
@@ -106,12 +128,32 @@ def resumed_steps(run_dir: Path) -> list[int]:
     return [int(step) for step in re.findall(r"resumed after step (\d+)", printed(run_dir))]
 
 
+def set_limit(cluster: dict[str, str], job: str, minutes: int) -> None:
+    """The time limit from the start of the job, which SLURM refuses to change while it ends."""
+    update = ["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"]
+    deadline = time.monotonic() + STEP_SECONDS
+    while (done := subprocess.run(update, env=cluster, capture_output=True)).returncode:
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.5)
+
+
+def minutes_run(cluster: dict[str, str], job: str) -> int:
+    """Whole minutes, rounded up, that the job has run since its last start."""
+    hours, minutes, seconds = map(
+        int,
+        re.search(
+            r"RunTime=(\d+):(\d+):(\d+)", command(cluster, "scontrol", "show", "job", job)
+        ).groups(),
+    )
+    return 60 * hours + minutes + (seconds > 0)
+
+
 def test_requeued_stopped_before_the_limit_and_finished(
     cluster: dict[str, str], tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
-    config = write_config(tmp_path, parallel={"tensor": 2}, checkpoint={"every": 3})
-    run_dir = tmp_path / "run"
-    job = submit(cluster, config, run_dir, ENGINE_NODES="1", NPROC="2")
+    config, run_dir = write_small(write_config, tmp_path, ENDLESS), tmp_path / "run"
+    nodes = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1")
+    job = submit(cluster, config, run_dir, *nodes, ENGINE_NODES="1", NPROC="2")
     wait_until(lambda: latest(run_dir) >= 3, START_SECONDS, run_dir)
     assert re.search(r"job \d+, start 0: learners on nodeA, engines on nodeB", printed(run_dir))
     command(cluster, "scontrol", "requeue", job)
@@ -119,31 +161,51 @@ def test_requeued_stopped_before_the_limit_and_finished(
     begin = resumed_steps(run_dir)[0]
     assert begin >= 3 and begin % 3 == 0
     wait_until(lambda: latest(run_dir) > begin, STEP_SECONDS, run_dir)
-    # As `--signal=B:USR1@...` does it: to the script, and to nobody else.
-    command(cluster, "scancel", "--batch", "--signal=USR1", job)
+    set_limit(cluster, job, minutes_run(cluster, job) + SIGNAL_MINUTES)
     told = r"stopped after step (\d+), as it was asked to"
-    wait_until(lambda: re.search(told, printed(run_dir)), STEP_SECONDS, run_dir)
+    wait_until(lambda: re.search(told, printed(run_dir)), SIGNAL_SECONDS, run_dir)
+    assert "time limit: the run saves after its step" in printed(run_dir)
     stopped = int(re.search(told, printed(run_dir))[1])
+    assert latest(run_dir) == stopped
+    write_small(write_config, tmp_path, stopped + 2)  # which the next start reads
+    set_limit(cluster, job, 30)
     wait_until(lambda: len(resumed_steps(run_dir)) == 2, START_SECONDS, run_dir)
     assert resumed_steps(run_dir)[1] == stopped
     wait_until(lambda: not command(cluster, "squeue", "--noheader"), START_SECONDS, run_dir)
     assert "JobState=COMPLETED" in command(cluster, "scontrol", "show", "job", job)
     steps = [line["step"] for line in read_jsonl(run_dir / "metrics.jsonl")]
-    assert steps == list(range(NUM_STEPS + 1))
+    assert steps == list(range(stopped + 3))
     assert (run_dir / "huggingface" / "model.safetensors").is_file()
     assert not left_of(run_dir)
     ranks = list((run_dir / "logs" / f"job_{job}").glob("ranks_of_node_0/*/attempt_0/*/*.log"))
     assert len(ranks) == 2 * 2 * 3  # ranks, streams, starts
 
 
+ONE = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_ranks", "engines"),
+    [
+        (("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1"), 1, "the same"),
+        ((*ONE, ":", *ONE), 2, "nodeB"),
+    ],
+    ids=["same nodes", "heterogeneous"],
+)
 def test_a_cancelled_job_leaves_no_process(
-    cluster: dict[str, str], tmp_path: Path, write_config: Callable[..., Path]
+    nodes: tuple[str, ...],
+    num_ranks: int,
+    engines: str,
+    cluster: dict[str, str],
+    tmp_path: Path,
+    write_config: Callable[..., Path],
 ) -> None:
-    run_dir = tmp_path / "run"
-    config = write_config(tmp_path, parallel={"tensor": 2}, checkpoint={"every": 3})
-    job = submit(cluster, config, run_dir, NPROC="1")
+    config, run_dir = write_small(write_config, tmp_path, ENDLESS), tmp_path / "run"
+    job = submit(cluster, config, run_dir, *nodes, NPROC=str(num_ranks))
     wait_until(lambda: latest(run_dir) >= 3, START_SECONDS, run_dir)
+    learners = "nodeA nodeB" if num_ranks == 1 else "nodeA"
+    assert f"learners on {learners}, engines on {engines};" in printed(run_dir)
     assert len(left_of(run_dir)) >= 6  # script, agents, ranks, guard, engine
     command(cluster, "scancel", job)
     wait_until(lambda: not left_of(run_dir), LEFT_SECONDS, run_dir)
-    assert latest(run_dir) < NUM_STEPS
+    wait_until(lambda: not command(cluster, "squeue", "--noheader"), STEP_SECONDS, run_dir)

@@ -28,6 +28,7 @@ from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs,
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.trackers import check_trackers
 from megatron_rl.process.node import Node, this_node
+from megatron_rl.process.packages import ENGINE, check_packages
 from megatron_rl.records import Truncation
 from megatron_rl.reward.expected import answer_checks
 from megatron_rl.reward.registry import (
@@ -35,7 +36,7 @@ from megatron_rl.reward.registry import (
     check_verifier,
     resolve_verifiers,
 )
-from megatron_rl.sync.transports.transport import has_many_sources
+from megatron_rl.sync.transports.transport import has_many_sources, needs_gpus
 from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import Geometry, read_geometry
 
@@ -95,6 +96,8 @@ def preflight(config: Config) -> Preflight:
     check_replay(config)
     check_routing_replay(config, geometry)
     check_engine_place(config)
+    if not config.replay and config.rollout.num_engines and config.rollout.placement != "nodes":
+        check_packages(ENGINE, "rollout.num_engines")
     check_gpus(config)
     check_fixed_rollouts(config)
     inputs, checkpoint = run_inputs(config, stream, sets), checkpoint_to_resume(config)
@@ -363,7 +366,8 @@ def check_engine_place(
 
 
 def check_gpus(config: Config, node: Node | None = None, num_gpus: int | None = None) -> None:
-    """Raise ConfigError if a node has too few GPUs for the engines that the run starts on it.
+    """Raise ConfigError if a node has too few GPUs for the engines that the run starts on it, or
+    none for a transport that needs them.
 
     Args:
         node: None means this node.
@@ -372,6 +376,11 @@ def check_gpus(config: Config, node: Node | None = None, num_gpus: int | None = 
     if config.replay:
         return
     num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus
+    if needs_gpus(config.sync.transport) and not num_gpus:
+        raise ConfigError(
+            f"sync.transport={config.sync.transport}: expected a learner and engines on GPUs, got "
+            "none on this host; choose another sync.transport"
+        )
     place_engines(config.rollout, node or this_node(), num_gpus=num_gpus)
 
 

@@ -63,14 +63,15 @@ class Assembly:
         self._read = read
         self._num_buckets = 0
         self._num_complete = 0  # tensors; the next expected piece belongs to this one
-        self._bytes: torch.Tensor | None = None  # [nbytes] uint8 of that tensor, on the CPU
+        # [nbytes] uint8 of that tensor, on the device of the bucket
+        self._bytes: torch.Tensor | None = None
         self._offset = 0  # bytes of it that have arrived
 
     def tensors_of(
         self, bucket: Bucket, checksums: dict[int, str]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor of each tensor that this bucket completes, on the CPU and independent of
-        the bucket's memory.
+        """Name and tensor of each tensor that this bucket completes, on the bucket's device and
+        independent of its memory.
 
         Args:
             checksums: hexadecimal checksums of these tensors, by index into the manifest.
@@ -113,19 +114,18 @@ class Assembly:
                 f"{spec.name}: expected bytes from {self._offset} of {spec.nbytes}, "
                 f"got {piece.tensor_offset} to {piece.tensor_offset + piece.nbytes}"
             )
+        arrived = self._read(piece.bucket_offset, piece.nbytes)
         if self._bytes is None:
-            self._bytes = torch.empty(spec.nbytes, dtype=torch.uint8)
+            self._bytes = torch.empty(spec.nbytes, dtype=torch.uint8, device=arrived.device)
         # Copied, because the next bucket overwrites these bytes while vLLM still holds the tensors
         # of an incomplete layer.
-        self._bytes[self._offset : self._offset + piece.nbytes] = self._read(
-            piece.bucket_offset, piece.nbytes
-        )
+        self._bytes[self._offset : self._offset + piece.nbytes] = arrived
         self._offset += piece.nbytes
         return spec
 
     def _complete(self, spec: TensorSpec, checksums: dict[int, str]) -> torch.Tensor:
         assert self._bytes is not None
-        checksum = new_checksum(self._bytes.numpy())  # of the copy, which will be loaded
+        checksum = new_checksum(self._bytes.cpu().numpy())  # of the copy, which will be loaded
         announced = checksums.get(self._num_complete)
         if checksum.hexdigest() != announced:
             raise SyncError(

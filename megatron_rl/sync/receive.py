@@ -95,7 +95,7 @@ class UpdateReceiver:
         message with `abandon` gives the reason why the sender abandons the update.
 
         Args:
-            load: called with the tensors that a bucket completed, on the CPU.
+            load: called with the tensors that a bucket completed, on the transport's device.
 
         Raises:
             SyncError: a message is out of order, bytes differ from the announced ones, or the

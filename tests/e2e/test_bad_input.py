@@ -10,17 +10,23 @@ import fcntl
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_rl.engine.address import EngineAddress
+from megatron_rl.engine.claims import Claims
 from megatron_rl.process.folder import LOCK_FILE
+from megatron_rl.records import TOKEN_VARIABLE
 from tests.e2e.runs import training
 from tests.support.ranks import run_module
+from tests.support.served_engine import ServedEngine
 
 SECONDS = 120.0  # an error that takes longer is a hang
+ERROR_SECONDS = 60.0  # of one that waits for somebody else
 
 
 def fail(
@@ -103,6 +109,7 @@ def break_model(folder: Path, sharp_checkpoint: Path, how: str) -> Path:
         ("lopp.num_steps=3", ("lopp", "nearest valid one is loop")),
         ("loop.num_steps=many", ("loop.num_steps", "integer", "'many'")),
         ("parallel.tensor=3", ("parallel.tensor=3", "2 attention heads")),
+        ("sync.transport=ipc", ("sync.transport=ipc", "on GPUs, got none on this host")),
         (
             "parallel.tensor=2",
             ("multiple of tensor x context x pipeline = 2, got 1", "--nproc_per_node"),
@@ -246,6 +253,33 @@ def test_a_port_in_use(tmp_path: Path, write_config: Callable[..., Path]) -> Non
         port = taken.getsockname()[1]
         output, _ = fail(write_config(tmp_path), f"rollout.port={port}")
     assert_one_line(output, "EngineError", "rollout.port", str(port))
+
+
+def test_an_engine_that_never_answers(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    """It takes connections, as one that hangs does."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        begin = time.monotonic()
+        output, _ = fail(
+            write_config(tmp_path),
+            *("rollout.num_engines=0", f"rollout.urls=[{url}]"),
+            variables={TOKEN_VARIABLE: "a token"},
+        )
+    assert time.monotonic() - begin < ERROR_SECONDS
+    assert_one_line(output, "EngineError", f"ready at {url}, none answers", "megatron_rl.serve")
+
+
+def test_an_engine_that_another_run_has_claimed(
+    tmp_path: Path, write_config: Callable[..., Path], served_engine: ServedEngine
+) -> None:
+    address = EngineAddress(url=served_engine.url, token=served_engine.token)
+    begin = time.monotonic()
+    with Claims([address], tmp_path / "first"):
+        overrides, variables = served_engine.overrides(), served_engine.variables()
+        output, _ = fail(write_config(tmp_path), *overrides, variables=variables)
+    assert time.monotonic() - begin < ERROR_SECONDS
+    holder = f"claimed by the run in {tmp_path}/first on {socket.gethostname()}"
+    assert_one_line(output, "EngineError", served_engine.url, holder)
 
 
 def test_a_server_that_does_not_start(tmp_path: Path, write_config: Callable[..., Path]) -> None:

@@ -1,6 +1,6 @@
 """A run on three hosts: two with two learner ranks each (DP2 x TP2, torchrun), one with two
 engines, weights over process groups. Its curves are those of the same run on one host; then its
-cables are cut, in each phase, and it goes on afterwards. docs/hosts.md has the last result.
+cables are cut, in each phase, and it goes on afterwards. docs/engines.md has the last result.
 """
 
 from __future__ import annotations

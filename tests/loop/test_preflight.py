@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from megatron_rl.loop.preflight import (
     preflight,
     prepare_data,
 )
+from megatron_rl.process import packages
 from megatron_rl.process.node import Node
 
 
@@ -97,6 +99,31 @@ def test_too_few_gpus_are_found_before_a_process_is_started() -> None:
     with pytest.raises(ConfigError, match="expected 12 GPUs on node 0 for 3 engines"):
         check_gpus(config, node, 8)
     check_gpus(replace(config, replay="runs/a/rollouts"), node, 8)
+    over_ipc = Config(sync=SyncConfig(transport="ipc"))
+    with pytest.raises(ConfigError, match=r"sync\.transport=ipc: expected .* on GPUs, got none"):
+        check_gpus(over_ipc, node, 0)
+    check_gpus(over_ipc, node, 9)
+
+
+def test_a_run_that_starts_engines_needs_vllm(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question":"1+1","answer":2}\n')
+    config = Config(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(path=str(tiny_checkpoint)),
+        data=DataConfig(tasks=[TaskConfig(path=str(path), verifier="exact")], num_held_out=0),
+        rollout=RolloutConfig(sampling=SamplingConfig(max_tokens=32)),
+        eval=EvalConfig(sampling=SamplingConfig(max_tokens=32)),
+    )
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        packages.importlib.util, "find_spec", lambda n: None if n == "vllm" else find_spec(n)
+    )
+    with pytest.raises(ConfigError, match=r"num_engines: expected the packages vllm .* got none"):
+        preflight(config)
+    preflight(replace(config, rollout=replace(config.rollout, placement="nodes")))
 
 
 def test_an_engine_that_judges_updates_needs_a_position_more(

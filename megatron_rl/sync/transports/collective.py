@@ -28,7 +28,8 @@ import torch.distributed as dist
 from megatron_rl.errors import SyncError
 from megatron_rl.process.interface import local_address
 from megatron_rl.process.loopback import is_one_host, serve_store
-from megatron_rl.sync.transports.transport import DIGEST_BYTES, Bucket, Offer, Transfer
+from megatron_rl.sync.memory.segment import DIGEST_BYTES
+from megatron_rl.sync.transports.transport import Bucket, Offer, Transfer
 
 POLL_SECONDS = 0.0002
 ENGINE_SHARE = 0.9  # of the timeout: an engine must answer before its caller gives it up
@@ -108,6 +109,7 @@ class Sender:
     """A source's side."""
 
     has_many_sources = True
+    needs_gpus = False
     is_free_after_send = True
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:

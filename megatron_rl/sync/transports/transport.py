@@ -38,7 +38,6 @@ from megatron_rl.errors import SyncError
 from megatron_rl.sync import transports
 
 ALIGNMENT = 64  # bytes; a multiple of every element size, and a cache line
-DIGEST_BYTES = 16
 Offer = dict[str, Any]  # plain JSON, sent to one engine in /init_weight_transfer_engine
 
 
@@ -95,6 +94,7 @@ class Sender(Protocol):
     """
 
     has_many_sources: bool  # whether there may be more than one source
+    needs_gpus: bool  # whether learner and engines must be on GPUs
     # whether `send` returns when the bytes are on their way, so that the source may then write its
     # next bucket while the workers load this one
     is_free_after_send: bool
@@ -175,6 +175,11 @@ def sender_class(name: str) -> type[Sender]:
 def has_many_sources(name: str) -> bool:
     """Whether a transport may have many sources, so that each sends the tensors that it holds."""
     return sender_class(name).has_many_sources
+
+
+def needs_gpus(name: str) -> bool:
+    """Whether a transport carries only weights that are on a GPU."""
+    return sender_class(name).needs_gpus
 
 
 def receiver_class(name: str) -> type[Receiver]:

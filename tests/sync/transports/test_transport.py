@@ -27,9 +27,10 @@ from megatron_rl.sync.transports.transport import (
     transport_names,
 )
 from megatron_rl.sync.wire import TensorSpec
+from tests.fakes.device_memory import use_fake_device
 from tests.sync.fake_engine import FakeEngine
 
-TRANSPORTS = ("shared_memory", "collective", "files")
+TRANSPORTS = ("shared_memory", "collective", "ipc", "files")
 URLS = ("http://127.0.0.1:1", "http://127.0.0.1:2")
 NUM_WORKERS = (1, 2)
 SHAPES = {"a": (7, 5), "b": (300,), "c": ()}  # b is larger than a bucket
@@ -47,9 +48,12 @@ def stream(tensors: dict[str, torch.Tensor]) -> WeightStream:
 
 @pytest.fixture(autouse=True)
 def added_transport(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more file in the folder of the transports is all that a transport needs."""
+    """One more file in the folder of the transports is all that a transport needs. CUDA IPC takes
+    the CPU for a GPU.
+    """
     added = str(Path(__file__).parent / "added")
     monkeypatch.setattr(transports, "__path__", [*transports.__path__, added])
+    use_fake_device(monkeypatch)
 
 
 @pytest.fixture
@@ -89,18 +93,18 @@ def assert_all_serve(engines: list[FakeEngine], tensors: dict[str, torch.Tensor]
 
 
 def test_a_transport_is_found_by_the_name_of_its_file():
-    assert transport_names() == ("collective", "files", "shared_memory")
+    assert transport_names() == ("collective", "files", "ipc", "shared_memory")
     assert sender_class("files").__module__ == "megatron_rl.sync.transports.files"
 
 
 @pytest.mark.parametrize("name", ["nccl", "transport", "", "../files", "shared_memory.Sender"])
 def test_nothing_else_is_imported(start, name):
     with pytest.raises(
-        SyncError, match=r"sync\.transport: expected one of collective, files, shared_memory"
+        SyncError, match=r"sync\.transport: expected one of collective, files, ipc, shared_memory"
     ):
         start(name)
     with pytest.raises(
-        SyncError, match=r"sync\.transport: expected one of collective, files, shared_memory"
+        SyncError, match=r"sync\.transport: expected one of collective, files, ipc, shared_memory"
     ):
         receiver_class(name)
 

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.errors import SyncError
-from megatron_rl.sync.transports.transport import DIGEST_BYTES, Bucket, Offer, Transfer
+from megatron_rl.sync.memory.segment import DIGEST_BYTES
+from megatron_rl.sync.transports.transport import Bucket, Offer, Transfer
 
 
 class Sender:
     has_many_sources = True
+    needs_gpus = False
     is_free_after_send = True
 
     def __init__(self, *, source: int, num_sources: int, timeout_seconds: float) -> None:
