@@ -12,6 +12,13 @@ if these differ from what the engine samples from; a training run never reads th
 Every run trains `sync.every` steps, and its gap is measured in the last one. Writes explain.json
 and explain.png next to the runs; finished runs are not repeated. Finally prints the effect of the
 arithmetic of log-probs alone, from the same logits (tools/arithmetic_gap.py).
+
+    python tools/explain_discrepancy.py configs/quickstart.yaml -o runs/formats \\
+        --checkpoint /models/fp8 --checkpoint /models/int4
+
+compares engines that serve other checkpoints of the learner's model instead, such as those of
+tools/quantize_checkpoint.py, after one with its own (tools/checkpoint_gap.py). Without sync they
+show what the format alone changes. One that the engine does not load is told with its reason.
 """
 
 from __future__ import annotations
@@ -84,9 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file of a run, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/explain"))
+    parser.add_argument(
+        "--checkpoint", type=Path, action="append", default=[], metavar="FOLDER", help="see above"
+    )
     options = parser.parse_intermixed_args(arguments)
     watch_signals(lambda: "finished runs are kept")
     try:
+        if options.checkpoint:
+            gaps = of_checkpoints(
+                options.config, options.overrides, options.output, options.checkpoint
+            )
+            report(gaps, options.output, are_steps=False)
+            return 0
         gaps = explain(options.config, options.overrides, options.output)
         report(gaps, options.output)
         compare_arithmetic(
@@ -196,6 +212,40 @@ def measure(folder: Path, step: int, name: str) -> Gap:
     )
 
 
+def of_checkpoints(
+    config_path: str, overrides: Sequence[str], output: Path, checkpoints: Sequence[Path]
+) -> list[Gap]:
+    """The gap of an engine with the learner's checkpoint, and of one with each of the others that
+    the engine loads.
+
+    Raises:
+        ConfigError: the settings cannot be loaded, or two checkpoints have one name.
+        EngineError: the learner's own checkpoint could not be measured.
+    """
+    own = Path(load_config(config_path, overrides).model.path)
+    names = [path.resolve().name for path in checkpoints]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--checkpoint: expected folders of different names, got {names}")
+    tool = Path(__file__).with_name("checkpoint_gap.py")
+    settings = [*overrides, "parallel.tensor=1", "parallel.pipeline=1"]
+    gaps = []
+    for name, path in zip(["the learner's", *names], [own, *checkpoints], strict=True):
+        print(f"{name}: {path}", file=sys.stderr, flush=True)
+        run_dir = output / ("checkpoint" if path is own else f"checkpoint_{name}")
+        command = [sys.executable, str(tool), config_path, "--checkpoint", str(path)]
+        found = subprocess.run(
+            [*command, *settings, f"run_dir={run_dir}"], capture_output=True, text=True
+        )
+        if found.returncode == 0:
+            gaps.append(measure(run_dir / "rollouts", 1, name))
+            continue
+        reason = (found.stderr.strip() or "no word").splitlines()[0]
+        if path is own:
+            raise EngineError(f"{tool.name}: expected a gap of {path}, got {reason}")
+        print(f"{name}: not measured: {reason}")
+    return gaps
+
+
 def compare_arithmetic(config_path: str, overrides: Sequence[str], run_dir: Path) -> None:
     """Print how other ways to compute log-probs differ, from the logits of a run's first step."""
     tool = Path(__file__).with_name("arithmetic_gap.py")
@@ -215,8 +265,13 @@ def compare_arithmetic(config_path: str, overrides: Sequence[str], run_dir: Path
             )
 
 
-def report(gaps: Sequence[Gap], output: Path) -> None:
-    """Print a table, and write explain.json and explain.png to `output`."""
+def report(gaps: Sequence[Gap], output: Path, *, are_steps: bool = True) -> None:
+    """Print a table, and write explain.json and explain.png to `output`.
+
+    Args:
+        are_steps: whether each gap has one cause less than the one before it, whose share is then
+            told.
+    """
     table = Table(title="mean |p_train - p_inf|", title_justify="left")
     table.add_column("")
     for heading in ("gap", "+-", "share", "largest", "largest d logprob", "tokens"):
@@ -226,7 +281,7 @@ def report(gaps: Sequence[Gap], output: Path) -> None:
             gap.name,
             f"{gap.mean:.3g}",
             f"{gap.standard_error:.1g}",
-            "" if before is None else f"{before.mean - gap.mean:.3g}",
+            f"{before.mean - gap.mean:.3g}" if before and are_steps else "",
             f"{gap.largest:.3g}",
             f"{gap.largest_logprob:.2g}",
             f"{gap.num_tokens:,}",
