@@ -27,6 +27,9 @@ START_SECONDS, STEP_SECONDS, LEFT_SECONDS = 400.0, 120.0, 15.0
 SIGNAL_SECONDS = 150.0  # SLURM compares times with limits twice a minute
 SIGNAL_MINUTES = 5  # before the limit, as `--signal` of the script says
 ENDLESS = 100_000  # steps
+LINUXPROC, CGROUP = "proctrack/linuxproc", "proctrack/cgroup"
+ONE = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1")
+TWO = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
@@ -34,13 +37,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["proctrack/linuxproc"])
+@pytest.fixture(scope="module")
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """The environment in which the commands of SLURM reach the two nodes."""
     root = tmp_path_factory.mktemp("slurm")
-    environment = os.environ | {"SLURM_ROOT": str(root), "PROCTRACK": request.param}
+    proctrack = getattr(request, "param", LINUXPROC)
+    environment = os.environ | {"SLURM_ROOT": str(root), "PROCTRACK": proctrack}
     subprocess.run([CLUSTER, "start"], env=environment, check=True, timeout=60)
     yield environment | {"SLURM_CONF": str(root / "slurm.conf"), "PYTHONPATH": str(ROOT)}
     subprocess.run([CLUSTER, "stop"], env=environment, check=True, timeout=60)
@@ -152,8 +156,7 @@ def test_requeued_stopped_before_the_limit_and_finished(
     cluster: dict[str, str], tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     config, run_dir = write_small(write_config, tmp_path, ENDLESS), tmp_path / "run"
-    nodes = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1")
-    job = submit(cluster, config, run_dir, *nodes, ENGINE_NODES="1", NPROC="2")
+    job = submit(cluster, config, run_dir, *TWO, ENGINE_NODES="1", NPROC="2")
     wait_until(lambda: latest(run_dir) >= 3, START_SECONDS, run_dir)
     assert re.search(r"job \d+, start 0: learners on nodeA, engines on nodeB", printed(run_dir))
     command(cluster, "scontrol", "requeue", job)
@@ -181,16 +184,15 @@ def test_requeued_stopped_before_the_limit_and_finished(
     assert len(ranks) == 2 * 2 * 3  # ranks, streams, starts
 
 
-ONE = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1")
-
-
 @pytest.mark.parametrize(
-    ("nodes", "num_ranks", "engines"),
+    ("cluster", "nodes", "num_ranks", "engines"),
     [
-        (("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1"), 1, "the same"),
-        ((*ONE, ":", *ONE), 2, "nodeB"),
+        (LINUXPROC, TWO, 1, "the same"),
+        (LINUXPROC, (*ONE, ":", *ONE), 2, "nodeB"),
+        (CGROUP, TWO, 1, "the same"),
     ],
-    ids=["same nodes", "heterogeneous"],
+    ids=["same nodes", "heterogeneous", "cgroup"],
+    indirect=["cluster"],
 )
 def test_a_cancelled_job_leaves_no_process(
     nodes: tuple[str, ...],

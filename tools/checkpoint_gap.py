@@ -1,7 +1,8 @@
 """Measures the gap between the learner and an engine that serves another checkpoint of its model,
 such as a quantised one (tools/quantize_checkpoint.py).
 
-    python tools/checkpoint_gap.py configs/quickstart.yaml --checkpoint /models/int4 run_dir=runs/gap
+    python tools/checkpoint_gap.py configs/quickstart.yaml --checkpoint /models/int4 \\
+        run_dir=runs/gap
 
 Starts one engine from the checkpoint, samples the prompts of one step from the whole distribution,
 and computes the learner's log-probs of the same tokens at `model.path`, in one process. Nothing is

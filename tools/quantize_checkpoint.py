@@ -79,6 +79,10 @@ def _quantize(options: argparse.Namespace) -> None:
                 f"--format: expected fp8_channel or fp8_block for a mixture of experts, got "
                 f"{options.format}: not all experts would see the texts"
             )
+    # Before the output is begun, whose settings must not change afterwards.
+    texts = []
+    if is_calibrated:
+        texts = read_texts(options.calibration, options.column, options.num_texts)
     what: dict[str, Any] = {
         "source": str(options.model.resolve()),
         "files": model_fingerprint(options.model),
@@ -92,7 +96,7 @@ def _quantize(options: argparse.Namespace) -> None:
     with LoadingConsole(is_shown=True) as console:
         found: dict[str, torch.Tensor] = {}
         if is_calibrated:
-            found = _calibration(options, geometry, output.partial, console)
+            found = _calibration(options, texts, geometry, output.partial, console)
         write_quantized(
             options.model,
             geometry,
@@ -108,12 +112,15 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _calibration(
-    options: argparse.Namespace, geometry: Geometry, folder: Path, console: LoadingConsole
+    options: argparse.Namespace,
+    texts: Sequence[str],
+    geometry: Geometry,
+    folder: Path,
+    console: LoadingConsole,
 ) -> dict[str, torch.Tensor]:
     """What modelopt found, now or before an interruption."""
     path = folder / CALIBRATION
     if not path.is_file():
-        texts = read_texts(options.calibration, options.column, options.num_texts)
         tokenizer = load_tokenizer(str(options.model), geometry.vocab_size)
         batches = []
         for text in texts:

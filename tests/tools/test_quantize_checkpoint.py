@@ -153,6 +153,7 @@ def test_what_is_missing_is_told(
     texts.write_text('{"question": "1+1="}\n')
     assert quantize(sharp_checkpoint, tmp_path / "out", "int8", "--calibration", texts) == 1
     assert "line 1: expected an object with a column text" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".out*"))  # nothing that a call with another column would meet
     assert quantize_checkpoint.read_texts(texts, "question", 5) == ["1+1="]
 
 
