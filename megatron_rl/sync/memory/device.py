@@ -9,6 +9,7 @@ cuda-bindings.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from megatron_rl.errors import SyncError
 
-HANDLE_BYTES = 64  # cudaIpcMemHandle_t.reserved
+HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE, the whole of a cudaIpcMemHandle_t
 
 
 class DeviceMemory:
@@ -36,7 +37,7 @@ class DeviceMemory:
         self._pointer = int(_call(self._runtime, "cudaMalloc", nbytes))
         try:
             handle = _call(self._runtime, "cudaIpcGetMemHandle", self._pointer)
-            self.handle = bytes(handle.reserved)
+            self.handle = ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
             self.tensor = torch.as_tensor(_Array(self._pointer, nbytes), device=device)
         except BaseException:
             self.close()
@@ -58,7 +59,7 @@ class MappedMemory:
     """Memory of a GPU that another process shares.
 
     Args:
-        handle: its HANDLE_BYTES bytes.
+        handle: HANDLE_BYTES bytes.
         device: of this process, on which its bytes will be needed.
 
     Raises:
@@ -71,7 +72,7 @@ class MappedMemory:
         self._pointer = 0
         _call(self._runtime, "cudaSetDevice", device.index)
         opaque = self._runtime.cudaIpcMemHandle_t()
-        opaque.reserved = handle
+        ctypes.memmove(opaque.getPtr(), handle, HANDLE_BYTES)
         flag = self._runtime.cudaIpcMemLazyEnablePeerAccess
         self._pointer = int(_call(self._runtime, "cudaIpcOpenMemHandle", opaque, flag))
 

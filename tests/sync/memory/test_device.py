@@ -4,6 +4,7 @@ bindings, where they are installed, have the names that are used.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import importlib
 import importlib.util
@@ -27,20 +28,34 @@ class Error(enum.IntEnum):
     cudaErrorInvalidValue = 1
 
 
+class Opaque:
+    """A handle as the bindings hold it: bytes at an address."""
+
+    def __init__(self, content: bytes = bytes(HANDLE_BYTES)) -> None:
+        self._buffer = ctypes.create_string_buffer(content, HANDLE_BYTES)
+
+    def getPtr(self) -> int:
+        return ctypes.addressof(self._buffer)
+
+    @property
+    def content(self) -> bytes:
+        return self._buffer.raw
+
+
 class Runtime:
     """A runtime with one GPU, whose functions succeed unless they are in `failing`."""
 
     cudaError_t = Error
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
     cudaIpcMemLazyEnablePeerAccess = 1
-    cudaIpcMemHandle_t = SimpleNamespace
+    cudaIpcMemHandle_t = Opaque
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.failing: set[str] = set()
         self.answers = {
             "cudaMalloc": 4096,
-            "cudaIpcGetMemHandle": SimpleNamespace(reserved=HANDLE),
+            "cudaIpcGetMemHandle": Opaque(HANDLE),
             "cudaIpcOpenMemHandle": 8192,
         }
 
@@ -92,7 +107,7 @@ def test_memory_of_another_process_is_mapped_copied_and_unmapped(runtime: Runtim
     mapped.close()
     mapped.close()
     [_, (_, opaque, flag), copy, *rest] = runtime.calls
-    assert opaque.reserved == HANDLE and flag == 1
+    assert opaque.content == HANDLE and flag == 1
     assert copy == ("cudaMemcpyAsync", target.data_ptr(), 8192, 16, 4, 77)
     assert rest == [("wait",), ("cudaIpcCloseMemHandle", 8192)]
 
@@ -122,8 +137,8 @@ def has_bindings() -> bool:
 def test_the_bindings_have_what_is_used() -> None:
     bindings = importlib.import_module("cuda.bindings.runtime")
     opaque = bindings.cudaIpcMemHandle_t()
-    opaque.reserved = HANDLE
-    assert bytes(opaque.reserved) == HANDLE
+    ctypes.memmove(opaque.getPtr(), HANDLE, HANDLE_BYTES)
+    assert ctypes.string_at(opaque.getPtr(), HANDLE_BYTES) == HANDLE
     assert bindings.cudaError_t.cudaSuccess.name == "cudaSuccess"
     assert int(bindings.cudaMemcpyKind.cudaMemcpyDefault) == 4
     assert bindings.cudaIpcMemLazyEnablePeerAccess == 1
