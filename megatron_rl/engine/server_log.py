@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 # The prefix of a line of vLLM's log: "(EngineCore pid=17) ERROR 11-22 20:14:19 [core.py:133] "
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]+\] ?)?")
-_ERROR = re.compile(  # of Python, of argparse
+_ERROR = re.compile(  # of Python, of argparse, of a worker that a signal ended
     r"^(\w+\.)*\w*(Error|Exception|Interrupt)(: .+)?$|^\S+: error: .+"
+    r"|^Worker proc \S+ died unexpectedly \(exit code: -\d+\).*"
 )
 # Of a C++ exception that nobody caught, of Python's fault handler: those are followed by a signal.
 _FATAL = re.compile(r"^\s*what\(\):.+|^Fatal Python error: .+")
-_REFERENCE = re.compile(r"root cause|stack trace \(above\)")  # to an error that was logged before
+_REFERENCE = re.compile(  # to an error that was logged before
+    r"root cause|stack trace \(above\)|^RuntimeError: Executor failed\.$"
+)
 # EngineCore ended without a word: of process/guard.py, of vLLM (vllm/v1/engine/core_client.py,
 # `start_engine_core_monitor`, which says nothing if EngineCore told its error before).
 _CORE_GONE = re.compile(

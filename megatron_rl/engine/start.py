@@ -20,7 +20,8 @@ from megatron_rl.process.interface import address_of, local_address
 from megatron_rl.process.loopback import HOST
 from megatron_rl.process.node import Node
 from megatron_rl.records import TOKEN_VARIABLE
-from megatron_rl.weights.geometry import num_positions, read_hf_config
+from megatron_rl.weights.geometry import read_hf_config
+from megatron_rl.weights.rope import num_positions
 
 ALONE = Node(index=0, count=1, num_ranks=0)
 ENGINE_MODEL = "engine_model"  # folder of the checkpoint that quantised engines start from

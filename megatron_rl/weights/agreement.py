@@ -19,7 +19,7 @@ from megatron_rl.weights.huggingface import DEAD_BUFFERS, CheckpointReader
 from megatron_rl.weights.rules import hf_shapes, tensor_rules
 
 CONFIG_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of transformers
-CONFIG_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of transformers
+FLOATING = ("F", "BF")  # how safetensors' names of such formats begin
 COMPARED_ROWS = 8192  # read at a time when a head is compared with the embedding
 
 
@@ -29,7 +29,8 @@ def check_checkpoint(folder: str | Path, geometry: Geometry) -> None:
 
     Raises:
         DataError: a file is missing or truncated, two files contradict each other, or a tensor is
-            missing, unexpected, of another shape, or a head that differs from its embedding.
+            missing, unexpected, of another shape, of whole numbers, or a head that differs from its
+            embedding.
     """
     _check_config(folder)
     reader = CheckpointReader(folder)
@@ -45,6 +46,12 @@ def check_checkpoint(folder: str | Path, geometry: Geometry) -> None:
                     f"{folder}: checkpoint tensor {name}: expected shape {list(shape)} from "
                     f"config.json, got {list(reader.shape(name))}; one of the two belongs to "
                     "another model"
+                )
+            if not reader.dtype(name).startswith(FLOATING):
+                raise DataError(
+                    f"{folder}: checkpoint tensor {name}: expected floating-point numbers, got "
+                    f"{reader.dtype(name)}; the weights of a quantised checkpoint cannot be "
+                    "trained, give the one that it was made of"
                 )
     if names:
         raise DataError(

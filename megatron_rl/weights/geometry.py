@@ -15,13 +15,9 @@ from typing import Any
 from megatron_rl.config.hub import how_to_fetch
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.weights.families.family import ExpertKeys, ModelFamily, find_family
+from megatron_rl.weights.rope import ROPE_TYPES, check_scaling, num_positions, rope_parameters
 from megatron_rl.weights.stages import Layout, PipelineParts, pipeline_parts
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # supported by learner and engine
-ORIGINAL = "original_max_position_embeddings"
-# Those whose frequencies depend on the length that the model was trained with. Where a config does
-# not say it, transformers takes max_position_embeddings, which may be the extended length.
-SCALED_FROM_ORIGINAL = ("llama3", "yarn")
 PADDING_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
@@ -159,8 +155,9 @@ def read_geometry(model_path: str | Path) -> Geometry:
         ConfigError: the learner does not support the architecture or an option.
     """
     raw = read_hf_config(model_path)
+    model_type = raw.get("model_type")
     try:
-        family = find_family(raw.get("model_type"))
+        family = find_family(repr(model_type) if isinstance(model_type, list) else model_type)
     except ConfigError as error:
         raise ConfigError(f"model.path={model_path}: {error} in config.json") from error
     try:
@@ -238,30 +235,6 @@ def read_hf_config(model_path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """The RoPE settings in the current format of transformers, `rope_parameters`, read from that
-    format or from the older `rope_scaling` and `rope_theta`.
-    """
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    if raw.get(ORIGINAL) is not None:  # Phi-3's place, which transformers prefers
-        rope[ORIGINAL] = raw[ORIGINAL]
-    return rope
-
-
-def num_positions(raw: dict[str, Any]) -> int:
-    """The longest sequence of a model: `max_position_embeddings` of its config. YaRN extends the
-    original length by its factor, also where max_position_embeddings still holds the original
-    length, as in the instructions of Qwen; vLLM 0.32 has to be told of the longer one.
-    """
-    rope, positions = rope_parameters(raw), raw["max_position_embeddings"]
-    original = rope.get(ORIGINAL)
-    if rope["rope_type"] != "yarn" or original is None:
-        return positions
-    return max(positions, int(rope["factor"] * original))
-
-
 def layer_types(raw: dict[str, Any]) -> list[str]:
     """The kind of attention of each layer, as transformers derives it for Qwen: layers from
     `max_window_layers` on have a sliding window if `use_sliding_window` is set.
@@ -295,8 +268,10 @@ def _check_supported(raw: dict[str, Any], family: ModelFamily, model_path: str |
         refused[key] = sorted(set(kinds)) if key == "layer_types" else True
     if rope["rope_type"] not in ROPE_TYPES:
         refused["rope_type"] = rope["rope_type"]
-    if rope["rope_type"] in SCALED_FROM_ORIGINAL and rope.get(ORIGINAL) is None:
-        raise DataError(f"{model_path}/config.json: {_without_original(raw, rope)}")
+    by_layer_type = sorted(key for key, value in rope.items() if isinstance(value, dict))
+    if by_layer_type:
+        refused["rope_parameters"] = by_layer_type
+    check_scaling(raw, model_path)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refused["partial_rotary_factor"] = rope["partial_rotary_factor"]
     for key, value in refused.items():
@@ -304,20 +279,3 @@ def _check_supported(raw: dict[str, Any], family: ModelFamily, model_path: str |
             f"model.path={model_path}: config.json has {key}={value!r}, which the learner "
             "does not build"
         )
-
-
-def _without_original(raw: dict[str, Any], rope: dict[str, Any]) -> str:
-    section = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    positions, kind = raw["max_position_embeddings"], rope["rope_type"]
-    told = (
-        f"expected {ORIGINAL} in {section} with rope_type {kind}, the length that the model was "
-        f"trained with before it was extended, got none: write {ORIGINAL}={positions} there if "
-        f"max_position_embeddings={positions} is that length"
-    )
-    factor = rope["factor"]
-    if kind == "yarn":
-        told += (
-            f" (the context is then factor={factor:g} times as long), or {ORIGINAL}="
-            f"{positions / factor:g} if it is the extended one"
-        )
-    return told

@@ -89,6 +89,10 @@ class CheckpointReader:
         """The full shape of a tensor."""
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The number format of a tensor, as the header of its file has it: "F32", "BF16", "I8"."""
+        return str(self._slice(name).get_dtype())
+
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise DataError(

@@ -73,6 +73,21 @@ def test_other_ends(lines: list[str], text: str | None) -> None:
     assert text_of(log_of(*lines)) == text
 
 
+@pytest.mark.parametrize("code", [-9, 1])
+def test_a_worker_that_died(code: int) -> None:
+    """One that raised an error told it before; one that was killed did not."""
+    died = (
+        f"Worker proc VllmWorker-1 died unexpectedly (exit code: {code}), shutting down executor."
+    )
+    lines = [
+        f"{CORE}ValueError: of an hour ago" if code < 0 else f"(Worker_TP1 pid=9) {REASON}",
+        f"(EngineCore pid=7) ERROR 11-29 10:55:33 [multiproc_executor.py:315] {died}",
+        f"{CORE}RuntimeError: Executor failed.",
+        f"{SERVER}{DEAD}",
+    ]
+    assert text_of(log_of(*lines)) == (died if code < 0 else REASON)
+
+
 @pytest.mark.parametrize(
     ("lines", "line"),
     [

@@ -132,6 +132,14 @@ def test_a_config_of_another_model(model: Path, changes: dict[str, Any], named: 
     assert named in refused(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_weights_of_whole_numbers(model: Path, dtype: torch.dtype) -> None:
+    """As a quantised checkpoint has them; read as floats they would be another model."""
+    tensors = tensors_of(model)
+    write(model, tensors | {"model.norm.weight": tensors["model.norm.weight"].to(dtype)})
+    assert "model.norm.weight: expected floating-point numbers, got " in refused(model)
+
+
 def test_a_whole_file_beside_an_older_index(model: Path) -> None:
     old = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(model).items()}
     write(model, old, "model-00001-of-00001.safetensors")

@@ -31,8 +31,9 @@ from megatron_rl.learner.model.experts import (
 from megatron_rl.learner.model.head import score_chosen_positions
 from megatron_rl.learner.model.implementations import check_implementations, uses_transformer_engine
 from megatron_rl.learner.model.norm import root_mean_square_norm
-from megatron_rl.weights.geometry import Geometry, read_hf_config, rope_parameters
+from megatron_rl.weights.geometry import Geometry, read_hf_config
 from megatron_rl.weights.huggingface import CheckpointReader
+from megatron_rl.weights.rope import rope_parameters
 from megatron_rl.weights.rules import TensorRule, hf_shapes, shard_from_hf, tensor_rules
 
 if TYPE_CHECKING:

@@ -98,6 +98,7 @@ class ModelFamily:
     # supports. An absent or null option is accepted; any other value is refused.
     accepted: Mapping[str, tuple[Any, ...]]
     experts: ExpertKeys | None = None  # None: a dense model
+    default_rope_theta: float = 10000.0  # used if config.json has no rope_theta
 
     @property
     def has_qk_norm(self) -> bool:

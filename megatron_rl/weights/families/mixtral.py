@@ -32,6 +32,7 @@ FAMILY = family.ModelFamily(
     final_norm=family.FINAL_NORM,
     head=family.HEAD,
     default_head_dim=None,
+    default_rope_theta=1e6,
     accepted={**family.ACCEPTED, "sliding_window": (0,)},
     experts=family.ExpertKeys(
         num_experts=("num_local_experts",),
