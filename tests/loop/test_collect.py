@@ -77,6 +77,11 @@ def test_by_default_everything_is_kept() -> None:
         ([0.1 + 0.2, 0.3], False),
         ([0.1 + 0.2, 0.3, 0.3, 0.3], False),
         ([0.7 + 0.1, 0.8], False),
+        ([sum([0.1] * 10), 1.0], False),
+        ([0.7 * 1 + 0.3 * 0.5, 0.85], False),
+        ([1e9, 1e9 + 1e-6], False),
+        ([-0.0, 0.0], False),
+        ([1e-6, 0.0], True),
         ([0.8, 0.8001], True),
     ],
 )

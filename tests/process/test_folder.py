@@ -77,6 +77,22 @@ def test_a_folder_has_one_holder_until_it_ends(tmp_path: Path) -> None:
     assert json.loads((folder / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
+def test_a_folder_is_the_same_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    holder = start_holder(folder)
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    try:
+        for name in ("run", "link", "run/../run"):
+            with pytest.raises(ConfigError, match=f"run_dir={name}: .* process {holder.pid} on"):
+                hold(Path(name))
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 def test_ranks_of_one_launch_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(process_folder.AGENT_VARIABLE, str(tmp_path / "a" / "attempt_0" / "0" / "e"))
     hold(tmp_path)
@@ -120,6 +136,22 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path, path: str, fragment: str) 
     assert str(caught.value) == (
         f"run_dir={folder}: expected a folder that can be written, got " + fragment.format(folder)
     )
+
+
+def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a file system")
+    expected = "Read-only file system: .*; choose a folder on a disk that can be written"
+    try:
+        with pytest.raises(ConfigError, match=expected):
+            hold(disk / "run")
+        with pytest.raises(ConfigError, match=expected):
+            check_new_folder(disk / "out", "warm_start.output=a")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(
