@@ -170,7 +170,7 @@ def read_geometry(model_path: str | Path) -> Geometry:
 
 
 def _geometry(raw: dict[str, Any], family: ModelFamily, model_path: str | Path) -> Geometry:
-    rope = rope_parameters(raw)
+    rope = rope_parameters(raw, family.default_rope_theta)
     num_heads = raw["num_attention_heads"]
     num_query_groups = raw.get("num_key_value_heads") or num_heads
     if num_heads % num_query_groups:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import DataError
-from megatron_rl.weights.families.family import find_family, model_types
 
 DEFAULT_ROPE_THETA = 10000.0  # of transformers, for families that have no other
 SCALINGS = ("linear", "llama3", "yarn")
@@ -17,15 +16,17 @@ ORIGINAL = "original_max_position_embeddings"
 SCALED_FROM_ORIGINAL = ("llama3", "yarn")
 
 
-def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
+def rope_parameters(
+    raw: dict[str, Any], default_theta: float = DEFAULT_ROPE_THETA
+) -> dict[str, Any]:
     """The RoPE settings in the current format of transformers, `rope_parameters`, read from that
     format or from the older `rope_scaling` and `rope_theta`.
+
+    Args:
+        default_theta: of the model's family.
     """
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    model_type = raw.get("model_type")
-    family = find_family(model_type) if model_type in model_types() else None
-    default = family.default_rope_theta if family else DEFAULT_ROPE_THETA
-    rope.setdefault("rope_theta", raw.get("rope_theta", default))
+    rope.setdefault("rope_theta", raw.get("rope_theta", default_theta))
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     if raw.get(ORIGINAL) is not None:  # Phi-3's place, which transformers prefers
         rope[ORIGINAL] = raw[ORIGINAL]

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.weights.families.family import model_types
+from megatron_rl.weights.families.family import find_family, model_types
 from megatron_rl.weights.geometry import read_geometry
 from megatron_rl.weights.rope import rope_parameters
 from tests.weights.config_files import write
@@ -125,7 +125,14 @@ def test_rope_by_layer_type_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", model_types())
 def test_the_default_theta_is_that_of_transformers(model_type: str) -> None:
     expected = AutoConfig.for_model(model_type).rope_parameters["rope_theta"]
-    assert rope_parameters({"model_type": model_type})["rope_theta"] == expected
+    rope = rope_parameters({}, find_family(model_type).default_rope_theta)
+    assert rope["rope_theta"] == expected
+
+
+def test_the_theta_of_the_family_is_the_model_s(tmp_path: Path) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    geometry = read_geometry(write(tmp_path, model_type="mixtral", rope_parameters=None, **experts))
+    assert geometry.rope_theta == 1e6
 
 
 def test_llama3_without_the_original_length_says_what_to_write(tmp_path: Path) -> None:
