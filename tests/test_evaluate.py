@@ -25,30 +25,14 @@ from megatron_rl.config import (
     TaskConfig,
 )
 from megatron_rl.config.file import load_config
-from megatron_rl.engine.address import EngineAddress
 from megatron_rl.errors import ConfigError, DataError, EngineError
 from megatron_rl.evaluate import evaluate, new_folder
 from megatron_rl.process.command import Progress
 from megatron_rl.records import Score
 from megatron_rl.rollout.recording import read_step
+from tests.fakes.engine import FakeEngine
 from tests.fakes.engine_pool import FakePool
 from tests.fakes.groups import make_scores
-
-
-class FakeEngine:
-    address = EngineAddress(url="fake://0", token="t")
-
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
-
-    def wait_ready(self) -> None:
-        self._log.append("ready")
-
-    def check(self) -> None:
-        self._log.append("check")
-
-    def stop(self) -> None:
-        self._log.append("stop")
 
 
 class FakeScorer:

@@ -59,7 +59,8 @@ build_inputs() {
     [ ! -d megatron_rl/csrc ] || find megatron_rl/csrc -type f | LC_ALL=C sort
 }
 
-pip_install() { "$python" -m pip install --disable-pip-version-check -qq "$@"; }
+# Without bytecode, which Python writes for what is imported; most of the files never are.
+pip_install() { "$python" -m pip install --disable-pip-version-check --no-compile -qq "$@"; }
 
 install_torch() {
     say "installing torch $torch_version"

@@ -9,6 +9,7 @@
 
 #include "cpu_kernels.h"
 #include "numerics.h"
+#include "scalar_kind.h"
 
 #if defined(MEGATRON_RL_X86_KERNELS)
 #include <immintrin.h>
@@ -44,16 +45,7 @@ class FloatEnvironment {
 inline ScalarKind kind_of(const at::Tensor& logits) {
   TORCH_CHECK(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) <= 1),
               "logits: expected [N, V] with columns side by side");
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    default:
-      TORCH_CHECK(false, "logits: expected float32, bfloat16 or float16, got ", logits.dtype());
-  }
+  return scalar_kind_of(logits);
 }
 
 // One row of logits, addressed by column within the shard.

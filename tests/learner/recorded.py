@@ -21,11 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.learner.batch.deal import by_sample, deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.advantage import group_advantages
+from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import (
     Prompt,
     RecomputedRow,
@@ -151,6 +153,35 @@ def read_samples(
     start = len(groups) * parallel.dp_rank // parallel.dp_size
     stop = len(groups) * (parallel.dp_rank + 1) // parallel.dp_size
     return as_samples(groups[start:stop], scores[start:stop])
+
+
+def train_on(
+    learner: Learner,
+    folder: Path,
+    step: int,
+    dual: DualVariable,
+    *,
+    num_mini_batches: int,
+    tokens_per_row: int,
+) -> dict[str, float]:
+    """Train a step on a recorded one, by the default objective; its metrics."""
+    batch = deal_batch(
+        read_samples(folder, step, learner.parallel),
+        learner.parallel,
+        samples_per_prompt=NUM_SAMPLES,
+        num_mini_batches=num_mini_batches,
+        tokens_per_row=tokens_per_row,
+    )
+    report, _ = train_step(
+        learner,
+        batch,
+        dual,
+        ObjectiveConfig(),
+        step=step,
+        weight_version=step - 1,
+        should_recompute=False,
+    )
+    return report.metrics
 
 
 def record(model: Path, folder: Path) -> None:

@@ -21,7 +21,6 @@ from megatron_rl.config import (
     SamplingConfig,
     TaskConfig,
 )
-from megatron_rl.engine.address import EngineAddress
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.loop import engines as loop_engines
 from megatron_rl.loop import run as loop_run
@@ -31,9 +30,10 @@ from megatron_rl.loop.run import start_run
 from megatron_rl.process.command import Progress
 from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.replay import ReplaySource
+from tests.fakes.engine import FakeEngine
 from tests.fakes.learner import FakeParallel
 
-ADDRESS = EngineAddress(url="http://127.0.0.1:1", token="secret")
+ADDRESS = FakeEngine.address
 
 
 @dataclass(kw_only=True)
@@ -45,22 +45,6 @@ class RankParallel(FakeParallel):
 
     def from_first_rank(self, value: Any) -> Any:
         return value if self.rank == 0 else self.first_value
-
-
-class FakeEngine:
-    address = ADDRESS
-
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
-
-    def wait_ready(self) -> None:
-        self._log.append("ready")
-
-    def check(self) -> None:
-        self._log.append("check")
-
-    def stop(self) -> None:
-        self._log.append("stop")
 
 
 class FakeContext:

@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../scalar_kind.h"
 #include "launch.h"
 
 namespace megatron_rl {
@@ -21,16 +22,7 @@ ScalarKind kind_of(const at::Tensor& logits) {
   TORCH_CHECK(logits.is_cuda() && logits.dim() == 2 &&
                   (logits.stride(1) == 1 || logits.size(1) <= 1),
               "logits: expected [N, V] on a CUDA device with columns side by side");
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    default:
-      TORCH_CHECK(false, "logits: expected float32, bfloat16 or float16, got ", logits.dtype());
-  }
+  return scalar_kind_of(logits);
 }
 
 int64_t row_bytes(const at::Tensor& logits) { return logits.stride(0) * logits.element_size(); }

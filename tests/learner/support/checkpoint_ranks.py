@@ -25,15 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.errors import DataError
-from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model import checkpoint
 from megatron_rl.learner.model.checkpoint import load_checkpoint, save_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
-from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
@@ -109,26 +107,10 @@ def train(
     learner: Learner, rollouts: Path, dual: DualVariable, steps: range
 ) -> list[dict[str, float]]:
     """The recorded steps; metrics of each."""
-    reports = []
-    for step in steps:
-        batch = deal_batch(
-            recorded.read_samples(rollouts, step, learner.parallel),
-            learner.parallel,
-            samples_per_prompt=recorded.NUM_SAMPLES,
-            num_mini_batches=1,
-            tokens_per_row=256,
-        )
-        report, _ = train_step(
-            learner,
-            batch,
-            dual,
-            ObjectiveConfig(),
-            step=step,
-            weight_version=step - 1,
-            should_recompute=False,
-        )
-        reports.append(report.metrics)
-    return reports
+    return [
+        recorded.train_on(learner, rollouts, step, dual, num_mini_batches=1, tokens_per_row=256)
+        for step in steps
+    ]
 
 
 def outcome_of(learner: Learner, reports: list[dict[str, float]]) -> dict[str, Any]:

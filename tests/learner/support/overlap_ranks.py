@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 
-from megatron_rl.config import ModelConfig, ObjectiveConfig, OptimizerConfig
-from megatron_rl.learner.batch.deal import deal_batch
+from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.checkpoint import load_checkpoint, save_checkpoint
 from megatron_rl.learner.model.offload import OptimizerOffload
 from megatron_rl.learner.model.restore_point import RestorePoint
-from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
@@ -64,23 +62,7 @@ def use_small_buckets() -> None:
 
 
 def step_of(learner: Learner, rollouts: Path, step: int, dual: DualVariable) -> dict[str, float]:
-    batch = deal_batch(
-        recorded.read_samples(rollouts, step, learner.parallel),
-        learner.parallel,
-        samples_per_prompt=recorded.NUM_SAMPLES,
-        num_mini_batches=2,
-        tokens_per_row=96,
-    )
-    report, _ = train_step(
-        learner,
-        batch,
-        dual,
-        ObjectiveConfig(),
-        step=step,
-        weight_version=step - 1,
-        should_recompute=False,
-    )
-    return report.metrics
+    return recorded.train_on(learner, rollouts, step, dual, num_mini_batches=2, tokens_per_row=96)
 
 
 def exported_weights(learner: Learner) -> dict[str, torch.Tensor]:
