@@ -8,6 +8,7 @@
 # NNODES        number of nodes; default 1, with which nothing listens beyond this host
 # NODE_RANK     rank of this node; MASTER_ADDR and MASTER_PORT: of the first node; RDZV_ID: of the run
 # LOG_DIR       folder for a log of each rank; default: all ranks print here. Then only the first does
+# MAX_RESTARTS  how often the ranks are started again after a failure (resume=auto goes on); default 0
 # OMP_NUM_THREADS   threads per rank; default: the cores of this node divided by its ranks, at most 8
 set -euo pipefail
 
@@ -38,4 +39,4 @@ if [ "${NNODES:-1}" -gt 1 ]; then
     )
 fi
 if [ -n "${LOG_DIR:-}" ]; then launcher+=(--log-dir "$LOG_DIR/ranks_of_node_${NODE_RANK:-0}" --redirects 3 --tee 0:3); fi
-exec "${launcher[@]}" --nproc_per_node "$num_ranks" -m "$@"
+exec "${launcher[@]}" --max-restarts "${MAX_RESTARTS:-0}" --nproc_per_node "$num_ranks" -m "$@"

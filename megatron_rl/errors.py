@@ -15,6 +15,12 @@ class EngineError(RuntimeError):
     """A rollout engine that did not start, died, or did not answer."""
 
 
+class EnginesLostError(EngineError):
+    """Fewer engines serve than `rollout.min_engines`; those that are started again may serve later.
+    The message says what became of each.
+    """
+
+
 class SyncError(RuntimeError):
     """Weights did not arrive completely in a rollout engine. The engine is poisoned (it refuses to
     answer) until a later publish succeeds.

@@ -22,7 +22,7 @@ from megatron_rl.loop.collect import collect_step
 from megatron_rl.loop.evaluate import evaluate_sets
 from megatron_rl.loop.fixed_gap import measure_fixed_gap
 from megatron_rl.loop.parity import ParityProbe
-from megatron_rl.loop.publish import publish_weights
+from megatron_rl.loop.publish import publication
 from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_step
 from megatron_rl.loop.report import write_metrics
 from megatron_rl.loop.rest import engines_asleep
@@ -35,10 +35,10 @@ def train(config: Config, progress: Progress) -> None:
     """Run all remaining steps; see the docstring of this module."""
     with start_run(config, progress) as run:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
-        probe = ParityProbe(learner, run.link, run.engine_urls, config).check
-        publish = partial(publish_weights, learner, run.sender, probe, state, config, phase)
+        probe = ParityProbe(learner, run.link, config).check
+        publish, restore = publication(learner, run.sender, probe, run.crew, state, config, phase)
         acceptance = Acceptance(learner, run.link, publish, config, phase)
-        evaluate = partial(evaluate_sets, run.evaluator, state, config, phase)
+        evaluate = partial(evaluate_sets, run.evaluator, state, config, phase, restore=restore)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
         report = partial(
             *(write_metrics, run.recorder, run.stopwatch, learner.parallel, run.verifiers),
@@ -52,7 +52,7 @@ def train(config: Config, progress: Progress) -> None:
         else:
             report(0, parity)
         for step in state.steps(config.loop.num_steps):
-            sampled = collect_step(run.source, learner.parallel, state, config, phase)
+            sampled = collect_step(run.source, learner.parallel, state, config, phase, restore)
             acceptance.copy_state()
             with phase("learner"), engines_asleep(run.link, learner.parallel, config):
                 batch = deal_batch(

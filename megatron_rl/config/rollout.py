@@ -144,6 +144,12 @@ class RolloutConfig:
     port: int = 0  # first port of the servers that the run starts; 0: free ones
     startup_timeout_seconds: float = 300.0
     request_timeout_seconds: float = 300.0
+    # an engine that answers no health check for so long, beside requests, counts as frozen
+    health_timeout_seconds: float = 8.0
+    # the run goes on without engines that died, froze or answered garbage, as long as so many
+    # serve; with fewer it waits for those that it starts again, or ends with what became of them
+    min_engines: int = 1
+    max_restarts: int = 5  # of each engine that the run starts; 0: an engine that is lost stays so
     max_retries: int = 3
     max_in_flight: int = 64  # requests, per engine
     # 0: a step samples its rollouts before it trains on them. k: the engines sample ahead while the
@@ -173,6 +179,11 @@ class RolloutConfig:
             "num_engines: expected 1 or more and no urls, or 0 with urls of running servers, "
             f"got num_engines={self.num_engines} and {len(self.urls)} urls",
         )
+        num_engines = self.num_engines or len(self.urls)
+        require(
+            self.min_engines <= num_engines,
+            f"min_engines: expected at most {num_engines}, all engines, got {self.min_engines}",
+        )
         literal_choices(self)
         require(
             self.placement != "colocated" or self.max_policy_age == 0,
@@ -189,6 +200,7 @@ class RolloutConfig:
             max_model_len=self.max_model_len,
             num_threads=self.num_threads,
             max_retries=self.max_retries,
+            max_restarts=self.max_restarts,
             keep_steps=self.keep_steps,
             max_policy_age=self.max_policy_age,
             tokens_per_request=self.tokens_per_request,
@@ -198,11 +210,13 @@ class RolloutConfig:
             max_num_seqs=self.max_num_seqs,
             max_in_flight=self.max_in_flight,
             tensor_parallel=self.tensor_parallel,
+            min_engines=self.min_engines,
         )
         above_zero(
             kv_cache_gib=self.kv_cache_gib,
             startup_timeout_seconds=self.startup_timeout_seconds,
             request_timeout_seconds=self.request_timeout_seconds,
+            health_timeout_seconds=self.health_timeout_seconds,
         )
         require(
             0 < self.gpu_memory_utilization <= 1,
@@ -218,17 +232,7 @@ class RolloutConfig:
             f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
             f"got {self.sampling.max_tokens}",
         )
-        require(
-            self.late_groups == "wait" or self.hand_out == "finished",
-            "late_groups: expected wait with hand_out=in_order, where a step waits for its own "
-            f"groups, got {self.late_groups}",
-        )
-        require(
-            self.tokens_per_request == 0 or (self.max_policy_age > 0 and not self.sampling.stop),
-            "tokens_per_request: expected 0 unless max_policy_age is above 0 and sampling.stop is "
-            "empty (a stop text may begin in one request and end in the next), got "
-            f"{self.tokens_per_request}",
-        )
+        self._check_ahead()
         for key, neutral in _EVALUATION_ONLY.items():
             value = getattr(self.sampling, key)
             require(
@@ -242,4 +246,18 @@ class RolloutConfig:
             "sampling.top_k: expected 0 (off) or at least 2 in training, got 1, which leaves one "
             "token, of log-prob 0 whatever the weights are; evaluation may be greedy "
             "(eval.sampling)",
+        )
+
+    def _check_ahead(self) -> None:
+        """The rules of sampling ahead."""
+        require(
+            self.late_groups == "wait" or self.hand_out == "finished",
+            "late_groups: expected wait with hand_out=in_order, where a step waits for its own "
+            f"groups, got {self.late_groups}",
+        )
+        require(
+            self.tokens_per_request == 0 or (self.max_policy_age > 0 and not self.sampling.stop),
+            "tokens_per_request: expected 0 unless max_policy_age is above 0 and sampling.stop is "
+            "empty (a stop text may begin in one request and end in the next), got "
+            f"{self.tokens_per_request}",
         )

@@ -1,10 +1,11 @@
-"""Where a rollout engine listens, and its route for samples."""
+"""Where a rollout engine listens, its route for samples, and that of health checks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 GENERATE_ROUTE = "/inference/v1/generate"
+ALIVE_ROUTE = "/megatron_rl/alive"  # answered by engine/gate.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,9 @@ weights that are being updated or may be incomplete.
 
 `--middleware megatron_rl.engine.gate.Gate` passes every request to the server through the gate. The
 client gets the server's answer, or a refusal in JSON, `{"error": {"type": ..., "message": ...}}`.
-Two routes are the gate's own: a run claims the engine, and gives it back (engine/claims.py). The
-gate does not import vLLM; it knows the routes of vLLM 0.32 by name
-(vllm/entrypoints/rl/online/api_router.py).
+Three routes are the gate's own: a run claims the engine, and gives it back (engine/claims.py), and
+checks its health (engine/health.py). The gate does not import vLLM; it knows the routes of vLLM
+0.32 by name (vllm/entrypoints/rl/online/api_router.py).
 
 vLLM loads weights in place. Therefore no request may be answered between the start of an update and
 its successful finish (409 weights_updating). If an update fails, or is left unfinished for
@@ -25,6 +25,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from megatron_rl.engine.address import ALIVE_ROUTE
 from megatron_rl.engine.claims import CLAIM_ROUTE, RELEASE_ROUTE, Claim
 from megatron_rl.records import TOKEN_VARIABLE
 
@@ -36,6 +37,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 START_ROUTES = ("/start_weight_update", "/start_draft_weight_update")
 FINISH_ROUTE = "/finish_weight_update"
+SCHEDULER_ROUTE = "/is_paused"  # asks EngineCore (vllm/v1/engine/async_llm.py, `is_paused`)
 UPDATE_ROUTES = (*START_ROUTES, "/update_weights", FINISH_ROUTE)
 # Routes that may answer while the weights are unusable. All others are refused, so that a
 # generation route that a later vLLM adds is refused too.
@@ -95,6 +97,8 @@ class Gate:
             await _refuse(scope, send, 401, "unauthorized", message)
         elif path in (CLAIM_ROUTE, RELEASE_ROUTE):
             await self._claimed(path, scope, receive, send)
+        elif path == ALIVE_ROUTE:
+            await self._alive(scope, receive, send)
         elif path in UPDATE_ROUTES and scope["type"] == "http":
             await self._update(path, scope, receive, send)
         elif path in CONTROL_ROUTES:
@@ -130,6 +134,16 @@ class Gate:
         else:
             error = {"type": "claimed", "message": other[0], "age": other[1]}
             await _answer(send, 409, {"error": error})
+
+    async def _alive(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a health check: by the scheduler's state, which its loop tells between two steps;
+        during an update, in which that loop may be busy for long, at once.
+        """
+        if self._weights.is_updating():
+            await _answer(send, 200, {"is_paused": True})
+            return
+        inner = {"path": SCHEDULER_ROUTE, "raw_path": SCHEDULER_ROUTE.encode(), "query_string": b""}
+        await self._app({**scope, **inner}, receive, send)
 
     async def _update(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._weights.begin(path)
@@ -193,6 +207,11 @@ class WeightState:
             message = f"{self._poison}; the engine serves again after a complete update"
             return 503, "weights_poisoned", message
         return None
+
+    def is_updating(self) -> bool:
+        """Whether an update has begun and not ended."""
+        self._expire()
+        return self._last_call is not None
 
     def begin(self, path: str) -> str | None:
         """Called when an update route is requested. Returns None to let the request through, or the

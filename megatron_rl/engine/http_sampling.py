@@ -7,7 +7,8 @@ bodies and checks the answers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -32,6 +33,16 @@ class TransientError(Exception):
     """A request failed, but a retry may succeed; the message says what happened."""
 
 
+class BadAnswerError(EngineError):
+    """The engine is at fault and not the request, unless another engine fails at it too: an answer
+    that is invalid, or none in time, or a refusal because its weights are incomplete.
+    """
+
+
+class InvalidAnswerError(BadAnswerError):
+    """An answer that is none: no JSON of vLLM's, too few samples, or log-probs that are NaN."""
+
+
 class UpdatingError(Exception):
     """The engine's weights are being updated; it answers after that."""
 
@@ -46,8 +57,9 @@ class SamplingClient:
         TransientError: from every call, if the connection broke, the engine answered with a status
             of 500 or above, or a sample was aborted.
         UpdatingError: from every call, while the engine's weights are being updated.
-        EngineError: from every call, if the engine refused the request, is poisoned, sent an
-            invalid answer, or did not answer within `rollout.request_timeout_seconds`.
+        BadAnswerError: from every call, if the engine is poisoned, sent an invalid answer, or did
+            not answer within `rollout.request_timeout_seconds`.
+        EngineError: from every call, if the engine refused the request.
     """
 
     def __init__(
@@ -73,20 +85,24 @@ class SamplingClient:
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         """[num_samples] completions, in the order of their seeds."""
         body = generate_body(request, self._end_token_ids)
-        answer = await self._ask(body, f"prompt {request.key}")
-        return read_completions(answer, request, self.url)
+        what = f"prompt {request.key}"
+        answer = await self._ask(body, what)
+        with _blames_engine(f"engine {self.url}, {what}"):
+            return read_completions(answer, request, self.url)
 
     async def score(self, token_ids: Sequence[int], what: str) -> tuple[float, ...]:
         """Log-probs of given tokens, 0.0 for the first; `what` names the sequence in errors."""
         answer = await self._ask(score_body(token_ids), what)
-        return read_scores(answer, token_ids, f"engine {self.url}, {what}")
+        where = f"engine {self.url}, {what}"
+        with _blames_engine(where):
+            return read_scores(answer, token_ids, where)
 
     async def _ask(self, body: dict[str, Any], what: str) -> dict[str, Any]:
         try:
             async with self._in_flight:
                 response = await self._client.post(GENERATE_ROUTE, json=body)
         except httpx.TimeoutException as error:
-            raise EngineError(
+            raise BadAnswerError(
                 f"engine {self.url}, {what}: expected an answer within rollout."
                 f"request_timeout_seconds={self._timeout_seconds:g}, got {type(error).__name__}"
             ) from error
@@ -96,11 +112,27 @@ class SamplingClient:
             reason = f"status {reason_of(response)}"
             if response.status_code == httpx.codes.CONFLICT and UPDATING in response.text:
                 raise UpdatingError(reason)
-            if response.status_code < 500 or POISONED in response.text:
+            if POISONED in response.text:
+                raise BadAnswerError(f"engine {self.url}, {what}: {reason}")
+            if response.status_code < 500:
                 raise EngineError(f"engine {self.url}, {what}: {reason}")
             raise TransientError(reason)
-        answer = response.json()
-        reasons = {choice["finish_reason"] for choice in answer["choices"]}
+        with _blames_engine(f"engine {self.url}, {what}"):
+            answer = response.json()
+            reasons = {str(choice["finish_reason"]) for choice in answer["choices"]}
         if not reasons <= {"stop", "length"}:  # aborted samples end at an arbitrary token
             raise TransientError(f"finish reasons {sorted(reasons)}")
         return answer
+
+
+@contextmanager
+def _blames_engine(where: str) -> Iterator[None]:
+    """What reading an answer raises, as an InvalidAnswerError; `where` begins the message of what
+    is no EngineError.
+    """
+    try:
+        yield
+    except EngineError as error:
+        raise InvalidAnswerError(str(error)) from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise InvalidAnswerError(f"{where}: expected an answer of vLLM, got {error!r}") from error

@@ -74,7 +74,8 @@ class Sampler(Protocol):
         """[num_samples] completions, in the order of their seeds.
 
         Raises:
-            EngineError: the engine died, refused the request, or gave an invalid answer.
+            EnginesLostError: too few engines serve.
+            EngineError: an engine refused the request, or two engines failed at it.
         """
         ...
 
@@ -84,14 +85,23 @@ class EnginePool(Protocol):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """The URL of each engine; `Completion.engine` is one of them."""
+        """The URL of each engine that serves."""
+        ...
+
+    def shortage(self) -> str:
+        """Why too few engines serve; "" if enough do."""
+        ...
+
+    def last_answers(self) -> str:
+        """What each engine answered last, in one line."""
         ...
 
     def run(self, jobs: Sequence[Callable[[Sampler], Awaitable[T]]]) -> list[T]:
         """Run all jobs concurrently and return their results in order; blocks until all are done.
 
         Raises:
-            EngineError: an engine died, refused a request, or gave an invalid answer. The first
+            EnginesLostError: too few engines serve.
+            EngineError: an engine refused a request, or two engines failed at one. The first
                 exception of a job cancels the others.
         """
         ...
@@ -104,7 +114,7 @@ class EnginePool(Protocol):
         """Run beside a session; returns never.
 
         Raises:
-            EngineError: an engine's process has died.
+            EngineError: the run cannot go on.
         """
         ...
 

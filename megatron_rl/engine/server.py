@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.engine.address import EngineAddress
@@ -68,9 +69,13 @@ class Engine:
         self._port: int = reservation.getsockname()[1]
         self._is_ready = False
         self._is_stopped = False
-        with open(log_path, "ab") as log:
-            self._log_start = log.tell()
-            self._guard = _start_guard(command, environment, log)
+        self._command, self._environment = command, environment
+        self._start()
+
+    @property
+    def host(self) -> str:
+        """The address of this host that the server listens on."""
+        return urlsplit(self.address.url).hostname or HOST
 
     @property
     def pid(self) -> int:
@@ -111,31 +116,58 @@ class Engine:
             EngineError: the server died or was not ready within `rollout.startup_timeout_seconds`,
                 or another process answers on its port.
         """
-        deadline = self._started_at + self._startup_timeout_seconds
         with ReadinessProbe(self.address, PROBE_TIMEOUT_SECONDS) as probe:
-            while not probe.is_up():
-                self.check()
-                if time.monotonic() > deadline:
-                    self.stop()
-                    lines, first = self._log_lines()
-                    told = self._told(lines, find_cause(lines, is_signal=False), first)
-                    raise EngineError(
-                        f"{self._name}: expected it to be ready within "
-                        f"rollout.startup_timeout_seconds={self._startup_timeout_seconds:g}, it is "
-                        f"not{told}"
-                    )
+            while not self._has_become_ready(probe):
                 time.sleep(0.1)
-            # Checked before the token is sent, because another server may have taken the port and
-            # must not receive the token.
-            self.check()
-            if not listens(self._guard.pid, self._port) or not probe.accepts_token():
-                self.stop()
-                raise EngineError(
-                    f"{self._name}: expected the started server, somebody else's answers; "
-                    "choose another rollout.port"
-                )
+
+    def is_ready(self) -> bool:
+        """Whether the server accepts the token by now; raises as `wait_ready`."""
+        with ReadinessProbe(self.address, PROBE_TIMEOUT_SECONDS) as probe:
+            return self._is_ready or self._has_become_ready(probe)
+
+    def restart(self) -> None:
+        """End the server, whatever state it is in, and start it again at the same address, without
+        waiting for it. It has the weights of its checkpoint.
+
+        Raises:
+            EngineError: another process has taken the port.
+        """
+        self.stop()
+        self._reservation = _reserve_port(self.host, self._port)
+        self._is_ready = self._is_stopped = False
+        self._started_at = time.monotonic()
+        self._start()
+
+    def _has_become_ready(self, probe: ReadinessProbe) -> bool:
+        self.check()
+        if not probe.is_up():
+            if time.monotonic() <= self._started_at + self._startup_timeout_seconds:
+                return False
+            self.stop()
+            lines, first = self._log_lines()
+            told = self._told(lines, find_cause(lines, is_signal=False), first)
+            raise EngineError(
+                f"{self._name}: expected it to be ready within "
+                f"rollout.startup_timeout_seconds={self._startup_timeout_seconds:g}, it is "
+                f"not{told}"
+            )
+        # Checked before the token is sent, because another server may have taken the port and must
+        # not receive the token.
+        self.check()
+        if not listens(self._guard.pid, self._port) or not probe.accepts_token():
+            self.stop()
+            raise EngineError(
+                f"{self._name}: expected the started server, somebody else's answers; "
+                "choose another rollout.port"
+            )
         self._reservation.close()
         self._is_ready = True
+        return True
+
+    def _start(self) -> None:
+        with open(self.log_path, "ab") as log:
+            self._log_start = log.tell()
+            self._guard = _start_guard(self._command, self._environment, log)
 
     def stop(self) -> None:
         """End the server and all processes under its guard; returns when they have ended."""

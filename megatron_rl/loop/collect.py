@@ -18,7 +18,9 @@ from dataclasses import replace
 import torch
 
 from megatron_rl.config import Config, ObjectiveConfig, RewardConfig
+from megatron_rl.errors import EnginesLostError
 from megatron_rl.loop.replicas import Replicas
+from megatron_rl.loop.restore import Restore, no_engines_to_restore
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.advantage import group_advantages, reward_deviations
 from megatron_rl.observe.metrics import Metric, merge
@@ -26,7 +28,7 @@ from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import JudgedGroup, SampledStep, Score, ScoredGroup
 from megatron_rl.reward.overlong import overlong_penalty
 from megatron_rl.reward.score import is_unseen, rewards_of
-from megatron_rl.rollout.source import RolloutRequest, RolloutSource
+from megatron_rl.rollout.source import RolloutRequest, RolloutSource, TakenRollouts
 
 
 def collect_step(
@@ -35,6 +37,7 @@ def collect_step(
     state: LoopState,
     config: Config,
     phase: Phase,
+    restore: Restore = no_engines_to_restore,
 ) -> SampledStep:
     """The rollouts of `state.step` with their rewards and advantages. A collective over all ranks.
 
@@ -42,6 +45,7 @@ def collect_step(
 
     Args:
         source: provides the rollouts; None on ranks that are not the head of a replica.
+        restore: see `loop/restore.py`.
     """
     loop, dynamic = config.loop, config.loop.dynamic_sampling
     groups: list[JudgedGroup] = []
@@ -54,7 +58,8 @@ def collect_step(
             num_prompts=loop.prompts_per_step - num_kept,
             weight_version=state.published_version,
         )
-        of_round, of_source, counts, is_whole_step = _take(source, replicas, request, config, phase)
+        taken = _take(source, request, restore)
+        of_round, of_source, counts, is_whole_step = _judge(taken, replicas, config, phase)
         groups += of_round
         metrics = merge([metrics, of_source])
         num_prompts += counts[0]
@@ -68,11 +73,23 @@ def collect_step(
 
 
 def _take(
-    source: RolloutSource | None,
-    replicas: Replicas,
-    request: RolloutRequest,
-    config: Config,
-    phase: Phase,
+    source: RolloutSource | None, request: RolloutRequest, restore: Restore
+) -> TakenRollouts | None:
+    """This replica's rollouts of one round; None on a rank without a source."""
+    taken = None
+    while True:
+        shortage = ""
+        if source is not None and taken is None:
+            try:
+                taken = source.take(request)
+            except EnginesLostError as error:
+                shortage = str(error)
+        if not restore(shortage):
+            return taken
+
+
+def _judge(
+    taken: TakenRollouts | None, replicas: Replicas, config: Config, phase: Phase
 ) -> tuple[list[JudgedGroup], Mapping[str, Metric], tuple[int, int, int], bool]:
     """This replica's groups of one round and its source's metrics; and, on every rank, the numbers
     of prompts, rounds and kept groups over all replicas, and whether these are all groups of the
@@ -83,13 +100,12 @@ def _take(
     groups: list[JudgedGroup] = []
     metrics: Mapping[str, Metric] = {}
     counts, is_whole_step = (0, 0, 0), False
-    if source is not None:
-        taken = source.take(request)
+    if taken is not None:
         groups = [judge(scored, config) for scored in taken.groups]
         counts = (taken.num_prompts, taken.num_rounds, sum(any(each.is_kept) for each in groups))
         is_whole_step, metrics = taken.is_whole_step, taken.metrics
     with phase("rollout"):  # the seconds in which a replica waits for the slowest one
-        if source is not None:
+        if taken is not None:
             num_kept = torch.tensor([counts[2]], dtype=torch.float64)
             counts = (*counts[:2], int(replicas.reducer()(num_kept, "sum")))
         counts, is_whole_step = replicas.from_replica_head((counts, is_whole_step))

@@ -29,7 +29,7 @@ from megatron_rl.engine.server import (
 )
 from megatron_rl.engine.start import listening_address, start_engines_of
 from megatron_rl.engine.token import TOKEN_FILE, token_in
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.process.guard import DEATH_SECONDS
 from megatron_rl.process.interface import is_local
@@ -55,6 +55,9 @@ class RunEngines:
         self._config, self._node, self._stack, self._say = config, node, stack, say
         self._token = ""
         self._started: list[Engine] = []
+        self._num_restarts: dict[str, int] = {}
+        self._restarting: set[str] = set()
+        self._reasons: dict[str, str] = {}  # of the engines that have ended
         self._claims: Claims | None = None
 
     def start_first(self) -> None:
@@ -111,21 +114,80 @@ class RunEngines:
         return parallel.from_first_rank(addresses)
 
     def check(self) -> None:
-        """Raise EngineError if an engine that this rank started has died, or another run has taken
-        one that this run had claimed.
-        """
-        for engine in self._started:
-            engine.check()
+        """Raise EngineError if another run has taken an engine that this run had claimed."""
         if self._claims is not None:
             self._claims.check()
 
     def check_after_failure(self) -> None:
-        """`check`, repeated for as long as a dead engine may seem alive. For a call that failed."""
+        """Raise EngineError if an engine of this rank has ended, after a call to it that failed: it
+        is looked for as long as a dead engine may seem alive.
+        """
         end = time.monotonic() + DEATH_SECONDS
-        while self._started and time.monotonic() < end:
-            self.check()
+        while self._started and time.monotonic() < end and not self.ended():
             time.sleep(CHECK_SECONDS)
+        for reason in self.ended().values():
+            raise EngineError(reason)
         self.check()
+
+    def ended(self) -> dict[str, str]:
+        """The engines of this rank whose processes have ended, by URL, with exit code, cause and
+        the log lines around it.
+        """
+        for engine in self._started:
+            if engine.address.url not in self._reasons:  # the log is read once
+                try:
+                    engine.check()
+                except EngineError as error:
+                    self._reasons[engine.address.url] = str(error)
+        return dict(self._reasons)
+
+    @property
+    def own(self) -> set[str]:
+        """The URLs of the engines that this rank starts."""
+        return {engine.address.url for engine in self._started}
+
+    @property
+    def restartable(self) -> set[str]:
+        """The URLs of the engines that this rank may start again."""
+        most = self._config.rollout.max_restarts
+        return {url for url in self.own if self._num_restarts.get(url, 0) < most}
+
+    def restart(self, url: str) -> None:
+        """Start an engine of this rank again, without waiting for it. It counts as restarting until
+        `restarted` returns it.
+        """
+        [engine] = [each for each in self._started if each.address.url == url]
+        self._num_restarts[url] = self._num_restarts.get(url, 0) + 1
+        self._restarting.add(url)
+        self._reasons.pop(url, None)
+        engine.restart()
+
+    @property
+    def restarting(self) -> set[str]:
+        """The URLs of the engines of this rank that were started again and are not ready yet."""
+        return set(self._restarting)
+
+    def restarted(self) -> set[str]:
+        """The engines of this rank that were started again and are ready, each once; one that does
+        not start is started again as often as is allowed.
+        """
+        ready = set()
+        for engine in self._started:
+            url = engine.address.url
+            if url not in self._restarting:
+                continue
+            try:
+                is_ready = engine.is_ready()
+            except EngineError as error:
+                self._restarting.discard(url)
+                self._say(str(error))
+                if url in self.restartable:
+                    self.restart(url)
+                continue
+            if is_ready:
+                self._restarting.discard(url)
+                ready.add(url)
+        return ready
 
     def _start(self) -> None:
         run_dir, node = Path(self._config.run_dir), self._node

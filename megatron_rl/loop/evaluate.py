@@ -11,7 +11,9 @@ from pathlib import Path
 from megatron_rl.config import Config, RewardTerm
 from megatron_rl.data.evaluation_sets import EvaluationSet
 from megatron_rl.engine.requests import EnginePool
+from megatron_rl.errors import EnginesLostError
 from megatron_rl.loop.evaluation_metrics import HELD_OUT, evaluation_metrics, prefix_of
+from megatron_rl.loop.restore import Restore, no_engines_to_restore
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.metrics import AllReduce, Metric, reduce
 from megatron_rl.observe.stopwatch import Phase
@@ -55,13 +57,15 @@ def evaluate_sets(
     phase: Phase,
     *,
     with_constant_answer: bool = False,
+    restore: Restore = no_engines_to_restore,
 ) -> dict[str, float]:
-    """Sample, score and record every set; a collective over the heads of the replicas.
+    """Sample, score and record every set. A collective over all ranks.
 
     Args:
         evaluator: on the heads of the replicas; None elsewhere, and in a replay.
         with_constant_answer: on the first replica, add `eval/best_constant_answer`: the share of
             the held-out prompts that the best single answer, given to all of them, would solve.
+        restore: see `loop/restore.py`.
 
     Returns:
         The figures of `evaluation_metrics` and `mean_of_sets`; empty without an evaluator or a
@@ -70,10 +74,12 @@ def evaluate_sets(
     Raises:
         EngineError: an engine failed, or does not serve the weights that were published last.
     """
+    groups = _sample(evaluator, config, phase, restore)
     if evaluator is None or not evaluator.sets:
         return {}
     with phase("eval"):
-        figures = _evaluate(evaluator, state, config)
+        check_versions(groups, state.published_version)
+        figures = _judge(evaluator, groups, state)
         figures |= mean_of_sets(figures, evaluator.sets)
         held_out = [each.prompts for each in evaluator.sets if each.name == HELD_OUT]
         if with_constant_answer and evaluator.replica == 0 and held_out:
@@ -92,14 +98,36 @@ def mean_of_sets(figures: dict[str, float], sets: Sequence[EvaluationSet]) -> di
     return {"eval/mean_of_sets": sum(figures[key] for key in keys) / len(keys)}
 
 
-def _evaluate(evaluator: Evaluator, state: LoopState, config: Config) -> dict[str, float]:
+def _sample(
+    evaluator: Evaluator | None, config: Config, phase: Phase, restore: Restore
+) -> list[RolloutGroup]:
+    """The groups of this replica's share of every set, one set after another."""
+    finished: dict[int, RolloutGroup] = {}
+    while True:
+        groups, shortage = [], ""
+        if evaluator is not None and evaluator.sets:
+            with phase("eval"):
+                prompts, requests = _requests(evaluator, config)
+                try:
+                    # All sets together, so that the engines need not wait for the longest
+                    # responses of each.
+                    groups = run_episodes(
+                        evaluator.pool, evaluator.environment, prompts, requests, finished
+                    )
+                except EnginesLostError as error:
+                    shortage = str(error)
+        if not restore(shortage):
+            return groups
+
+
+def _requests(evaluator: Evaluator, config: Config) -> tuple[list[Prompt], list[EpisodeRequest]]:
+    """This replica's prompts of every set, and what is asked of each."""
     seeds = evaluation_seeds(
         config.loop.seed,
         {each.name: [prompt.index for prompt in each.prompts] for each in evaluator.sets},
     )
     prompts: list[Prompt] = []
     requests: list[EpisodeRequest] = []
-    counts: list[int] = []
     for each in evaluator.sets:
         start, count = evaluator.share(len(each.prompts))
         own = slice(start, start + count)
@@ -108,10 +136,13 @@ def _evaluate(evaluator: Evaluator, state: LoopState, config: Config) -> dict[st
             EpisodeRequest(num_samples=each.num_samples, seed=seed, sampling=each.sampling)
             for seed in seeds[each.name][own]
         ]
-        counts.append(count)
-    # All sets together, so that the engines need not wait for the longest responses of each.
-    groups = run_episodes(evaluator.pool, evaluator.environment, prompts, requests)
-    check_versions(groups, state.published_version)
+    return prompts, requests
+
+
+def _judge(
+    evaluator: Evaluator, groups: Sequence[RolloutGroup], state: LoopState
+) -> dict[str, float]:
+    """Score and record the groups; a collective over the heads of the replicas."""
     scored = iter(
         [
             ScoredGroup(group=group, scores=tuple(scores))
@@ -119,7 +150,8 @@ def _evaluate(evaluator: Evaluator, state: LoopState, config: Config) -> dict[st
         ]
     )
     metrics: dict[str, Metric] = {}
-    for each, count in zip(evaluator.sets, counts, strict=True):
+    for each in evaluator.sets:
+        _, count = evaluator.share(len(each.prompts))
         of_set = [next(scored) for _ in range(count)]
         write_step(
             evaluator.folder / each.name,

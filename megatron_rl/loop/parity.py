@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.errors import SyncError
+from megatron_rl.errors import EnginesLostError, SyncError
 from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.learner.learner import Learner
 from megatron_rl.loop.link import EngineLink
@@ -57,13 +57,11 @@ class ParityProbe:
 
     Args:
         link: on rank 0; None on every other rank.
-        urls: of all engines.
     """
 
-    def __init__(
-        self, learner: Learner, link: EngineLink | None, urls: Sequence[str], config: Config
-    ) -> None:
-        self._learner, self._link, self._urls, self._config = learner, link, tuple(urls), config
+    def __init__(self, learner: Learner, link: EngineLink | None, config: Config) -> None:
+        self._learner, self._link, self._config = learner, link, config
+        self._urls: tuple[str, ...] = ()  # of the engines that served when the probe began
         self._precisions = Precisions(
             engine=engine_precision(config.rollout),
             learner=config.model.dtype,
@@ -74,7 +72,7 @@ class ParityProbe:
         self._given: list[Sample] = []  # on rank 0
         self._before: dict[int, Scores] = {}  # of the given tokens by index, on the last stages
 
-    def check(self, version: int, checksum: str) -> dict[str, float]:
+    def check(self, version: int, checksum: str) -> dict[str, float] | None:
         """Compare every engine with the learner, whose weights have just been published. A
         collective over all ranks.
 
@@ -82,35 +80,68 @@ class ParityProbe:
             checksum: of the bytes that were sent; read on rank 0.
 
         Returns:
-            The figures, the same on every rank.
+            The figures, the same on every rank; None if an engine was lost on the way.
 
         Raises:
             SyncError: an engine does not serve the published weights.
-            EngineError: an engine did not answer.
         """
-        has_new_bytes = bool(self._learner.parallel.from_first_rank(checksum != self._checksum))
-        num_engines, num_tokens = len(self._urls), self._config.sync.probe_num_tokens
-        samples = self._sample(version, 0, self._num_prompts, num_tokens)
-        new = given_tokens(samples[: PROMPTS * num_engines])
-        first, rest = (
-            self._given[: FIRST_GIVEN * num_engines],
-            self._given[FIRST_GIVEN * num_engines :],
+        parallel, pool = self._learner.parallel, self._link and self._link.pool
+        has_new_bytes, urls = parallel.from_first_rank(
+            (checksum != self._checksum, pool.urls if pool is not None else ())
         )
-        scores = self._score([*first, *new])
-        pairs = self._learned(samples)
+        if urls != self._urls:
+            self._urls, self._given, self._before = urls, [], {}
+        num_first, num_tokens = FIRST_GIVEN * len(urls), self._config.sync.probe_num_tokens
+        first, rest = self._given[:num_first], self._given[num_first:]
+        asked = self._ask(version, 0, self._num_prompts, num_tokens, first, with_new=True)
+        if parallel.from_first_rank(asked is None):
+            return None
+        samples, served = asked
+        scores, pairs = self._scores(served), self._learned(samples)
         findings = self._find(version, pairs, [], scores, has_new_bytes)
         if findings.is_doubtful:
-            start = len(samples)
-            more = self._sample(version, start, MORE * self._num_prompts, MORE * num_tokens)
-            scores |= self._score(rest)
+            start, many = len(samples), MORE * self._num_prompts
+            asked = self._ask(version, start, many, MORE * num_tokens, rest, with_new=False)
+            if parallel.from_first_rank(asked is None):
+                return None
+            more, served = asked
+            scores |= self._scores(served)
             findings = self._find(version, pairs, self._learned(more), scores, has_new_bytes)
         if findings.complaint:
             raise SyncError(findings.complaint)
         self._adapt(samples)
         self._checksum = checksum
+        new = given_tokens(samples[: PROMPTS * len(urls)])
         self._given = [replace(sample, sample_index=OLD) for sample in new]
         self._before = {index: each for (index, age), each in scores.items() if age == NEW}
         return findings.figures
+
+    def _ask(
+        self,
+        version: int,
+        start: int,
+        num_prompts: int,
+        num_tokens: int,
+        given: Sequence[Sample],
+        *,
+        with_new: bool,
+    ) -> tuple[list[Sample], list[Sample]] | None:
+        """What the engines sample, and the log-probs that they give to given tokens; empty on ranks
+        without engines, and None if an engine is left out meanwhile.
+
+        Args:
+            given: samples whose tokens are scored.
+            with_new: whether the tokens of the new samples are scored, too.
+        """
+        if self._link is None:
+            return [], []
+        try:
+            samples = self._sample(version, start, num_prompts, num_tokens)
+            new = given_tokens(samples[: PROMPTS * len(self._urls)]) if with_new else []
+            served = self._served([*given, *new])
+        except EnginesLostError:
+            return None
+        return (samples, served) if self._link.pool.urls == self._urls else None
 
     def _sample(self, version: int, start: int, num_prompts: int, num_tokens: int) -> list[Sample]:
         """Short samples, the same number from every engine, until each engine has sampled
@@ -164,26 +195,32 @@ class ParityProbe:
             enough = math.ceil(self._config.sync.probe_num_tokens / _tokens_per_sample(samples))
             self._num_prompts = min(max(PROMPTS, enough), MAX_PROMPTS)
 
-    def _score(self, samples: Sequence[Sample]) -> dict[tuple[int, int], Scores]:
+    def _served(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with the engines' log-probs. Sample i is scored by engine i modulo the number
+        of engines, so all of an engine's samples keep their engine if parts begin at multiples of
+        it.
+        """
+        if self._link is None or not samples:
+            return []
+        served = self._link.pool.score([each.rollout.token_ids.tolist() for each in samples])
+        return [
+            replace(each, rollout=replace(each.rollout, rollout_logprobs=values))
+            for each, values in zip(samples, served, strict=True)
+        ]
+
+    def _scores(self, served: Sequence[Sample]) -> dict[tuple[int, int], Scores]:
         """The scores of given tokens on both sides, by index and age; filled on the last stages.
 
         Args:
-            samples: read on rank 0. Sample i is scored by engine i modulo the number of engines, so
-                all of an engine's samples keep their engine if parts begin at multiples of it.
+            served: read on rank 0.
         """
-        if self._link is not None and samples:
-            served = self._link.pool.score([each.rollout.token_ids.tolist() for each in samples])
-            samples = [
-                replace(each, rollout=replace(each.rollout, rollout_logprobs=values))
-                for each, values in zip(samples, served, strict=True)
-            ]
         # The engines score at temperature 1, whatever the policy's temperature is.
         return {
             (sample.prompt_index, sample.sample_index): Scores(
                 learner=learned[1:].double(),
                 engine=torch.from_numpy(sample.rollout.rollout_logprobs)[1:],
             )
-            for sample, learned in self._learned(samples, temperature=1.0)
+            for sample, learned in self._learned(served, temperature=1.0)
         }
 
     def _learned(self, samples: Sequence[Sample], temperature: float | None = None) -> Pairs:

@@ -4,69 +4,180 @@ Rank 0 publishes the weights, every rank of the first replica contributes its sh
 take part in the probe. With a transport that has many sources, the first rank of each pipeline
 stage sends the tensors of its stage; otherwise rank 0 sends all of them. No rank samples before
 `publish_weights` has returned on every rank.
+
+An engine that is lost on the way is left out, and the weights are sent again to the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
 
 from megatron_rl.config import Config
+from megatron_rl.errors import EngineError, SyncError
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
+from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.link import EngineLink, log_update
+from megatron_rl.loop.restore import Restore, no_engines_to_restore
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.sync.contribute import Contributor
 from megatron_rl.sync.source import WeightStream, weight_stream
 from megatron_rl.sync.transports.transport import has_many_sources
 
+Probe = Callable[[int, str], dict[str, float] | None]
+
+
+def publication(
+    learner: Learner,
+    link: EngineLink | Contributor | None,
+    probe: Probe,
+    crew: Crew | None,
+    state: LoopState,
+    config: Config,
+    phase: Phase,
+) -> tuple[Callable[..., dict[str, float]], Restore]:
+    """`publish_weights` and `restore_engines` of a run; see there."""
+    publish = partial(publish_weights, learner, link, probe, crew, state, config, phase)
+    return publish, partial(restore_engines, crew=crew, publish=publish, state=state)
+
 
 def publish_weights(
     learner: Learner,
     link: EngineLink | Contributor | None,
-    probe: Callable[[int, str], dict[str, float]],
+    probe: Probe,
+    crew: Crew | None,
     state: LoopState,
     config: Config,
     phase: Phase,
+    *,
+    version: int | None = None,
 ) -> dict[str, float]:
-    """Publish the learner's weights as version `state.step`; a collective over all ranks.
+    """Publish the learner's weights; a collective over all ranks.
 
     Args:
         link: on rank 0; on the other sources of the weights their `Contributor`; None on every
             other rank.
         probe: `ParityProbe.check`.
+        crew: None in a replay, which has no engines.
+        version: None: `state.step`.
 
     Returns:
         The probe's figures, the same on every rank. Empty with `sync.probe_num_tokens=0`, or in a
-        replay, which has no engines.
+        replay.
 
     Raises:
         SyncError: an engine did not receive the learner's weights, or does not serve them.
+        EngineError: too few engines are left.
     """
-    if config.replay:
+    if crew is None:
         return {}
+    version = state.step if version is None else version
     with phase("sync"):
-        checksum = ""  # known on rank 0
-        if isinstance(link, EngineLink):
-            checksum = _publish(learner, link, state.step, config)
-        elif isinstance(link, Contributor):
-            link.contribute(_stream(learner, config))
-        else:
-            _give(learner, config)
-        # Replicas that send no shards arrive here early, but must not sample before the update.
-        learner.parallel.barrier()
-        state.published_version = state.step
-        if not config.sync.probe_num_tokens:
-            return {}
-        return probe(state.step, checksum)
+        while True:
+            urls, has_changed = crew.gather()
+            if has_changed and isinstance(link, EngineLink):
+                link.publisher.choose(urls)
+            checksum, failure = _send(learner, link, version, config)
+            if failure := next(filter(None, learner.parallel.from_all_ranks(failure)), ""):
+                # A source that waits for another one cannot begin again.
+                is_alone = not has_many_sources(config.sync.transport) or (
+                    len(set(learner.tensor_stages())) == 1
+                )
+                if crew.examine(urls) and is_alone:
+                    continue
+                raise SyncError(failure)
+            crew.take_in(urls)
+            state.published_version = version
+            if not config.sync.probe_num_tokens:
+                return {}
+            figures = probe(version, checksum)
+            if figures is not None:
+                return figures
 
 
-def _publish(learner: Learner, link: EngineLink, version: int, config: Config) -> str:
-    """Send the weights; the checksum of all that was sent."""
-    with link.calls() as publisher:
-        report = publisher.publish(_stream(learner, config), version=version)
+def restore_engines(
+    shortage: str,
+    *,
+    crew: Crew | None,
+    publish: Callable[..., dict[str, float]],
+    state: LoopState,
+) -> bool:
+    """A `Restore`: wait for engines that are starting, and publish the present version to all.
+
+    Args:
+        publish: `publish_weights` with all arguments but the version.
+
+    Raises:
+        EngineError: nobody starts an engine, or the learner has other weights than the engines.
+    """
+    if crew is None:
+        return no_engines_to_restore(shortage)
+    shortage = crew.agree(shortage)
+    if not shortage:
+        return False
+    if state.step - state.published_version > 1:
+        raise EngineError(
+            f"{shortage}; the learner's weights are newer than those of version "
+            f"{state.published_version} that the step needs: expected sync.every=1 to go on"
+        )
+    publish(version=state.published_version)
+    return True
+
+
+def _send(
+    learner: Learner, link: EngineLink | Contributor | None, version: int, config: Config
+) -> tuple[str, str]:
+    """This rank's part of an update: the checksum of all that was sent, on rank 0; and why the
+    update failed, or "".
+    """
+    if link is None:
+        _give(learner, config)
+        return "", ""
+    stream = _stream(learner, config)
+    tensors = _Tensors(stream.tensors)
+    stream = replace(stream, tensors=tensors)
+    try:
+        if isinstance(link, Contributor):
+            link.contribute(stream)
+            return "", ""
+        report = link.publisher.publish(stream, version=version)
+    except SyncError as error:
+        # The other ranks give their shards of the tensors that were not sent, and must not wait.
+        if not tensors.drain():
+            raise
+        return "", str(error)
     log_update(link.log, report)
-    return report.checksum
+    return report.checksum, ""
+
+
+class _Tensors:
+    """The tensors of an update, which are gathered from other ranks one by one."""
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._rest = iter(tensors)
+        self._is_broken = False
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        try:
+            return next(self._rest)
+        except SyncError:
+            self._is_broken = True
+            raise
+
+    def drain(self) -> bool:
+        """Gather the tensors that are left; False if gathering itself has failed."""
+        if not self._is_broken:
+            for _ in self._rest:
+                pass
+        return not self._is_broken
 
 
 def _stream(learner: Learner, config: Config) -> WeightStream:

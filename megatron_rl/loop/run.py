@@ -20,6 +20,7 @@ from megatron_rl.data.evaluation_sets import questions_of
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.load import EngineLoad
 from megatron_rl.engine.pool import HttpEnginePool
+from megatron_rl.engine.roster import Roster
 from megatron_rl.learner.layout.deterministic import use_deterministic_algorithms
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
@@ -27,6 +28,7 @@ from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.loop.ahead import AHEAD, check_ledger, is_ahead
+from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.engines import RunEngines
 from megatron_rl.loop.environments import make_environment, single_turn
 from megatron_rl.loop.evaluate import Evaluator
@@ -41,6 +43,7 @@ from megatron_rl.loop.state import LoopState, initial_state
 from megatron_rl.loop.stop import forget_request
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
+from megatron_rl.process.beats import Beats
 from megatron_rl.process.command import Progress
 from megatron_rl.process.node import this_node
 from megatron_rl.reward.score import Scorer
@@ -60,7 +63,7 @@ class Run:
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
     state=LoopState(...), recorder=Recorder(...), writer=RolloutWriter(...),
     stopwatch=Stopwatch(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
-    engine_urls=("http://127.0.0.1:18400",), inputs={...}, was_resumed=False, source=None,
+    crew=Crew(...), inputs={...}, was_resumed=False, source=None,
     evaluator=None, link=None, contributor=None,
     meter=Meter(...))`.
     """
@@ -73,7 +76,7 @@ class Run:
     stopwatch: Stopwatch
     # by the name of the task or file that prompts come from
     verifiers: Mapping[str, tuple[RewardTerm, ...]]
-    engine_urls: tuple[str, ...]  # on every rank; empty in a replay
+    crew: Crew | None  # on every rank, unless rollouts are replayed
     inputs: Inputs  # are saved with every checkpoint
     was_resumed: bool  # from a checkpoint
     source: RolloutSource | None  # on the heads of the replicas
@@ -113,6 +116,9 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
         if not config.replay:
             engines.start_others(parallel)
+        place = partial(_place, state, stopwatch)
+        beats = Beats(run_dir, rank=parallel.rank, num_ranks=parallel.world_size, place=place)
+        progress.others = stack.enter_context(beats).others
         # Not after an error: the other ranks would see a closed connection and report that first.
         stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
         learner = _build_learner(config, checked, parallel)
@@ -123,17 +129,9 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             _forget_later_steps(run_dir, state.step)
         recorder = stack.enter_context(_recorder(config, checked, parallel, state))
         writer = stack.enter_context(_writer(config))
-        scorer = None
-        if parallel.is_replica_head and not config.replay:
-            # Its processes import their verifiers while the engines load.
-            verifiers = checked.verifiers | checked.set_verifiers
-            scorer = stack.enter_context(Scorer(config.reward, verifiers))
-        tried: list[str] = []
-        if parallel.rank == 0 and scorer is not None:
-            expected = checked.stream.expected_answers(MAX_ANSWERS)
-            expected += questions_of(checked.sets, MAX_ANSWERS)
-            tried = try_expected_answers(expected, verifiers, scorer.rejections)
+        scorer, tried = _scorer(config, checked, parallel, stack)
         addresses = [] if config.replay else engines.addresses(parallel)
+        roster = Roster([address.url for address in addresses], config.rollout.min_engines)
         source, evaluator, link = _connect(
             config,
             checked,
@@ -143,8 +141,12 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             addresses,
             state=state,
             engines=engines,
+            roster=roster,
             stack=stack,
         )
+        crew = None
+        if not config.replay:
+            crew = Crew(engines, addresses, roster, parallel, config.rollout, recorder.say)
         contributor = None if link else _contributor(config, parallel, stack)
         meter = _meter(config, learner, addresses, stack)
         _tell_resumption(checked, state, recorder)
@@ -160,7 +162,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             writer=writer,
             stopwatch=stopwatch,
             verifiers=checked.verifiers,
-            engine_urls=tuple(address.url for address in addresses),
+            crew=crew,
             inputs=checked.inputs,
             was_resumed=checked.checkpoint is not None,
             source=source,
@@ -189,6 +191,22 @@ def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Le
         truncation=truncation_of(config.rollout, parallel.device.type),
         moe=config.learner.moe,
     )
+
+
+def _scorer(
+    config: Config, checked: Preflight, parallel: Parallel, stack: ExitStack
+) -> tuple[Scorer | None, list[str]]:
+    """The scorer, on the heads of the replicas; and what rank 0 tells of the expected answers."""
+    if not parallel.is_replica_head or config.replay:
+        return None, []
+    # Its processes import their verifiers while the engines load.
+    verifiers = checked.verifiers | checked.set_verifiers
+    scorer = stack.enter_context(Scorer(config.reward, verifiers))
+    if parallel.rank != 0:
+        return scorer, []
+    expected = checked.stream.expected_answers(MAX_ANSWERS)
+    expected += questions_of(checked.sets, MAX_ANSWERS)
+    return scorer, try_expected_answers(expected, verifiers, scorer.rejections)
 
 
 def _recorder(config: Config, checked: Preflight, parallel: Parallel, state: LoopState) -> Recorder:
@@ -235,6 +253,7 @@ def _connect(
     *,
     state: LoopState,
     engines: RunEngines,
+    roster: Roster,
     stack: ExitStack,
 ) -> tuple[RolloutSource | None, Evaluator | None, EngineLink | None]:
     """The source, evaluator and link with which this rank talks to the engines; None where the rank
@@ -252,6 +271,9 @@ def _connect(
         end_token_ids=checked.end_token_ids,
         first=parallel.dp_rank,
         check=engines.check,
+        find_ended=engines.ended,
+        roster=roster,
+        version=lambda: state.published_version,
     )
     environment = make_environment(config, checked.tokenizer, stack)
     source = sampling_source(
@@ -343,4 +365,8 @@ def _describe(run_dir: Path, state: LoopState, stopwatch: Stopwatch) -> str:
         outlook = "no checkpoint was written yet"
     else:
         outlook = f"resume=auto continues after {latest.name}"
-    return f"in step {state.step}, phase {stopwatch.current or 'start'}; {outlook}"
+    return f"{_place(state, stopwatch)}; {outlook}"
+
+
+def _place(state: LoopState, stopwatch: Stopwatch) -> str:
+    return f"in step {state.step}, phase {stopwatch.current or 'start'}"

@@ -33,7 +33,6 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
-        self._store = serve_store(0, STORE_TIMEOUT)
         self._is_closed = False
 
     @property
@@ -46,9 +45,12 @@ class LoopbackRendezvous(RendezvousHandler):
         return BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """The store, and this agent as the only one."""
-        address = RendezvousStoreInfo(master_addr=HOST, master_port=self._store.port)
-        return RendezvousInfo(self._store, rank=0, world_size=1, bootstrap_store_info=address)
+        """A store, and this agent as the only one. After a restart of the ranks it is a new store,
+        since what the ranks before left in theirs would mislead them.
+        """
+        store = serve_store(0, STORE_TIMEOUT)
+        address = RendezvousStoreInfo(master_addr=HOST, master_port=store.port)
+        return RendezvousInfo(store, rank=0, world_size=1, bootstrap_store_info=address)
 
     def is_closed(self) -> bool:
         """Whether the ranks are done."""

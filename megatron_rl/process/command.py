@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -36,7 +37,9 @@ from megatron_rl.process.folder import (
 from megatron_rl.process.lifetime import (
     bind_forked_children,
     die_with_parent,
+    register_cleanup,
     run_cleanups,
+    unregister_cleanup,
     watch_signals,
 )
 
@@ -61,6 +64,8 @@ class Progress:
 
     def __init__(self) -> None:
         self.describe: Callable[[], str] = lambda: "before the first step"
+        # which other ranks have ended, are silent or are somewhere else; "" if nothing is known
+        self.others: Callable[[], str] = lambda: ""
 
 
 def run_command(
@@ -96,6 +101,11 @@ def run_command(
     _quiet_libraries()
     folder: Path | None = None
     threading.excepthook = lambda raised: _end_after_thread(raised, folder)
+
+    def dump_stacks() -> None:
+        if folder is not None and _has_failed():
+            _dump_stacks(folder, rank)
+
     try:
         config = load_config(arguments.config, arguments.overrides)
         check_temporary_folder()
@@ -104,26 +114,40 @@ def run_command(
             hold_folder(wanted, f"run_dir={config.run_dir}")
             _delete_stale(wanted / ERROR_FILE)
         folder = wanted
+        if folder is not None:
+            # A rank that is told to end because another one failed says where it was.
+            register_cleanup(dump_stacks)
         work(config, progress)
     except BaseException as error:
-        _tell(_message(error, rank, progress.describe()), folder)
+        unregister_cleanup(dump_stacks)
+        is_of_peer = bool(_peer_error(error, LOST_PEER) or _peer_error(error, SILENT_PEER))
+        others = progress.others() if is_of_peer else ""
+        message = _message(error, rank, progress.describe(), others)
+        if is_of_peer and folder is not None:
+            message += f"; stacks in {_dump_stacks(folder, rank)}"
+        _tell(message, folder)
         _leave(1)
     return 0
 
 
-def _message(error: BaseException, rank: int, place: str = "") -> str:
+def _message(error: BaseException, rank: int, place: str = "", others: str = "") -> str:
     """What the user is told: a line, or a traceback if it is nothing that the user can fix.
 
     Args:
         place: where the run is.
+        others: which other ranks are missed.
     """
+    blamed = f"; {others}" if others else ""
     if lost := _peer_error(error, LOST_PEER):
-        return f"rank {rank}: another rank ended in the middle of a collective: {lost}"
+        where = f" ({place})" if place else ""
+        return (
+            f"rank {rank}: another rank ended in the middle of a collective{where}: {lost}{blamed}"
+        )
     if silent := _peer_error(error, SILENT_PEER):
         return (
             f"rank {rank} on {socket.gethostname()}: expected every rank to take part in a "
             f"collective within parallel.timeout_seconds, another rank or its host does not answer "
-            f"({place}): {silent}"
+            f"({place}): {silent}{blamed}"
         )
     if isinstance(error, USER_ERRORS):
         return f"{type(error).__name__}: {error}"
@@ -152,6 +176,18 @@ def _peer_error(error: BaseException | None, pattern: re.Pattern[str]) -> str:
             return str(error).splitlines()[0]
         error = error.__cause__ or error.__context__
     return ""
+
+
+def _dump_stacks(folder: Path, rank: int) -> Path:
+    """Add the stacks of all threads of this rank to its file in the folder; the file."""
+    path = folder / "logs" / f"stacks_of_rank_{rank}.txt"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            print(f"process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
+            file.flush()
+            faulthandler.dump_traceback(file)
+    return path
 
 
 def _leave(code: int) -> None:

@@ -38,6 +38,10 @@ class WorkerCrash(Exception):
     """The process ended instead of answering."""
 
 
+class WorkerKilled(WorkerCrash):
+    """The process was ended by SIGKILL, as by the kernel when memory runs out."""
+
+
 class WorkerProcess:
     """A process. It must be started from a thread that lives as long as the process is needed,
     because the kernel ends the process together with that thread.
@@ -137,7 +141,9 @@ class WorkerProcess:
                     incoming += received
             except BrokenPipeError:
                 self.kill()
-                raise WorkerCrash(self._how_it_ended()) from None
+                is_killed = self._process.returncode == -signal.SIGKILL
+                kind = WorkerKilled if is_killed else WorkerCrash
+                raise kind(self._how_it_ended()) from None
         return json.loads(incoming)
 
     def _how_it_ended(self) -> str:

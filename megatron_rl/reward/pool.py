@@ -6,11 +6,17 @@ replaces it after a timeout or a crash. `reward/worker.py` describes questions a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_rl.config import RewardConfig
-from megatron_rl.process.worker_process import WorkerCrash, WorkerProcess, WorkerTimeout
+from megatron_rl.process.worker_process import (
+    WorkerCrash,
+    WorkerKilled,
+    WorkerProcess,
+    WorkerTimeout,
+)
 from megatron_rl.process.worker_threads import WorkerThreads
 
 
@@ -41,7 +47,9 @@ class WorkerPool:
         """The answers, in the order of the questions.
 
         If a process does not answer in time, or ends, the answer is {"failure": "timeout" or
-        "crash", "error": description}.
+        "crash", "error": description}. A question whose process was killed is asked once more, in
+        what is left of its time: the kernel or an operator may have killed it for no fault of the
+        response, which would otherwise drop out of its group.
 
         Raises:
             ConfigError: a verifier cannot be loaded.
@@ -59,14 +67,21 @@ class WorkerPool:
         self._pool.close()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        worker = self._pool.worker()
-        try:
-            return worker.request(question, self._config.timeout_seconds)
-        except (WorkerTimeout, WorkerCrash) as failure:
-            if self._pool.discard(worker):
-                raise RuntimeError("the scorer was closed while it was scoring") from failure
-            kind = "timeout" if isinstance(failure, WorkerTimeout) else "crash"
-            return {"failure": kind, "error": str(failure)}
+        seconds, is_again = self._config.timeout_seconds, False
+        while True:
+            worker = self._pool.worker()
+            begin = time.monotonic()
+            try:
+                return worker.request(question, seconds)
+            except (WorkerTimeout, WorkerCrash) as failure:
+                if self._pool.discard(worker):
+                    raise RuntimeError("the scorer was closed while it was scoring") from failure
+                seconds -= time.monotonic() - begin
+                if isinstance(failure, WorkerKilled) and not is_again and seconds > 0:
+                    is_again = True
+                    continue
+                kind = "timeout" if isinstance(failure, WorkerTimeout) else "crash"
+                return {"failure": kind, "error": str(failure)}
 
     def _start(self) -> WorkerProcess:
         return WorkerProcess(

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from megatron_rl.engine.requests import EnginePool, Sampler
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, EnginesLostError
 from megatron_rl.observe.metrics import Max, Mean, Metric, Sum, mean_of
 from megatron_rl.records import Prompt, RolloutGroup, Score, ScoredGroup
 from megatron_rl.rollout.idle import IdleClock
@@ -110,7 +110,8 @@ class BufferedSource:
         """This replica's share of the step's groups; waits until they are finished.
 
         Raises:
-            EngineError: an engine failed; or a token is older than `rollout.max_policy_age` allows,
+            EnginesLostError: too few engines serve; sampling goes on when enough do.
+            EngineError: sampling ended; or a token is older than `rollout.max_policy_age` allows,
                 or newer than the last publication, because an engine was restarted or another run
                 publishes to it.
         """
@@ -139,13 +140,18 @@ class BufferedSource:
             if self._running is not None and self._running.done():
                 self._running.result()
                 raise EngineError("rollouts: expected sampling to go on, got the end of its thread")
+            if shortage := self._pool.shortage():
+                raise EnginesLostError(shortage)
             self._changed.wait(1.0)
             now = time.monotonic()
             if now - told > TELL_SECONDS:
                 told = now
-                missing = self._shelf.unfinished()
                 logger.warning(
-                    "step %d has waited %.0f s for prompts %s", step, now - begin, missing
+                    "step %d has waited %.0f s for prompts %s; %s",
+                    step,
+                    now - begin,
+                    self._shelf.unfinished(),
+                    self._pool.last_answers(),
                 )
 
     def _check_ages(self, groups: Sequence[ScoredGroup], request: RolloutRequest) -> None:
@@ -233,10 +239,21 @@ class BufferedSource:
         scored = self._kept.pop(index, None)
         if scored is None:
             [prompt] = self._prompts(index, 1)
-            with self._idle.busy():
-                group = await self._sample(prompt, version, sampler)
+            group = await self._sample_group(prompt, version, sampler)
             [scores] = await asyncio.to_thread(self._score, [group])
             scored = ScoredGroup(group=group, scores=tuple(scores))
         with self._changed:
             self._shelf.finish(scored)
             self._changed.notify_all()
+
+    async def _sample_group(self, prompt: Prompt, version: int, sampler: Sampler) -> RolloutGroup:
+        """Sample the group of one prompt; if too few engines are left on the way, again, with the
+        same seeds, when enough serve.
+        """
+        while True:
+            try:
+                with self._idle.busy():
+                    return await self._sample(prompt, version, sampler)
+            except EnginesLostError:
+                while self._pool.shortage():
+                    await asyncio.sleep(TICK_SECONDS)

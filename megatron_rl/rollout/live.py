@@ -61,13 +61,19 @@ class LiveSource:
         self._time = time
         self._num_logprobs = num_logprobs
         self._routed = routed
+        # what of a request was sampled when too few engines were left, by place in it
+        self._begun: tuple[RolloutRequest | None, dict[int, RolloutGroup]] = (None, {})
 
     def take(self, request: RolloutRequest) -> TakenRollouts:
         """This replica's share of `request.num_prompts` prompts, sampled and scored.
 
         Raises:
+            EnginesLostError: too few engines serve. What was finished is kept for the next call
+                with the same request.
             EngineError: an engine failed, or sampled with weights other than the requested ones.
         """
+        if self._begun[0] != request:
+            self._begun = request, {}
         start, count = self._share(request.num_prompts)
         prompts = self._prompts(request.first_prompt + start, count)
         with self._time("rollout"):
@@ -79,7 +85,9 @@ class LiveSource:
                 num_samples=self._num_samples,
                 seeds=[sampling_seed(self._seed, request.step, each.index) for each in prompts],
                 num_logprobs=self._num_logprobs,
+                finished=self._begun[1],
             )
+        self._begun = None, {}
         check_versions(groups, request.weight_version)
         where = f"environment {type(self._environment).__name__}"
         check_heads(groups, self._num_logprobs, where)
@@ -106,12 +114,14 @@ def sample_groups(
     num_samples: int,
     seeds: Sequence[int],
     num_logprobs: int = 0,
+    finished: dict[int, RolloutGroup] | None = None,
 ) -> list[RolloutGroup]:
     """Sample `num_samples` rollouts for each prompt; blocks until all of them are complete.
 
     Args:
         seeds: [P] see `rollout/seeds.py`; rollout j of prompt i is drawn with `seeds[i] + j`.
         num_logprobs: K of the rollouts' heads; 0: no heads.
+        finished: see `run_episodes`.
 
     Returns:
         A group for each prompt, in the order of the prompts.
@@ -130,7 +140,7 @@ def sample_groups(
         )
         for seed in seeds
     ]
-    return run_episodes(pool, environment, prompts, requests)
+    return run_episodes(pool, environment, prompts, requests, finished)
 
 
 def run_episodes(
@@ -138,11 +148,14 @@ def run_episodes(
     environment: Environment,
     prompts: Sequence[Prompt],
     requests: Sequence[EpisodeRequest],
+    finished: dict[int, RolloutGroup] | None = None,
 ) -> list[RolloutGroup]:
     """The rollouts of each prompt that its request asks for; blocks until all are complete.
 
     Args:
         requests: [P]
+        finished: groups of an earlier call that did not end, by place in `prompts`; they are not
+            sampled again. Those that are finished now are added.
 
     Returns:
         A group for each prompt, in the order of the prompts.
@@ -151,12 +164,15 @@ def run_episodes(
         EngineError: see `EnginePool.run`.
         ValueError: the environment returned a wrong number of rollouts.
     """
-    return pool.run(
-        [
-            partial(sample_group, environment, prompt, request)
-            for prompt, request in zip(prompts, requests, strict=True)
-        ]
-    )
+    known = {} if finished is None else finished
+
+    async def finish(place: int, sampler: Sampler) -> None:
+        known[place] = await sample_group(environment, prompts[place], requests[place], sampler)
+
+    if len(requests) != len(prompts):
+        raise ValueError(f"requests: expected {len(prompts)}, got {len(requests)}")
+    pool.run([partial(finish, place) for place in range(len(prompts)) if place not in known])
+    return [known[place] for place in range(len(prompts))]
 
 
 async def sample_group(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -105,7 +105,6 @@ class Publisher:
         self._bucket_bytes = bucket_bytes_of(config.bucket_mib)
         self._wire_dtype = wire_dtype
         self._transport_name = config.transport
-        self._hosts = tuple(urlsplit(address.url).hostname or HOST for address in addresses)
         self._sources = sources or Sources(None, config.timeout_seconds)
         self._running_requests = config.running_requests
         self._drain_seconds = drain_seconds
@@ -114,8 +113,13 @@ class Publisher:
             num_sources=self._sources.count,
             timeout_seconds=config.timeout_seconds,
         )
-        self._engines = [control(address, config.timeout_seconds) for address in addresses]
-        self._pool = ThreadPoolExecutor(len(self._engines), thread_name_prefix="publish")
+        self._all = [control(address, config.timeout_seconds) for address in addresses]
+        self._engines = list(self._all)  # those that take part
+        self._host_of = {
+            engine: urlsplit(address.url).hostname or HOST
+            for engine, address in zip(self._all, addresses, strict=True)
+        }
+        self._pool = ThreadPoolExecutor(len(self._all), thread_name_prefix="publish")
 
     def __enter__(self) -> Publisher:
         return self
@@ -126,7 +130,7 @@ class Publisher:
     def close(self) -> None:
         """Release the connections and the transport."""
         self._pool.shutdown()
-        for engine in self._engines:
+        for engine in self._all:
             engine.close()
         self._sender.close()
 
@@ -137,6 +141,13 @@ class Publisher:
     def wake(self) -> None:
         """Wake all engines, with the weights that they had; raises SyncError if one does not."""
         self._on_all(lambda engine: engine.wake())
+
+    def choose(self, urls: Collection[str]) -> None:
+        """From now on these engines take part. An engine may have been started again, so the
+        transport connects to all of them anew.
+        """
+        self._engines = [engine for engine in self._all if engine.url in urls]
+        self._sender.close()
 
     def publish(self, stream: WeightStream, *, version: int) -> PublishReport:
         """Send one version of the weights to every engine and make the engines serve it.
@@ -202,7 +213,7 @@ class Publisher:
                 bucket_bytes=self._bucket_bytes,
                 num_tensors=num_tensors,
                 num_workers=tuple(num_workers),
-                hosts=self._hosts,
+                hosts=tuple(self._host_of[engine] for engine in self._engines),
             )
         )
         self._sources.tell_all(offers, OFFERS)

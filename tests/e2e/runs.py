@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,17 @@ class TrainingProcess:
         num_ranks: below torchrun; 0: one process without torchrun.
         run_dir: holds the output as `console_<n>.log`, n the number of the start.
         variables: added to the environment.
+        launcher_options: of torchrun.
     """
 
     def __init__(
-        self, arguments: list[str], *, num_ranks: int, run_dir: Path, variables: dict[str, str]
+        self,
+        arguments: list[str],
+        *,
+        num_ranks: int,
+        run_dir: Path,
+        variables: dict[str, str],
+        launcher_options: Sequence[str] = (),
     ) -> None:
         self._identity = uuid.uuid4().hex
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -52,6 +59,8 @@ class TrainingProcess:
         command = [sys.executable, "-m", "megatron_rl.train", *arguments]
         if num_ranks:
             command = torchrun_command("megatron_rl.train", *arguments, ranks=num_ranks)
+            place = command.index("-m", command.index("-m") + 1)
+            command[place:place] = launcher_options
         environment = os.environ | {RUN_VARIABLE: self._identity, "OMP_NUM_THREADS": "1"}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -189,6 +189,7 @@ def config(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
             "optimizer": {"learning_rate": 1e-3},
         },
         checkpoint={"every": 1, "save_hf": False},
+        rollout={"max_restarts": 0},  # an engine that ends is the end of the run
         loop={"num_steps": 1000, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES},
     )
 

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import RolloutConfig, SamplingConfig
 from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.pool import HttpEnginePool, _Router
+from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
+from megatron_rl.engine.roster import Roster
+from megatron_rl.engine.routing import Router
 from megatron_rl.engine.server import Engine
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.seeds import sampling_seed
@@ -360,7 +362,7 @@ def test_requests_in_flight_are_bounded_and_spread_over_engines(failing) -> None
 def test_the_least_loaded_engine_comes_first_and_a_key_stays_with_its_engine() -> None:
     async def route() -> list[str]:
         clients = [SimpleNamespace(url=name) for name in "abc"]
-        router = _Router(clients, max_in_flight=2, first=1)
+        router = Router(clients, 2, 1, Roster("abc"))
         chosen = []
         async with AsyncExitStack() as stack:
             for key in (7, 8, 9, 7):  # "b", "c" and "a" in turn, and "b" again
@@ -380,7 +382,7 @@ def test_the_least_loaded_engine_comes_first_and_a_key_stays_with_its_engine() -
 def test_requests_wait_for_a_place_before_they_are_given_an_engine() -> None:
     async def route() -> str:
         clients = [SimpleNamespace(url=name) for name in "ab"]
-        router = _Router(clients, max_in_flight=1, first=0)
+        router = Router(clients, 1, 0, Roster("ab"))
         late: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         async def come_late() -> None:

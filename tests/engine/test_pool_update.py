@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from megatron_rl.config import RolloutConfig, SamplingConfig
-from megatron_rl.engine import pool as pool_module
+from megatron_rl.engine import routing
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.requests import Completion, GenerateRequest
 from megatron_rl.errors import EngineError
@@ -44,7 +44,7 @@ def generate(*answers: Answer) -> tuple[Completion, ...]:
 
 def test_it_is_asked_until_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """However often: an update that takes too long ends as a poisoned engine."""
-    monkeypatch.setattr(pool_module, "UPDATE_SECONDS", 0.01)
+    monkeypatch.setattr(routing, "UPDATE_SECONDS", 0.01)
     [completion] = generate(*[UPDATING] * 5, (200, {"choices": [CHOICE]}))
     assert (completion.token_ids, completion.weight_versions) == ((7,), (3,))
     with pytest.raises(EngineError, match="weights_poisoned"):

@@ -48,13 +48,18 @@ class FakePool:
         self._vocab_size = vocab_size
         self._end_token = end_token
         self._end_probability = end_probability
-        self._failures = failures or {}
+        self.failures = failures or {}
 
     def run(self, jobs: Sequence[Callable[[Sampler], Awaitable[T]]]) -> list[T]:
         """Run all jobs concurrently; their results in order."""
 
         async def run_all() -> list[T]:
-            return await asyncio.gather(*(job(self) for job in jobs))
+            tasks = [asyncio.ensure_future(job(self)) for job in jobs]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
 
         return asyncio.run(run_all())
 
@@ -62,6 +67,14 @@ class FakePool:
     async def session(self) -> AsyncIterator[Sampler]:
         """The pool itself."""
         yield self
+
+    def shortage(self) -> str:
+        """No engine is lost."""
+        return ""
+
+    def last_answers(self) -> str:
+        """Of engines that are no engines."""
+        return "fake engines"
 
     async def watch(self) -> None:
         """No engine dies."""
@@ -71,8 +84,8 @@ class FakePool:
         """[num_samples] completions; sample j depends on the tokens and on `seed + j` alone."""
         await asyncio.sleep(0)  # as with a real engine, other jobs go on meanwhile
         self.requests.append(request)
-        if request.key in self._failures:
-            raise self._failures[request.key]
+        if request.key in self.failures:
+            raise self.failures[request.key]
         return tuple(
             self._completion(request, request.seed + sample)
             for sample in range(request.num_samples)

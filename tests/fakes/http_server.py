@@ -8,7 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from megatron_rl.engine.address import EngineAddress
+from megatron_rl.engine.address import ALIVE_ROUTE, EngineAddress
 
 HANG_SECONDS = 3.0
 Answer = tuple[int, dict[str, Any]] | str
@@ -26,6 +26,7 @@ class FakeServer:
         self.requests: list[dict[str, Any]] = []  # bodies; {} for a request without one
         self.paths: list[str] = []  # with the query
         self.tokens: list[str | None] = []  # the Authorization header
+        self.is_frozen = False  # answers no health check; these are noted nowhere
         self.num_in_flight = self.max_in_flight = 0
         self._answers = answers
         self._lock = threading.Lock()
@@ -41,7 +42,7 @@ class FakeServer:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         self.address = EngineAddress(
             url=f"http://127.0.0.1:{self._server.server_address[1]}", token="t"
         )
@@ -52,6 +53,14 @@ class FakeServer:
         self._server.server_close()
 
     def _handle(self, handler: BaseHTTPRequestHandler) -> None:
+        if handler.path == ALIVE_ROUTE:
+            if self.is_frozen:
+                time.sleep(HANG_SECONDS)
+            else:
+                handler.send_response(200)
+                handler.send_header("content-length", "0")
+                handler.end_headers()
+            return
         body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
         with self._lock:
             self.requests.append(json.loads(body or "{}"))

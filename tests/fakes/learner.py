@@ -22,12 +22,14 @@ class FakeParallel:
     rank: int = 0
     dp_rank: int = 0
     dp_size: int = 1
+    world_size: int = 1
     tp_rank: int = 0
     is_replica_head: bool = True
     is_last_stage: bool = True
     others: float = 0.0
     head_value: Any = None  # what the head sends, on a rank that is none
     first_value: Any = None  # what rank 0 sends, on another rank
+    other_values: list[Any] = field(default_factory=list)  # of the other ranks, gathered
     log: list[str] = field(default_factory=list)
 
     @property
@@ -45,6 +47,14 @@ class FakeParallel:
     def from_first_rank(self, value: Any) -> Any:
         self.log.append("from_first_rank")
         return value if self.rank == 0 else self.first_value
+
+    def from_all_ranks(self, value: Any) -> list[Any]:
+        self.log.append("from_all_ranks")
+        return [value, *self.other_values]
+
+    def any_rank(self, is_true: bool) -> bool:
+        self.log.append("any_rank")
+        return is_true
 
     def barrier(self) -> None:
         self.log.append("barrier")

@@ -20,6 +20,7 @@ from megatron_rl.config import (
     RolloutConfig,
     SamplingConfig,
 )
+from megatron_rl.errors import EngineError, EnginesLostError
 from megatron_rl.loop.collect import collect_step, has_signal, judge
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.constraint import DualVariable
@@ -247,6 +248,41 @@ def test_one_round_takes_the_prompts_of_a_step() -> None:
     assert (sampled.num_prompts, sampled.num_rounds) == (4, 1)
     assert state.next_prompt == 8  # the caller advances the cursor
     assert [sample.prompt_index for sample in sampled.samples()] == [8, 8, 9, 9, 10, 10, 11, 11]
+
+
+class LosingSource(FakeSource):
+    """Has too few engines the first times that it is asked."""
+
+    num_failures = 1
+
+    def take(self, request: RolloutRequest) -> TakenRollouts:
+        taken = super().take(request)
+        if len(self.requests) <= self.num_failures:
+            raise EnginesLostError("none is left")
+        return taken
+
+
+def test_a_round_begins_again_when_engines_were_brought_back() -> None:
+    told: list[str] = []
+
+    def restore(shortage: str) -> bool:
+        told.append(shortage)
+        return bool(shortage)
+
+    source = LosingSource()
+    sampled = collect_step(source, FakeParallel(), make_state(), make_config(), phase, restore)
+    assert told == ["none is left", ""]
+    assert source.requests[0] == source.requests[1]
+    assert [each.group.prompt.index for each in sampled.groups] == [8, 9, 10, 11]
+    # Another rank has too few: what this one has is kept, and this one goes along.
+    answers = iter([True, False])
+    source = FakeSource()
+    collect_step(
+        source, FakeParallel(), make_state(), make_config(), phase, lambda _: next(answers)
+    )
+    assert len(source.requests) == 1
+    with pytest.raises(EngineError, match="none is left"):
+        collect_step(LosingSource(), FakeParallel(), make_state(), make_config(), phase)
 
 
 def test_rounds_go_on_until_enough_groups_have_signal() -> None:

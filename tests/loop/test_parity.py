@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 from megatron_rl.config import Config, SamplingConfig, SyncConfig
-from megatron_rl.engine.pool import engine_of
-from megatron_rl.errors import SyncError
+from megatron_rl.engine.routing import engine_of
+from megatron_rl.errors import EnginesLostError, SyncError
 from megatron_rl.loop.link import EngineLink
 from megatron_rl.loop.parity import MAX_PROMPTS, MORE, PROMPTS, Findings, ParityProbe, given_tokens
 from megatron_rl.records import Prompt, Rollout, Sample
@@ -87,8 +88,11 @@ class WorldPool(FakePool):
     def __init__(self, world: World) -> None:
         super().__init__(world.urls)
         self._world = world
+        self.shortage_error: EnginesLostError | None = None
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        if self.shortage_error is not None:
+            raise self.shortage_error
         self.scored += [tuple(each) for each in sequences]
         return [
             tuple(self._world.engine_logprobs(engine_of(self.urls, number), each).tolist())
@@ -117,7 +121,7 @@ class WorldLearner(FakeLearner):
 
 def probe_of(world: World, *, dtype: str = "float32", **sync: Any) -> ParityProbe:
     config = replace(CONFIG, sync=SyncConfig(**sync), rollout=replace(CONFIG.rollout, dtype=dtype))
-    return ParityProbe(WorldLearner(world), world.link(), world.urls, config)
+    return ParityProbe(WorldLearner(world), world.link(), config)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +186,7 @@ def test_every_engine_samples_its_tokens_from_the_whole_distribution() -> None:
     world = World(ONE, TWO)
     sampling = SamplingConfig(top_p=0.9, top_k=20, min_p=0.1, stop=["x"], stop_token_ids=[5])
     config = replace(CONFIG, rollout=replace(CONFIG.rollout, sampling=sampling))
-    ParityProbe(WorldLearner(world), world.link(), world.urls, config).check(0, "0")
+    ParityProbe(WorldLearner(world), world.link(), config).check(0, "0")
     assert [prompt.index for prompt, _ in world.asked] == list(range(2 * PROMPTS))
     for _, request in world.asked:
         found = request.sampling
@@ -272,11 +276,33 @@ def test_another_rank_does_what_the_first_one_found() -> None:
     """It asks no engine, takes part in every pass, and raises the same error."""
     doubtful = Findings(figures={}, complaint="", is_doubtful=True)
     wrong = Findings(figures={}, complaint="engine http://one is wrong", is_doubtful=True)
-    answers = iter([True, doubtful, wrong])
+    answers = iter([(True, (ONE,)), False, doubtful, False, wrong])
     parallel = FakeParallel(rank=1, is_last_stage=False)
     parallel.from_first_rank = lambda value: next(answers)  # type: ignore[method-assign]
     learner = FakeLearner(parallel=parallel)
     with pytest.raises(SyncError, match=r"^engine http://one is wrong$"):
-        ParityProbe(learner, None, [ONE], CONFIG).check(3, "")
+        ParityProbe(learner, None, CONFIG).check(3, "")
     assert learner.log == ["score_samples 0"] * 4
     assert list(answers) == []
+
+
+def test_an_engine_that_is_lost_meanwhile_gives_no_figures() -> None:
+    """The weights are then published again to the others, whose given tokens begin anew."""
+    world = World(ONE, TWO)
+    probe = probe_of(world)
+    probe.check(0, "0")
+
+    async def lose(*asked: Any) -> tuple[Rollout, ...]:
+        world.pool.urls = (ONE,)
+        return await World.rollouts(world, *asked)
+
+    world.update()
+    world.rollouts = lose  # type: ignore[method-assign]
+    assert probe.check(1, "1") is None
+    world.urls, world.rollouts = (ONE,), partial(World.rollouts, world)  # type: ignore
+    figures = probe.check(1, "1")
+    assert figures is not None and "sync/probe_change_ratio/min" not in figures
+    world.update()
+    assert "sync/probe_change_ratio/min" in probe.check(2, "2")
+    world.pool.shortage_error = EnginesLostError("none is left")
+    assert probe.check(2, "2") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 from megatron_rl.config import Config, SyncConfig
 from megatron_rl.errors import EngineError, SyncError
 from megatron_rl.loop.link import EngineLink, cut_sync_log, log_update
-from megatron_rl.loop.publish import publish_weights
+from megatron_rl.loop.publish import publish_weights, restore_engines
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.sync.publish import PublishReport
 from megatron_rl.sync.source import WeightStream
+from tests.fakes.crew import FakeCrew
 from tests.fakes.engine_pool import FakePool
 from tests.fakes.environment import TwoTurns
 from tests.fakes.groups import make_prompt
@@ -38,13 +40,20 @@ def report_of(version: int) -> PublishReport:
 
 
 class FakePublisher:
-    def __init__(self, error: SyncError | None = None) -> None:
+    """Raises each of `errors` once, after it took `num_taken` tensors."""
+
+    def __init__(self, *errors: SyncError, num_taken: int = 0) -> None:
         self.sent: list[tuple[int, list[str]]] = []
-        self._error = error
+        self.chosen: list[tuple[str, ...]] = []
+        self._errors, self._num_taken = list(errors), num_taken
+
+    def choose(self, urls: tuple[str, ...]) -> None:
+        self.chosen.append(urls)
 
     def publish(self, stream: WeightStream, *, version: int) -> PublishReport:
-        if self._error is not None:
-            raise self._error
+        if self._errors:
+            list(itertools.islice(stream.tensors, self._num_taken))
+            raise self._errors.pop(0)
         self.sent.append((version, [name for name, _ in stream.tensors]))
         return report_of(version)
 
@@ -60,18 +69,14 @@ class FakeProbe:
         return {"sync/probe_gap/mean": 0.25}
 
 
-def make_link(folder: Path, *, error: SyncError | None = None, is_dead: bool = False) -> EngineLink:
-    def check_after_failure() -> None:
-        if is_dead:
-            raise EngineError("engine 0 died")
-
+def make_link(folder: Path, *errors: SyncError, num_taken: int = 0) -> EngineLink:
     return EngineLink(
-        publisher=FakePublisher(error),
+        publisher=FakePublisher(*errors, num_taken=num_taken),
         pool=FakePool(),
         environment=TwoTurns(),
         prompts=lambda start, count: [make_prompt(index) for index in range(start, start + count)],
         log=folder / "sync.jsonl",
-        check_after_failure=check_after_failure,
+        check_after_failure=lambda: None,
     )
 
 
@@ -91,7 +96,7 @@ class Phases:
 def test_rank_0_sends_and_probes(tmp_path: Path) -> None:
     learner, link, state, phases = FakeLearner(), make_link(tmp_path), make_state(), Phases()
     probe = FakeProbe()
-    figures = publish_weights(learner, link, probe, state, CONFIG, phases)
+    figures = publish_weights(learner, link, probe, FakeCrew(), state, CONFIG, phases)
     assert link.publisher.sent == [(5, ["model.norm.weight"])]
     assert state.published_version == 5
     assert phases.names == ["sync"]
@@ -104,9 +109,9 @@ def test_rank_0_sends_and_probes(tmp_path: Path) -> None:
 def test_other_ranks_give_their_shards_wait_and_probe() -> None:
     parallel, probe = FakeParallel(rank=1, is_last_stage=False), FakeProbe()
     learner, state = FakeLearner(parallel=parallel), make_state()
-    publish_weights(learner, None, probe, state, CONFIG, Phases())
+    publish_weights(learner, None, probe, FakeCrew(), state, CONFIG, Phases())
     assert learner.log == ["give_tensors"]
-    assert parallel.log == ["barrier"]
+    assert parallel.log == ["from_all_ranks"]
     assert probe.checked == [(5, "")]
     assert state.published_version == 5
 
@@ -114,26 +119,78 @@ def test_other_ranks_give_their_shards_wait_and_probe() -> None:
 def test_without_a_probe_nothing_is_sampled(tmp_path: Path) -> None:
     config = replace(CONFIG, sync=SyncConfig(probe_num_tokens=0))
     link, probe = make_link(tmp_path), FakeProbe()
-    assert publish_weights(FakeLearner(), link, probe, make_state(), config, Phases()) == {}
+    crew, state = FakeCrew(), make_state()
+    assert publish_weights(FakeLearner(), link, probe, crew, state, config, Phases()) == {}
     assert probe.checked == []
 
 
 def test_a_replay_publishes_nothing() -> None:
     learner, phases, state = FakeLearner(), Phases(), make_state()
     config = replace(CONFIG, replay="runs/a/rollouts")
-    assert publish_weights(learner, None, FakeProbe(), state, config, phases) == {}
+    assert publish_weights(learner, None, FakeProbe(), None, state, config, phases) == {}
     assert (learner.log, phases.names, state.published_version) == ([], [], 4)
 
 
-def test_a_failed_update_is_told_by_the_death_of_its_engine(tmp_path: Path) -> None:
-    error = SyncError("engine http://one, send: no answer")
-    dead = make_link(tmp_path, error=error, is_dead=True)
-    with pytest.raises(EngineError, match="engine 0 died"):
-        publish_weights(FakeLearner(), dead, FakeProbe(), make_state(), CONFIG, Phases())
-    alive, state = make_link(tmp_path, error=error), make_state()
-    with pytest.raises(SyncError, match="no answer"):
-        publish_weights(FakeLearner(), alive, FakeProbe(), state, CONFIG, Phases())
+@pytest.mark.parametrize("num_taken", [0, 1])
+def test_a_lost_engine_is_left_out_and_the_update_is_sent_again(
+    tmp_path: Path, num_taken: int
+) -> None:
+    """After the shards of the failed update were gathered, which the other ranks give."""
+    error = SyncError("engine http://two, send: no answer")
+    link, crew = make_link(tmp_path, error, num_taken=num_taken), FakeCrew("a", "b", lost=["b"])
+    learner, probe, state = FakeLearner(), FakeProbe(), make_state()
+    publish_weights(learner, link, probe, crew, state, CONFIG, Phases())
+    assert crew.log == ["gather", "examine", "gather", "take in 1"]
+    assert link.publisher.chosen == [("a",)]
+    assert learner.log == ["full_tensors"] * 2
+    assert link.publisher.sent == [(5, ["model.norm.weight"])]
+    assert (state.published_version, probe.checked) == (5, [(5, "9c")])
+
+
+def test_an_update_that_fails_with_every_engine_alive_is_an_error(tmp_path: Path) -> None:
+    crew, state = FakeCrew("a"), make_state()
+    link = make_link(tmp_path, SyncError("engine a, worker 0: expected checksum 1, got 2"))
+    with pytest.raises(SyncError, match="expected checksum"):
+        publish_weights(FakeLearner(), link, FakeProbe(), crew, state, CONFIG, Phases())
     assert state.published_version == 4
+    # Every rank ends with it.
+    parallel = FakeParallel(rank=1, other_values=["engine a, finish: no answer"])
+    with pytest.raises(SyncError, match="finish: no answer"):
+        learner = FakeLearner(parallel=parallel)
+        publish_weights(learner, None, FakeProbe(), FakeCrew("a"), state, CONFIG, Phases())
+
+
+def test_an_engine_that_is_lost_in_the_probe_has_all_published_again(tmp_path: Path) -> None:
+    link, crew, answers = make_link(tmp_path), FakeCrew("a", "b"), iter([None, {"figure": 1.0}])
+
+    def probe(version: int, checksum: str) -> dict[str, float] | None:
+        return next(answers)
+
+    figures = publish_weights(FakeLearner(), link, probe, crew, make_state(), CONFIG, Phases())
+    assert figures == {"figure": 1.0}
+    assert [version for version, _ in link.publisher.sent] == [5, 5]
+
+
+def test_engines_are_brought_back_with_the_version_that_the_step_needs() -> None:
+    published: list[int] = []
+
+    def publish(*, version: int) -> dict[str, float]:
+        published.append(version)
+        return {}
+
+    crew, state = FakeCrew(), make_state()
+    assert not restore_engines("", crew=crew, publish=publish, state=state)
+    assert published == []
+    assert restore_engines("none is left", crew=crew, publish=publish, state=state)
+    crew.shortage = "another rank has none"
+    assert restore_engines("", crew=crew, publish=publish, state=state)
+    assert published == [4, 4]
+    state.published_version = 3  # sync.every=2
+    with pytest.raises(EngineError, match=r"none is left; .* version 3 .*sync\.every=1"):
+        restore_engines("none is left", crew=crew, publish=publish, state=state)
+    with pytest.raises(EngineError, match="none is left"):
+        restore_engines("none is left", crew=None, publish=publish, state=state)
+    assert not restore_engines("", crew=None, publish=publish, state=state)
 
 
 def test_the_log_forgets_updates_that_are_published_again(tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_rank_0_starts_the_engines_and_holds_everything(
     # Before the learner, so that both load at once; and they end last.
     assert log == ["engines", "cleanup", "learner", "scorer", "ready", "shut down", "stop"]
     assert isinstance(run.source, LiveSource)
-    assert run.engine_urls == (ADDRESS.url,)
-    assert run.link is not None and run.link.pool.urls == run.engine_urls
+    assert run.crew.serving == (ADDRESS.url,)
+    assert run.link is not None and run.link.pool.urls == run.crew.serving
     assert run.evaluator is not None and run.evaluator.sets == ()
     assert (run.was_resumed, run.state.step) == (False, 0)
     assert tuple(run.verifiers) == ("prompts",)
@@ -171,7 +171,7 @@ def test_other_ranks_start_no_engine(
     parallel = RankParallel(rank=1, is_replica_head=is_head, first_value=[ADDRESS])
     run = start_as(monkeypatch, make_config(tmp_path, tiny_checkpoint), parallel)
     assert "engines" not in log
-    assert run.engine_urls == (ADDRESS.url,)  # known to every rank, for the probe's errors
+    assert run.crew.serving == (ADDRESS.url,)  # known to every rank, for the probe's errors
     assert run.link is None
     assert (run.source is not None, run.evaluator is not None) == (is_head, is_head)
 
@@ -187,7 +187,7 @@ def test_a_replay_has_no_engines(
     run = start_as(monkeypatch, config, RankParallel())
     assert log == ["learner", "shut down"]
     assert isinstance(run.source, ReplaySource)
-    assert (run.evaluator, run.link, run.engine_urls) == (None, None, ())
+    assert (run.evaluator, run.link, run.crew) == (None, None, None)
 
 
 def test_an_error_ends_the_engines_and_leaves_the_groups(

@@ -32,6 +32,12 @@ def act(response, answer, metadata):
         os._exit(0)
     if response == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if response.startswith("killed once "):
+        path = response.removeprefix("killed once ")
+        if not os.path.exists(path):
+            open(path, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 7.0
     if response == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     if response == "sys.exit":
@@ -104,6 +110,14 @@ def test_the_log_tells_how_it_ended(own_verifier, caplog):
         assert "killed by SIGKILL" in caplog.text
         scorer.score([make_group(["raise"])])
     assert 'KeyError: "a verifier\'s own mistake"' in caplog.text
+
+
+def test_a_response_whose_process_was_killed_is_scored_once_more(own_verifier, tmp_path):
+    """As by an operator, or by the kernel for the memory of another process."""
+    response = f"killed once {tmp_path / 'marker'}"
+    with Scorer(RewardConfig(num_workers=1), own_verifier) as scorer:
+        (scores,) = scorer.score([make_group(["a", response, "bb"])])
+    assert [(score.reward, score.failure) for score in scores] == [(1, None), (7, None), (2, None)]
 
 
 def test_a_worker_killed_while_idle_costs_no_score(own_verifier):

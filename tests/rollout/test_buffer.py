@@ -15,9 +15,10 @@ import pytest
 from megatron_rl.config import SamplingConfig
 from megatron_rl.config.choices import HandOut, LateGroups
 from megatron_rl.engine.requests import Completion, GenerateRequest, Sampler
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, EnginesLostError
 from megatron_rl.observe.metrics import Max, Sum
 from megatron_rl.records import Prompt, RolloutGroup, Score, ScoredGroup
+from megatron_rl.rollout import buffer
 from megatron_rl.rollout.buffer import BufferedSource
 from megatron_rl.rollout.environment import EpisodeRequest
 from megatron_rl.rollout.ledger import Ledger
@@ -207,6 +208,49 @@ def test_an_engine_that_dies_ends_the_step() -> None:
     bench = Bench(pool)
     with bench.source, pytest.raises(EngineError, match="was killed"):
         bench.take(1)
+
+
+class Losing(FakePool):
+    """Too few engines serve while `lost` says so; requests fail then."""
+
+    lost = ""
+
+    def shortage(self) -> str:
+        return self.lost
+
+    def last_answers(self) -> str:
+        return "http://a answered prompt 3 7 s ago"
+
+    async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+        if self.lost:
+            raise EnginesLostError(self.lost)
+        return await super().generate(request)
+
+
+def test_a_step_without_engines_is_told_so_and_goes_on_when_they_are_back() -> None:
+    pool = Losing()
+    pool.lost = "http://a froze"
+    bench = Bench(pool)
+    with bench.source:
+        with pytest.raises(EnginesLostError, match="http://a froze"):
+            bench.take(1)
+        wait_until(lambda: len(bench.started) == 4)
+        pool.lost = ""
+        assert bench.taken(1) == [0, 1]
+        # The same versions, and so the same seeds.
+        assert {version for _, version in bench.started} == {0}
+
+
+def test_a_step_that_waits_says_for_what(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(buffer, "TELL_SECONDS", 0.0)
+    pool = type("LosingAndHeld", (HeldPool, Losing), {})()
+    bench = Bench(pool)
+    threading.Timer(1.3, pool.release, (0, 1)).start()
+    with bench.source, caplog.at_level(logging.WARNING):
+        bench.take(1)
+    assert "prompts [0, 1, 2, 3]; http://a answered prompt 3 7 s ago" in caplog.text
 
 
 @pytest.mark.parametrize("version", [-1, 5])

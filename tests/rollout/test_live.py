@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.config import SamplingConfig
 from megatron_rl.engine.requests import Sampler
-from megatron_rl.errors import DataError, EngineError
+from megatron_rl.errors import DataError, EngineError, EnginesLostError
 from megatron_rl.records import Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.rollout.environment import Environment, EpisodeRequest
 from megatron_rl.rollout.live import LiveSource, check_versions, sample_groups
@@ -176,3 +176,24 @@ def test_one_stray_token_is_found() -> None:
     )
     with pytest.raises(EngineError, match=r"prompt 4: .* 2, got \[9\]"):
         check_versions([stray], 2)
+
+
+def test_what_was_finished_when_engines_were_lost_is_not_sampled_again() -> None:
+    setting = Setting()
+    pool = setting.pool
+    pool.failures[12] = EnginesLostError("none is left")
+    with pytest.raises(EnginesLostError):
+        setting.source.take(REQUEST)
+    before = [request.key for request in pool.requests]
+    pool.failures.clear()
+    pool.requests.clear()
+    groups = setting.source.take(REQUEST).groups
+    assert [each.group.prompt.index for each in groups] == [10, 11, 12, 13, 14]
+    again = [request.key for request in pool.requests]
+    assert 12 in again and len(again) < 5 and len(before) + len(again) >= 6
+    # Nothing of it is left for another request.
+    pool.requests.clear()
+    setting.source.take(REQUEST)
+    assert len(pool.requests) == 5
+    whole = Setting().source.take(REQUEST).groups
+    assert [each.group for each in groups] == [each.group for each in whole]  # the same seeds

@@ -284,6 +284,9 @@ def create_groups(config: ParallelConfig, *, has_gloo_groups: bool) -> None:
         create_gloo_process_groups=has_gloo_groups,
         distributed_timeout_minutes=max(1, round(config.timeout_seconds / 60)),
     )
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
+    for group in list(dist.distributed_c10d._world.pg_map):  # Megatron knows whole minutes only
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def current_parallel(config: ParallelConfig, device: torch.device) -> Parallel:

@@ -1,0 +1,56 @@
+"""The soak's figures, picture and verdict, on a process and a run folder made here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.rollout.recording import write_step
+from tests.fakes.groups import judged, scored
+from tools import soak
+
+
+def folder_of(run_dir: Path, *steps: list[int], lost: bool = False) -> Path:
+    """A run whose step n used the prompts of `steps[n - 1]`, with two engines."""
+    run_dir.mkdir()
+    lines = [{"step": step} for step in range(len(steps) + 1)]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for step, prompts in enumerate(steps, start=1):
+        groups = [judged(scored(index, 1.0, 0.0), 1.0, -1.0) for index in prompts]
+        write_step(run_dir / "rollouts", step, 0, groups, num_ranks=1)
+    received = [["a", "b"], ["a"], ["a"] if lost else ["a", "b"]]
+    syncs = [json.dumps({"received": {url: [] for url in urls}}) for urls in received]
+    (run_dir / "sync.jsonl").write_text("\n".join(syncs) + "\n")
+    return run_dir
+
+
+def test_what_is_lost_is_told(tmp_path: Path) -> None:
+    assert soak.losses(folder_of(tmp_path / "a", [0, 1], [2, 3])) == []
+    assert soak.losses(folder_of(tmp_path / "b", [0, 1], [1, 2])) == ["prompts: one was used twice"]
+    assert soak.losses(folder_of(tmp_path / "c", [0], [1], lost=True)) == [
+        "engine b: in 1 publication only"
+    ]
+
+
+def test_figures_of_processes_and_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(2**20))
+    code = "import time; print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        figures = soak.sample(psutil.Process(process.pid), tmp_path)
+        process.kill()
+    assert figures["disk_mib"] == pytest.approx(1.0)
+    assert (figures["threads"], figures["engines_mib"]) == (1, 0)
+    assert figures["learner_mib"] > 1 and figures["fds"] >= 3
+    samples = [
+        {"seconds": float(second), "is_kill": second == 3} | dict.fromkeys(soak.FIGURES, second)
+        for second in range(8)
+    ]
+    assert soak.quarters(samples, "fds") == (2.5, 6.5)
+    soak.draw(samples, tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").stat().st_size > 1000
