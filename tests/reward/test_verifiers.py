@@ -52,6 +52,12 @@ def test_numeric():
         ("3", "3 million", None),
         ("30", "12:30", None),
         ("4", "3 or 4", None),
+        (r"\boxed{6\times 10^{23}}", "23", 0),
+        (r"\boxed{5\pm 2}", "2", 0),
+        (r"\boxed{1.000}", "1000", 0),
+        (r"\boxed{2023-05-01}", "2023", 0),
+        (r"\boxed{7^{\circ}30'}", "7", 0),
+        (r"\boxed{|-7|}", "-7", 0),
     ],
 )
 def test_numeric_reads_the_whole_expected_answer(response, answer, right):
@@ -129,6 +135,13 @@ def test_math_verify_needs_an_expected_answer():
         (r"\boxed{solution no}", "no solution", 0),
         (r"\boxed{y = 5}", "x = 5", 0),
         (r"\boxed{\text{(B)}}", "B", 1),
+        (r"\boxed{god}", "dog", 0),
+        (r"\boxed{\overline{AB}}", r"\overline{BA}", 0),
+        (r"\boxed{\frac{10^{20}+1}{10^{20}}}", "1", 0),
+        (r"\boxed{3+4i}", "4+3i", 0),
+        (r"\boxed{[1,2)}", "(1,2)", 0),
+        (r"\boxed{x<2}", "x>2", 0),
+        (r"\boxed{\infty}", r"-\infty", 0),
     ],
 )
 def test_math_verify_takes_no_other_answer_for_the_right_one(response, answer, right):
