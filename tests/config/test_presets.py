@@ -137,3 +137,13 @@ def test_a_preset_may_stand_in_an_override_of_the_section(overrides, tmp_path):
     config = load_config(path, overrides)
     assert (config.objective.policy_loss, config.objective.clip_high) == ("gspo", 4e-4)
     assert replaced_keys(config) == []
+
+
+def test_the_preset_of_a_file_takes_the_place_of_its_base_s(tmp_path):
+    (tmp_path / "base.yaml").write_text("run_dir: runs/a\nobjective: {preset: dapo}\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\nobjective: {preset: gspo}\n")
+    (tmp_path / "key.yaml").write_text("base: base.yaml\nobjective: {clip_high: 0.5}\n")
+    own = load_config(tmp_path / "own.yaml").objective
+    assert (own.policy_loss, own.clip_low, own.clip_high) == ("gspo", 3e-4, 4e-4)
+    key = load_config(tmp_path / "key.yaml", ["objective.preset=cispo"]).objective
+    assert (key.policy_loss, key.clip_low, key.clip_high) == ("cispo", 1.0, 0.5)
