@@ -184,6 +184,17 @@ def test_a_broken_row_of_parquet_names_file_and_row(tmp_path):
         FileSource(path, PLAIN)
 
 
+@pytest.mark.parametrize("list_of", [pa.list_, pa.large_list, lambda of: pa.list_(of, 1)])
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string()])
+def test_messages_in_every_type_of_list(list_of, text, tmp_path):
+    message = pa.struct([("role", text), ("content", text)])
+    chats = [[{"role": "user", "content": str(n)}] for n in range(9)]
+    table = pa.table({"q": pa.array(chats, list_of(message)), "a": list(range(9))})
+    pq.write_table(table, tmp_path / "chats.parquet", row_group_size=2)
+    source = FileSource(str(tmp_path / "chats.parquet"), PLAIN)
+    assert [source.row(n).messages for n in range(9)] == [(("user", str(n)),) for n in range(9)]
+
+
 def test_messages_that_older_data_sets_store_by_column(tmp_path):
     rows = [{"q": {"role": ["system", "user"], "content": ["s", f"{n}"]}, "a": n} for n in (1, 2)]
     source = FileSource(write_as("parquet", tmp_path, rows), PLAIN)
