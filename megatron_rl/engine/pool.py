@@ -45,7 +45,7 @@ class HttpEnginePool:
             begin with different ones.
         check: raises EngineError to end all calls, for instance because an engine's process has
             died and nobody will start it again. It is called while requests are open.
-        find_ended: the engines whose processes have ended, by URL, with the end of their logs; they
+        find_ended: the engines whose processes have ended, by URL, with the causes; they
             are left out. Called as `check` is.
         roster: which engines serve; None: all of them at first.
         version: of the weights that every engine serves at least.

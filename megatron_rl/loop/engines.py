@@ -130,8 +130,8 @@ class RunEngines:
         self.check()
 
     def ended(self) -> dict[str, str]:
-        """The engines of this rank whose processes have ended, by URL, with exit code, cause and
-        the log lines around it.
+        """The engines of this rank whose processes have ended, by URL, with what ended, the cause
+        and its line in the log.
         """
         for engine in self._started:
             if engine.address.url not in self._reasons:  # the log is read once
