@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ObjectiveConfig
 from megatron_rl.data.pairs import Pair, PairStream
 from megatron_rl.data.tokenizer import load_tokenizer, read_template
 from megatron_rl.errors import DivergenceError
@@ -24,6 +24,7 @@ from megatron_rl.learner.layout.deterministic import use_deterministic_algorithm
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.passes.forward import LossTerms, RowOutput
+from megatron_rl.learner.update.row_balance import balance_scales
 from megatron_rl.objective.normalize import normalized_sum
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.metrics import Mean, merge, reduce
@@ -35,6 +36,7 @@ from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import read_geometry
 from megatron_rl.weights.huggingface import write_checkpoint
 
+OBJECTIVE = ObjectiveConfig(normalize="token_mean")  # nothing else of it has an effect here
 NUM_RECENT_LOSSES = 20  # their mean is compared with `warm_start.stop_loss`
 
 
@@ -65,6 +67,8 @@ def warm_start(config: Config, progress: Progress) -> None:
         geometry,
         parallel,
         num_updates=settings.num_steps,
+        # There are no other routes than the router's: no engine, and no separate pass.
+        moe=replace(config.learner.moe, routing_replay="none"),
     )
     recorder = Recorder(
         folder, rank=parallel.rank, num_steps=settings.num_steps, last_step=-1, config=config
@@ -132,12 +136,14 @@ def as_samples(pairs: Sequence[Pair], first_index: int) -> list[Sample]:
 
 
 def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
-    """Take one optimizer step on the mean negative log-prob of the kept tokens; return metrics."""
+    """Take one optimizer step on the mean negative log-prob of the kept tokens, and on the losses
+    that balance experts; return metrics. A collective over all ranks.
+    """
 
     def row_loss(index: int, output: RowOutput) -> LossTerms:
         row = rows[index]
         total, count = normalized_sum(
-            -output.logprobs, row.loss_mask, row.sequence_ids, normalize="token_mean"
+            -output.logprobs, row.loss_mask, row.sequence_ids, normalize=OBJECTIVE.normalize
         )
         if not bool(torch.isfinite(total)):
             raise DivergenceError(
@@ -151,15 +157,21 @@ def learn(learner: Learner, rows: Sequence[MicroBatch]) -> dict[str, float]:
             result={"loss/mean": Mean(sum=total.item(), count=int(count))},
         )
 
-    results, grad_norm = learner.update(rows, row_loss)
-    assert grad_norm is not None, "every response ends with a token, so there was a step"
     parallel = learner.parallel
+    known = [(row, None) for row in rows]
+    balance = balance_scales(known, learner.moe, OBJECTIVE, parallel, num_left_out=0)
+    results, grad_norm = learner.update(rows, row_loss, balance=balance)
+    assert grad_norm is not None, "every response ends with a token, so there was a step"
     reduced = reduce(merge(results), parallel.batch_reducer()) if parallel.is_last_stage else {}
     metrics = parallel.from_last_stage(reduced)
-    return metrics | {
-        "learner/grad_norm": grad_norm,
-        "learner/learning_rate": learner.learning_rate,
-    }
+    return (
+        metrics
+        | learner.take_router_metrics()
+        | {
+            "learner/grad_norm": grad_norm,
+            "learner/learning_rate": learner.learning_rate,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from megatron_rl.loop.parity import ParityProbe
 from megatron_rl.loop.publish import publication
 from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_step
 from megatron_rl.loop.report import write_metrics
-from megatron_rl.loop.rest import engines_asleep
+from megatron_rl.loop.rest import engines_asleep, make_room
 from megatron_rl.loop.run import start_run
 from megatron_rl.loop.schedule import should_evaluate, should_publish
 from megatron_rl.process.command import Progress, run_command
@@ -37,13 +37,15 @@ def train(config: Config, progress: Progress) -> None:
         state, learner, phase = run.state, run.learner, run.stopwatch.time
         probe = ParityProbe(learner, run.link, config).check
         publish, restore = publication(learner, run.sender, probe, run.crew, state, config, phase)
-        acceptance = Acceptance(learner, run.link, publish, config, phase)
+        asleep = partial(engines_asleep, run.link, learner, config, phase)
+        acceptance = Acceptance(learner, run.link, publish, config, phase, asleep=asleep)
         evaluate = partial(evaluate_sets, run.evaluator, state, config, phase, restore=restore)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
         report = partial(
             *(write_metrics, run.recorder, run.stopwatch, learner.parallel, run.verifiers),
             run.meter.measure,
         )
+        make_room(learner, config)
         parity = publish()
         if run.was_resumed:
             run.stopwatch.take()  # discard the seconds of the start; they belong to no step
@@ -53,25 +55,26 @@ def train(config: Config, progress: Progress) -> None:
             report(0, parity)
         for step in state.steps(config.loop.num_steps):
             sampled = collect_step(run.source, learner.parallel, state, config, phase, restore)
-            acceptance.copy_state()
-            with phase("learner"), engines_asleep(run.link, learner.parallel, config):
-                batch = deal_batch(
-                    sampled.samples(),
-                    learner.parallel,
-                    samples_per_prompt=config.loop.samples_per_prompt,
-                    num_mini_batches=config.learner.mini_batches_per_step,
-                    tokens_per_row=config.learner.tokens_per_micro_batch,
-                    attention_length=learner.geometry.attention_length,
-                )
-                update, rows = train_step(
-                    learner,
-                    batch,
-                    state.dual,
-                    config.objective,
-                    step=step,
-                    weight_version=step - 1,
-                    should_recompute=config.learner.recompute == "always",
-                )
+            with asleep():
+                acceptance.copy_state()
+                with phase("learner"):
+                    batch = deal_batch(
+                        sampled.samples(),
+                        learner.parallel,
+                        samples_per_prompt=config.loop.samples_per_prompt,
+                        num_mini_batches=config.learner.mini_batches_per_step,
+                        tokens_per_row=config.learner.tokens_per_micro_batch,
+                        attention_length=learner.geometry.attention_length,
+                    )
+                    update, rows = train_step(
+                        learner,
+                        batch,
+                        state.dual,
+                        config.objective,
+                        step=step,
+                        weight_version=step - 1,
+                        should_recompute=config.learner.recompute == "always",
+                    )
             state.next_prompt += sampled.num_prompts
             parity = publish() if should_publish(config, step) else {}
             parity |= acceptance.decide(sampled)
@@ -81,7 +84,7 @@ def train(config: Config, progress: Progress) -> None:
             # line, and a resumed run removes the lines of the steps that it repeats.
             warning = state.dual.warning()
             report(step, update.metrics, parity, figures, sampled=sampled, warning=warning)
-            if save_step(learner, state, config, run.inputs, run.source, run.writer, phase):
+            if save_step(learner, state, config, run.inputs, run.source, run.writer, phase, asleep):
                 run.recorder.say(f"stopped after step {step}, as it was asked to")
                 return
         if config.checkpoint.save_hf:
@@ -90,10 +93,6 @@ def train(config: Config, progress: Progress) -> None:
         run.recorder.summarize()
 
 
-def run_folder(config: Config) -> Path:
-    """The folder that a run holds."""
-    return Path(config.run_dir)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command("Train by RL with a discrepancy constraint.", train, folder_of=run_folder))
+    what = "Train by RL with a discrepancy constraint."
+    sys.exit(run_command(what, train, folder_of=lambda config: Path(config.run_dir)))

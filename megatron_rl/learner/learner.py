@@ -101,15 +101,15 @@ class Learner:
         """A description of the implementation that computes log-probs here: `C++ (avx512)`."""
         return kernels.backend(self.parallel.device)
 
-    def offload(self) -> None:
+    def offload(self) -> int:
         """Move gradients and the optimizer's state to host memory, where they do not take memory
-        from engines on the same GPU. On a CPU they are in host memory already.
+        from engines on the same GPU, and return the number of bytes freed. Until `onload`, no
+        checkpoint can be saved and no update taken back.
         """
-        if self.parallel.device.type != "cpu":
-            self._offloaded.offload()
+        return self._offloaded.offload()
 
     def onload(self) -> None:
-        """Bring back what `offload` has moved. `update` does so by itself."""
+        """Bring back what `offload` has moved, if it has. `update` does so by itself."""
         self._offloaded.onload()
 
     def recompute(

@@ -12,6 +12,7 @@ case. A checkpoint of the step holds the state after the decision, so a resumed 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -43,22 +44,25 @@ class Acceptance:
         config: Config,
         phase: Phase,
         *,
+        asleep: Callable[[], AbstractContextManager[None]],
         restore_point: RestorePoint | None = None,
     ) -> None:
         """
         Args:
             link: on rank 0; None on every other rank.
             publish: publishes the learner's weights under the step's version; a collective.
+            asleep: the context in which the optimizer's state is on the device (rest.py); a
+                collective.
             restore_point: None: one of the learner's training model, if this is enabled.
         """
         self._learner, self._link, self._publish = learner, link, publish
-        self._config, self._phase = config, phase
+        self._config, self._phase, self._asleep = config, phase, asleep
         self._restore_point = restore_point
         if restore_point is None and config.objective.acceptance.enabled:
             self._restore_point = RestorePoint(learner.trained)
 
     def copy_state(self) -> None:
-        """Copy what the next update changes."""
+        """Copy what the next update changes; while the engines sleep."""
         if self._restore_point is not None:
             with self._phase("acceptance"):
                 self._restore_point.copy()
@@ -91,7 +95,8 @@ class Acceptance:
             figures["acceptance/is_taken_back"] = float(is_worse)
             if not is_worse:
                 return figures
-            self._restore_point.restore()
+            with self._asleep():
+                self._restore_point.restore()
         return figures | self._publish()
 
     def _estimates(self, sampled: SampledStep) -> dict[str, float]:

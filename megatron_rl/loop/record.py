@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -77,6 +78,7 @@ def save_step(
     source: RolloutSource | None,
     writer: RolloutWriter,
     phase: Phase,
+    asleep: Callable[[], AbstractContextManager[None]],
 ) -> bool:
     """Write the checkpoints that are due at the step that has just ended: the one to resume from,
     and the Hugging Face checkpoint. Returns whether the run was asked to stop here, before its last
@@ -86,12 +88,12 @@ def save_step(
         source: on the heads of the replicas; None elsewhere.
         inputs: of `loop/inputs.py`, with which a resumed run compares its own.
         writer: of the rollouts, which must be on disk before a checkpoint.
+        asleep: the context in which the optimizer's state is on the device (rest.py); a collective.
     """
     run_dir, is_last = Path(config.run_dir), state.step == config.loop.num_steps
     is_stopping = not is_last and is_asked_to_stop(run_dir, learner.parallel)
     if is_stopping or should_save(config, state.step):
-        with phase("checkpoint"):
-            learner.onload()
+        with phase("checkpoint"), asleep():
             writer.wait()  # a run that resumes here finds the rollouts of every step
             if is_ahead(config):
                 save_ahead(source, state, config, learner.parallel)

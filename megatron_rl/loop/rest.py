@@ -1,7 +1,12 @@
-"""Engines that share the GPUs of the learner sleep while the learner works (`rollout.placement=
-colocated`): their KV cache is freed and their weights are kept in the host's memory.
+"""Engines and the learner take turns on the GPUs that they share (`rollout.placement=colocated`).
 
-An engine on CPUs has nothing to free, and stays awake.
+While the learner works, engines sleep: their KV cache is freed and their weights are kept in the
+host's memory. While they are awake, the learner's gradients and its optimizer's state are in the
+host's memory (learner/model/offload.py); its weights stay, since they are published meanwhile. What
+reads or changes that state, an update, a checkpoint or an update that is taken back, is done while
+the engines sleep.
+
+An engine on CPUs has nothing to free, and stays awake; so does the learner's state.
 """
 
 from __future__ import annotations
@@ -11,29 +16,52 @@ from contextlib import contextmanager
 
 from megatron_rl.config import Config
 from megatron_rl.engine.placement import sleeps
-from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.learner.learner import Learner
 from megatron_rl.loop.link import EngineLink
+from megatron_rl.observe.stopwatch import Phase
+
+
+def should_take_turns(learner: Learner, config: Config) -> bool:
+    """Whether the engines and the learner share GPUs, of which one of them has the memory."""
+    return not config.replay and sleeps(config.rollout.placement, learner.parallel.device.type)
+
+
+def make_room(learner: Learner, config: Config) -> None:
+    """Let the engines have the memory first, before they are used."""
+    if should_take_turns(learner, config):
+        learner.offload()
 
 
 @contextmanager
-def engines_asleep(link: EngineLink | None, parallel: Parallel, config: Config) -> Iterator[None]:
-    """Let the engines sleep within the context. A collective over all ranks.
+def engines_asleep(
+    link: EngineLink | None, learner: Learner, config: Config, phase: Phase
+) -> Iterator[None]:
+    """Let the engines sleep within the context, in which all of the learner's state is on its
+    device. A collective over all ranks.
 
     Args:
         link: on rank 0; None on every other rank.
+        phase: times the changes, as `turns`.
 
     Raises:
         SyncError: an engine does not fall asleep, or does not wake up. EngineError: it is dead.
     """
-    if config.replay or not sleeps(config.rollout.placement, parallel.device.type):
+    if not should_take_turns(learner, config):
         yield
         return
-    parallel.barrier()  # every replica has its samples
-    if link is not None:
-        with link.calls() as publisher:
-            publisher.sleep()
+    parallel = learner.parallel
+    with phase("turns"):
+        parallel.barrier()  # every replica has its samples
+        if link is not None:
+            with link.calls() as publisher:
+                publisher.sleep()
+        parallel.barrier()  # the memory is free
+        learner.onload()
     yield
-    if link is not None:
-        with link.calls() as publisher:
-            publisher.wake()
-    parallel.barrier()
+    with phase("turns"):
+        learner.offload()
+        parallel.barrier()  # on every rank
+        if link is not None:
+            with link.calls() as publisher:
+                publisher.wake()
+        parallel.barrier()

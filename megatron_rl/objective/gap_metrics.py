@@ -40,6 +40,7 @@ from megatron_rl.objective.gap_figures import (
 )
 from megatron_rl.objective.log_odds import bins_of, log_odds_metrics
 from megatron_rl.objective.log_ratio import MAX_LOG_RATIO
+from megatron_rl.objective.sequences import sums_by_index
 from megatron_rl.observe.metrics import Figures, Histogram, Metric
 
 HISTOGRAM_EDGES = (0.0, *(10.0 ** (tenth / 10) for tenth in range(-70, 1)))  # 0, 1e-7 to 1
@@ -178,7 +179,7 @@ def _sequence_sums(
 ) -> Terms:
     """Sums over the tokens of each sequence, [S] float64 each."""
     per_token = torch.stack([torch.ones_like(rollout), recomputed, rollout, recomputed - rollout])
-    sums = per_token.new_zeros(len(per_token), num_sequences).index_add_(1, sequence, per_token)
+    sums = sums_by_index(per_token, sequence, num_sequences)
     return dict(zip(("tokens", "recomputed", "rollout", "log_ratio"), sums, strict=True))
 
 
@@ -239,7 +240,7 @@ def _grouped(
         index.append(own_bin + len(names))
         names += own_names
     values = torch.stack([delta, torch.ones_like(delta)]).repeat(1, len(bins))
-    sums = values.new_zeros(2, len(names)).index_add_(1, torch.cat(index), values)
+    sums = sums_by_index(values, torch.cat(index), len(names))
     return (*(f"delta/{name}" for name in names), *(f"tokens/{name}" for name in names)), (
         sums.reshape(-1)
     )

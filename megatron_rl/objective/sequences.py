@@ -14,6 +14,30 @@ def num_sequences(sequence_ids: torch.Tensor) -> int:
     return int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
 
 
+def sums_by_index(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+    """The sums of the values of each index, added in a fixed order, which on a CPU is that of the
+    values, so that they have the same bits each time. `index_add_` adds on a GPU in the order in
+    which threads arrive.
+
+    Args:
+        values: [..., N] floating point.
+        index: [N] int64, from 0 to size - 1.
+
+    Returns:
+        [..., size], of the values' dtype.
+    """
+    if not values.numel():
+        return values.new_zeros(*values.shape[:-1], size)
+    rows = values.reshape(-1, values.shape[-1])
+    order = index.argsort(stable=True)
+    counts = torch.zeros(size, dtype=torch.int64, device=index.device)
+    counts.index_add_(0, index, torch.ones_like(index))  # whole numbers: in any order the same
+    sums = torch.segment_reduce(
+        rows[:, order].flatten(), "sum", lengths=counts.repeat(len(rows)), unsafe=True
+    )
+    return sums.reshape(*values.shape[:-1], size)
+
+
 def sum_by_sequence(
     values: torch.Tensor, mask: torch.Tensor, sequence_ids: torch.Tensor
 ) -> torch.Tensor:
@@ -27,9 +51,8 @@ def sum_by_sequence(
         [S] float64; 0 for a sequence without a kept token.
     """
     kept = torch.where(mask, values.detach().double(), 0.0)
-    sums = kept.new_zeros(num_sequences(sequence_ids) + 1)
     # Index 0 collects the padding, whose id is -1.
-    return sums.index_add_(0, sequence_ids + 1, kept)[1:]
+    return sums_by_index(kept, sequence_ids + 1, num_sequences(sequence_ids) + 1)[1:]
 
 
 def max_by_sequence(

@@ -79,6 +79,12 @@ class FakeLearner:
     logprob: float = -0.5
     log: list[str] = field(default_factory=list)
 
+    def offload(self) -> None:
+        self.log.append("offload")
+
+    def onload(self) -> None:
+        self.log.append("onload")
+
     def tensor_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         return [("model.norm.weight", (4,))]
 

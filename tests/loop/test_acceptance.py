@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,13 @@ PHASES = ("acceptance",)
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
     assert name in PHASES
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def asleep(log: list[str]) -> Iterator[None]:
+    log.append("sleep")
+    yield
+    log.append("wake")
 
 
 class FakeEngines:
@@ -61,6 +69,7 @@ def acceptance_of(
         publish,
         config_of(**settings),
         phase,
+        asleep=partial(asleep, log),
         restore_point=FakeRestorePoint(log),
     )
 
@@ -81,7 +90,7 @@ def test_an_update_that_helps_the_learner_alone_is_taken_back() -> None:
     acceptance.copy_state()
     assert log == ["copy"]
     figures = acceptance.decide(step_of(1.0, -0.5))
-    assert log == ["copy", "restore", "publish"]
+    assert log == ["copy", "sleep", "restore", "wake", "publish"]
     assert len(engines.scored) == 2 and learner.log == ["score_samples 2"]
     assert figures == {
         "acceptance/learner_objective/mean": pytest.approx(0.375, rel=1e-6),
@@ -100,7 +109,7 @@ def test_the_bound_decides(max_loss: float, is_taken_back: bool) -> None:
     learner, engines = FakeLearner(logprob=math.log(0.75)), FakeEngines(math.log(0.5))
     figures = acceptance_of(log, learner, engines, max_loss=max_loss).decide(step_of(1.0, -0.5))
     assert figures["acceptance/is_taken_back"] == is_taken_back
-    assert log == (["restore", "publish"] if is_taken_back else [])
+    assert log == (["sleep", "restore", "wake", "publish"] if is_taken_back else [])
 
 
 def test_an_engine_that_gains_more_than_the_learner_keeps_the_update() -> None:
@@ -121,7 +130,7 @@ def test_a_loss_that_is_not_a_number_is_taken_back() -> None:
     log: list[str] = []
     learner, engines = FakeLearner(logprob=math.nan), FakeEngines(math.log(0.5))
     acceptance_of(log, learner, engines).decide(step_of(1.0))
-    assert log == ["restore", "publish"]
+    assert log == ["sleep", "restore", "wake", "publish"]
 
 
 def test_only_sampled_tokens_count() -> None:
@@ -177,13 +186,13 @@ def test_another_rank_does_what_rank_0_found() -> None:
     parallel.from_first_rank = lambda value: next(answers)  # type: ignore[method-assign]
     learner = FakeLearner(parallel=parallel, logprob=math.log(0.5))
     figures = acceptance_of(log, learner, None, max_loss=0.1).decide(step_of(1.0))
-    assert log == ["restore", "publish"]
+    assert log == ["sleep", "restore", "wake", "publish"]
     assert figures["acceptance/loss"] == 0.5
 
 
 def test_switched_off_nothing_is_copied_or_scored() -> None:
-    learner, log = FakeLearner(), []
-    off = Acceptance(learner, None, dict, Config(), phase)
+    learner, log = FakeLearner(), list[str]()
+    off = Acceptance(learner, None, dict, Config(), phase, asleep=partial(asleep, log))
     off.copy_state()
     assert off.decide(step_of(1.0)) == {}
     assert (learner.log, learner.parallel.log, log) == ([], [], [])

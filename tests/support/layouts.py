@@ -48,6 +48,21 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     }
 )
 
+# Models need 4 attention heads, 4 layers and experts whose number and columns are even.
+EXPERT_LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        name: Layout(ranks=ranks, sizes=sizes)
+        for name, ranks, sizes in (
+            ("ep2", 2, {"expert": 2}),
+            ("etp2", 2, {"expert_tensor": 2}),
+            ("tp2_sp_ep2", 2, SP | {"expert": 2}),
+            ("cp2_ep2", 2, {"context": 2, "expert": 2}),
+            ("pp2_vpp2_ep2", 4, VPP | {"expert": 2}),
+            ("tp2_sp_ep2_etp2", 4, SP | {"expert": 2, "expert_tensor": 2}),
+        )
+    }
+)
+
 
 def names_of(ranks: int) -> list[str]:
     """The layouts of a world of so many ranks."""

@@ -55,11 +55,11 @@ def write_small_model(folder: Path, kind: str) -> None:
     _make(folder, "--hidden 512 --layers 8 --heads 4 --kv-heads 4 --head-dim 64")
 
 
-def write_tiny_experts(folder: Path, *, expert_width: int = 48) -> None:
-    """A Qwen3-MoE of 2 layers of 4 experts with a character tokenizer; norms are random."""
-    options = "--model-type qwen3_moe --hidden 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 32"
+def write_tiny_experts(folder: Path, *, expert_width: int = 48, layers: int = 2) -> None:
+    """A Qwen3-MoE of layers of 4 experts with a character tokenizer; norms are random."""
+    options = "--model-type qwen3_moe --hidden 64 --heads 4 --kv-heads 2 --head-dim 32"
     experts = f"--experts 4 --expert-width {expert_width} --random-norms"
-    _make(folder, f"{options} {experts} --initializer-range 0.1")
+    _make(folder, f"{options} --layers {layers} {experts} --initializer-range 0.1")
 
 
 def _make(folder: Path, options: str) -> None:

@@ -31,7 +31,7 @@ from megatron_rl.sync.probe import compare as compare_logprobs
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import weight_stream
 from megatron_rl.weights.geometry import read_geometry
-from tests.support.layouts import LAYOUTS
+from tests.support.layouts import EXPERT_LAYOUTS, LAYOUTS
 
 TOKENS_PER_ROW = 128
 NUM_SAMPLES, NUM_TOKENS = 4, 24
@@ -150,7 +150,7 @@ def main(model: Path, url: str, out: Path, names: list[str]) -> None:
 
     address = EngineAddress(url=url, token=os.environ[TOKEN_VARIABLE])
     for number, name in enumerate(names):
-        parallel = initialize_parallel(LAYOUTS[name].config(), seed=0)
+        parallel = initialize_parallel((LAYOUTS | EXPERT_LAYOUTS)[name].config(), seed=0)
         found = run_layout(model, address, parallel, 100 + 2 * number)
         if parallel.rank == 0:
             (out / f"{name}.json").write_text(json.dumps(found))

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.config import RolloutConfig
 from megatron_rl.engine.address import EngineAddress
+from megatron_rl.engine.server import start_engines
 from megatron_rl.records import TOKEN_VARIABLE
 from megatron_rl.sync.probe import FLOAT32_BOUND
-from tests.support.layouts import LAYOUTS
+from tests.support.layouts import EXPERT_LAYOUTS, LAYOUTS
+from tests.support.models import write_tiny_experts
 from tests.support.ranks import run_module
 from tests.sync.layout_ranks import NUM_SAMPLES, NUM_TOKENS
+from tests.sync.served import NUM_LAYERS, UPDATE_TIMEOUT
 
 # One of every kind of division; all of them, and their combinations, are slow.
 FEW = ("tp2_sp", "cp2", "pp2_vpp2", "pp2_uneven", "tp4")
@@ -27,8 +31,9 @@ def run(
     layouts: Sequence[str], model: Path, address: EngineAddress, out: Path
 ) -> dict[str, Publications]:
     """What rank 0 found, by layout. The learner starts from other weights than the engine."""
-    for ranks in sorted({LAYOUTS[name].ranks for name in layouts}):
-        own = [name for name in layouts if LAYOUTS[name].ranks == ranks]
+    known = LAYOUTS | EXPERT_LAYOUTS
+    for ranks in sorted({known[name].ranks for name in layouts}):
+        own = [name for name in layouts if known[name].ranks == ranks]
         run_module(
             "tests.sync.layout_ranks",
             model,
@@ -70,4 +75,25 @@ def test_it_does_so_in_every_layout(
 ) -> None:
     others = [name for name in LAYOUTS if name not in FEW]
     for publications in run(others, folders[1], address, tmp_path).values():
+        check(publications)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_served_from_every_layout(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_tiny_experts(model, expert_width=64, layers=NUM_LAYERS)
+    (engine,) = start_engines(
+        RolloutConfig(dtype="float32", max_num_seqs=32, kv_cache_gib=0.25, max_model_len=256),
+        model_path=str(model),
+        log_dir=tmp_path,
+        token="a-token-for-this-test",
+        seed=0,
+        update_timeout_seconds=UPDATE_TIMEOUT,
+    )
+    with engine:
+        engine.wait_ready()
+        found = run(tuple(EXPERT_LAYOUTS), model, engine.address, tmp_path)
+    for layout, publications in found.items():
+        gaps = [f"{publication['gap']:.2e}" for publication in publications]
+        print(f"{layout}: {gaps}")
         check(publications)

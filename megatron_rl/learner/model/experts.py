@@ -95,6 +95,7 @@ def hand_rows_to_experts(model: GPTModel) -> None:
     for layer in model.decoder.layers:
         layer.register_forward_pre_hook(hand_over, with_kwargs=True)
         _tell_router(layer.mlp)
+        count_sent_tokens(layer.mlp.token_dispatcher)
         _mark_as_expert(layer.mlp.experts)
 
 
@@ -107,6 +108,23 @@ def _mark_as_expert(experts: torch.nn.Module) -> None:
     """
     for parameter in experts.parameters():
         parameter.allreduce = False
+
+
+def count_sent_tokens(dispatcher: Any) -> None:
+    """Make a dispatcher send what the row's routes say. Megatron takes k times the row's positions
+    for what is sent (transformer/moe/token_dispatcher.py), padding included; release 0.19 and
+    Transformer Engine's fused permutation then send so many. It is counted on the device and
+    awaited before the permutation, as Megatron does where tokens may be dropped.
+    """
+    preprocess = dispatcher.preprocess
+
+    def preprocess_row(routing_map: torch.Tensor) -> torch.Tensor:
+        tokens_per_expert = preprocess(routing_map)
+        dispatcher.num_out_tokens = routing_map.sum()
+        dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
+        return tokens_per_expert
+
+    dispatcher.preprocess = preprocess_row
 
 
 def _tell_router(moe: Any) -> None:

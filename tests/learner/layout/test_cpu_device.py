@@ -53,6 +53,21 @@ PRIVATE_NAMES = (
         "experts",
     ),
     ("transformer/moe/router.py", r"probs, routing_map = self\.routing\(logits, ", "experts"),
+    (
+        "transformer/moe/token_dispatcher.py",
+        r"self\.num_out_tokens = routing_map\.size\(0\) \* self\.config\.moe_router_topk",
+        "experts",
+    ),
+    (
+        "transformer/moe/token_dispatcher.py",
+        r'self\.num_out_tokens = .*\.sum\(\)\n +self\._maybe_update_cuda_sync_point\("before_perm',
+        "experts",
+    ),
+    (
+        "transformer/moe/token_dispatcher.py",
+        r"self\.tokens_per_expert = self\.preprocess\(self\.routing_map\)",
+        "experts",
+    ),
     ("tensor_parallel/layers.py", r'[\'"]allreduce[\'"], not ', "experts"),
     ("transformer/dot_product_attention.py", r"packed_seq_params is None", "attention"),
     (

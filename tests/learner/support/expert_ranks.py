@@ -1,7 +1,8 @@
 """What the ranks of test_experts.py do: the training step of step_ranks.py with a mixture of
 experts.
 
-    torchrun --nproc_per_node N -m tests.learner.support.expert_ranks MODEL ROLLOUTS OUT [all]
+    torchrun --nproc_per_node N -m tests.learner.support.expert_ranks MODEL REFERENCE ROLLOUTS \\
+        OUT [all]
 
 `all`: every objective, not only some.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from megatron_rl.config.learner import MoeConfig
 from megatron_rl.learner.layout.parallel import Parallel
-from tests.learner.support.objective_ranks import NUM_MINI_BATCHES, OBJECTIVES
+from tests.learner.support.objective_ranks import NUM_MINI_BATCHES, OBJECTIVES, objective_of
 from tests.learner.support.step_ranks import Case, run_case, run_cases
 
 # Large enough to be a part of the gradient that no tolerance hides.
@@ -35,10 +36,16 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"layout": "pp2", "tokens_per_row": 48},
 )
 FULL_RECOMPUTATION = ("tp2_sp_ep2", "pp2")
-# One of each normalisation, three of them with a rejection; the last one with two mini-batches, the
-# second of which is routed as in the separate pass.
-SOME = ("dapo_tis_rejection", "gspo_k3", "dr_grpo_batch_normalized", "cis_squared_ratio")
-ALL = tuple(name for name, config in OBJECTIVES.items() if not config.kl.reference)
+# One of each normalisation, three of them with a rejection; one with two mini-batches, the second
+# of which is routed as in the separate pass; one with a reference policy, which is a mixture too.
+SOME = (
+    "dapo_tis_rejection",
+    "gspo_k3",
+    "dr_grpo_batch_normalized",
+    "cis_squared_ratio",
+    "kl_in_loss",
+)
+ALL = tuple(OBJECTIVES)
 
 
 def cases_of(names: tuple[str, ...]) -> list[Case]:
@@ -49,9 +56,11 @@ def cases_of(names: tuple[str, ...]) -> list[Case]:
     ]
 
 
-def main(model: Path, rollouts: Path, out: Path, *, names: tuple[str, ...]) -> None:
+def main(
+    model: Path, reference: Path, rollouts: Path, out: Path, *, names: tuple[str, ...]
+) -> None:
     def run(case: Case, parallel: Parallel) -> dict[str, Any]:
-        config = OBJECTIVES[case.objective]
+        config = objective_of(case.objective, reference)
         is_full = case.layout in FULL_RECOMPUTATION
         return run_case(
             case,
@@ -71,4 +80,4 @@ if __name__ == "__main__":
     from megatron_rl.learner.layout.cpu_device import run_on_cpu
 
     run_on_cpu()
-    main(*map(Path, sys.argv[1:4]), names=ALL if "all" in sys.argv[4:] else SOME)
+    main(*map(Path, sys.argv[1:5]), names=ALL if "all" in sys.argv[5:] else SOME)

@@ -150,9 +150,15 @@ CASES = (
 )
 
 
-def objective_of(name: str) -> ObjectiveConfig:
-    """Of that name; behind PLAIN, without constraint, weights, rejection and centering."""
+def objective_of(name: str, reference: Path) -> ObjectiveConfig:
+    """Of that name; behind PLAIN, without constraint, weights, rejection and centering.
+
+    Args:
+        reference: the checkpoint of the reference policy.
+    """
     config = OBJECTIVES[name.removeprefix(PLAIN)]
+    if config.kl.reference:
+        config = replace(config, kl=replace(config.kl, reference=str(reference)))
     if not name.startswith(PLAIN):
         return config
     return replace(
@@ -166,9 +172,7 @@ def objective_of(name: str) -> ObjectiveConfig:
 
 def main(model: Path, reference: Path, rollouts: Path, out: Path) -> None:
     def run(case: Case, parallel: Parallel) -> dict[str, Any]:
-        config = objective_of(case.objective)
-        if config.kl.reference:
-            config = replace(config, kl=replace(config.kl, reference=str(reference)))
+        config = objective_of(case.objective, reference)
         # The plain loss on the same rows: a head changes the rounding of gradients.
         has_heads = OBJECTIVES[case.objective.removeprefix(PLAIN)].score_centering.enabled
         return run_case(case, model, rollouts, parallel, config, has_heads=has_heads)

@@ -1,5 +1,6 @@
 """What the ranks of test_offload.py do: the same recorded steps with and without overlapped
-communication, and with the optimizer's state moved away between them.
+communication, and with the optimizer's state moved away while engines would be awake, by the
+context of the loop (loop/rest.py).
 
     torchrun --nproc_per_node N -m tests.learner.support.overlap_ranks MODEL ROLLOUTS OUT
 
@@ -8,21 +9,24 @@ Rank 0 writes `OUT/<layout>.<variant>.pt`: exported weights after each step, and
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_rl.config import ModelConfig, OptimizerConfig
+from megatron_rl.config import Config, ModelConfig, OptimizerConfig
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.checkpoint import load_checkpoint, save_checkpoint
-from megatron_rl.learner.model.offload import OptimizerOffload
 from megatron_rl.learner.model.restore_point import RestorePoint
+from megatron_rl.loop import rest
 from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
 from tests.support.layouts import LAYOUTS
@@ -70,42 +74,59 @@ def exported_weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.full_tensors()}
 
 
-def moved_away_and_back(learner: Learner) -> dict[str, Any]:
-    """What `Learner.offload` and `onload` do on a GPU."""
-    offload = OptimizerOffload(learner.trained)
-    num_bytes = offload.offload()
-    assert offload.is_offloaded and offload.offload() == 0
-    left = sum(
-        buffer.grad_data.untyped_storage().nbytes()
-        for part in learner.trained.parts
-        for buffer in part.buffers
-    )
+def left_on_device(learner: Learner) -> int:
+    """The bytes of gradients and moments where the learner computes."""
+    buffers = [buffer.grad_data for part in learner.trained.parts for buffer in part.buffers]
     state = learner.trained.optimizer.chained_optimizers[0].optimizer.state
-    left += sum(
-        value.untyped_storage().nbytes()
-        for of_parameter in state.values()
-        for value in of_parameter.values()
-        if torch.is_tensor(value)
-    )
-    weights = exported_weights(learner)  # the model is there meanwhile
-    offload.onload()
-    assert not offload.is_offloaded
-    return {"num_bytes": num_bytes, "left": left, "weights": weights}
+    moments = [value for of_parameter in state.values() for value in of_parameter.values()]
+    tensors = filter(torch.is_tensor, (*buffers, *moments))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def run_variant(learner: Learner, rollouts: Path, out: Path, *, is_offloaded: bool) -> Any:
+class Engines:
+    """Colocated ones, which count what the learner has left of their memory when they wake up."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self.found: list[int] = []
+
+    @contextlib.contextmanager
+    def calls(self) -> Iterator[Engines]:
+        """As of a link."""
+        yield self
+
+    def sleep(self) -> None:
+        """Nothing is freed here."""
+
+    def wake(self) -> None:
+        self.found.append(left_on_device(self._learner))
+
+
+def run_variant(
+    learner: Learner, fresh: Learner, rollouts: Path, out: Path, *, is_offloaded: bool
+) -> Any:
+    """In turns with engines: steps, before each of which another one is taken back, and a
+    checkpoint, from which another learner goes on.
+    """
     dual, found = DualVariable(0.1), []
-    point = RestorePoint(learner.trained)
+    point, engines = RestorePoint(learner.trained), Engines(learner)
+    rest.should_take_turns = lambda *_: is_offloaded  # as on a GPU
+    link = engines if learner.parallel.rank == 0 else None
+    asleep = functools.partial(rest.engines_asleep, link, learner, Config(), Stopwatch().time)
+    num_bytes = learner.offload() if is_offloaded else 0
+    rest.make_room(learner, Config())
     for step in range(1, NUM_STEPS + 1):
-        point.copy()
-        step_of(learner, rollouts, step + 1, DualVariable(0.1))
-        point.restore()
-        each: dict[str, Any] = {"metrics": step_of(learner, rollouts, step, dual)}
-        if is_offloaded:
-            each["offload"] = moved_away_and_back(learner)
-        each["weights"] = exported_weights(learner)
-        found.append(each)
-    return found
+        with asleep():
+            point.copy()
+            step_of(learner, rollouts, step + 1, DualVariable(0.1))
+        with asleep():
+            point.restore()
+        with asleep():
+            metrics = step_of(learner, rollouts, step, dual)
+        found.append({"metrics": metrics, "weights": exported_weights(learner)})
+    with asleep():
+        is_same = goes_on(learner, fresh, rollouts, out)
+    return {"steps": found, "num_bytes": num_bytes, "left": engines.found, "goes_on": is_same}
 
 
 def goes_on(learner: Learner, fresh: Learner, rollouts: Path, folder: Path) -> bool:
@@ -142,9 +163,8 @@ def main(model: Path, rollouts: Path, out: Path) -> None:
                 )
                 for _ in range(2)
             )
-            outcome = {
-                "steps": run_variant(learner, rollouts, out, is_offloaded=is_offloaded),
-                "goes_on": goes_on(learner, fresh, rollouts, out / f"{layout}.{name}"),
+            folder = out / f"{layout}.{name}"
+            outcome = run_variant(learner, fresh, rollouts, folder, is_offloaded=is_offloaded) | {
                 "num_buckets": [len(part.bucket_groups) for part in learner.trained.parts],
             }
             if parallel.rank == 0:

@@ -4,11 +4,13 @@ the experts and with routing replay. What the ranks do is in expert_ranks.py and
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.learner.support.comparison import (
     DISCREPANCY_TOLERANCE,
@@ -43,9 +45,22 @@ def rollouts(model: Path) -> Path:
     return folder
 
 
+def reference_of(model: Path) -> Path:
+    """Another mixture, with a router and experts of its own."""
+    folder = model.parent / "reference"
+    if not folder.exists():
+        shutil.copytree(model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        generator = torch.Generator().manual_seed(5)
+        for tensor in tensors.values():
+            tensor.mul_(1 + 0.2 * torch.randn(tensor.shape, generator=generator))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def run(model: Path, rollouts: Path, out: Path, names: tuple[str, ...], *more: str) -> Outcomes:
     for world_size in (1, 2):
-        paths = (model, rollouts, out)
+        paths = (model, reference_of(model), rollouts, out)
         run_module("tests.learner.support.expert_ranks", *paths, *more, ranks=world_size)
     cases = cases_of(names)
     return {case.name: torch.load(out / f"{case.name}.pt", weights_only=False) for case in cases}
