@@ -25,6 +25,7 @@ RELEASE_ROUTE = "/megatron_rl/release"
 CLAIM_SECONDS = 12.0
 RENEW_SECONDS = 3.0
 CALL_SECONDS = 10.0  # for one request
+RENEW_CALL_SECONDS = 2.0  # short, because a frozen engine must not keep others from being renewed
 RELEASE_SECONDS = 1.0  # short, because a run that ends may not be able to reach its engines
 LOOK_SECONDS = 1.0  # between attempts to claim an engine that another run holds
 
@@ -143,7 +144,7 @@ class Claims:
         while not self._is_ended.wait(RENEW_SECONDS):
             for client in self._clients:
                 try:
-                    response = client.post(CLAIM_ROUTE, json=self._body)
+                    response = client.post(CLAIM_ROUTE, json=self._body, timeout=RENEW_CALL_SECONDS)
                 except httpx.HTTPError:
                     continue  # a dead engine is told by whoever needs it
                 if response.status_code == httpx.codes.CONFLICT:

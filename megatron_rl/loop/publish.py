@@ -5,7 +5,8 @@ take part in the probe. With a transport that has many sources, the first rank o
 stage sends the tensors of its stage; otherwise rank 0 sends all of them. No rank samples before
 `publish_weights` has returned on every rank.
 
-An engine that is lost on the way is left out, and the weights are sent again to the others.
+An engine that is lost on the way is left out, and the weights are sent again to the others. An
+update that fails with all engines alive is sent once more.
 """
 
 from __future__ import annotations
@@ -78,9 +79,10 @@ def publish_weights(
         return {}
     version = state.step if version is None else version
     with phase("sync"):
+        has_failed = False
         while True:
             urls, has_changed = crew.gather()
-            if has_changed and isinstance(link, EngineLink):
+            if (has_changed or has_failed) and isinstance(link, EngineLink):
                 link.publisher.choose(urls)
             checksum, failure = _send(learner, link, version, config)
             if failure := next(filter(None, learner.parallel.from_all_ranks(failure)), ""):
@@ -88,9 +90,13 @@ def publish_weights(
                 is_alone = not has_many_sources(config.sync.transport) or (
                     len(set(learner.tensor_stages())) == 1
                 )
-                if crew.examine(urls) and is_alone:
-                    continue
-                raise SyncError(failure)
+                is_lost = crew.examine(urls)
+                # If all engines answer, one may have been started again by somebody else meanwhile;
+                # any other reason comes again.
+                if not is_alone or (has_failed and not is_lost):
+                    raise SyncError(failure)
+                has_failed = True
+                continue
             crew.take_in(urls)
             state.published_version = version
             if not config.sync.probe_num_tokens:
