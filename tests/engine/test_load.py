@@ -1,4 +1,6 @@
-"""The load of engines from the text that vLLM 0.32 answers, and of one that answers nothing."""
+"""The load of engines from the text that vLLM 0.32 answers, of one that answers nothing, and of a
+real one while it samples.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,18 @@ import http.server
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
+import httpx
 import pytest
 
+from megatron_rl.config import RolloutConfig, SamplingConfig
 from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.load import EngineLoad, parse
+from megatron_rl.engine.http import authorization
+from megatron_rl.engine.load import GAUGES, PREEMPTIONS, EngineLoad, parse
+from megatron_rl.engine.pool import HttpEnginePool
+from megatron_rl.engine.requests import GenerateRequest, Sampler
+from megatron_rl.engine.server import Engine
 
 TEXT = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -70,3 +79,37 @@ def test_figures_by_engine(url: str) -> None:
     assert figures["speed/engines/0/waiting/max"] == 2.0
     assert figures["speed/engines/0/kv_cache_use/max"] == 0.25
     assert not any(key.startswith("speed/engines/1") for key in figures)
+
+
+async def _generate(sampler: Sampler, request: GenerateRequest) -> None:
+    await sampler.generate(request)
+
+
+def test_the_load_of_a_real_engine(engine: Engine) -> None:
+    """It runs at most 64 samples at a time (conftest.py), so that 32 of 96 wait."""
+    assert httpx.get(f"{engine.address.url}/metrics").status_code == 401
+    text = httpx.get(f"{engine.address.url}/metrics", headers=authorization(engine.address)).text
+    assert parse(text).keys() == {*GAUGES, PREEMPTIONS}
+    pool = HttpEnginePool([engine.address], RolloutConfig(), check=engine.check)
+    requests = [
+        GenerateRequest(
+            token_ids=(1, 20, 14, 21, 32),
+            num_samples=48,
+            seed=key,
+            sampling=SamplingConfig(max_tokens=64),
+            key=key,
+        )
+        for key in range(2)
+    ]
+    with EngineLoad([engine.address], seconds=0.01) as load:
+        pool.run([partial(_generate, request=request) for request in requests])
+        busy = load.take()
+        deadline = time.monotonic() + 10
+        while (idle := load.take()).get("speed/engines/0/running/max") != 0.0:
+            assert time.monotonic() < deadline, idle
+            time.sleep(0.05)
+    assert busy["speed/engines/0/running/max"] == 64.0
+    assert 0.0 < busy["speed/engines/0/waiting/max"] <= 32.0
+    assert 0.0 < busy["speed/engines/0/kv_cache_use/mean"] < 1.0
+    assert busy["speed/engines/0/preemptions/sum"] == 0.0
+    assert idle["speed/engines/0/waiting/max"] == 0.0
