@@ -1,17 +1,46 @@
-"""What the package's sources may not do: run code from data, or read files that can hold code."""
+"""What the package's sources may not do: run code from data, or read files that can hold code. And
+what is refused, in one line: hostile checkpoints, settings and data.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
+import os
+import pickle
+import stat
+import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_rl.config.file import load_config
+from megatron_rl.data.candidate import Layout
+from megatron_rl.data.files import FileSource
+from megatron_rl.engine.token import token_in
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.process.folder import hold_folder
+from megatron_rl.weights.conversion.distributed import DistributedReader
+from megatron_rl.weights.conversion.metadata import METADATA, read_metadata
+from megatron_rl.weights.huggingface import CheckpointReader
 
 PACKAGE = Path(__file__).parents[1] / "megatron_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-# Objects between the ranks of one run over its own process groups; and the format of Megatron's own
-# checkpoints, which the conversion of one reads and writes.
+# Objects between the ranks of one run over its own process groups; and what a conversion that was
+# interrupted has written itself.
 UNPICKLES = {"learner/layout/exchange.py", "weights/conversion/distributed.py"}
 UNPICKLERS = {"load", "loads", "Unpickler"}
 FORBIDDEN = {
@@ -80,3 +109,188 @@ def test_no_module_runs_code_from_data(path: Path) -> None:
 )
 def test_each_of_them_would_be_found(source: str) -> None:
     assert len(list(found_in(source))) == 1
+
+
+class Owned:
+    """Unpickling it runs a command."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._mark),)
+
+
+def a_metadata(relative_path: str) -> Metadata:
+    """Of a checkpoint with a tensor in one file."""
+    chunk = ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([4]))
+    tensor = TensorStorageMetadata(
+        TensorProperties(dtype=torch.bfloat16), torch.Size([4]), chunks=[chunk]
+    )
+    place = _StorageInfo(relative_path=relative_path, offset=0, length=8)
+    return Metadata({"weight": tensor}, storage_data={MetadataIndex("weight", [0]): place})
+
+
+def test_a_distributed_checkpoint_is_read(tmp_path: Path) -> None:
+    (tmp_path / METADATA).write_bytes(pickle.dumps(a_metadata("__0_0.distcp")))
+    found = read_metadata(tmp_path)
+    assert found == a_metadata("__0_0.distcp")
+
+
+@pytest.mark.parametrize(
+    ("hostile", "told"),
+    [
+        ("code", "it names posix.mkdir"),
+        ("code of torch", "it names torch.distributed.checkpoint.filesystem.os"),
+        ("..", r"expected names of files in its folder, got '\.\./secret'"),
+        ("absolute", "expected names of files in its folder, got '/etc/shadow'"),
+        ("link", "got a link to .*secret, outside its folder"),
+        ("nothing", "got EOFError"),
+        ("half", "expected a distributed checkpoint of Megatron"),
+        ("list", "got AttributeError"),
+    ],
+)
+def test_a_hostile_distributed_checkpoint_is_refused(
+    hostile: str, told: str, tmp_path: Path
+) -> None:
+    folder, secret, mark = tmp_path / "checkpoint", tmp_path / "secret", tmp_path / "owned"
+    folder.mkdir()
+    secret.write_text("secret")
+    whole = pickle.dumps(a_metadata("__0_0.distcp"))
+    contents = {
+        "code": pickle.dumps(Owned(mark)),
+        "code of torch": b"ctorch.distributed.checkpoint.filesystem\nos\n.",
+        "..": pickle.dumps(a_metadata("../secret")),
+        "absolute": pickle.dumps(a_metadata("/etc/shadow")),
+        "nothing": b"",
+        "half": whole[: len(whole) // 2],
+        "list": pickle.dumps([1]),
+    }
+    (folder / METADATA).write_bytes(contents.get(hostile, whole))
+    if hostile == "link":
+        (folder / "__0_0.distcp").symlink_to(secret)
+    with pytest.raises(DataError, match=told) as caught:
+        DistributedReader(folder)
+    assert "\n" not in str(caught.value)
+    assert not mark.exists()
+
+
+def write_index(folder: Path, file: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"weight": file}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("hostile", "told"),
+    [
+        ("..", r"expected names of files in the same folder, got '\.\./secret\.safetensors'"),
+        ("absolute", "expected names of files in the same folder, got '/"),
+        ("link", "got a link to .*, outside its folder"),
+        ("a single link", "got a link to .*, outside its folder"),
+        ("deep index", "expected JSON with a weight_map, got RecursionError"),
+        ("header of a terabyte", "expected a whole safetensors file, got: .*header too large"),
+        ("header of 4 GB", "expected a whole safetensors file, got: .*header too large"),
+        ("header beyond the file", "expected a whole safetensors file, got: "),
+        ("tensor beyond the file", "expected a whole safetensors file, got: "),
+    ],
+)
+def test_a_hostile_hugging_face_checkpoint_is_refused(
+    hostile: str, told: str, tmp_path: Path
+) -> None:
+    folder, secret = tmp_path / "checkpoint", tmp_path / "secret.safetensors"
+    folder.mkdir()
+    save_file({"weight": torch.zeros(4)}, secret)
+    single = folder / "model.safetensors"
+    header = b'{"weight":{"dtype":"F32","shape":[4000],"data_offsets":[0,16000]}}'
+    contents = {
+        "header of a terabyte": struct.pack("<Q", 2**40) + b"{}",
+        "header of 4 GB": struct.pack("<Q", 2**32 + 1) + b"{}",
+        "header beyond the file": struct.pack("<Q", 5_000) + b"{}",
+        "tensor beyond the file": struct.pack("<Q", len(header)) + header + b"\0" * 16,
+    }
+    if hostile in contents:
+        single.write_bytes(contents[hostile])
+    elif hostile == "link":
+        write_index(folder, "a.safetensors")
+        (folder / "a.safetensors").symlink_to(secret)
+    elif hostile == "a single link":
+        single.symlink_to("../secret.safetensors")
+    elif hostile == "deep index":
+        deep = "[" * 200_000 + "]" * 200_000
+        (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {deep}}}')
+    else:
+        write_index(folder, "../secret.safetensors" if hostile == ".." else str(secret))
+    with pytest.raises(DataError, match=told) as caught:
+        CheckpointReader(folder).shape("weight")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/1f"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    save_file({"weight": torch.zeros(4)}, blobs / "c0ffee")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/c0ffee")
+    assert CheckpointReader(snapshot).shape("weight") == (4,)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        # nine levels of nine aliases
+        (
+            "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+            + "".join(f"a{n}: &a{n} [{','.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 9)),
+            "YAML node expansion exceeds",
+        ),
+        ("model: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("model: !!python/name:os.system\n", "could not determine a constructor"),
+        ("run_dir: ${oc.env:MEGATRON_RL_NO_SUCH_VARIABLE}\n", "run_dir"),
+        ("model: " + "[" * 5_000 + "]" * 5_000 + "\n", "got too many levels"),
+        ("? [a]\n: 1\n", "config.yaml"),
+    ],
+)
+def test_hostile_settings_are_refused(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=told) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("deep.jsonl", b'{"question": "1", "answer": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n"),
+        ("bytes.jsonl", bytes(range(256)) * 10),
+        ("zeros.jsonl", bytes(10_000)),
+        ("digits.jsonl", b'{"question": "1", "answer": ' + b"9" * 10_000 + b"}\n"),
+        ("deep.json", b"[" * 200_000 + b"]" * 200_000),
+        ("bytes.parquet", b"PAR1" + bytes(range(256)) * 10 + b"PAR1"),
+        ("bytes.arrow", b"ARROW1\0\0" + b"\xff\xff\xff\xff\xff\xff\xff\x7f" + bytes(64)),
+    ],
+)
+def test_hostile_data_is_refused(name: str, contents: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(contents)
+    with pytest.raises(DataError) as caught:
+        FileSource(str(path), Layout(prompt_column="question", answer_column="answer"))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_runs_folder_and_token_are_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        hold_folder(tmp_path / "runs/a", "run_dir=runs/a")
+        token_in(tmp_path / "runs/a/engine_token")
+    finally:
+        os.umask(before)
+    modes = {
+        each.name: stat.S_IMODE(each.stat().st_mode)
+        for each in (tmp_path / "runs/a", *(tmp_path / "runs/a").iterdir())
+    }
+    assert modes == {"a": 0o700, ".in_use": 0o600, "engine_token": 0o600}

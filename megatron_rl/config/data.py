@@ -185,6 +185,9 @@ class RewardConfig:
     num_workers: int = 2  # scoring processes
     # for one response, or for one group; a longer one counts as "timeout", not as wrong
     timeout_seconds: float = 10.0
+    # GiB of memory of a scoring process, at most 4 for built-in verifiers; more counts as "crash".
+    # 0: no limit for a function of your own
+    memory_gib: float = 16.0
     # reward of a response that was cut at max_tokens; null: the verifier's score
     truncated_reward: float | None = None
     # keep reasoning that did not end from the verifiers: the text behind a `<think>`, opened by the
@@ -198,6 +201,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         at_least(1, num_workers=self.num_workers)
         above_zero(timeout_seconds=self.timeout_seconds)
+        at_least(0, memory_gib=self.memory_gib)
         if self.group_verifier:
             _check_verifier("group_verifier", self.group_verifier, GROUP_VERIFIERS)
 

@@ -157,6 +157,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{path}: {where}: expected YAML, got {one_line(problem)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: expected YAML of a few levels, got too many levels") from error
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{path}: expected a mapping of settings at the top, got a list")
     return OmegaConf.to_container(loaded, resolve=False)
@@ -176,6 +178,8 @@ def _parse_override(override: str) -> tuple[Keys, Any]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{origin}: expected a YAML value, got {one_line(problem)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{origin}: expected a YAML value, got too many levels") from error
     return keys, OmegaConf.to_container(parsed, resolve=False)["value"]
 
 

@@ -165,6 +165,8 @@ class RolloutConfig:
     # with max_policy_age above 0: a longer response is sampled by several requests of at most so
     # many tokens, so that an update waits for one of them and not for the response; 0: by one
     tokens_per_request: int = 0
+    # the same by time: of as many tokens as the engines sample in so many seconds; 0: any time
+    seconds_per_request: float = 0.0
     # how many of several equal logits at rank top_k the engine keeps. all: all of them (vLLM's
     # torch path); exact: only enough for exactly k (its Triton path); auto: all on a CPU, exact on
     # CUDA
@@ -204,6 +206,7 @@ class RolloutConfig:
             keep_steps=self.keep_steps,
             max_policy_age=self.max_policy_age,
             tokens_per_request=self.tokens_per_request,
+            seconds_per_request=self.seconds_per_request,
         )
         at_least(
             1,
@@ -255,9 +258,10 @@ class RolloutConfig:
             "late_groups: expected wait with hand_out=in_order, where a step waits for its own "
             f"groups, got {self.late_groups}",
         )
-        require(
-            self.tokens_per_request == 0 or (self.max_policy_age > 0 and not self.sampling.stop),
-            "tokens_per_request: expected 0 unless max_policy_age is above 0 and sampling.stop is "
-            "empty (a stop text may begin in one request and end in the next), got "
-            f"{self.tokens_per_request}",
-        )
+        for key in ("tokens_per_request", "seconds_per_request"):
+            value = getattr(self, key)
+            require(
+                value == 0 or (self.max_policy_age > 0 and not self.sampling.stop),
+                f"{key}: expected 0 unless max_policy_age is above 0 and sampling.stop is empty (a "
+                f"stop text may begin in one request and end in the next), got {value:g}",
+            )

@@ -25,7 +25,7 @@ from megatron_rl.rollout.environment import Environment, EpisodeRequest
 from megatron_rl.rollout.heads import check_heads
 from megatron_rl.rollout.ledger import joined
 from megatron_rl.rollout.live import sample_group
-from megatron_rl.rollout.pieces import PieceSampler
+from megatron_rl.rollout.pieces import Pace, PieceSampler
 from megatron_rl.rollout.recording import forget_before, has_step, read_step, write_step
 from megatron_rl.rollout.routes import check_routes
 from megatron_rl.rollout.seeds import sampling_seed
@@ -63,10 +63,11 @@ def ahead_source(
     """
     rollout, loop = config.rollout, config.loop
     num_logprobs = config.objective.score_centering.num_requested
+    pace = Pace(rollout.tokens_per_request, rollout.seconds_per_request)
 
     async def sample(prompt: Prompt, version: int, sampler: Sampler) -> RolloutGroup:
-        if rollout.tokens_per_request:
-            sampler = PieceSampler(sampler, rollout.tokens_per_request)
+        if rollout.tokens_per_request or rollout.seconds_per_request:
+            sampler = PieceSampler(sampler, pace)
         request = EpisodeRequest(
             num_samples=loop.samples_per_prompt,
             seed=sampling_seed(loop.seed, version + 1, prompt.index),

@@ -51,7 +51,8 @@ _held: list[int] = []  # descriptors of the locks; open until the process ends
 
 
 def hold_folder(folder: Path, setting: str) -> None:
-    """Create a folder and hold it until this process ends.
+    """Create a folder, readable by its owner alone, and hold it until this process ends. A folder
+    that is there keeps its mode.
 
     Args:
         setting: the setting and its value, for messages: "run_dir=runs/a".
@@ -60,8 +61,8 @@ def hold_folder(folder: Path, setting: str) -> None:
         ConfigError: another process holds it, or it cannot be created or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise ConfigError(
             f"{setting}: expected a folder that can be written, got {_brief(error)}"

@@ -6,9 +6,9 @@ child would import the run's main module, and with it torch; a forked one would 
 process with many threads; and if workers share a queue, a killed worker can leave it locked. Here
 each worker has its own pipe, so that its death does not affect the others.
 
-psutil is not used to end the processes that a user's function started. One signal to the process
-group reaches all of them at once, while a walk over the process tree misses children that are
-started in the meantime.
+One signal to the process group ends the processes that a user's function started at once; a walk
+over the process tree would miss children that are started in the meantime. The walk finds those
+that left the group: the workers are subreapers, so that these remain their descendants.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.process.descendants import descendants
 from megatron_rl.records import TOKEN_VARIABLE
 
 STARTUP_TIMEOUT_SECONDS = 120.0  # for importing functions; the first read of a disk is slow
@@ -108,8 +109,12 @@ class WorkerProcess:
     def interrupt(self) -> None:
         """Kill the process and its descendants immediately; callable from any thread."""
         if self._process.poll() is None:
+            started = descendants(self._process.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+            for pid in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
         """Kill the process like `interrupt`, reap it and close its pipes. May be called twice."""

@@ -86,7 +86,7 @@ class WorkerPool:
     def _start(self) -> WorkerProcess:
         return WorkerProcess(
             "megatron_rl.reward.worker",
-            (self._config.group_verifier, *self._verifiers),
+            (str(self._config.memory_gib), self._config.group_verifier, *self._verifiers),
             what="scoring process",
             key="data.tasks[].verifier",
         )

@@ -1,6 +1,8 @@
-"""A scoring process: `python -m megatron_rl.reward.worker PARENT_PID GROUP_VERIFIER VERIFIER ...`.
+"""A scoring process: `python -m megatron_rl.reward.worker PARENT_PID MEMORY_GIB GROUP_VERIFIER
+VERIFIER ...`.
 
-`reward/pool.py` starts it; GROUP_VERIFIER is "" if there is none. Torch is never imported. The
+`reward/pool.py` starts it; GROUP_VERIFIER is "" if there is none. More memory than MEMORY_GIB is
+refused by the kernel, and raises MemoryError; 0 sets no limit. Torch is never imported. The
 process reads questions from standard input, one line of JSON each, and writes an answer, one line
 of JSON, to the pipe that was its standard output:
 
@@ -22,26 +24,29 @@ import sys
 from typing import Any
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.process.lifetime import die_with_parent
+from megatron_rl.process.lifetime import become_subreaper, die_with_parent
 from megatron_rl.records import Score
 from megatron_rl.reward.protocols import GroupInputs, GroupVerifier, Verifier
 from megatron_rl.reward.registry import is_built_in, load_group_verifier, load_verifier
 
-# Needed because sympy would use all memory of the host for a response like 9**9**9 within the time
-# limit.
+# Of the built-in verifiers, which need little. sympy would use all memory of the host for a
+# response like 9**9**9 within the time limit.
 MEMORY_LIMIT_BYTES = 4 * 2**30
 
 
 def main() -> None:
     """Answers questions until standard input is closed."""
-    parent_pid, group_name, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    parent_pid, memory_gib = int(sys.argv[1]), float(sys.argv[2])
+    group_name, names = sys.argv[3], sys.argv[4:]
     die_with_parent(parent_pid=parent_pid)
+    become_subreaper()
     # The output that a verifier prints is sent to the log, so that it cannot mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    limit = int(memory_gib * 2**30) or resource.RLIM_INFINITY
     if all(is_built_in(name) for name in (group_name, *names)):
-        # A user's function may need a large address space; the built-in ones do not.
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+        limit = min(limit, MEMORY_LIMIT_BYTES) if limit > 0 else MEMORY_LIMIT_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         verifiers = {name: load_verifier(name) for name in names}
         group_verifier = load_group_verifier(group_name) if group_name else None

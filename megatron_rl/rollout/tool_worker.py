@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_rl.config.rules import is_import_path
-from megatron_rl.process.lifetime import die_with_parent
+from megatron_rl.process.lifetime import become_subreaper, die_with_parent
 from megatron_rl.records import Prompt
 
 Tool = Callable[[Prompt, Sequence[str]], str | None]
@@ -27,6 +27,7 @@ Tool = Callable[[Prompt, Sequence[str]], str | None]
 def main() -> None:
     """Answers questions until standard input is closed."""
     die_with_parent(parent_pid=int(sys.argv[1]))
+    become_subreaper()
     # The output that a tool prints is sent to the log, so that it cannot mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -113,6 +113,7 @@ class CheckpointReader:
                 raise DataError(
                     f"{path}: expected a shard that the checkpoint's index names, got no such file"
                 )
+            check_inside(path)
             try:
                 self._open[path] = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -128,10 +129,11 @@ class CheckpointReader:
                 raise DataError(
                     f"{self._folder}: expected {SINGLE_NAME} or {INDEX_NAME}, got neither"
                 )
+            check_inside(single)
             return dict.fromkeys(_names_in(single), single)
         try:
             files = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{index}: expected JSON with a weight_map, got {error!r}") from error
         for file in files.values():
             if not isinstance(file, str) or Path(file).name != file:
@@ -139,6 +141,22 @@ class CheckpointReader:
                     f"{index}: expected names of files in the same folder, got {file!r}"
                 )
         return {name: self._folder / file for name, file in files.items()}
+
+
+def check_inside(path: Path) -> None:
+    """Check that a file of a checkpoint is not a link out of its folder. In the hub's cache, the
+    files of a snapshot are links to `blobs` of the same repository.
+
+    Raises:
+        DataError: it is one.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    allowed = (folder, folder.parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise DataError(
+            f"{path}: expected a file of the checkpoint, got a link to {target}, outside its "
+            "folder; put the file itself there"
+        )
 
 
 def _names_in(path: Path) -> list[str]:

@@ -119,6 +119,7 @@ def test_rollouts_ahead_need_a_publication_in_every_step(
     ("settings", "message"),
     [
         ({"late_groups": "drop"}, "late_groups: expected wait with hand_out=in_order"),
+        ({"seconds_per_request": 8.0}, "seconds_per_request: expected 0 unless"),
         ({"tokens_per_request": 8}, "tokens_per_request: expected 0 unless"),
         (
             {

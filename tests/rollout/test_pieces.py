@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from megatron_rl.config import SamplingConfig
 from megatron_rl.engine.requests import Completion, GenerateRequest
-from megatron_rl.rollout.pieces import PieceSampler
+from megatron_rl.rollout.pieces import FIRST_TOKENS, MIN_TOKENS, Pace, PieceSampler
 from tests.fakes.engine_pool import FakePool
 
 
@@ -32,7 +33,7 @@ class Aging(FakePool):
 
 
 def sample(pool: FakePool, bound: int, asked: GenerateRequest) -> tuple[Completion, ...]:
-    return asyncio.run(PieceSampler(pool, bound).generate(asked))
+    return asyncio.run(PieceSampler(pool, Pace(bound)).generate(asked))
 
 
 def test_a_short_response_is_one_request() -> None:
@@ -64,3 +65,37 @@ def test_a_response_that_ends_is_not_continued(bound: int) -> None:
     for completion in sample(FakePool(end_probability=0.3), bound, request(40)):
         assert completion.finish_reason == "stop" and completion.ends_with_stop_token
         assert completion.token_ids.count(2) == 1 and completion.token_ids[-1] == 2
+
+
+def test_a_bound_of_time_follows_the_engines_speed() -> None:
+    pace = Pace(0, 2.0)
+    assert pace.bound(1_000) == FIRST_TOKENS
+    assert pace.bound(10) == 10
+    pace.note(64, 1.0)  # 64 tokens a second
+    assert pace.bound(1_000) == 128
+    pace.note(64, 4.0)  # 0.8 x 64 + 0.2 x 16
+    assert pace.bound(1_000) == int(2 * 54.4)
+    for _ in range(100):
+        pace.note(1, 10.0)
+    assert pace.bound(1_000) == MIN_TOKENS
+    both = Pace(100, 2.0)
+    both.note(64, 1.0)
+    assert both.bound(1_000) == 100
+
+
+def test_pieces_of_a_bounded_time_are_one_response() -> None:
+    """An engine of 10 tokens a second, by its own clock, and requests of about 2 seconds."""
+    now = 0.0
+
+    class Slow(FakePool):
+        async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+            nonlocal now
+            completions = await super().generate(request)
+            now += max(len(each.token_ids) for each in completions) / 10
+            return completions
+
+    pool = Slow(end_probability=0.0)
+    asked = replace(request(150), num_samples=1)
+    [completion] = asyncio.run(PieceSampler(pool, Pace(0, 2.0), clock=lambda: now).generate(asked))
+    assert [each.sampling.max_tokens for each in pool.requests] == [64, 20, 20, 20, 20, 6]
+    assert len(completion.token_ids) == len(completion.logprobs) == 150

@@ -2,8 +2,7 @@
 is one of `torch.distributed.checkpoint`: files `__<rank>_<n>.distcp` of tensors, and `.metadata`,
 which says where each piece of each tensor lies.
 
-The `.metadata` of a checkpoint is unpickled, as Megatron itself does: convert only checkpoints from
-a source that you trust.
+The `.metadata` of a checkpoint is a pickle, which metadata.py reads without running code.
 """
 
 from __future__ import annotations
@@ -40,15 +39,14 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_rl.errors import DataError
+from megatron_rl.weights.conversion.metadata import METADATA, READ_ERRORS, read_metadata
 
-METADATA = ".metadata"
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-READ_ERRORS = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +97,8 @@ class DistributedReader:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._storage = FileSystemReader(self._folder)
+        self._metadata = read_metadata(self._folder)
         try:
-            self._metadata = self._storage.read_metadata()
             self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         except READ_ERRORS as error:
             raise DataError(
