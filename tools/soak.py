@@ -102,7 +102,9 @@ def soak(
         RuntimeError: the run has ended by itself.
     """
     root, chance, samples = psutil.Process(process.pid), random.Random(0), []
-    while not (run_dir / "metrics.jsonl").is_file() and process.poll() is None:
+    metrics = run_dir / "metrics.jsonl"
+    # An engine that dies while the run starts is the end of the run.
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n")):
         time.sleep(1.0)
     begin = time.monotonic()
     next_kill = begin + kill_seconds
