@@ -27,6 +27,7 @@ from tests.support.processes import descendants_of
 
 LIMIT_SECONDS = 1.0
 NUM_WORKERS = 2
+MARK = f"MEGATRON_RL_HOSTILE_{os.getpid()}"  # in the environment of all that a worker starts
 OWN = r"""
 import os, re, signal, subprocess, threading, time
 
@@ -115,6 +116,7 @@ def verifiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
     """The built-in verifiers and one of a user's, by the name of their source."""
     (tmp_path / "hostile_verifiers.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(MARK, "1")
     own = {name: name for name in ("exact", "numeric", "math_verify")}
     return own | {"own": "hostile_verifiers:act"}
 
@@ -134,6 +136,18 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(WorkerProcess, "request", timed)
     return taken
+
+
+def marked() -> list[str]:
+    """The command lines of the processes that a worker has started and that still run."""
+    found = []
+    for each in psutil.process_iter():
+        try:
+            if MARK in each.environ() and each.pid != os.getpid() and each.is_running():
+                found.append(" ".join(each.cmdline()))
+        except psutil.Error:
+            continue
+    return [each for each in found if each]
 
 
 def score(scorer: Scorer, asked: list[tuple[str, str, str]]) -> list[Score]:
@@ -161,6 +175,7 @@ def check_hostile(
         workers = set(descendants_of(os.getpid())) - before
         assert len(workers) == NUM_WORKERS, [psutil.Process(pid).cmdline() for pid in workers]
     assert set(descendants_of(os.getpid())) <= before
+    assert marked() == []  # also of those that left their session
 
 
 def test_ten_hostile_answers(verifiers: dict[str, str], seconds: list[float]) -> None:
