@@ -27,7 +27,6 @@ START_SECONDS, STEP_SECONDS, LEFT_SECONDS = 400.0, 120.0, 15.0
 SIGNAL_SECONDS = 150.0  # SLURM compares times with limits twice a minute
 SIGNAL_MINUTES = 5  # before the limit, as `--signal` of the script says
 ENDLESS = 100_000  # steps
-LINUXPROC, CGROUP = "proctrack/linuxproc", "proctrack/cgroup"
 ONE = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1")
 TWO = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1")
 pytestmark = [
@@ -38,13 +37,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, str]]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment in which the commands of SLURM reach the two nodes."""
     root = tmp_path_factory.mktemp("slurm")
-    proctrack = getattr(request, "param", LINUXPROC)
-    environment = os.environ | {"SLURM_ROOT": str(root), "PROCTRACK": proctrack}
+    environment = os.environ | {"SLURM_ROOT": str(root), "PROCTRACK": "proctrack/linuxproc"}
     subprocess.run([CLUSTER, "start"], env=environment, check=True, timeout=60)
     yield environment | {"SLURM_CONF": str(root / "slurm.conf"), "PYTHONPATH": str(ROOT)}
     subprocess.run([CLUSTER, "stop"], env=environment, check=True, timeout=60)
@@ -185,14 +181,12 @@ def test_requeued_stopped_before_the_limit_and_finished(
 
 
 @pytest.mark.parametrize(
-    ("cluster", "nodes", "num_ranks", "engines"),
+    ("nodes", "num_ranks", "engines"),
     [
-        (LINUXPROC, TWO, 1, "the same"),
-        (LINUXPROC, (*ONE, ":", *ONE), 2, "nodeB"),
-        (CGROUP, TWO, 1, "the same"),
+        (TWO, 1, "the same"),
+        ((*ONE, ":", *ONE), 2, "nodeB"),
     ],
-    ids=["same nodes", "heterogeneous", "cgroup"],
-    indirect=["cluster"],
+    ids=["same nodes", "heterogeneous"],
 )
 def test_a_cancelled_job_leaves_no_process(
     nodes: tuple[str, ...],
