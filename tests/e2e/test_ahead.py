@@ -69,13 +69,18 @@ def test_one_step_ahead_and_after_a_stop(tmp_path: Path, train: Train) -> None:
 def test_a_response_goes_on_with_the_new_weights(
     tmp_path: Path, train: Train, running: str
 ) -> None:
-    lines = train(
-        4,
-        "rollout.max_policy_age=2",
-        "rollout.hand_out=finished",
-        f"sync.running_requests={running}",
-        "rollout.sampling.max_tokens=220",
-    )
+    lines: list[dict[str, Any]] = []
+    # A publication meets an open response or it does not; on a busy machine it may take more steps.
+    for num_steps in (4, 8, 12):
+        lines = train(
+            num_steps,
+            "rollout.max_policy_age=2",
+            "rollout.hand_out=finished",
+            f"sync.running_requests={running}",
+            "rollout.sampling.max_tokens=220",
+        )
+        if any(line["rollout/spanning_rate/mean"] > 0 for line in lines):
+            break
     assert max(line["rollout/spanning_rate/mean"] for line in lines) > 0
     used = []
     for line in lines:
@@ -87,4 +92,4 @@ def test_a_response_goes_on_with_the_new_weights(
                 of_tokens = rollout.weight_versions[rollout.loss_mask].tolist()
                 assert of_tokens == sorted(of_tokens)
         used += [group.prompt.index for group in groups]
-    assert len(used) == len(set(used)) == 4 * PER_STEP
+    assert len(used) == len(set(used)) == len(lines) * PER_STEP
