@@ -19,13 +19,15 @@ def test_torchrun_is_found_in_the_repository_s_environment(tmp_path: Path) -> No
     finished = subprocess.run(
         [ROOT / "launch" / "torchrun.sh", "megatron_rl.train", "nowhere.yaml"],
         cwd=tmp_path,
-        env=kept | {"PATH": "/usr/bin:/bin", "NPROC": "1"},
+        env=kept | {"PATH": "/usr/bin:/bin", "NPROC": "2", "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert finished.returncode == 1
-    assert "nowhere.yaml: expected a readable YAML file" in finished.stderr
+    [line] = finished.stderr.splitlines()  # of one rank, and without torchrun's own report
+    assert "nowhere.yaml: expected a readable YAML file" in line
+    assert list(tmp_path.iterdir()) == []  # no folder of error files is left
 
 
 @pytest.mark.parametrize(

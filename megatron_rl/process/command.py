@@ -2,8 +2,9 @@
 
 A rank ends together with its torchrun agent, and at once on SIGINT or SIGTERM. An error is reported
 once, by the first rank that fails: on stderr, in `error.txt` of the folder that the command holds,
-and to the agent, whose own failure report then ends with the same message. An error that the user
-can fix is one line, any other one a traceback. The other ranks exit without a report.
+and to the agent. An error that the user can fix is one line, to which `agent.py` adds nothing, and
+with which torchrun's own failure report ends; any other error is a traceback. The other ranks exit
+without a report.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import re
@@ -42,6 +42,7 @@ from megatron_rl.process.lifetime import (
     unregister_cleanup,
     watch_signals,
 )
+from megatron_rl.process.told import has_failed, is_first_to_fail, note_stop, tell_agent
 
 USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError)
 ERROR_FILE = "error.txt"
@@ -97,13 +98,13 @@ def run_command(
     bind_forked_children()
     progress = Progress()
     # A launcher stops the other ranks after the first failure, which has been told already.
-    watch_signals((lambda: "" if _has_failed() else progress.describe()) if rank == 0 else None)
+    watch_signals((lambda: _place_of_stop(progress)) if rank == 0 else None)
     _quiet_libraries()
     folder: Path | None = None
     threading.excepthook = lambda raised: _end_after_thread(raised, folder)
 
     def dump_stacks() -> None:
-        if folder is not None and _has_failed():
+        if folder is not None and has_failed():
             _dump_stacks(folder, rank)
 
     try:
@@ -125,9 +126,22 @@ def run_command(
         message = _message(error, rank, progress.describe(), others)
         if is_of_peer and folder is not None:
             message += f"; stacks in {_dump_stacks(folder, rank)}"
-        _tell(message, folder)
+        # Of a rank that ended without a word only the agent's report says how.
+        _tell(message, folder, is_cause=not is_of_peer and _is_for_user(error))
         _leave(1)
     return 0
+
+
+def _place_of_stop(progress: Progress) -> str:
+    if has_failed():
+        return ""
+    note_stop()
+    return progress.describe()
+
+
+def _is_for_user(error: BaseException) -> bool:
+    """Whether the user is told of this error without a traceback."""
+    return isinstance(error, USER_ERRORS) or bool(disk_problem(error))
 
 
 def _message(error: BaseException, rank: int, place: str = "", others: str = "") -> str:
@@ -164,7 +178,7 @@ def _end_after_thread(raised: threading.ExceptHookArgs, folder: Path | None) -> 
     if error is None or not disk_problem(error):
         threading.__excepthook__(raised)
         return
-    _tell(_message(error, int(os.environ.get("RANK", "0"))), folder)
+    _tell(_message(error, int(os.environ.get("RANK", "0"))), folder, is_cause=True)
     _leave(1)
 
 
@@ -197,12 +211,15 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _tell(message: str, folder: Path | None) -> None:
+def _tell(message: str, folder: Path | None, *, is_cause: bool) -> None:
     """Print the message and write it to the folder, unless another rank failed earlier. A folder
     that another run holds remains as it is.
+
+    Args:
+        is_cause: whether the message says all that there is to say of the failure.
     """
-    is_first = _is_first()
-    _tell_agent(message if is_first else "another rank failed first", is_first)
+    is_first = is_first_to_fail(message if is_cause else "")
+    tell_agent(message if is_first else "another rank failed first", is_first=is_first)
     if not is_first:
         return
     print(message, file=sys.stderr, flush=True)
@@ -218,46 +235,6 @@ def _write_whole(path: Path, text: str) -> None:
     except OSError:
         path.unlink(missing_ok=True)  # an empty message says less than none
         raise
-
-
-def _is_first() -> bool:
-    """Whether this is the first rank of this launch on this host that fails."""
-    if AGENT_VARIABLE not in os.environ:
-        return True
-    try:
-        os.close(os.open(_marker(), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        return False
-    except OSError:
-        pass  # e.g. a full disk: reporting twice is better than not at all
-    return True
-
-
-def _has_failed() -> bool:
-    """Whether a rank of this launch on this host has failed and told it."""
-    return AGENT_VARIABLE in os.environ and _marker().exists()
-
-
-def _marker() -> Path:
-    """The file that the first rank that fails creates."""
-    # <folder of the launch>/attempt_<n>/<local rank>/error.json
-    return Path(os.environ[AGENT_VARIABLE]).parents[1] / "reported"
-
-
-def _tell_agent(message: str, is_first: bool) -> None:
-    """Make torchrun's report end with the message instead of the advice to "enable traceback".
-
-    The format is that of torch/distributed/elastic/multiprocessing/errors/error_handler.py.
-    """
-    if AGENT_VARIABLE not in os.environ:
-        return
-    # The agent reports the rank with the earliest timestamp, in whole seconds, as the cause.
-    seconds = int(time.time()) + (0 if is_first else 1)
-    extra = {"py_callstack": message, "timestamp": str(seconds)}
-    with contextlib.suppress(OSError):
-        Path(os.environ[AGENT_VARIABLE]).write_text(
-            json.dumps({"message": {"message": message, "extraInfo": extra}})
-        )
 
 
 def _delete_stale(error_file: Path) -> None:
