@@ -92,6 +92,7 @@ def evaluate(config: Config, progress: Progress) -> None:
             environment, sum(len(each.prompts) for each in sets), watch.progress
         )
         progress.describe = lambda: f"{counted.num_done} of {counted.num_all} questions answered"
+        watch.start_clock()  # the engines may have taken minutes to start
         start = time.monotonic()
         evaluator = Evaluator(
             pool=pool,

@@ -87,10 +87,11 @@ def train(config: Config, progress: Progress) -> None:
             if save_step(learner, state, config, run.inputs, run.source, run.writer, phase, asleep):
                 run.recorder.say(f"stopped after step {step}, as it was asked to")
                 return
+        saved = None
         if config.checkpoint.save_hf:
             with phase("save"):
-                save_hf_checkpoint(learner, config)
-        run.recorder.summarize()
+                saved = save_hf_checkpoint(learner, config)
+        run.recorder.summarize(saved)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.recording import read_recomputed
 from megatron_rl.rollout.recording import read_samples as read_recorded
 
+SHOWN = 40  # characters of a response in its heading
 # (largest multiple of the tolerance, style of the tokens up to it)
 SHADES = (
     (1.0, "black on #b7e4c7"),
@@ -182,7 +183,9 @@ def read_samples(folder: Path, step: int, decode: Callable[[int], str]) -> list[
 
 
 def heading(sample: Shown) -> Text:
-    """One line about a sample: prompt, reward, advantage, answer, discrepancy."""
+    """One line about a sample: prompt, reward, advantage, expected answer, end of the response,
+    discrepancy.
+    """
     line = sample.line
     reward_style = "bold green" if line["reward"] > 0 else "bold red"
     text = Text.assemble(
@@ -190,7 +193,7 @@ def heading(sample: Shown) -> Text:
         f"  {line['source']}  reward ",
         (f"{line['reward']:g}", reward_style),
         f"  advantage {line['advantage']:+.3f}  {line['finish_reason']}",
-        f"  answer {line['answer']!r}",
+        f"  expected {line['answer']!r}  response {_shortened(line['response'])!r}",
     )
     for name, reward in line.get("verifier_rewards", {}).items():
         text.append(f"  {name} {reward:g}")
@@ -202,6 +205,12 @@ def heading(sample: Shown) -> Text:
         mean = sum(token.discrepancy for token in sample.tokens) / len(sample.tokens)
         text.append(f"  discrepancy mean {mean:.4f} max {sample.worst:.4f}", "cyan")
     return text
+
+
+def _shortened(response: str) -> str:
+    """The end of the response, where its answer is."""
+    text = response.strip()
+    return text if len(text) <= SHOWN else f"...{text[-SHOWN:]}"
 
 
 def legend(tolerance: float) -> Text:

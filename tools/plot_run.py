@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"plot_run: {error}", file=sys.stderr)
         return 1
-    print(output)
+    print(f"picture: {output}")
     return 0
 
 

@@ -88,11 +88,9 @@ def peak_of(device_name: str, peak_tflops: float) -> float | None:
 
 
 def omission(device_name: str, peak_tflops: float) -> str:
-    """Why there is no MFU; "" if there is one."""
-    if peak_of(device_name, peak_tflops) is not None:
+    """Why there is no MFU; "" if there is one, and on the CPU, where none is expected."""
+    if not device_name or peak_of(device_name, peak_tflops) is not None:
         return ""
-    if not device_name:
-        return "MFU and tokens per GPU: left out, the learner runs on the CPU"
     return f"MFU: left out, no peak is known of {device_name}; set learner.peak_tflops"
 
 
@@ -180,7 +178,7 @@ class Meter:
 
     @property
     def omission(self) -> str:
-        """Why there is no MFU; "" if there is one."""
+        """Why there is no MFU of a GPU; "" if there is nothing to tell."""
         return omission(self._device_name, self._config.learner.peak_tflops)
 
     def measure(

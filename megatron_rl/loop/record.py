@@ -112,8 +112,9 @@ def save_step(
     return is_stopping
 
 
-def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = None) -> None:
-    """Write the weights as a Hugging Face checkpoint (`hf_folder`). A collective over all ranks.
+def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = None) -> Path:
+    """Write the weights as a Hugging Face checkpoint (`hf_folder`); its folder. A collective over
+    all ranks.
 
     Args:
         step: None: the final weights.
@@ -140,3 +141,4 @@ def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = N
     else:
         learner.give_tensors()
     learner.parallel.barrier()
+    return folder

@@ -111,6 +111,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             _prepare_folder(config, run_dir)
             if not config.replay:
                 engines.start_first()
+            print(starting_line(config), flush=True)  # the models load for up to minutes
         if config.model.kernels.deterministic:
             use_deterministic_algorithms()
         parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
@@ -171,6 +172,19 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             contributor=contributor,
             meter=meter,
         )
+
+
+def starting_line(config: Config) -> str:
+    """What is being started, which takes a while."""
+    num_ranks, num_engines = int(os.environ.get("WORLD_SIZE", "1")), config.rollout.num_engines
+    learner = f"the learner on {num_ranks} {'ranks' if num_ranks > 1 else 'rank'}"
+    if config.replay:
+        return f"starting: {learner}"
+    if not num_engines:
+        return f"starting: {learner}; the engines of rollout.urls are given"
+    logs = Path(config.run_dir) / "logs"
+    engines = f"{num_engines} {'engines' if num_engines > 1 else 'engine'} (logs in {logs})"
+    return f"starting: {engines} and {learner}"
 
 
 def _prepare_folder(config: Config, run_dir: Path) -> None:

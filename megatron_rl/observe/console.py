@@ -116,7 +116,8 @@ def summary_table(records: Sequence[Mapping[str, float | None]], *, title: str) 
 
     Rewards, discrepancies and speeds are means over the first and the last tenth of the steps (at
     least one step), because a single step is noisy; evaluations, tolerance and lambda are single
-    values.
+    values. Seconds are those of the phases that most steps have. The start, step 0, is no part of
+    them: its sync waits until the engines have loaded.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -135,9 +136,13 @@ def summary_table(records: Sequence[Mapping[str, float | None]], *, title: str) 
         ("constraint/signal/tolerance", 0.0, ".5f"),
         ("constraint/lambda", 0.0, ".5f"),
         ("speed/tokens_per_second", 0.1, ",.0f"),
-        *((key, 0.1, ".2f") for key in keys if key.startswith(SECONDS)),
     ):
         _add_row(table, key, records, share=share, form=form)
+    steps = [record for record in records if record["step"] != 0]
+    for key in keys:
+        num_steps = sum(record.get(key) is not None for record in steps)
+        if key.startswith(SECONDS) and 2 * num_steps > len(steps):
+            _add_row(table, key, steps, share=0.1, form=".2f")
     return table
 
 

@@ -1,5 +1,5 @@
-"""Shows the progress of reading the data, before the first step: a bar on a terminal, and elsewhere
-a line from time to time.
+"""Shows the progress of reading the data, before the first step, and of an evaluation: a bar on a
+terminal, and elsewhere a line from time to time.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class LoadingConsole:
         if self._bar.live.is_started:
             unregister_cleanup(self._bar.stop)
             self._bar.stop()
+
+    def start_clock(self) -> None:
+        """Count the seconds from now on, for work that begins after a wait."""
+        self._start, self._num_lines = self._clock(), 0
 
     def progress(self, what: str, share: float) -> None:
         """Show that `what`, for instance "reading gsm8k", is done to `share`, 0 to 1."""

@@ -96,11 +96,18 @@ class Recorder:
                 tracker.write(step, finite(metrics))
             self._console.show_step(step, metrics)
 
-    def summarize(self) -> None:
-        """Print a table of the whole run, and the commands that show its curves."""
+    def summarize(self, model: Path | None = None) -> None:
+        """Print a table of the whole run, where its weights are, and the commands that show its
+        curves.
+
+        Args:
+            model: folder of the final weights; None: none were written.
+        """
         if self._is_writer:
             records = read_metrics(self._run_dir / "metrics.jsonl")
             self._console.console.print(summary_table(records, title=str(self._run_dir)))
+            if model is not None:
+                self.say(f"model: {model}")
             self.say(f"curves: tensorboard --logdir {self._run_dir / 'tensorboard'}")
             for tracker in self._trackers:
                 self.say(f"tracked: {tracker.hint}")

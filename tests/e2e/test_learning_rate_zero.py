@@ -46,16 +46,17 @@ def test_nothing_changes(
     ) as run:
         assert run.wait() == 0, run.output
         lines = run.output.splitlines()
-    # The engines, the learner's implementations, what the verifiers make of the expected answers,
-    # what is not measured here; then a line a step, the table, where the curves are; nothing that
-    # a library has to say.
+    # What is started, the engines, the learner's implementations, what the verifiers make of the
+    # expected answers; then a line a step, the table, where the curves are; nothing that a library
+    # has to say.
     starts, lines = lines[:5], lines[5:]
-    engines, learner, backend, expected, omission = starts
+    starting, engines, learner, backend, expected = starts
+    ranks = "2 ranks" if num_ranks else "1 rank"
+    assert starting.startswith(f"starting: the learner on {ranks}; ")
     assert engines.startswith("engines: http://127.0.0.1:")
     assert learner.startswith("learner: layers of Megatron")
     assert backend.startswith("log-probs: C++ (")
     assert "expected answers, tried as responses" in expected
-    assert omission == "MFU and tokens per GPU: left out, the learner runs on the CPU"
     num_lines = NUM_STEPS + 1
     assert [line.split()[:2] for line in lines[:num_lines]] == [
         ["step", str(step)] for step in range(num_lines)

@@ -27,7 +27,7 @@ def config(tiny_checkpoint: Path, tmp_path: Path) -> Config:
 def test_the_weights_of_a_step_and_the_final_ones(config: Config, tmp_path: Path) -> None:
     learner = FakeLearner()
     save_hf_checkpoint(learner, config, step=50)
-    save_hf_checkpoint(learner, config)
+    assert save_hf_checkpoint(learner, config) == Path(config.run_dir) / "huggingface"
     for folder in ("huggingface_steps/step_000050", "huggingface"):
         tensors = load_file(tmp_path / folder / "model.safetensors")
         assert torch.equal(tensors["model.norm.weight"], torch.arange(4.0))

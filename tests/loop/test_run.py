@@ -26,7 +26,7 @@ from megatron_rl.loop import engines as loop_engines
 from megatron_rl.loop import run as loop_run
 from megatron_rl.loop.inputs import run_inputs
 from megatron_rl.loop.preflight import prepare_data
-from megatron_rl.loop.run import start_run
+from megatron_rl.loop.run import start_run, starting_line
 from megatron_rl.process.command import Progress
 from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.replay import ReplaySource
@@ -278,7 +278,8 @@ def test_a_resumed_run_takes_the_state_and_forgets_later_steps(
     run = start_as(monkeypatch, config, RankParallel())
     assert run.was_resumed and run.inputs["rows"] == prompts.fingerprints()
     said = capsys.readouterr().out.splitlines()
-    assert said[:3] == [
+    assert said[:4] == [
+        f"starting: 1 engine (logs in {run_dir / 'logs'}) and the learner on 1 rank",
         f"engines: {ADDRESS.url} (given)",
         f"resumed after step 2, at prompt 128, from {step}",
         "changed since then: objective.clip_high: 0.1 became 0.24",
@@ -294,6 +295,18 @@ def test_a_resumed_run_takes_the_state_and_forgets_later_steps(
     with pytest.raises(DataError, match=r"step_000002: expected a whole run_state\.json"):
         start_as(monkeypatch, config, RankParallel())
     assert log == []  # before a process was started
+
+
+def test_what_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = replace(Config(), run_dir="runs/x")
+    two = replace(config, rollout=replace(config.rollout, num_engines=2))
+    learner = "the learner on 4 ranks"
+    assert starting_line(two) == f"starting: 2 engines (logs in runs/x/logs) and {learner}"
+    assert starting_line(replace(config, replay="runs/y/rollouts")) == f"starting: {learner}"
+    given = replace(config.rollout, num_engines=0, urls=["http://a:1"])
+    told = f"starting: {learner}; the engines of rollout.urls are given"
+    assert starting_line(replace(config, rollout=given)) == told
 
 
 def test_the_last_words_say_where_the_run_is(

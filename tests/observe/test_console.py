@@ -109,12 +109,13 @@ def read_to_the_end(terminal: int) -> bytes:
 
 
 def test_the_table_compares_first_and_last():
-    records = [{"step": 0, "eval/avg_at_8": 0.4}]
+    records = [{"step": 0, "eval/avg_at_8": 0.4, "speed/seconds/rollout": 51.9}]  # the start
     records += [
         {"step": step, "reward/mean": step / 20, "speed/seconds/rollout": 2.0}
         for step in range(1, 21)
     ]
     records.append({"step": 21, "eval/avg_at_8": 0.65, "reward/mean": None})
+    records[-1]["speed/seconds/save"] = 3.0
     stream = io.StringIO()
     Console(file=stream, width=80).print(summary_table(records, title="runs/x"))
     rows = {
@@ -125,3 +126,4 @@ def test_the_table_compares_first_and_last():
     assert [cell.strip() for cell in rows["avg@8"]] == ["0.400", "0.650", "+0.250"]
     assert [cell.strip() for cell in rows["reward mean"]] == ["0.075", "0.975", "+0.900"]
     assert [cell.strip() for cell in rows["seconds, rollout"]] == ["2.00", "2.00", "+0.00"]
+    assert "seconds, save" not in rows  # of one step in 21

@@ -37,6 +37,21 @@ def test_a_log_gets_a_line_from_time_to_time() -> None:
     ]
 
 
+def test_a_wait_before_the_work_is_not_counted() -> None:
+    loading, clock, text = make(is_terminal=False)
+    with loading:
+        clock.seconds = 25.0
+        loading.progress("reading dapo", 1.0)
+        clock.seconds = 120.0
+        loading.start_clock()
+        for clock.seconds in (121, 130, 131):
+            loading.progress("questions", (clock.seconds - 120) / 20)
+    assert text.getvalue().splitlines() == [
+        "reading dapo: 100% after 25 s",
+        "questions: 50% after 10 s",
+    ]
+
+
 def test_a_terminal_gets_a_bar_if_it_takes_a_while() -> None:
     loading, clock, text = make(is_terminal=True)
     with loading:

@@ -15,7 +15,7 @@ def record(run_dir, *, rank, last_step, steps):
         for step in steps:
             recorder.phase("rollout")
             recorder.write(step, {"reward/mean": step / 10})
-        recorder.summarize()
+        recorder.summarize(run_dir / "huggingface")
     return stream.getvalue()
 
 
@@ -26,6 +26,7 @@ def test_rank_0_writes_everything_and_goes_on_after_a_resume(tmp_path):
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2
     assert shown.count("step ") == 4
     assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in shown
+    assert f"model: {tmp_path / 'huggingface'}\n" in shown
 
 
 def test_other_ranks_write_nothing(tmp_path):

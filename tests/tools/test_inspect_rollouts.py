@@ -86,10 +86,20 @@ def inspect(capsys, monkeypatch):
 def test_numbers_of_the_last_step(run_dir, inspect):
     _, shown, _ = inspect(run_dir, "--no-color")
     assert "step 12: 4 of 4 samples" in shown
-    assert "prompt 17.0  sums  reward 1  advantage +1.000  stop  answer '7'" in shown
+    assert (
+        "prompt 17.0  sums  reward 1  advantage +1.000  stop  expected '7'  response '7'" in shown
+    )
+    assert (
+        "prompt 17.1  sums  reward 0  advantage -1.000  stop  expected '7'  response '8'" in shown
+    )
     row = next(line.split() for line in shown.splitlines() if line.startswith("'8'"))
     assert row == ["'8'", str(DIGIT["8"]), "0.50000", "0.50200", "0.00200"]
     assert "discrepancy mean 0.1000 max 0.2000" in shown
+
+
+def test_of_a_long_response_the_heading_has_the_end():
+    assert inspect_rollouts._shortened(" 7 ") == "7"
+    assert inspect_rollouts._shortened("x" * 60 + "7") == "..." + "x" * 39 + "7"
 
 
 def test_the_worst_first_and_of_one_source(run_dir, inspect):

@@ -25,7 +25,7 @@ def test_every_curve_is_drawn(tmp_path, capsys):
             metrics |= {"constraint/tolerance": 0.0037, "constraint/lambda": 0.1}
             log.write(step, metrics | ({"eval/avg_at_8": 0.6} if step == 30 else {}))
     assert main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png")
+    assert capsys.readouterr().out == f"picture: {tmp_path / 'curves.png'}\n"
     assert {BLUE, ORANGE, RED, GREEN} <= colors_of(tmp_path / "curves.png")
 
 
