@@ -29,3 +29,7 @@ class SyncError(RuntimeError):
 
 class DivergenceError(RuntimeError):
     """A loss, a gradient norm or a log-prob that is not finite."""
+
+
+class RewardError(RuntimeError):
+    """No response of a step could be scored."""

@@ -31,13 +31,14 @@ from megatron_rl.engine.server import check_given, given_addresses
 from megatron_rl.engine.start import start_engines_of
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.loop.evaluate import Evaluator, evaluate_sets
+from megatron_rl.loop.expected import check_own_functions
 from megatron_rl.loop.preflight import (
     prepare_model,
     prepare_sets,
     prepare_stream,
-    set_verifiers_of,
 )
 from megatron_rl.loop.state import initial_state
+from megatron_rl.loop.verifiers import set_verifiers_of, verifier_keys_of
 from megatron_rl.observe.evaluations import HELD_OUT_LABEL, evaluation_table, figures_of_sets
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.process.command import Progress, run_command
@@ -78,7 +79,10 @@ def evaluate(config: Config, progress: Progress) -> None:
                 "eval.sets: expected a set to evaluate on, or data.tasks with data.num_held_out, "
                 "got neither"
             )
-        scorer = stack.enter_context(Scorer(config.reward, verifiers))
+        keys = verifier_keys_of(config)
+        scorer = stack.enter_context(Scorer(config.reward, verifiers, keys))
+        questions = [(each.name, prompt) for each in sets for prompt in each.prompts]
+        check_own_functions(questions, verifiers, keys, scorer.crashes)
         folder = new_folder(Path(config.run_dir) / "evaluations")
         hold_folder(folder, f"run_dir={config.run_dir}")
         save_config(config, folder / "config.yaml")

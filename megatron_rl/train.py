@@ -34,17 +34,16 @@ from megatron_rl.process.command import Progress, run_command
 def train(config: Config, progress: Progress) -> None:
     """Run all remaining steps; see the docstring of this module."""
     with start_run(config, progress) as run:
-        state, learner, phase = run.state, run.learner, run.stopwatch.time
+        learner, parallel = run.learner, run.learner.parallel
+        state, phase = run.state, run.stopwatch.time
         probe = ParityProbe(learner, run.link, config).check
         publish, restore = publication(learner, run.sender, probe, run.crew, state, config, phase)
         asleep = partial(engines_asleep, run.link, learner, config, phase)
         acceptance = Acceptance(learner, run.link, publish, config, phase, asleep=asleep)
         evaluate = partial(evaluate_sets, run.evaluator, state, config, phase, restore=restore)
         fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
-        report = partial(
-            *(write_metrics, run.recorder, run.stopwatch, learner.parallel, run.verifiers),
-            run.meter.measure,
-        )
+        told = (run.recorder, run.stopwatch, parallel, run.verifiers, run.meter.measure)
+        report = partial(write_metrics, *told)
         make_room(learner, config)
         parity = publish()
         if run.was_resumed:
@@ -54,13 +53,13 @@ def train(config: Config, progress: Progress) -> None:
         else:
             report(0, parity)
         for step in state.steps(config.loop.num_steps):
-            sampled = collect_step(run.source, learner.parallel, state, config, phase, restore)
+            sampled = collect_step(run.source, parallel, state, config, phase, restore, run.failure)
             with asleep():
                 acceptance.copy_state()
                 with phase("learner"):
                     batch = deal_batch(
                         sampled.samples(),
-                        learner.parallel,
+                        parallel,
                         samples_per_prompt=config.loop.samples_per_prompt,
                         num_mini_batches=config.learner.mini_batches_per_step,
                         tokens_per_row=config.learner.tokens_per_micro_batch,
@@ -78,7 +77,7 @@ def train(config: Config, progress: Progress) -> None:
             state.next_prompt += sampled.num_prompts
             parity = publish() if should_publish(config, step) else {}
             parity |= acceptance.decide(sampled)
-            record_rollouts(run.writer, sampled, rows, learner.parallel, step, config, phase)
+            record_rollouts(run.writer, sampled, rows, parallel, step, config, phase)
             figures = evaluate() | fixed_gap() if should_evaluate(config, step) else {}
             # The line is written before the checkpoint: then every step up to a checkpoint has its
             # line, and a resumed run removes the lines of the steps that it repeats.

@@ -38,7 +38,7 @@ from tests.fakes.groups import make_scores
 class FakeScorer:
     """Every second question is answered right by its first response alone."""
 
-    def __init__(self, config: Any, verifiers: dict[str, Any]) -> None:
+    def __init__(self, config: Any, verifiers: dict[str, Any], keys: dict[str, str]) -> None:
         self.verifiers = verifiers
 
     def __enter__(self) -> FakeScorer:
@@ -55,6 +55,9 @@ class FakeScorer:
         ]
 
     score_texts = score
+
+    def crashes(self, prompts: Any, verifier: str) -> list[str]:
+        return ["KeyError: 'x' (own.py:3)"] * len(prompts)
 
 
 @pytest.fixture
@@ -185,6 +188,15 @@ def test_what_it_cannot_do_is_said_before_anything_is_started(
     for changed, error, expected in (
         ({"replay": "x"}, ConfigError, "replay: expected none, since an evaluation samples"),
         ({"eval": EvalConfig()}, ConfigError, "eval.sets: expected a set to evaluate on, or data"),
+        (
+            {
+                "eval": replace(
+                    evaluation, sets=[replace(evaluation.sets[0], verifier="json:loads")]
+                )
+            },
+            ConfigError,
+            r"eval\.sets\[0\]\.verifier: expected a function .* json:loads on each of",
+        ),
         (
             {"eval": replace(evaluation, sets=[replace(evaluation.sets[0], path="gone.jsonl")])},
             DataError,

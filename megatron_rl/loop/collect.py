@@ -12,13 +12,13 @@ which replica kept them. Dropped groups still count towards the mean discrepancy
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from megatron_rl.config import Config, ObjectiveConfig, RewardConfig
-from megatron_rl.errors import EnginesLostError
+from megatron_rl.errors import EnginesLostError, RewardError
 from megatron_rl.loop.replicas import Replicas
 from megatron_rl.loop.restore import Restore, no_engines_to_restore
 from megatron_rl.loop.state import LoopState
@@ -38,6 +38,7 @@ def collect_step(
     config: Config,
     phase: Phase,
     restore: Restore = no_engines_to_restore,
+    failure: Callable[[], str] = lambda: "",
 ) -> SampledStep:
     """The rollouts of `state.step` with their rewards and advantages. A collective over all ranks.
 
@@ -46,11 +47,15 @@ def collect_step(
     Args:
         source: provides the rollouts; None on ranks that are not the head of a replica.
         restore: see `loop/restore.py`.
+        failure: what a verifier failed on last.
+
+    Raises:
+        RewardError: of all replicas' responses none could be scored; on the heads of replicas.
     """
     loop, dynamic = config.loop, config.loop.dynamic_sampling
     groups: list[JudgedGroup] = []
     metrics: dict[str, Metric] = {}
-    num_kept = num_prompts = num_rounds = 0
+    num_kept = num_prompts = num_rounds = num_responses = num_scored = 0
     while num_kept < loop.prompts_per_step and num_rounds < dynamic.max_rounds:
         request = RolloutRequest(
             step=state.step,
@@ -65,8 +70,17 @@ def collect_step(
         num_prompts += counts[0]
         num_rounds += counts[1]
         num_kept += counts[2]
+        num_responses += counts[3]
+        num_scored += counts[4]
         if is_whole_step or not dynamic.enabled:
             break
+    # Only the heads know a cause, and the first rank that fails reports.
+    if num_responses and not num_scored and replicas.is_replica_head:
+        cause = failure()
+        raise RewardError(
+            f"reward: expected scores for step {state.step}, got none: none of its "
+            f"{num_responses} responses could be scored{f'; {cause}' if cause else ''}"
+        )
     return SampledStep(
         groups=tuple(groups), num_prompts=num_prompts, num_rounds=num_rounds, metrics=metrics
     )
@@ -90,24 +104,26 @@ def _take(
 
 def _judge(
     taken: TakenRollouts | None, replicas: Replicas, config: Config, phase: Phase
-) -> tuple[list[JudgedGroup], Mapping[str, Metric], tuple[int, int, int], bool]:
+) -> tuple[list[JudgedGroup], Mapping[str, Metric], tuple[int, int, int, int, int], bool]:
     """This replica's groups of one round and its source's metrics; and, on every rank, the numbers
-    of prompts, rounds and kept groups over all replicas, and whether these are all groups of the
-    step.
+    of prompts and rounds, and of kept groups, responses and scored responses over all replicas, and
+    whether these are all groups of the step.
 
     Every round ends with a collective, so that no rank waits in one for longer than a round takes.
     """
     groups: list[JudgedGroup] = []
     metrics: Mapping[str, Metric] = {}
-    counts, is_whole_step = (0, 0, 0), False
+    counts, is_whole_step = (0, 0, 0, 0, 0), False
     if taken is not None:
         groups = [judge(scored, config) for scored in taken.groups]
-        counts = (taken.num_prompts, taken.num_rounds, sum(any(each.is_kept) for each in groups))
+        num_kept = sum(any(each.is_kept) for each in groups)
+        failures = [score.failure for each in groups for score in each.scores]
+        own = torch.tensor([num_kept, len(failures), failures.count(None)], dtype=torch.float64)
         is_whole_step, metrics = taken.is_whole_step, taken.metrics
     with phase("rollout"):  # the seconds in which a replica waits for the slowest one
         if taken is not None:
-            num_kept = torch.tensor([counts[2]], dtype=torch.float64)
-            counts = (*counts[:2], int(replicas.reducer()(num_kept, "sum")))
+            kept, responses, scored = map(int, replicas.reducer()(own, "sum").tolist())
+            counts = (taken.num_prompts, taken.num_rounds, kept, responses, scored)
         counts, is_whole_step = replicas.from_replica_head((counts, is_whole_step))
     return groups, metrics, counts, is_whole_step
 

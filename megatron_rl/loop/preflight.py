@@ -25,17 +25,14 @@ from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint, saved_run_state
 from megatron_rl.learner.model.implementations import check_implementations
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
+from megatron_rl.loop.verifiers import check_verifiers, set_verifiers_of
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.trackers import check_trackers
 from megatron_rl.process.node import Node, this_node
 from megatron_rl.process.packages import ENGINE, check_packages
 from megatron_rl.records import Truncation
 from megatron_rl.reward.expected import answer_checks
-from megatron_rl.reward.registry import (
-    check_group_verifier,
-    check_verifier,
-    resolve_verifiers,
-)
+from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.sync.transports.transport import has_many_sources, needs_gpus
 from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import Geometry, read_geometry
@@ -87,11 +84,7 @@ def preflight(config: Config) -> Preflight:
     check_implementations(config.model, config.learner.optimizer)
     verifiers = resolve_verifiers(config.data.tasks)
     set_verifiers = set_verifiers_of(config)
-    for terms in (verifiers | set_verifiers).values():
-        for term in terms:
-            check_verifier(term.verifier)
-    if config.reward.group_verifier:
-        check_group_verifier(config.reward.group_verifier)
+    check_verifiers(config)
     check_trackers(config.tracking)
     check_replay(config)
     check_routing_replay(config, geometry)
@@ -215,15 +208,6 @@ def prepare_sets(
     """
     checks = answer_checks(set_verifiers_of(config))
     return open_sets(config, tokenizer, context_of(config, geometry), watch, checks)
-
-
-def set_verifiers_of(config: Config) -> dict[str, tuple[RewardTerm, ...]]:
-    """The verifiers of the named sets, by source.
-
-    Raises:
-        ConfigError: see `resolve_verifiers`.
-    """
-    return resolve_verifiers(tuple(config.eval.used_sets().values()), "eval.sets")
 
 
 def check_stop_tokens(config: Config, geometry: Geometry) -> None:

@@ -32,7 +32,7 @@ from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.engines import RunEngines
 from megatron_rl.loop.environments import make_environment, single_turn
 from megatron_rl.loop.evaluate import Evaluator
-from megatron_rl.loop.expected import MAX_ANSWERS, try_expected_answers
+from megatron_rl.loop.expected import MAX_ANSWERS, check_own_functions, try_expected_answers
 from megatron_rl.loop.hf_checkpoints import forget_later_hf
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
@@ -41,6 +41,7 @@ from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
 from megatron_rl.loop.sources import replay_source, sampling_source
 from megatron_rl.loop.state import LoopState, initial_state
 from megatron_rl.loop.stop import forget_request
+from megatron_rl.loop.verifiers import verifier_keys_of
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.process.beats import Beats
@@ -65,7 +66,7 @@ class Run:
     stopwatch=Stopwatch(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
     crew=Crew(...), inputs={...}, was_resumed=False, source=None,
     evaluator=None, link=None, contributor=None,
-    meter=Meter(...))`.
+    meter=Meter(...), scorer=None)`.
     """
 
     config: Config
@@ -84,11 +85,16 @@ class Run:
     link: EngineLink | None  # on rank 0, unless rollouts are replayed
     contributor: Contributor | None  # on the other sources of the weights
     meter: Meter  # of the machines' use
+    scorer: Scorer | None  # on the heads of the replicas, unless rollouts are replayed
 
     @property
     def sender(self) -> EngineLink | Contributor | None:
         """What this rank publishes weights with; None if it sends none."""
         return self.link or self.contributor
+
+    def failure(self) -> str:
+        """What a verifier failed on last, on this rank; "" if nothing is known."""
+        return self.scorer.last_failure if self.scorer else ""
 
 
 @contextmanager
@@ -150,9 +156,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             crew = Crew(engines, addresses, roster, parallel, config.rollout, recorder.say)
         contributor = None if link else _contributor(config, parallel, stack)
         meter = _meter(config, learner, addresses, stack)
-        _tell_resumption(checked, state, recorder)
-        recorder.say(f"learner: {learner.implementations}")
-        recorder.say(f"log-probs: {learner.logprob_backend}")
+        _tell_start(checked, state, learner, recorder)
         for line in (*replaced_keys(config), *tried, *filter(None, [meter.omission])):
             recorder.say(line)
         yield Run(
@@ -171,6 +175,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             link=link,
             contributor=contributor,
             meter=meter,
+            scorer=scorer,
         )
 
 
@@ -214,12 +219,13 @@ def _scorer(
     if not parallel.is_replica_head or config.replay:
         return None, []
     # Its processes import their verifiers while the engines load.
-    verifiers = checked.verifiers | checked.set_verifiers
-    scorer = stack.enter_context(Scorer(config.reward, verifiers))
+    verifiers, keys = checked.verifiers | checked.set_verifiers, verifier_keys_of(config)
+    scorer = stack.enter_context(Scorer(config.reward, verifiers, keys))
     if parallel.rank != 0:
         return scorer, []
     expected = checked.stream.expected_answers(MAX_ANSWERS)
     expected += questions_of(checked.sets, MAX_ANSWERS)
+    check_own_functions(expected, verifiers, keys, scorer.crashes)
     return scorer, try_expected_answers(expected, verifiers, scorer.rejections)
 
 
@@ -237,14 +243,14 @@ def _writer(config: Config) -> RolloutWriter:
     return RolloutWriter(Path(config.run_dir) / "rollouts", keep=config.rollout.keep_steps)
 
 
-def _tell_resumption(checked: Preflight, state: LoopState, recorder: Recorder) -> None:
-    if checked.checkpoint is None:
-        return
-    recorder.say(
-        f"resumed after step {state.step}, at prompt {state.next_prompt}, from {checked.checkpoint}"
-    )
-    for line in checked.changes:
-        recorder.say(f"changed since then: {line}")
+def _tell_start(checked: Preflight, state: LoopState, learner: Learner, recorder: Recorder) -> None:
+    if checked.checkpoint is not None:
+        place = f"after step {state.step}, at prompt {state.next_prompt}"
+        recorder.say(f"resumed {place}, from {checked.checkpoint}")
+        for line in checked.changes:
+            recorder.say(f"changed since then: {line}")
+    recorder.say(f"learner: {learner.implementations}")
+    recorder.say(f"log-probs: {learner.logprob_backend}")
 
 
 def _forget_later_steps(run_dir: Path, step: int) -> None:

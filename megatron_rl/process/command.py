@@ -26,7 +26,14 @@ from pathlib import Path
 
 from megatron_rl.config import Config
 from megatron_rl.config.file import load_config
-from megatron_rl.errors import ConfigError, DataError, DivergenceError, EngineError, SyncError
+from megatron_rl.errors import (
+    ConfigError,
+    DataError,
+    DivergenceError,
+    EngineError,
+    RewardError,
+    SyncError,
+)
 from megatron_rl.process.folder import (
     AGENT_VARIABLE,
     check_temporary_folder,
@@ -44,7 +51,7 @@ from megatron_rl.process.lifetime import (
 )
 from megatron_rl.process.told import has_failed, is_first_to_fail, note_stop, tell_agent
 
-USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError)
+USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError, RewardError)
 ERROR_FILE = "error.txt"
 COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
 LOST_PEER = re.compile(

@@ -7,7 +7,7 @@ replaces it after a timeout or a crash. `reward/worker.py` describes questions a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rl.config import RewardConfig
@@ -28,10 +28,11 @@ class WorkerPool:
 
     Args:
         config: the number of processes, the time limit and the group verifier.
-        verifiers: names of the verifiers of single responses that the processes import.
+        verifiers: names of the verifiers of single responses that the processes import, each with
+            the setting that names it.
     """
 
-    def __init__(self, config: RewardConfig, verifiers: Sequence[str]) -> None:
+    def __init__(self, config: RewardConfig, verifiers: Mapping[str, str]) -> None:
         self._config = config
         self._verifiers = verifiers
         self._pool = WorkerThreads(
@@ -86,7 +87,11 @@ class WorkerPool:
     def _start(self) -> WorkerProcess:
         return WorkerProcess(
             "megatron_rl.reward.worker",
-            (str(self._config.memory_gib), self._config.group_verifier, *self._verifiers),
+            (
+                str(self._config.memory_gib),
+                self._config.group_verifier,
+                *(f"{name}={key}" for name, key in sorted(self._verifiers.items())),
+            ),
             what="scoring process",
-            key="data.tasks[].verifier",
+            key=min(self._verifiers.values(), default="reward"),
         )

@@ -86,18 +86,35 @@ def _describe(terms: Sequence[RewardTerm]) -> str:
     return " + ".join(f"{term.weight:g} x {term.verifier}" for term in terms)
 
 
+def verifier_keys(questions: Mapping[str, QuestionsConfig]) -> dict[str, str]:
+    """By the name of each verifier the setting that names it first, for messages.
+
+    Args:
+        questions: tasks or sets by their settings: {"eval.sets[0]": EvalSetConfig(...)}.
+    """
+    keys: dict[str, str] = {}
+    for place, each in questions.items():
+        for number, term in enumerate(each.terms):
+            of_term = f"{place}.rewards[{number}]" if each.rewards else place
+            keys.setdefault(term.verifier, f"{of_term}.verifier")
+    return keys
+
+
 def is_built_in(name: str) -> bool:
     """Whether a verifier or group verifier is one of this package."""
     return not is_import_path(name)
 
 
-def check_verifier(name: str) -> None:
+def check_verifier(name: str, key: str = VERIFIER_KEY) -> None:
     """Refuses a verifier that cannot exist, without importing it.
+
+    Args:
+        key: the setting that names it, for messages.
 
     Raises:
         ConfigError: the name is unknown, or the module of an import path is not found.
     """
-    _check(name, VERIFIERS, VERIFIER_KEY)
+    _check(name, VERIFIERS, key)
 
 
 def check_group_verifier(name: str) -> None:
@@ -109,13 +126,16 @@ def check_group_verifier(name: str) -> None:
     _check(name, GROUP_VERIFIERS, GROUP_VERIFIER_KEY)
 
 
-def load_verifier(name: str) -> Verifier:
+def load_verifier(name: str, key: str = VERIFIER_KEY) -> Verifier:
     """Imports a verifier. Only worker processes do so, since some imports take seconds.
+
+    Args:
+        key: the setting that names it, for messages.
 
     Raises:
         ConfigError: the module cannot be imported, or has no such function.
     """
-    function = _load(name, "verifiers", "verify", VERIFIER_KEY)
+    function = _load(name, "verifiers", "verify", key)
 
     def verify(response: str, answer: str, metadata: dict[str, Any], /) -> Score:
         judged = function(response, answer, metadata)
@@ -123,7 +143,11 @@ def load_verifier(name: str) -> Verifier:
             return judged
         # A number does not tell whether an answer could be read; since the response was judged, it
         # counts as formatted.
-        return Score(reward=float(judged), is_formatted=True, failure=None)
+        try:
+            reward = float(judged)
+        except (TypeError, ValueError):
+            raise TypeError(f"expected a number or a Score, got {judged!r}") from None
+        return Score(reward=reward, is_formatted=True, failure=None)
 
     return verify
 

@@ -19,7 +19,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.records import REWARD_ROUNDING, Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.reward.answers import without_unfinished_reasoning
 from megatron_rl.reward.pool import WorkerPool
-from megatron_rl.reward.registry import check_group_verifier, check_verifier
+from megatron_rl.reward.registry import VERIFIER_KEY, check_group_verifier, check_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +36,33 @@ class Scorer:
     Args:
         verifiers: source name -> its verifiers (`reward.registry.resolve_verifiers`), or the name
             of its only one.
+        keys: verifier -> the setting that names it (`reward.registry.verifier_keys`), for messages.
 
     Raises:
         ConfigError: a verifier is unknown; raised by `score` if a verifier cannot be imported.
     """
 
     def __init__(
-        self, config: RewardConfig, verifiers: Mapping[str, Sequence[RewardTerm] | str]
+        self,
+        config: RewardConfig,
+        verifiers: Mapping[str, Sequence[RewardTerm] | str],
+        keys: Mapping[str, str] | None = None,
     ) -> None:
+        keys = keys or {}
+        self.last_failure = ""  # what a verifier failed on, of the last call with a failure
         self._verifiers: dict[str, tuple[RewardTerm, ...]] = {}
         for source, terms in verifiers.items():
             if isinstance(terms, str):
-                check_verifier(terms)
+                check_verifier(terms, keys.get(terms, VERIFIER_KEY))
                 terms = (RewardTerm(verifier=terms),)
             for term in terms:
-                check_verifier(term.verifier)
+                check_verifier(term.verifier, keys.get(term.verifier, VERIFIER_KEY))
             self._verifiers[source] = tuple(terms)
         names = {term.verifier for terms in self._verifiers.values() for term in terms}
         if config.group_verifier:
             check_group_verifier(config.group_verifier)
         self._config = config
-        self._pool = WorkerPool(config, sorted(names))
+        self._pool = WorkerPool(config, {name: keys.get(name, VERIFIER_KEY) for name in names})
 
     def __enter__(self) -> Scorer:
         return self
@@ -140,8 +146,12 @@ class Scorer:
                 for prompt, response, term in asked
             ]
         )
-        judged_by = [(prompt, term.verifier) for prompt, _, term in asked]
-        _log_failures(answers, "responses", judged_by)
+        judged_by = [
+            (number, prompt, term.verifier)
+            for number, (prompt, _) in enumerate(responses)
+            for term in self._verifiers[prompt.source]
+        ]
+        self._log_failures(answers, "responses", judged_by)
         remaining = iter(answers)
         return [
             _sum([(term, next(remaining)) for term in self._verifiers[prompt.source]])
@@ -168,6 +178,32 @@ class Scorer:
         )
         return [_rejection(answer) for answer in answers]
 
+    def crashes(self, prompts: Sequence[Prompt], verifier: str) -> list[str | None]:
+        """For each prompt, the error with which a verifier fails on the expected answer as a
+        response, or `reward.group_verifier` on a group of two such responses; None if it returns
+        what it should, or takes too long.
+
+        Raises:
+            ConfigError: see `score`.
+        """
+        score = Score(reward=1.0, is_formatted=True, failure=None)
+
+        def question(prompt: Prompt) -> dict[str, Any]:
+            asked = {"answer": prompt.answer, "metadata": prompt.metadata}
+            if verifier != self._config.group_verifier:
+                return asked | {"verifier": verifier, "response": prompt.answer}
+            return asked | {
+                "responses": [prompt.answer] * 2,
+                "scores": [asdict(score)] * 2,
+                "num_tokens": [1, 1],
+            }
+
+        answers = self._pool.ask([question(prompt) for prompt in prompts])
+        return [
+            answer["error"] if answer.get("failure") == "crash" and "error" in answer else None
+            for answer in answers
+        ]
+
     def _shown(self, prompt: Prompt, rollout: Rollout) -> str:
         if self._config.skip_unfinished_reasoning:
             return without_unfinished_reasoning(rollout.text, prompt.text)
@@ -192,7 +228,8 @@ class Scorer:
             ]
         )
         name = self._config.group_verifier
-        _log_failures(answers, "groups", [(group.prompt, name) for group in groups])
+        judged_by = [(number, group.prompt, name) for number, group in enumerate(groups)]
+        self._log_failures(answers, "groups", judged_by)
         return [
             of_group
             if "failure" in answer
@@ -202,6 +239,40 @@ class Scorer:
             )
             for of_group, answer in zip(scores, answers, strict=True)
         ]
+
+    def _log_failures(
+        self,
+        answers: Sequence[dict[str, Any]],
+        what: str,
+        judged_by: Sequence[tuple[int, Prompt, str]],
+    ) -> None:
+        """Log a warning about the failures among the workers' answers, quoting the first one in
+        full.
+
+        Args:
+            what: the judged objects, in the plural.
+            judged_by: for each answer, the number of the judged object, from 0, its prompt, and the
+                name of the verifier.
+        """
+        failed = [
+            (*each, answer) for each, answer in zip(judged_by, answers) if answer.get("failure")
+        ]
+        if not failed:
+            return
+        _, prompt, verifier, first = failed[0]
+        self.last_failure = (
+            f"prompt {prompt.index} of {prompt.source}, verifier {verifier}: {first.get('error')}"
+        )
+        # An object counts once, by the first of its verifiers that failed.
+        kinds = {number: answer["failure"] for number, *_, answer in reversed(failed)}
+        logger.warning(
+            "reward: %d of %d %s could not be scored (%s); the first: %s",
+            len(kinds),
+            judged_by[-1][0] + 1,
+            what,
+            ", ".join(f"{count} {kind}" for kind, count in Counter(kinds.values()).items()),
+            self.last_failure,
+        )
 
 
 def _sum(answers: Sequence[tuple[RewardTerm, dict[str, Any]]]) -> Score:
@@ -226,33 +297,6 @@ def _rejection(answer: dict[str, Any]) -> str | None:
         return answer.get("error", answer["failure"])
     is_accepted = answer["reward"] >= 1.0 - REWARD_ROUNDING
     return None if is_accepted else f"reward {answer['reward']:g}"
-
-
-def _log_failures(
-    answers: Sequence[dict[str, Any]], what: str, judged_by: Sequence[tuple[Prompt, str]]
-) -> None:
-    """Log a warning about the failures among the workers' answers, quoting the first one in full.
-
-    Args:
-        what: the judged objects, in the plural.
-        judged_by: for each answer, the prompt and the name of the verifier.
-    """
-    failed = [(each, answer) for each, answer in zip(judged_by, answers) if answer.get("failure")]
-    if not failed:
-        return
-    counts = Counter(answer["failure"] for _, answer in failed)
-    (prompt, verifier), first = failed[0]
-    logger.warning(
-        "reward: %d of %d %s could not be scored (%s); the first: prompt %d of %s, verifier %s: %s",
-        len(failed),
-        len(answers),
-        what,
-        ", ".join(f"{count} {kind}" for kind, count in counts.items()),
-        prompt.index,
-        prompt.source,
-        verifier,
-        first.get("error"),
-    )
 
 
 def failed_score(rollout: Rollout) -> Score:

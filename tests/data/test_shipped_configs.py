@@ -9,7 +9,7 @@ from megatron_rl.config.file import load_config, replaced_keys
 from megatron_rl.data.evaluation_sets import open_sets
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.errors import DataError
-from megatron_rl.loop.preflight import set_verifiers_of
+from megatron_rl.loop.verifiers import set_verifiers_of
 from megatron_rl.reward.expected import answer_checks
 from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.reward.score import Scorer

@@ -20,7 +20,7 @@ from megatron_rl.config import (
     RolloutConfig,
     SamplingConfig,
 )
-from megatron_rl.errors import EngineError, EnginesLostError
+from megatron_rl.errors import EngineError, EnginesLostError, RewardError
 from megatron_rl.loop.collect import collect_step, has_signal, judge
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.constraint import DualVariable
@@ -322,7 +322,46 @@ def test_a_recorded_step_is_taken_whole() -> None:
 
 
 def test_a_rank_that_is_no_head_learns_the_counts() -> None:
-    parallel = FakeParallel(is_replica_head=False, head_value=((4, 1, 4), False))
+    parallel = FakeParallel(is_replica_head=False, head_value=((4, 1, 4, 8, 8), False))
     sampled = collect_step(None, parallel, make_state(), make_config(is_dynamic=True), phase)
     assert (sampled.groups, sampled.num_prompts, sampled.num_rounds) == ((), 4, 1)
     assert parallel.log == ["from_replica_head"]
+
+
+class FailingSource(FakeSource):
+    """None of its responses could be scored, except in the rounds from `first_scored` on."""
+
+    def __init__(self, first_scored: int) -> None:
+        super().__init__()
+        self._first_scored = first_scored
+
+    def take(self, request: RolloutRequest) -> TakenRollouts:
+        taken = super().take(request)
+        if len(self.requests) > self._first_scored:
+            return taken
+        groups = tuple(scored(each.group.prompt.index, None, None) for each in taken.groups)
+        return replace(taken, groups=groups)
+
+
+def test_a_step_without_a_single_score_ends_the_run() -> None:
+    config, state = make_config(), make_state()
+    with pytest.raises(RewardError) as caught:
+        collect_step(
+            *(FailingSource(1), FakeParallel(), state, config, phase),
+            failure=lambda: "prompt 8 of sums, verifier own:fn: KeyError: 'x'",
+        )
+    assert str(caught.value) == (
+        "reward: expected scores for step 3, got none: none of its 8 responses could be scored; "
+        "prompt 8 of sums, verifier own:fn: KeyError: 'x'"
+    )
+    # Another replica, or a later round, has scores.
+    collect_step(FailingSource(1), FakeParallel(others=2.0), state, config, phase)
+    collect_step(FailingSource(1), FakeParallel(), state, make_config(is_dynamic=True), phase)
+    with pytest.raises(RewardError, match="none of its 24 responses"):
+        collect_step(
+            *(FailingSource(9), FakeParallel(), state),
+            *(make_config(is_dynamic=True, max_rounds=3), phase),
+        )
+    # A rank that is no head leaves the report to one that knows the cause.
+    parallel = FakeParallel(is_replica_head=False, head_value=((4, 1, 0, 8, 0), False))
+    assert collect_step(None, parallel, state, config, phase).groups == ()

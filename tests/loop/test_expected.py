@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
+
 from megatron_rl.config import RewardTerm
-from megatron_rl.loop.expected import try_expected_answers
+from megatron_rl.errors import ConfigError
+from megatron_rl.loop.expected import check_own_functions, try_expected_answers
 from megatron_rl.records import Prompt
 
 
@@ -68,3 +71,36 @@ def test_a_slow_verifier_does_not_hold_the_start_up():
     )
     assert "of 1,000 expected answers" in line
     assert batches == [4, 8, 16, 32, 64, 128, 256, 492]
+
+
+def test_a_function_that_fails_on_every_answer_ends_the_start():
+    of_source = {
+        "sums": (RewardTerm(verifier="exact"), RewardTerm(verifier="own:broken")),
+        "words": (RewardTerm(verifier="own:fn"),),
+    }
+    keys = {"exact": "data.tasks[0].rewards[0].verifier", "own:fn": "data.tasks[1].verifier"}
+    broken = keys | {"own:broken": "data.tasks[0].rewards[1].verifier"}
+    expected = answers(*map(str, range(100))) + answers("7", "", source="words")
+    asked = []
+
+    def crashes(prompts: Sequence[Prompt], verifier: str) -> list[str | None]:
+        asked.append((verifier, [prompt.answer for prompt in prompts]))
+        if verifier == "own:fn":  # fails where there is no answer
+            return [None if prompt.answer else "KeyError: 'x'" for prompt in prompts]
+        return ["KeyError: 'no_such_column' (own.py:3)"] * len(prompts)
+
+    check_own_functions(expected, of_source, keys, crashes)
+    assert asked == [("own:fn", ["7", ""])]
+    asked.clear()
+    with pytest.raises(ConfigError) as caught:
+        check_own_functions(expected, of_source, broken, crashes)
+    assert str(caught.value) == (
+        "data.tasks[0].rewards[1].verifier: expected a function that returns a finite number, got "
+        "an error from own:broken on each of 4 expected answers, tried as responses; the first: "
+        "KeyError: 'no_such_column' (own.py:3)"
+    )
+    assert asked[-1] == ("own:broken", ["0", "25", "50", "75"])
+    of_groups = {"own:group": "reward.group_verifier"}
+    with pytest.raises(ConfigError, match=r"reward\.group_verifier: .*a finite number for each"):
+        check_own_functions(expected, of_source, of_groups, crashes)
+    check_own_functions([], of_source, broken, crashes)  # nothing to try

@@ -18,6 +18,7 @@ from megatron_rl.config import (
     EvalSetConfig,
     LoopConfig,
     ModelConfig,
+    RewardTerm,
     SamplingConfig,
     TaskConfig,
 )
@@ -63,6 +64,9 @@ class FakeContext:
         return []
 
     score_texts = score
+
+    def crashes(self, prompts: Any, verifier: str) -> list[str | None]:
+        return ["KeyError: 'x' (own.py:3)"] * len(prompts)
 
     def rejections(self, prompts: Any) -> list[str | None]:
         return [None if prompt.answer == "2" else "not 2" for prompt in prompts]
@@ -250,6 +254,18 @@ def test_the_expected_answers_are_checked(
     with pytest.raises(DataError, match=expected), start_run(config, Progress()):
         pass
     assert log == []
+
+
+def test_a_function_that_fails_on_every_expected_answer_ends_the_start(
+    log: list[str], monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tiny_checkpoint)
+    terms = [RewardTerm(verifier="exact"), RewardTerm(verifier="json:loads")]
+    task = replace(config.data.tasks[0], verifier="auto", rewards=terms)
+    config = replace(config, data=replace(config.data, tasks=[task]))
+    expected = r"^data\.tasks\[0\]\.rewards\[1\]\.verifier: .* json:loads .* KeyError: 'x' \(own"
+    with pytest.raises(ConfigError, match=expected):
+        start_as(monkeypatch, config, RankParallel())
 
 
 def test_a_resumed_run_takes_the_state_and_forgets_later_steps(

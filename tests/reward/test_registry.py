@@ -2,13 +2,14 @@
 
 import pytest
 
-from megatron_rl.config import RewardTerm, TaskConfig
+from megatron_rl.config import EvalSetConfig, RewardTerm, TaskConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import Score
 from megatron_rl.reward.registry import (
     check_verifier,
     load_verifier,
     resolve_verifiers,
+    verifier_keys,
     verifiers_apart,
 )
 
@@ -57,6 +58,20 @@ def test_several_verifiers_of_a_task():
                 TaskConfig(name="a", path="b.jsonl", verifier="exact"),
             ]
         )
+
+
+def test_the_setting_that_names_a_verifier():
+    several = [RewardTerm(verifier="exact"), RewardTerm(verifier="own:fn")]
+    questions = {
+        "data.tasks[0]": TaskConfig(path="a.jsonl", rewards=several),
+        "eval.sets[3]": EvalSetConfig(name="b", path="b.jsonl", verifier="own:other"),
+        "eval.sets[4]": EvalSetConfig(name="c", path="c.jsonl", verifier="own:fn"),
+    }
+    assert verifier_keys(questions) == {
+        "exact": "data.tasks[0].rewards[0].verifier",
+        "own:fn": "data.tasks[0].rewards[1].verifier",
+        "own:other": "eval.sets[3].verifier",
+    }
 
 
 def test_check_verifier():

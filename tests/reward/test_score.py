@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_rl.config import RewardConfig
+from megatron_rl.config import RewardConfig, RewardTerm
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import Score
 from megatron_rl.reward.score import Scorer, best_constant_answer, rewards_of
@@ -102,6 +102,17 @@ def test_a_crash_is_a_crash_and_the_pool_goes_on(own_verifier, how):
         (scores,) = scorer.score([make_group(["a", how, "bb", how, "ccc"])])
     assert failures(scores) == [None, "crash", None, "crash", None]
     assert [score.reward for score in scores] == [1.0, 0.0, 2.0, 0.0, 3.0]
+
+
+def test_responses_are_counted_once_if_they_have_several_verifiers(own_verifier, caplog):
+    terms = [RewardTerm(verifier="exact"), RewardTerm(verifier=own_verifier["own"])]
+    with Scorer(RewardConfig(num_workers=1), {"own": terms}) as scorer:
+        assert scorer.last_failure == ""
+        scorer.score([make_group(["raise", "a"]), make_group(["raise", "nan"])])
+    assert "3 of 4 responses could not be scored (3 crash); the first: prompt 5 of" in caplog.text
+    assert scorer.last_failure.startswith(
+        "prompt 5 of own, verifier scratch_verifiers:act: KeyError: "
+    )
 
 
 def test_the_log_tells_how_it_ended(own_verifier, caplog):
