@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from megatron_rl.errors import DataError
 from megatron_rl.objective.log_odds import CONFIDENCES
@@ -25,7 +26,10 @@ from megatron_rl.observe.run_log import Record, read_metrics
 SIGNAL = "constraint/signal/mean"
 QUANTILES = (1, 25, 50, 75, 99)  # of the log-odds displacement, in per cent
 BLUE, ORANGE, RED, GREEN, GREY = "#2563a8", "#d9822b", "#c23b3b", "#2f8f5b", "#5f6b7a"
-COLORS = (BLUE, ORANGE, GREEN, RED, GREY, "#7a4fa3")  # of runs that are compared
+PURPLE, TEAL, BROWN = "#7a4fa3", "#1f8a8a", "#8a5a2b"
+COLORS = (BLUE, ORANGE, GREEN, RED, GREY, PURPLE)  # of runs that are compared
+SET_COLORS = (GREEN, PURPLE, TEAL, BROWN, RED, GREY)  # of evaluation sets
+LABEL_GAP = 0.07  # of the axis, between two labels of the same step
 COMPARED = {
     "reward/mean": "reward",
     "discrepancy/mean": "discrepancy",
@@ -99,8 +103,8 @@ def compare_runs(runs: Mapping[str, Sequence[Record]], output: Path) -> None:
             for (name, records), color in zip(runs.items(), itertools.cycle(COLORS)):
                 _draw_curve(axes, records, key, color=color, label=name)
             axes.set_ylabel(label)
-        all_axes[0, 0].legend(loc="best", fontsize=8)
-        all_axes[-1, 0].set_xlabel("step")
+        _add_legend(all_axes[0, 0])
+        _number_steps(all_axes[-1, 0])
         figure.savefig(output, dpi=150)
         pyplot.close(figure)
 
@@ -139,13 +143,16 @@ def plot_run(records: Sequence[Record], output: Path, *, title: str) -> None:
             tolerance = "constraint/signal/tolerance"
             _draw_gap(axes["signal"], records, SIGNAL, tolerance, "constrained signal")
             axes["signal"].set_ylabel("signal")
-        axes["lambda"].plot(*series(records, "constraint/lambda"), color=ORANGE, linewidth=2)
+        steps, values = series(records, "constraint/lambda")
+        axes["lambda"].plot(steps, values, _marker(steps), color=ORANGE, linewidth=2)
         axes["lambda"].set_ylabel("lambda")
-        axes["lambda"].set_xlabel("step")
+        _number_steps(axes["lambda"])
+        first, last = records[0]["step"], records[-1]["step"]
+        room = 0.09 * max(1, last - first)  # for the labels at both ends of the curves
+        axes["lambda"].set_xlim(first - room, last + room)
         if "log-odds" in axes:
             _draw_log_odds(axes["log-odds"], records)
         figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
-        figure.align_ylabels()
         figure.savefig(output, dpi=150)
         pyplot.close(figure)
 
@@ -174,7 +181,63 @@ def _draw_curve(axes: Axes, records: Sequence[Record], key: str, *, color: str, 
     window = max(1, len(values) // 10)
     if window > 2:
         axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-    axes.plot(steps, smooth(values, window), color=color, linewidth=2, label=label)
+    curve = smooth(values, window)
+    axes.plot(steps, curve, _marker(steps), color=color, linewidth=2, label=label)
+
+
+def _marker(steps: Sequence[int]) -> str:
+    """The form of a curve: a single value is a dot, since it makes no line."""
+    return "o" if len(steps) == 1 else "-"
+
+
+def _number_steps(axes: Axes) -> None:
+    """Name the axis of steps, with ticks at whole steps only."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("step")
+
+
+def _add_legend(axes: Axes) -> None:
+    """Put the legend above the panel, where it covers nothing."""
+    if handles := axes.get_legend_handles_labels()[0]:
+        place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.1}
+        axes.legend(**place, ncols=min(3, len(handles)), fontsize=9)
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Where the labels of these values go: at the values, or higher where the one below is near.
+
+    Args:
+        gap: the smallest distance of two labels, in the unit of the values.
+    """
+    places = list(values)
+    highest = float("-inf")
+    for index in sorted(range(len(values)), key=values.__getitem__):
+        places[index] = highest = max(values[index], highest + gap)
+    return places
+
+
+def _label_ends(axes: Axes, curves: Sequence[tuple[list[int], list[float], str]]) -> None:
+    """Write the first and the last value beside each curve (steps, values, colour)."""
+    bottom, top = axes.get_ylim()
+    for end, align, offset in ((0, "right", -8), (-1, "left", 8)):
+        ends = [
+            (steps[end], values[end], color)
+            for steps, values, color in curves
+            if len(steps) > (end != 0)  # a single value is its first
+        ]
+        places = spread([value for _, value, _ in ends], LABEL_GAP * (top - bottom))
+        for (step, value, color), place in zip(ends, places, strict=True):
+            axes.annotate(
+                f"{value:.2f}",
+                (step, place),
+                textcoords="offset points",
+                xytext=(offset, 0),
+                ha=align,
+                va="center",
+                annotation_clip=False,
+                color=color,
+                fontweight="bold",
+            )
 
 
 def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
@@ -183,24 +246,18 @@ def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
     matches = [
         match for key in sorted(keys) if (match := AT_K.fullmatch(key)) and match[2] == "avg"
     ]
-    for match, marker in zip(matches, itertools.cycle("o^sDvP*")):
+    curves = []
+    for match, marker, color in zip(
+        matches, itertools.cycle("o^sDvP*"), itertools.cycle(SET_COLORS)
+    ):
         steps, values = series(records, match[0])
         name = evaluation_label(match[0]) + ("" if match[1] else ", held out")
-        axes.plot(steps, values, f"{marker}--", color=GREEN, linewidth=1, markersize=7, label=name)
-        for step, value in zip(steps, values):
-            axes.annotate(
-                f"{value:.2f}",
-                (step, value),
-                textcoords="offset points",
-                xytext=(0, 9),
-                ha="center",
-                color=GREEN,
-                fontweight="bold",
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-            )
-    axes.margins(y=0.18)
+        axes.plot(steps, values, f"{marker}--", color=color, linewidth=1, markersize=7, label=name)
+        curves.append((steps, values, color))
+    axes.margins(y=0.18)  # room for the labels, which are moved upwards
+    _label_ends(axes, curves)
     axes.set_ylabel("reward")
-    axes.legend(loc="lower right")
+    _add_legend(axes)
 
 
 def _draw_gap(
@@ -214,7 +271,7 @@ def _draw_gap(
         _, gaps = series(records, key)
         top = 1.15 * max(*gaps, *tolerances) if gaps else None
         axes.set_ylim(bottom=0, top=top)
-    axes.legend(loc="upper right", ncols=2)
+    _add_legend(axes)
 
 
 def _draw_log_odds(axes: Axes, records: Sequence[Record]) -> None:
@@ -238,8 +295,7 @@ def _draw_log_odds(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_xlim(-0.6, len(CONFIDENCES) - 0.4)
     axes.set_xlabel("p_inf of the sampled token")
     axes.set_ylabel("logit p_train - logit p_inf")
-    axes.margins(y=0.2)  # room for the legend
-    axes.legend(loc="upper right", ncols=2)
+    _add_legend(axes)
 
 
 def tenth(records: Sequence[Record], key: str, is_last: bool) -> float | None:

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from matplotlib import image
+from matplotlib import image, pyplot
 
 from megatron_rl.observe.run_log import RunLog
-from tools.plot_run import main, tenth
+from tools.plot_run import _number_steps, main, spread, tenth
 
 BLUE, ORANGE, RED, GREEN = (37, 99, 168), (217, 130, 43), (194, 59, 59), (47, 143, 91)
-GREY = (95, 107, 122)
+GREY, PURPLE = (95, 107, 122), (122, 79, 163)
 
 
 def colors_of(path: Path) -> set[tuple[int, int, int]]:
@@ -27,6 +27,30 @@ def test_every_curve_is_drawn(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"picture: {tmp_path / 'curves.png'}\n"
     assert {BLUE, ORANGE, RED, GREEN} <= colors_of(tmp_path / "curves.png")
+
+
+def test_every_evaluation_set_has_a_colour_of_its_own(tmp_path):
+    with RunLog(tmp_path / "metrics.jsonl", keep_through=-1) as log:
+        for step in (0, 1):
+            log.write(step, {"eval/easy/avg_at_4": 0.5 + step / 10, "eval/hard/avg_at_4": 0.1})
+    assert main([str(tmp_path)]) == 0
+    assert {GREEN, PURPLE} <= colors_of(tmp_path / "curves.png")
+
+
+def test_labels_that_are_near_are_moved_up():
+    assert spread([0.5, 0.1, 0.11], 0.05) == [0.5, 0.1, pytest.approx(0.15)]
+    assert spread([0.3, 0.3, 0.31], 0.1) == [pytest.approx(0.3 + 0.1 * n) for n in range(3)]
+    assert spread([], 0.1) == []
+
+
+def test_steps_are_whole_numbers():
+    figure, axes = pyplot.subplots()
+    axes.plot([0, 1, 2], [0.0, 1.0, 2.0])
+    _number_steps(axes)
+    figure.canvas.draw()
+    ticks = axes.get_xticks()
+    pyplot.close(figure)
+    assert 1.0 in ticks and all(tick == int(tick) for tick in ticks)
 
 
 def test_another_constrained_signal_has_a_panel(tmp_path):
