@@ -36,6 +36,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 import torch
 from matplotlib import pyplot
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -302,6 +303,11 @@ def draw(gaps: Sequence[Gap], path: Path) -> None:
     axes.set_yticks(positions, [gap.name for gap in gaps])
     axes.invert_yaxis()
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    # Over few decades matplotlib would label every minor tick, each over its neighbour.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("mean |p_train - p_inf| over sampled tokens, two standard errors")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

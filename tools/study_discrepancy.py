@@ -31,6 +31,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from megatron_rl.errors import ConfigError, DataError, EngineError
 from megatron_rl.observe.run_log import read_metrics
@@ -342,6 +343,7 @@ def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
     grid.flat[0].legend(frameon=False, fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, x=0.02, ha="left", fontweight="bold")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
