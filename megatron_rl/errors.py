@@ -33,3 +33,9 @@ class DivergenceError(RuntimeError):
 
 class RewardError(RuntimeError):
     """No response of a step could be scored."""
+
+
+class BrokenUpdateError(DivergenceError):
+    """A number of an update is not finite. No rank has taken the optimizer's step: weights, moments
+    and schedule are as before. Raised on every rank, with the message of the first that found it.
+    """

@@ -391,10 +391,10 @@ class RecomputedRow:
 class StepReport:
     """The outcome of one training step, the same on every rank.
 
-    Example: `StepReport(step=12, dual_value=0.104, metrics={"discrepancy/mean": 0.0041,
-    "learner/grad_norm": 0.7})`.
+    Example: `StepReport(step=12, dual_value=0.1, metrics={"learner/grad_norm": 0.7}, problem="")`.
     """
 
     step: int
     dual_value: float  # lambda after this step's dual update
     metrics: dict[str, float]
+    problem: str  # why updates of the step were left out, in a line; "" if none was

@@ -23,7 +23,7 @@ from megatron_rl.loop.evaluate import evaluate_sets
 from megatron_rl.loop.fixed_gap import measure_fixed_gap
 from megatron_rl.loop.parity import ParityProbe
 from megatron_rl.loop.publish import publication
-from megatron_rl.loop.record import record_rollouts, save_hf_checkpoint, save_step
+from megatron_rl.loop.record import end_step, record_rollouts, save_hf_checkpoint
 from megatron_rl.loop.report import write_metrics
 from megatron_rl.loop.rest import engines_asleep, make_room
 from megatron_rl.loop.run import start_run
@@ -45,6 +45,8 @@ def train(config: Config, progress: Progress) -> None:
         told = (run.recorder, run.stopwatch, parallel, run.verifiers, run.meter.measure)
         report = partial(write_metrics, *told)
         make_room(learner, config)
+        end = partial(end_step, learner, state, config, run.inputs, run.source, run.writer)
+        end = partial(end, run.checkpoints, run.recorder.say, phase, asleep)
         parity = publish()
         if run.was_resumed:
             run.stopwatch.take()  # discard the seconds of the start; they belong to no step
@@ -79,12 +81,10 @@ def train(config: Config, progress: Progress) -> None:
             parity |= acceptance.decide(sampled)
             record_rollouts(run.writer, sampled, rows, parallel, step, config, phase)
             figures = evaluate() | fixed_gap() if should_evaluate(config, step) else {}
-            # The line is written before the checkpoint: then every step up to a checkpoint has its
-            # line, and a resumed run removes the lines of the steps that it repeats.
+            # Before the checkpoint: a resumed run removes the lines of the steps that it repeats.
             warning = state.dual.warning()
             report(step, update.metrics, parity, figures, sampled=sampled, warning=warning)
-            if save_step(learner, state, config, run.inputs, run.source, run.writer, phase, asleep):
-                run.recorder.say(f"stopped after step {step}, as it was asked to")
+            if end(update):
                 return
         saved = None
         if config.checkpoint.save_hf:

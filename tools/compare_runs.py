@@ -31,6 +31,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from megatron_rl.learner.model.checkpoint_sums import SUMS
+
 PLACES = re.compile(r"settings/(run_dir|replay|model\.path|data\.tasks\.\d+\.path(\.\d+)?)")
 TIME_WORDS = {"time", "second", "seconds", "ms", "duration"}
 ABSENT = "absent"
@@ -233,8 +235,8 @@ def read_folder(folder: Path, name: str) -> Contents:
             contents |= read_folder(path, below)
         elif path.name == ".metadata":
             contents |= read_shards(folder, name)
-        elif path.suffix == ".distcp":
-            pass  # the shards of a checkpoint that has been read
+        elif path.suffix == ".distcp" or path.name == SUMS:
+            pass  # the shards of a checkpoint that has been read, and the sums of its files
         elif path.suffix == ".pt":
             contents |= flat(below, torch.load(path, map_location="cpu", weights_only=False))
         elif path.name == "run_state.json":

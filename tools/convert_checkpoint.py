@@ -35,6 +35,7 @@ from megatron_rl.config.hub import how_to_fetch, model_folder
 from megatron_rl.data.tokenizer import read_template
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.model.checkpoint_files import STATE, saved_run_state
+from megatron_rl.learner.model.checkpoint_sums import check_sums
 from megatron_rl.loop.hf_checkpoints import OF_STEPS
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.weights.agreement import check_checkpoint
@@ -110,6 +111,8 @@ def _expert_sizes(options: argparse.Namespace) -> dict[str, int]:
 def _request(options: argparse.Namespace) -> Request:
     source = Path(model_folder(options.source)).resolve()
     is_megatron = (source / METADATA).is_file() or (source / STATE).is_file()
+    if is_megatron:
+        check_sums(source)  # of a run's checkpoint
     if not is_megatron and not (source / "config.json").is_file():
         raise DataError(
             f"{source}: expected a checkpoint, with config.json (Hugging Face) or {METADATA} "

@@ -85,6 +85,9 @@ class LearnerConfig:
     # batch has one update, because the update's forward pass gives the same numbers; always: never
     # skipped
     recompute: Recompute = "auto"
+    # steps in a row in which an update was left out because a number in it was not finite; one more
+    # ends the run. 0: the first one does
+    max_broken_steps: int = 3
     # TFLOP/s of one GPU in the learner's precision, for speed/mfu; 0: by the GPU's name
     peak_tflops: float = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -97,7 +100,7 @@ class LearnerConfig:
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             mini_batches_per_step=self.mini_batches_per_step,
         )
-        at_least(0, peak_tflops=self.peak_tflops)
+        at_least(0, peak_tflops=self.peak_tflops, max_broken_steps=self.max_broken_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

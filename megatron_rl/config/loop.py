@@ -75,6 +75,9 @@ class CheckpointConfig:
 
     every: int = 10  # steps; 0: only at the end
     keep: int = 2
+    # a step is held for the copy of the state to host memory alone, and a thread of each rank
+    # writes it; False: the step is held until the checkpoint is complete
+    asynchronous: bool = True
     save_hf: bool = True  # write the final weights as a Hugging Face checkpoint as well
     # steps between Hugging Face checkpoints of the weights on the way, in huggingface_steps/; all
     # of them are kept; 0: none

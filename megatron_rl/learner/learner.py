@@ -12,7 +12,7 @@ import torch
 
 from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.config.learner import MoeConfig
-from megatron_rl.errors import DivergenceError
+from megatron_rl.errors import BrokenUpdateError, DivergenceError
 from megatron_rl.learner.batch.deal import pack_rows, split_by_sample
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.export import (
@@ -43,6 +43,9 @@ from megatron_rl.weights.geometry import Geometry
 
 # Takes a row's index and the model's output for it.
 RowLoss = Callable[[int, RowOutput], LossTerms]
+# Far above a gradient that means something; the sum of the squares of 10^11 such numbers is still a
+# float32.
+LARGEST_GRADIENT = 1e13
 
 
 class Learner:
@@ -209,28 +212,24 @@ class Learner:
             The result of each row (on the last stage; empty on the others), and the gradient's norm
             before clipping; None, on every rank, if there was no optimizer step.
         Raises:
-            DivergenceError: the gradient's norm is not finite (raised on every rank), or no
-                log-prob can be computed from the logits. DataError: a label is outside the
-                vocabulary.
+            BrokenUpdateError: on every rank, if on any rank `row_loss` raises DivergenceError, no
+                log-prob can be computed from the logits, or a gradient is not finite.
+            DivergenceError: the same of the logits, on this rank alone, if ranks share rows (CP).
+            DataError: a label is outside the vocabulary.
         """
         num_kept = 0
+        problem: str | None = None
 
         def on_output(
             index: int, logits: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, object]:
-            nonlocal num_kept
-            output = row_output(
-                logits,
-                rows[index],
-                temperature=self.temperature,
-                truncation=self.truncation,
-                vocab_size=self.geometry.vocab_size,
-                parallel=self.parallel,
-                has_entropy_gradient=has_entropy_gradient,
-            )
-            # The row's loss has synchronised with the device already, so this adds no wait.
-            check_broken_rows(logits.device, f"micro-batch {index}")
-            terms = row_loss(index, output)
+            nonlocal num_kept, problem
+            terms = self._terms(rows[index], index, logits, row_loss, has_entropy_gradient)
+            if isinstance(terms, str):
+                # This rank goes on with the others, so that all decide alike afterwards.
+                problem = problem or terms
+                nothing = torch.zeros((), dtype=torch.int32, device=logits.device)
+                return 0.0 * logits.sum(), nothing, None
             num_kept += terms.num_kept
             # The ranks that share a row have the same loss; Megatron adds their counts.
             count = terms.count if self.parallel.is_row_head else torch.zeros_like(terms.count)
@@ -244,6 +243,10 @@ class Learner:
         routing = self._routers.of_update(rows, balance)
         settings = {"parallel": self.parallel, "forward_only": False, "routing": routing}
         results = run_schedule(trained.parts, rows, on_output, **settings)
+        problem = problem or self._gradient_problem()
+        if self.parallel.any_rank(problem is not None):
+            found = self.parallel.from_all_ranks(problem)
+            raise BrokenUpdateError(next(each for each in found if each is not None))
         # With a gradient of 0, momentum and weight decay would still move the weights. Only the
         # last stage knows what is kept, and all ranks must decide alike.
         if not self.parallel.any_rank(num_kept > 0):
@@ -258,6 +261,51 @@ class Learner:
                 "learner.optimizer.learning_rate, or continue from the last checkpoint"
             )
         return results, grad_norm
+
+    def _terms(
+        self,
+        row: MicroBatch,
+        index: int,
+        logits: torch.Tensor,
+        row_loss: RowLoss,
+        has_entropy_gradient: bool,
+    ) -> LossTerms | str:
+        """The loss of a row, or what is not finite in it."""
+        output = None
+        try:
+            output = row_output(
+                logits,
+                row,
+                temperature=self.temperature,
+                truncation=self.truncation,
+                vocab_size=self.geometry.vocab_size,
+                parallel=self.parallel,
+                has_entropy_gradient=has_entropy_gradient,
+            )
+            # The row's loss has synchronised with the device already, so this adds no wait.
+            check_broken_rows(logits.device, f"micro-batch {index}")
+            return row_loss(index, output)
+        except DivergenceError as error:
+            # The ranks that share a row are in its collectives, if its output is not there.
+            if output is None and self.parallel.cp_group.size() > 1:
+                raise
+            return str(error)
+
+    def _gradient_problem(self) -> str | None:
+        """What is wrong with this rank's gradient; None if it is finite."""
+        largest = [
+            torch.linalg.vector_norm(buffer.grad_data, torch.inf)
+            for part in self.trained.parts
+            for buffer in (*part.buffers, *part.expert_parallel_buffers)
+            if buffer.grad_data.numel()
+        ]
+        # Written so that NaN, for which every comparison is false, is a problem.
+        if not largest or bool((torch.stack(largest) <= LARGEST_GRADIENT).all()):
+            return None
+        return (
+            f"rank {self.parallel.rank}: expected a finite gradient, got one whose largest number "
+            f"is {float(torch.stack(largest).max()):g}; lower learner.optimizer.learning_rate"
+        )
 
     def take_router_metrics(self) -> dict[str, float]:
         """The metrics of a mixture's routers in the updates since the last call, the same on every

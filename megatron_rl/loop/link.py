@@ -14,8 +14,6 @@ from megatron_rl.records import Prompt
 from megatron_rl.rollout.environment import Environment
 from megatron_rl.sync.publish import Publisher, PublishReport
 
-SYNC_LOG = "sync.jsonl"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLink:
@@ -59,12 +57,3 @@ def log_update(path: Path, report: PublishReport) -> None:
     }
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def cut_sync_log(path: Path, step: int) -> None:
-    """Remove the updates of `step` and of later steps, because they are published again, and also a
-    last line that a killed process left incomplete.
-    """
-    if path.is_file():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-        path.write_text("".join(line for line in whole if json.loads(line)["version"] < step))

@@ -20,11 +20,10 @@ from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.data.watch import Watch
 from megatron_rl.engine.placement import place_engines
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import ConfigError
 from megatron_rl.learner.layout.parallel import check_world_size
-from megatron_rl.learner.model.checkpoint_files import latest_checkpoint, saved_run_state
 from megatron_rl.learner.model.implementations import check_implementations
-from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs, run_inputs
+from megatron_rl.loop.inputs import Inputs, run_inputs
 from megatron_rl.loop.verifiers import check_verifiers, set_verifiers_of
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.observe.trackers import check_trackers
@@ -47,9 +46,7 @@ class Preflight:
     Example: `Preflight(geometry=Geometry(...), tokenizer=..., end_token_ids=(2,),
     stream=PromptStream(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
     sets=(EvaluationSet(...),),
-    set_verifiers={"eval/aime24": (RewardTerm(verifier="math_verify"),)}, inputs={...},
-    checkpoint=Path("runs/a/checkpoints/step_000012"),
-    changes=("objective.clip_high: 0.24 became 0.28",))`.
+    set_verifiers={"eval/aime24": (RewardTerm(verifier="math_verify"),)}, inputs={...})`.
     """
 
     geometry: Geometry
@@ -60,8 +57,6 @@ class Preflight:
     sets: tuple[EvaluationSet, ...]  # that the run evaluates on
     set_verifiers: dict[str, tuple[RewardTerm, ...]]  # by source, of the named sets
     inputs: Inputs  # as they are saved with every checkpoint
-    checkpoint: Path | None  # to resume from
-    changes: tuple[str, ...]  # a line for each setting that differs from the checkpoint's
 
 
 def preflight(config: Config) -> Preflight:
@@ -93,12 +88,6 @@ def preflight(config: Config) -> Preflight:
         check_packages(ENGINE, "rollout.num_engines")
     check_gpus(config)
     check_fixed_rollouts(config)
-    inputs, checkpoint = run_inputs(config, stream, sets), checkpoint_to_resume(config)
-    changes: list[str] = []
-    if checkpoint is not None:
-        saved = saved_run_state(checkpoint).get("inputs", {})
-        check_same_inputs(saved, inputs, checkpoint)
-        changes = changed_settings(saved, inputs)
     return Preflight(
         geometry=geometry,
         tokenizer=tokenizer,
@@ -107,9 +96,7 @@ def preflight(config: Config) -> Preflight:
         verifiers=verifiers,
         sets=sets,
         set_verifiers=set_verifiers,
-        inputs=inputs,
-        checkpoint=checkpoint,
-        changes=tuple(changes),
+        inputs=run_inputs(config, stream, sets),
     )
 
 
@@ -273,23 +260,6 @@ def check_routing_replay(config: Config, geometry: Geometry) -> None:
             "learner.moe.routing_replay=rollout: expected engines on a GPU, as vLLM returns routed "
             "experts there only, got engines on the CPU; set learner.moe.routing_replay=recomputed"
         )
-
-
-def checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint that `resume` selects: none, the run's latest one, or a given folder."""
-    if config.resume == "never":
-        if latest_checkpoint(Path(config.run_dir) / "checkpoints"):
-            raise ConfigError(
-                f"resume=never: expected a run_dir without checkpoints, got {config.run_dir}, "
-                "which has some; choose another run_dir, or delete this one"
-            )
-        return None
-    if config.resume == "auto":
-        return latest_checkpoint(Path(config.run_dir) / "checkpoints")
-    folder = Path(config.resume)
-    if not folder.is_dir():
-        raise DataError(f"resume: expected auto, never or a checkpoint folder, got {folder}")
-    return folder
 
 
 def check_replay(config: Config) -> None:

@@ -15,15 +15,16 @@ from megatron_rl.errors import DataError
 from megatron_rl.learner.batch.deal import by_sample
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.checkpoint import save_checkpoint
+from megatron_rl.learner.model.checkpoint_writer import CheckpointWriter, Written
 from megatron_rl.loop.ahead import is_ahead, save_ahead
+from megatron_rl.loop.broken import count_broken
 from megatron_rl.loop.hf_checkpoints import hf_folder
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.schedule import should_save, should_save_hf
 from megatron_rl.loop.state import LoopState
 from megatron_rl.loop.stop import forget_request, is_asked_to_stop
 from megatron_rl.observe.stopwatch import Phase
-from megatron_rl.records import RecomputedRow, SampledStep
+from megatron_rl.records import RecomputedRow, SampledStep, StepReport
 from megatron_rl.rollout.recording import write_recomputed, write_step
 from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.rollout.writer import RolloutWriter
@@ -70,45 +71,60 @@ def record_rollouts(
             writer.submit(step, write)
 
 
-def save_step(
+def end_step(
     learner: Learner,
     state: LoopState,
     config: Config,
     inputs: Inputs,
     source: RolloutSource | None,
     writer: RolloutWriter,
+    checkpoints: CheckpointWriter,
+    say: Callable[[str], None],
     phase: Phase,
     asleep: Callable[[], AbstractContextManager[None]],
+    update: StepReport,
 ) -> bool:
-    """Write the checkpoints that are due at the step that has just ended: the one to resume from,
-    and the Hugging Face checkpoint. Returns whether the run was asked to stop here, before its last
-    step (`loop/stop.py`); then the first of them is due. A collective over all ranks.
+    """Count the step that has just ended, if an update was left out, and write the checkpoints that
+    are due: the one to resume from, which may be completed in the next step, and the Hugging Face
+    checkpoint. Returns whether the run was asked to stop here, before its last step
+    (`loop/stop.py`); then the first of them is due. A collective over all ranks.
 
     Args:
-        source: on the heads of the replicas; None elsewhere.
         inputs: of `loop/inputs.py`, with which a resumed run compares its own.
+        source: on the heads of the replicas; None elsewhere.
         writer: of the rollouts, which must be on disk before a checkpoint.
         asleep: the context in which the optimizer's state is on the device (rest.py); a collective.
+        say: prints a line.
+    Raises:
+        DivergenceError: there are too many steps in a row without an update.
+        DataError: a checkpoint could not be written, of this or of an earlier step.
     """
+
+    def tell(written: Written | None) -> None:
+        if written is not None and written.number == 1:  # of this process
+            say(str(written))
+
+    count_broken(state, update, config, say)
     run_dir, is_last = Path(config.run_dir), state.step == config.loop.num_steps
     is_stopping = not is_last and is_asked_to_stop(run_dir, learner.parallel)
+    tell(checkpoints.advance())
     if is_stopping or should_save(config, state.step):
         with phase("checkpoint"), asleep():
             writer.wait()  # a run that resumes here finds the rollouts of every step
+            tell(checkpoints.finish())
             if is_ahead(config):
                 save_ahead(source, state, config, learner.parallel)
-            save_checkpoint(
-                run_dir / "checkpoints",
-                learner.trained,
-                {**state.state_dict(), "inputs": inputs},
-                step=state.step,
-                keep=config.checkpoint.keep,
-            )
+            run_state = {**state.state_dict(), "inputs": inputs}
+            tell(checkpoints.save(run_state, step=state.step))
     if should_save_hf(config, state.step):
         with phase("save"):
             save_hf_checkpoint(learner, config, step=state.step)
+    if is_stopping or is_last:
+        with phase("checkpoint"):
+            tell(checkpoints.finish())
     if is_stopping:
         forget_request(run_dir, is_first=learner.parallel.rank == 0)
+        say(f"stopped after step {state.step}, as it was asked to")
     return is_stopping
 
 

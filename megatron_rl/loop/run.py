@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rl.config import Config, RewardTerm
-from megatron_rl.config.file import replaced_keys, save_config
+from megatron_rl.config.file import replaced_keys
 from megatron_rl.data.evaluation_sets import questions_of
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.load import EngineLoad
@@ -27,20 +27,22 @@ from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
-from megatron_rl.loop.ahead import AHEAD, check_ledger, is_ahead
+from megatron_rl.learner.model.checkpoint_writer import CheckpointWriter
+from megatron_rl.loop.ahead import check_ledger, is_ahead
 from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.engines import RunEngines
 from megatron_rl.loop.environments import make_environment, single_turn
 from megatron_rl.loop.evaluate import Evaluator
 from megatron_rl.loop.expected import MAX_ANSWERS, check_own_functions, try_expected_answers
-from megatron_rl.loop.hf_checkpoints import forget_later_hf
+from megatron_rl.loop.folder import SYNC_LOG, forget_later_steps, prepare_folder
 from megatron_rl.loop.inputs import Inputs
-from megatron_rl.loop.link import SYNC_LOG, EngineLink, cut_sync_log
+from megatron_rl.loop.link import EngineLink
 from megatron_rl.loop.machine import Meter
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
+from megatron_rl.loop.resume import FOLDER, Resumption, plan_resumption, verify_resumption
 from megatron_rl.loop.sources import replay_source, sampling_source
+from megatron_rl.loop.start_lines import starting_line
 from megatron_rl.loop.state import LoopState, initial_state
-from megatron_rl.loop.stop import forget_request
 from megatron_rl.loop.verifiers import verifier_keys_of
 from megatron_rl.observe.recorder import Recorder
 from megatron_rl.observe.stopwatch import Stopwatch
@@ -48,7 +50,6 @@ from megatron_rl.process.beats import Beats
 from megatron_rl.process.command import Progress
 from megatron_rl.process.node import this_node
 from megatron_rl.reward.score import Scorer
-from megatron_rl.rollout.recording import truncate_after
 from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.rollout.writer import RolloutWriter
 from megatron_rl.sync.contribute import Contributor
@@ -64,9 +65,8 @@ class Run:
     Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
     state=LoopState(...), recorder=Recorder(...), writer=RolloutWriter(...),
     stopwatch=Stopwatch(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
-    crew=Crew(...), inputs={...}, was_resumed=False, source=None,
-    evaluator=None, link=None, contributor=None,
-    meter=Meter(...), scorer=None)`.
+    crew=Crew(...), inputs={...}, was_resumed=False, source=None, evaluator=None, link=None,
+    contributor=None, meter=Meter(...), scorer=None, checkpoints=CheckpointWriter(...))`.
     """
 
     config: Config
@@ -86,6 +86,7 @@ class Run:
     contributor: Contributor | None  # on the other sources of the weights
     meter: Meter  # of the machines' use
     scorer: Scorer | None  # on the heads of the replicas, unless rollouts are replayed
+    checkpoints: CheckpointWriter
 
     @property
     def sender(self) -> EngineLink | Contributor | None:
@@ -106,6 +107,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         EngineError: an engine does not start.
     """
     checked = preflight(config)
+    planned = plan_resumption(config, checked.inputs)
     run_dir, is_first = Path(config.run_dir), int(os.environ.get("RANK", "0")) == 0
     state = initial_state(config.objective.constraint)
     # No phase is entered before there is a recorder.
@@ -114,7 +116,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
     with ExitStack() as stack:
         engines = RunEngines(config, this_node(), stack, say=lambda line: recorder.say(line))
         if is_first:
-            _prepare_folder(config, run_dir)
+            prepare_folder(config, run_dir)
             if not config.replay:
                 engines.start_first()
             print(starting_line(config), flush=True)  # the models load for up to minutes
@@ -128,13 +130,10 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         progress.others = stack.enter_context(beats).others
         # Not after an error: the other ranks would see a closed connection and report that first.
         stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
+        resumption = verify_resumption(planned, checked.inputs, parallel)
         learner = _build_learner(config, checked, parallel)
-        if checked.checkpoint is not None:
-            state.load_state_dict(load_checkpoint(checked.checkpoint, learner.trained))
-            check_ledger(state, config)
-        if is_first and not config.replay:
-            _forget_later_steps(run_dir, state.step)
-        recorder = stack.enter_context(_recorder(config, checked, parallel, state))
+        _load(resumption, learner, state, config, is_first=is_first)
+        recorder = stack.enter_context(_recorder(config, resumption, parallel, state))
         writer = stack.enter_context(_writer(config))
         scorer, tried = _scorer(config, checked, parallel, stack)
         addresses = [] if config.replay else engines.addresses(parallel)
@@ -147,6 +146,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             scorer,
             addresses,
             state=state,
+            is_changed=bool(resumption.changes),
             engines=engines,
             roster=roster,
             stack=stack,
@@ -156,8 +156,8 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             crew = Crew(engines, addresses, roster, parallel, config.rollout, recorder.say)
         contributor = None if link else _contributor(config, parallel, stack)
         meter = _meter(config, learner, addresses, stack)
-        _tell_start(checked, state, learner, recorder)
-        for line in (*replaced_keys(config), *tried, *filter(None, [meter.omission])):
+        told = resumption.told(state.step, state.next_prompt)
+        for line in (*told, *_parts_of(learner, config), *tried, *filter(None, [meter.omission])):
             recorder.say(line)
         yield Run(
             config=config,
@@ -169,33 +169,35 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             verifiers=checked.verifiers,
             crew=crew,
             inputs=checked.inputs,
-            was_resumed=checked.checkpoint is not None,
+            was_resumed=resumption.checkpoint is not None,
             source=source,
             evaluator=evaluator,
             link=link,
             contributor=contributor,
             meter=meter,
             scorer=scorer,
+            checkpoints=_checkpoints(config, learner),
         )
 
 
-def starting_line(config: Config) -> str:
-    """What is being started, which takes a while."""
-    num_ranks, num_engines = int(os.environ.get("WORLD_SIZE", "1")), config.rollout.num_engines
-    learner = f"the learner on {num_ranks} {'ranks' if num_ranks > 1 else 'rank'}"
-    if config.replay:
-        return f"starting: {learner}"
-    if not num_engines:
-        return f"starting: {learner}; the engines of rollout.urls are given"
-    logs = Path(config.run_dir) / "logs"
-    engines = f"{num_engines} {'engines' if num_engines > 1 else 'engine'} (logs in {logs})"
-    return f"starting: {engines} and {learner}"
+def _load(
+    resumption: Resumption, learner: Learner, state: LoopState, config: Config, *, is_first: bool
+) -> None:
+    """Load the checkpoint, if there is one; rank 0 deletes the records of later steps."""
+    if resumption.checkpoint is not None:
+        state.load_state_dict(load_checkpoint(resumption.checkpoint, learner.trained))
+        check_ledger(state, config)
+    if is_first and not config.replay:
+        forget_later_steps(Path(config.run_dir), state.step)
 
 
-def _prepare_folder(config: Config, run_dir: Path) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
-    forget_request(run_dir, is_first=True)
+def _checkpoints(config: Config, learner: Learner) -> CheckpointWriter:
+    return CheckpointWriter(
+        Path(config.run_dir) / FOLDER,
+        learner.trained,
+        keep=config.checkpoint.keep,
+        is_asynchronous=config.checkpoint.asynchronous,
+    )
 
 
 def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Learner:
@@ -229,38 +231,28 @@ def _scorer(
     return scorer, try_expected_answers(expected, verifiers, scorer.rejections)
 
 
-def _recorder(config: Config, checked: Preflight, parallel: Parallel, state: LoopState) -> Recorder:
+def _parts_of(learner: Learner, config: Config) -> list[str]:
+    return [
+        f"learner: {learner.implementations}",
+        f"log-probs: {learner.logprob_backend}",
+        *replaced_keys(config),
+    ]
+
+
+def _recorder(
+    config: Config, resumption: Resumption, parallel: Parallel, state: LoopState
+) -> Recorder:
     return Recorder(
         Path(config.run_dir),
         rank=parallel.rank,
         num_steps=config.loop.num_steps,
-        last_step=-1 if checked.checkpoint is None else state.step,
+        last_step=-1 if resumption.checkpoint is None else state.step,
         config=config,
     )
 
 
 def _writer(config: Config) -> RolloutWriter:
     return RolloutWriter(Path(config.run_dir) / "rollouts", keep=config.rollout.keep_steps)
-
-
-def _tell_start(checked: Preflight, state: LoopState, learner: Learner, recorder: Recorder) -> None:
-    if checked.checkpoint is not None:
-        place = f"after step {state.step}, at prompt {state.next_prompt}"
-        recorder.say(f"resumed {place}, from {checked.checkpoint}")
-        for line in checked.changes:
-            recorder.say(f"changed since then: {line}")
-    recorder.say(f"learner: {learner.implementations}")
-    recorder.say(f"log-probs: {learner.logprob_backend}")
-
-
-def _forget_later_steps(run_dir: Path, step: int) -> None:
-    """Delete the records that an interrupted process left of steps that are now repeated."""
-    truncate_after(run_dir / "rollouts", step)
-    for folder in (run_dir / "rollouts" / "eval").glob("**"):  # of the sets, too
-        truncate_after(folder, step)
-    truncate_after(run_dir / AHEAD, step)
-    cut_sync_log(run_dir / SYNC_LOG, step)
-    forget_later_hf(run_dir, step)
 
 
 def _connect(
@@ -272,6 +264,7 @@ def _connect(
     addresses: Sequence[EngineAddress],
     *,
     state: LoopState,
+    is_changed: bool,
     engines: RunEngines,
     roster: Roster,
     stack: ExitStack,
@@ -305,7 +298,7 @@ def _connect(
         config=config,
         parallel=parallel,
         time=stopwatch.time,
-        is_changed=bool(checked.changes),
+        is_changed=is_changed,
         stack=stack,
         routed=routed,
     )
@@ -380,7 +373,7 @@ def _contributor(config: Config, parallel: Parallel, stack: ExitStack) -> Contri
 
 def _describe(run_dir: Path, state: LoopState, stopwatch: Stopwatch) -> str:
     """The progress of the run, for the last line that is printed when a signal ends it."""
-    latest = latest_checkpoint(run_dir / "checkpoints")
+    latest = latest_checkpoint(run_dir / FOLDER)
     if latest is None:
         outlook = "no checkpoint was written yet"
     else:

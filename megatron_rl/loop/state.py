@@ -29,6 +29,7 @@ class LoopState:
     # the step after which the engines' current weights were published; not saved, because a resumed
     # run publishes its weights before it samples
     published_version: int = 0
+    num_broken: int = 0  # steps in a row until now without an update (loop/broken.py)
     # of a run that samples ahead, when its last checkpoint was written; otherwise every prompt
     # before `next_prompt` is used and no other
     ledger: Ledger = field(default_factory=Ledger)
@@ -45,6 +46,7 @@ class LoopState:
             "step": self.step,
             "next_prompt": self.next_prompt,
             "used_ahead": list(self.ledger.ahead),
+            "num_broken": self.num_broken,
             "dual": self.dual.state_dict(),
         }
 
@@ -57,6 +59,7 @@ class LoopState:
         self.step = state["step"]
         self.next_prompt = state["next_prompt"]
         # absent from older checkpoints
+        self.num_broken = state.get("num_broken", 0)
         self.ledger = Ledger(first=self.next_prompt, ahead=tuple(state.get("used_ahead", ())))
         self.dual.load_state_dict(state["dual"])
 

@@ -104,7 +104,7 @@ LAYOUT = {
         "learning rate": ["Multiline", ["^learner/learning_rate$"]],
         "updates skipped, and taken back": [
             "Multiline",
-            ["^learner/num_skipped_updates$", "^acceptance/is_taken_back$"],
+            ["^learner/num_(skipped|broken)_updates$", "^acceptance/is_taken_back$"],
         ],
         "J of learner minus engine": ["Multiline", ["^acceptance/loss$"]],
     },

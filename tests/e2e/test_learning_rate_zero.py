@@ -47,8 +47,8 @@ def test_nothing_changes(
         assert run.wait() == 0, run.output
         lines = run.output.splitlines()
     # What is started, the engines, the learner's implementations, what the verifiers make of the
-    # expected answers; then a line a step, the table, where the curves are; nothing that a library
-    # has to say.
+    # expected answers; then a line a step, what the checkpoint took, the table, where the curves
+    # are; nothing that a library has to say.
     starts, lines = lines[:5], lines[5:]
     starting, engines, learner, backend, expected = starts
     ranks = "2 ranks" if num_ranks else "1 rank"
@@ -61,6 +61,7 @@ def test_nothing_changes(
     assert [line.split()[:2] for line in lines[:num_lines]] == [
         ["step", str(step)] for step in range(num_lines)
     ]
+    assert lines.pop(num_lines).startswith(f"checkpoint of step {NUM_STEPS}: ")
     assert lines[num_lines] == str(run_dir)
     assert all(line[0] in "┏┃┡│└" for line in lines[num_lines + 1 : -1])
     assert lines[-1].startswith("curves: tensorboard --logdir")

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_rl.config import Config, SyncConfig
 from megatron_rl.errors import EngineError, SyncError
-from megatron_rl.loop.link import EngineLink, cut_sync_log, log_update
+from megatron_rl.loop.folder import cut_sync_log
+from megatron_rl.loop.link import EngineLink, log_update
 from megatron_rl.loop.publish import publish_weights, restore_engines
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.constraint import DualVariable

@@ -216,18 +216,30 @@ def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(
     assert len(read_tensors(run_dir / "checkpoints/step_000002")) > 20
 
 
-def test_a_truncated_checkpoint_ends_every_rank(config: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    config: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     arguments = (config, f"run_dir={run_dir}")
-    run_module("megatron_rl.train", *arguments, "loop.num_steps=4", ranks=1)
-    shard = sorted((run_dir / "checkpoints/step_000004").glob("*.distcp"))[-1]
-    with shard.open("r+b") as file:
-        file.truncate(shard.stat().st_size // 2)
-    started = time.monotonic()
-    finished = run_module("megatron_rl.train", *arguments, ranks=2, must_succeed=False)
-    assert finished.returncode != 0
-    assert time.monotonic() - started < 90
-    assert f"DataError: checkpoint {run_dir}/checkpoints/step_000004" in finished.stdout
-    assert shard.name in finished.stdout
-    told = [line for line in finished.stdout.splitlines() if line.startswith("DataError:")]
-    assert len(told) == 1  # by the first rank that meets it, and not by every rank
+    told = run_module("megatron_rl.train", *arguments, "loop.num_steps=4", ranks=1).stdout
+    assert len(re.findall(r"checkpoint of step \d: .* the step was held for ", told)) == 1
+    damaged = run_dir / "checkpoints/step_000004"
+    shard = sorted(damaged.glob("*.distcp"))[-1]
+    contents = bytearray(shard.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    shard.write_bytes(contents)
+    named = run_module(
+        "megatron_rl.train", *arguments, f"resume={damaged}", ranks=2, must_succeed=False
+    )
+    assert named.returncode != 0
+    errors = [line for line in named.stdout.splitlines() if line.startswith("DataError:")]
+    assert len(errors) == 1  # by the first rank that meets it, and not by every rank
+    assert f"checkpoint {damaged}: {shard.name} is damaged (its SHA-256 is " in errors[0]
+    resumed = run_module("megatron_rl.train", *arguments, ranks=2).stdout
+    lines = [line for line in resumed.splitlines() if " is damaged (" in line]
+    assert len(lines) == 1
+    assert f"checkpoint {damaged}: {shard.name} is damaged" in lines[0]
+    assert lines[0].endswith("going back to step_000002")
+    assert "are as they were written (SHA-256, " in resumed
+    assert "resumed after step 2, at prompt " in resumed
+    assert [line["step"] for line in metrics_of(run_dir)] == list(range(NUM_STEPS + 1))

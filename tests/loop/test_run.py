@@ -27,7 +27,8 @@ from megatron_rl.loop import engines as loop_engines
 from megatron_rl.loop import run as loop_run
 from megatron_rl.loop.inputs import run_inputs
 from megatron_rl.loop.preflight import prepare_data
-from megatron_rl.loop.run import start_run, starting_line
+from megatron_rl.loop.run import start_run
+from megatron_rl.loop.start_lines import starting_line
 from megatron_rl.process.command import Progress
 from megatron_rl.rollout.live import LiveSource
 from megatron_rl.rollout.replay import ReplaySource
@@ -294,9 +295,10 @@ def test_a_resumed_run_takes_the_state_and_forgets_later_steps(
     run = start_as(monkeypatch, config, RankParallel())
     assert run.was_resumed and run.inputs["rows"] == prompts.fingerprints()
     said = capsys.readouterr().out.splitlines()
-    assert said[:4] == [
+    assert said[:5] == [
         f"starting: 1 engine (logs in {run_dir / 'logs'}) and the learner on 1 rank",
         f"engines: {ADDRESS.url} (given)",
+        "checkpoint step_000002: not verified, as it has no SHA256SUMS",
         f"resumed after step 2, at prompt 128, from {step}",
         "changed since then: objective.clip_high: 0.1 became 0.24",
     ]

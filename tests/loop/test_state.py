@@ -73,7 +73,7 @@ def test_it_comes_back_from_a_checkpoint() -> None:
     state.ledger = Ledger(first=64, ahead=(66, 70))
     state.dual.update(0.5)
     saved = json.loads(json.dumps(state.state_dict()))
-    assert saved.keys() == {"step", "next_prompt", "used_ahead", "dual"}
+    assert saved.keys() == {"step", "next_prompt", "used_ahead", "num_broken", "dual"}
     found = initial_state(ConstraintConfig())
     found.load_state_dict(saved)
     assert (found.step, found.next_prompt, found.dual.value) == (1, 64, state.dual.value)

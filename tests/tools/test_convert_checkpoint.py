@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.learner.model.checkpoint_sums import file_sum, sums_text
 from tests.support.hub import empty_cache, fetched_model
 from tools import convert_checkpoint
 
@@ -53,3 +54,18 @@ def test_names_of_models_in_the_hub_s_cache(
     assert convert_checkpoint.main(["mine/other", "-o", "out"]) == 1
     [told] = capsys.readouterr().err.splitlines()
     assert f"in the hub's cache {hub}" in told and "hf download mine/other" in told
+
+
+def test_a_checkpoint_with_a_damaged_file_is_not_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    (folder / "run_state.json").write_text("{}")
+    (folder / "__0_0.distcp").write_bytes(b"whole")
+    sums = {name: file_sum(folder / name) for name in ("run_state.json", "__0_0.distcp")}
+    (folder / "SHA256SUMS").write_text(sums_text(sums))
+    (folder / "__0_0.distcp").write_bytes(b"whale")
+    assert convert_checkpoint.main([str(folder)]) == 1
+    [told] = capsys.readouterr().err.splitlines()
+    assert f"checkpoint {folder}: " in told and "got: __0_0.distcp is damaged" in told

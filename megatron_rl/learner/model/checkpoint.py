@@ -1,10 +1,10 @@
-"""[imports megatron] Saves and loads everything that a run needs to continue as if it had never
-stopped.
+"""[imports megatron] What a checkpoint holds, and how it is loaded: everything that a run needs to
+continue as if it had never stopped.
 
 A checkpoint is a folder `checkpoints/step_000012`: Megatron's distributed checkpoint of model and
 optimizer (float32 main weights and moments), which any other TP x PP x DP layout can read;
-`run_state.json` (step, lambda, schedule, data cursor, and the size of every file); and every rank's
-random state. checkpoint_files.py makes a checkpoint the latest one.
+`run_state.json` (step, lambda, schedule, data cursor, and the size of every file); every rank's
+random state; and `SHA256SUMS` (checkpoint_sums.py). checkpoint_writer.py writes it.
 
 Every rank checks all that can be checked without reading the tensors (a missing or truncated file,
 a different model) before the ranks read together. In this way all ranks fail with the same error
@@ -15,25 +15,20 @@ from __future__ import annotations
 
 import json
 import pickle
-import queue
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_rl.errors import DataError
-from megatron_rl.learner.model import checkpoint_files
 from megatron_rl.learner.model.checkpoint_files import STATE
-from megatron_rl.learner.model.export import tensor_shapes
 from megatron_rl.learner.model.optimizer_state import (
     load_optimizer,
     load_settings,
@@ -43,82 +38,6 @@ from megatron_rl.learner.model.training_model import TrainingModel
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
-
-# A float32 main weight and two moments. The model's own weights are added if they are separate.
-BYTES_PER_PARAMETER = 12
-
-
-def save_checkpoint(
-    folder: Path, trained: TrainingModel, run_state: dict[str, Any], *, step: int, keep: int
-) -> Path:
-    """Write `folder/step_<step>` and make it the latest checkpoint. A collective over all ranks.
-
-    Args:
-        run_state: plain JSON values; the same on every rank.
-        keep: how many checkpoints to keep, at least 1; older ones are deleted once this one is
-            complete.
-    Raises:
-        DataError: the disk is full or not writable (the earlier checkpoints are unchanged), or an
-            older checkpoint cannot be deleted (the new one is complete and is the latest).
-    """
-    partial = checkpoint_files.partial_folder(folder, step)
-    is_writer = trained.parallel.rank == 0
-
-    def prepare() -> None:
-        checkpoint_files.start_partial(folder, step)
-        _check_space(folder, trained)
-
-    def write() -> None:
-        _write_parts(partial, trained)
-
-    def finish() -> None:
-        _write_state(partial, trained, run_state)
-        checkpoint_files.complete(folder, step)
-
-    def delete_old() -> None:
-        checkpoint_files.delete_old(folder, step, keep)
-
-    for part, takes_part in ((prepare, is_writer), (write, True), (finish, is_writer)):
-        error = _first_error(part if takes_part else None, folder)
-        if error is not None:
-            if is_writer:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise DataError(
-                f"checkpoint of step {step} in {folder}: expected to write it whole, got: {error}; "
-                "free some disk space or change run_dir; earlier checkpoints are untouched"
-            )
-    error = _first_error(delete_old if is_writer else None, folder)
-    if error is not None:
-        raise DataError(
-            f"checkpoint of step {step} in {folder}: it is whole and the latest, but older ones "
-            f"beyond checkpoint.keep={keep} could not be deleted, got: {error}; delete them by "
-            "hand, resume=auto goes on from it"
-        )
-    return folder / checkpoint_files.checkpoint_name(step)
-
-
-def _first_error(part: Callable[[], None] | None, folder: Path) -> str | None:
-    """Do this rank's part of the work, if it has one, and return the first error of any rank, the
-    same on every rank. A collective over all ranks.
-    """
-    error = None
-    try:
-        if part is not None:
-            part()
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as caught:
-        # torch's writer reports "unexpected pos" when the disk is full
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        error = f"{_in_brief(caught)} ({free / 2**20:.1f} MiB free on that disk)"
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return next((each for each in errors if each is not None), None)
-
-
-def _in_brief(error: BaseException) -> str:
-    """The error in one line. Of an exception that collects all ranks' errors, the first one."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
@@ -131,10 +50,10 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
     Raises:
         DataError: the checkpoint is missing, truncated or of a different model.
     """
-    state = _read_state(folder, _kind(trained))
+    state = _read_state(folder, kind_of(trained))
     with _reading(folder):
-        loaded = _load(_sharded_state(trained, is_loading=True), folder)
-        if _has_distributed_optimizer(trained):
+        loaded = _load(sharded_state(trained, is_loading=True), folder)
+        if has_distributed_optimizer(trained):
             load_optimizer(trained.optimizer, _sharded_model(trained.modules), folder)
         random_state = _read_random_state(folder, trained, state["world_size"])
     _load_parts(trained.modules, loaded["model"])
@@ -142,7 +61,7 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
         {key: value for key, value in group.items() if key not in ("params", "step")}
         for group in trained.optimizer.param_groups
     ]
-    if _has_distributed_optimizer(trained):
+    if has_distributed_optimizer(trained):
         load_settings(trained.optimizer, loaded["optimizer"])
     else:
         trained.optimizer.load_state_dict(loaded["optimizer"])
@@ -202,18 +121,26 @@ def _reading(folder: Path) -> Iterator[None]:
         CheckpointException,
     ) as error:
         raise DataError(
-            f"checkpoint {folder}: expected files that can be read, got: {_in_brief(error)}; "
+            f"checkpoint {folder}: expected files that can be read, got: {in_brief(error)}; "
             f"resume from another one (resume=FOLDER), or start anew (resume=never)"
         ) from error
+
+
+def in_brief(error: BaseException) -> str:
+    """The error in one line. Of an exception that collects all ranks' errors, the first one."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _sharded_model(parts: Sequence[GPTModel]) -> dict[str, Any]:
     return {str(number): part.sharded_state_dict() for number, part in enumerate(parts)}
 
 
-def _sharded_state(trained: TrainingModel, *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(trained: TrainingModel, *, is_loading: bool) -> dict[str, Any]:
+    """The tensors of model and optimizer, as Megatron's shards. A collective over all ranks."""
     model = _sharded_model(trained.modules)
-    if _has_distributed_optimizer(trained):
+    if has_distributed_optimizer(trained):
         # While loading, the optimizer's tensors are read afterwards, a part of them at a time.
         return (
             {"model": model}
@@ -229,35 +156,14 @@ def _sharded_state(trained: TrainingModel, *, is_loading: bool) -> dict[str, Any
     return {"model": model, "optimizer": optimizer}
 
 
-def _has_distributed_optimizer(trained: TrainingModel) -> bool:
+def has_distributed_optimizer(trained: TrainingModel) -> bool:
+    """Whether the optimizer's state is divided over the data-parallel ranks."""
     return trained.parts[0].ddp_config.use_distributed_optimizer
-
-
-def _write_parts(folder: Path, trained: TrainingModel) -> None:
-    from megatron.core import dist_checkpointing
-
-    _results_stay_in_process()
-    trained.finish_weights()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        dist_checkpointing.save(_sharded_state(trained, is_loading=False), str(folder))
-    save_file(_random_state(), folder / _random_name(trained))
-
-
-def _write_state(folder: Path, trained: TrainingModel, run_state: dict[str, Any]) -> None:
-    state = {
-        "world_size": trained.parallel.world_size,
-        "made_by": _kind(trained),
-        "scheduler": trained.scheduler.state_dict(),
-        "run": run_state,
-        "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-    }
-    (folder / STATE).write_text(json.dumps(state, indent=2))
 
 
 def _read_state(folder: Path, expected_kind: dict[str, Any]) -> dict[str, Any]:
     """The contents of run_state.json, after checking that all files are complete and that the
-    checkpoint is of the expected model (`_kind`).
+    checkpoint is of the expected model (`kind_of`).
     """
     otherwise = "resume from another one (resume=FOLDER), or start anew (resume=never)"
     try:
@@ -265,7 +171,7 @@ def _read_state(folder: Path, expected_kind: dict[str, Any]) -> dict[str, Any]:
         sizes, kind = state["bytes"], state["made_by"]
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise DataError(
-            f"checkpoint {folder}: expected a whole {STATE}, got: {_in_brief(error)}; {otherwise}"
+            f"checkpoint {folder}: expected a whole {STATE}, got: {in_brief(error)}; {otherwise}"
         ) from error
     for name, size in sizes.items():
         path = folder / name
@@ -284,31 +190,22 @@ def _read_state(folder: Path, expected_kind: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _kind(trained: TrainingModel) -> dict[str, Any]:
+def kind_of(trained: TrainingModel) -> dict[str, Any]:
     """The properties that must match for a checkpoint to be loaded. The layout may differ."""
     geometry = asdict(trained.geometry)
     return geometry | {
         "dtype": str(trained.parts[0].config.params_dtype),
-        "has_distributed_optimizer": _has_distributed_optimizer(trained),
+        "has_distributed_optimizer": has_distributed_optimizer(trained),
     }
 
 
-def _results_stay_in_process() -> None:
-    """Make Megatron collect the writers' results in a plain queue, which is enough for a
-    synchronous save. Megatron uses a separate manager process for them, which would outlive a
-    killed rank (dist_checkpointing/strategies/filesystem_async.py).
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-
-
-def _random_name(trained: TrainingModel) -> str:
+def random_name(trained: TrainingModel) -> str:
+    """The name of the file of this rank's random state."""
     return f"random_state_rank_{trained.parallel.rank:05d}.safetensors"
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def random_state() -> dict[str, torch.Tensor]:
+    """This rank's random state, by name."""
     from megatron.core import tensor_parallel
 
     tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
@@ -325,7 +222,7 @@ def _read_random_state(
     """
     if saved_world_size != trained.parallel.world_size:
         return {}
-    return load_file(folder / _random_name(trained))
+    return load_file(folder / random_name(trained))
 
 
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:
@@ -336,20 +233,3 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
         tensor_parallel.get_cuda_rng_tracker().set_states(
             {name.removeprefix("megatron."): value for name, value in state.items()}
         )
-
-
-def _check_space(folder: Path, trained: TrainingModel) -> None:
-    """Raise OSError, before anything is written, if the disk has too little free space."""
-    num_parameters = sum(torch.Size(shape).numel() for _, shape in tensor_shapes(trained.geometry))
-    needed = num_parameters * _bytes_per_parameter(trained)
-    if shutil.disk_usage(folder).free < needed:
-        raise OSError(f"{needed / 2**20:.1f} MiB needed")
-
-
-def _bytes_per_parameter(trained: TrainingModel) -> int:
-    """The size of a checkpoint on disk, in bytes per parameter. With a float32 model the plain
-    optimizer updates the model's weights directly; otherwise it has separate main weights.
-    """
-    dtype: torch.dtype = trained.parts[0].config.params_dtype
-    is_main = dtype == torch.float32 and not _has_distributed_optimizer(trained)
-    return BYTES_PER_PARAMETER + (0 if is_main else dtype.itemsize)

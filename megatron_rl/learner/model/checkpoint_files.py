@@ -1,13 +1,15 @@
-"""Manages the folder of a run's checkpoints: finds the latest one, and makes a new one the latest.
+"""Manages the folder of a run's checkpoints: finds them by age, and makes a new one the latest.
 
 A checkpoint is written under a hidden name, synced to disk and renamed. Only then is its name
-written to the file `latest`, so that after a kill at any moment the previous checkpoint is valid.
+written to the file `latest`. After a kill at any moment the previous checkpoint or the new one is
+whole, and the other is not taken for one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,49 @@ from megatron_rl.errors import DataError
 
 LATEST = "latest"
 STATE = "run_state.json"
+# Of folders that are not checkpoints: not yet, about to be replaced, and being deleted.
+_PARTIAL, _REPLACED, _DELETED = ".partial_", ".replaced_", ".deleted_"
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that `folder/latest` names, or None if no checkpoint has been completed.
+    """The first of `checkpoints_by_age`, or None if no checkpoint has been completed.
 
     Raises:
-        DataError: `latest` does not name a checkpoint in `folder`.
+        DataError: see `checkpoints_by_age`.
     """
-    pointer = folder / LATEST
-    if not pointer.is_file():
+    return next(iter(checkpoints_by_age(folder)), None)
+
+
+def checkpoints_by_age(folder: Path) -> list[Path]:
+    """The checkpoints of the run, the newest first: the one that `folder/latest` names, and those
+    of earlier steps. Without a file `latest` that names one, those of all steps.
+
+    Raises:
+        DataError: `latest` does not name a checkpoint in `folder`, which has none at all.
+    """
+    found = {
+        path.name.removeprefix(_REPLACED): path
+        # A step's own folder comes after the one that it was about to replace.
+        for prefix in (_REPLACED, "")
+        for path in folder.glob(f"{prefix}step_*")
+        if re.fullmatch(r"step_\d+", path.name.removeprefix(prefix)) and path.is_dir()
+    }
+    name = named_by_latest(folder)
+    if name is not None and not found:
+        raise DataError(
+            f"{folder / LATEST}: expected the name of a checkpoint beside it, got {name!r}"
+        )
+    return [
+        found[each] for each in sorted(found, reverse=True) if name not in found or each <= name
+    ]
+
+
+def named_by_latest(folder: Path) -> str | None:
+    """What the file `latest` says, as it is; None if there is no such file."""
+    try:
+        return (folder / LATEST).read_bytes().decode(errors="backslashreplace").strip()
+    except FileNotFoundError:
         return None
-    name = pointer.read_text().strip()
-    if Path(name).name != name or not (folder / name / STATE).is_file():
-        raise DataError(f"{pointer}: expected the name of a checkpoint beside it, got {name!r}")
-    return folder / name
 
 
 def saved_run_state(folder: Path) -> dict[str, Any]:
@@ -64,7 +94,7 @@ def start_partial(folder: Path, step: int) -> Path:
 
 def partial_folder(folder: Path, step: int) -> Path:
     """The folder in which the parts of a step's checkpoint are written until it is complete."""
-    return folder / f".partial_{checkpoint_name(step)}"
+    return folder / f"{_PARTIAL}{checkpoint_name(step)}"
 
 
 def complete(folder: Path, step: int) -> None:
@@ -72,12 +102,17 @@ def complete(folder: Path, step: int) -> None:
     partial, final = partial_folder(folder, step), folder / checkpoint_name(step)
     for path in [*partial.rglob("*"), partial]:
         _sync_entry(path)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = folder / f"{_REPLACED}{final.name}"
+    if final.exists():
+        # Renamed and not deleted: it is the run's only checkpoint until the new one has its name.
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     partial.rename(final)
     # Synced before `latest` is written, so that after a power failure `latest` cannot name a
     # checkpoint that was lost.
     _sync_entry(folder)
     _point_latest_at(folder, final.name)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def delete_old(folder: Path, step: int, keep: int) -> None:
@@ -87,9 +122,10 @@ def delete_old(folder: Path, step: int, keep: int) -> None:
     newest = checkpoint_name(step)
     by_age = sorted(folder.glob("step_*"), key=lambda path: (path.name <= newest, path.name))
     for old in by_age[:-keep]:
-        shutil.rmtree(old)
-    for leftover in folder.glob(".partial_step_*"):
-        shutil.rmtree(leftover)
+        old.rename(folder / f"{_DELETED}{old.name}")  # so that half of it is no checkpoint
+    for prefix in (_PARTIAL, _REPLACED, _DELETED):
+        for leftover in folder.glob(f"{prefix}step_*"):
+            shutil.rmtree(leftover)
 
 
 def _sync_entry(path: Path) -> None:

@@ -22,6 +22,7 @@ from itertools import chain
 import torch
 
 from megatron_rl.config import ConstraintConfig, ObjectiveConfig
+from megatron_rl.errors import BrokenUpdateError, DivergenceError
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.update.row_balance import balance_scales, needs_separate_pass
@@ -56,7 +57,10 @@ def train_step(
     """One optimizer step for each mini-batch, then one dual step. A collective over all ranks.
 
     A mini-batch without a kept token on any rank takes no optimizer step; the metric
-    `learner/num_skipped_updates` counts them, and `learner/grad_norm` is the mean of the others.
+    `learner/num_skipped_updates` counts them, and `learner/grad_norm` is the mean of the others. A
+    mini-batch with a number that is not finite, on any rank, takes none either;
+    `learner/num_broken_updates` counts them. Then there is no dual step, and the report has neither
+    figures of the gap nor of the loss.
 
     Args:
         dual: lambda; this function updates it, unless the constraint is off.
@@ -73,7 +77,7 @@ def train_step(
         mini-batches followed by the dropped rows, with their recomputed log-probs (empty on the
         other stages).
     Raises:
-        DivergenceError: a log-prob, the loss or the gradient's norm is not finite.
+        DivergenceError: a log-prob of the separate pass is not finite.
     """
     is_enabled = config.constraint.enabled
     dual_value = dual.effective_value if is_enabled else 0.0
@@ -93,34 +97,79 @@ def train_step(
         weight_version=weight_version,
         place=f"step {step}, rank {learner.parallel.rank}",
     )
-    results: list[RowResult] = []
-    grad_norms = []
-    for rows, num_left_out in zip(mini_batches, batch.num_left_out, strict=True):
-        known = [(row.micro_batch, row.recomputed) for row in rows]
-        of_rows, grad_norm = learner.update(
-            [row.micro_batch for row in rows],
-            MiniBatchLoss(rows, settings, num_left_out=num_left_out),
-            has_entropy_gradient=config.entropy_coefficient > 0,
-            balance=balance_scales(
-                known, learner.moe, config, learner.parallel, num_left_out=num_left_out
-            ),
-        )
-        results += of_rows
-        if grad_norm is not None:
-            grad_norms.append(grad_norm)
-    results += dropped_results(dropped, settings)
-    metrics, gap = _over_all_ranks(results, learner.parallel)
-    metrics |= learner.take_router_metrics()
-    metrics |= {
+    results, grad_norms, problems = _updates(learner, mini_batches, batch.num_left_out, settings)
+    of_dropped, problem = _dropped_results(dropped, settings, learner.parallel)
+    results += of_dropped
+    problems += problem
+    num_broken = len(problems) - len(problem)
+    metrics = learner.take_router_metrics() | {
         "constraint/lambda": dual_value,
         "learner/learning_rate": learner.learning_rate,
-        "learner/num_skipped_updates": float(len(mini_batches) - len(grad_norms)),
+        "learner/num_skipped_updates": float(len(mini_batches) - len(grad_norms) - num_broken),
+        "learner/num_broken_updates": float(num_broken),
     }
     if grad_norms:
         metrics["learner/grad_norm"] = sum(grad_norms) / len(grad_norms)
-    metrics |= _dual_step(dual, gap, config.constraint)
-    report = StepReport(step=step, dual_value=dual.value, metrics=metrics)
-    return report, tuple(row.recomputed for row in results)
+    if problems:
+        metrics["constraint/next_lambda"] = dual.effective_value if is_enabled else 0.0
+    else:
+        of_rows, gap = _over_all_ranks(results, learner.parallel)
+        metrics |= of_rows | _dual_step(dual, gap, config.constraint)
+    report = StepReport(
+        step=step,
+        dual_value=dual.value,
+        metrics=metrics,
+        problem=problems[0] if problems else "",
+    )
+    return report, () if problems else tuple(row.recomputed for row in results)
+
+
+def _updates(
+    learner: Learner,
+    mini_batches: Sequence[Sequence[UpdateRow]],
+    num_left_out: Sequence[int],
+    settings: StepSettings,
+) -> tuple[list[RowResult], list[float], list[str]]:
+    """An optimizer step for each mini-batch: the results of the rows, the gradient's norms of the
+    steps, and why mini-batches were left out that a number is not finite in.
+    """
+    config = settings.config
+    results: list[RowResult] = []
+    grad_norms, problems = [], []
+    for rows, left_out in zip(mini_batches, num_left_out, strict=True):
+        known = [(row.micro_batch, row.recomputed) for row in rows]
+        try:
+            of_rows, grad_norm = learner.update(
+                [row.micro_batch for row in rows],
+                MiniBatchLoss(rows, settings, num_left_out=left_out),
+                has_entropy_gradient=config.entropy_coefficient > 0,
+                balance=balance_scales(
+                    known, learner.moe, config, learner.parallel, num_left_out=left_out
+                ),
+            )
+        except BrokenUpdateError as error:  # on every rank
+            problems.append(str(error))
+            continue
+        results += of_rows
+        if grad_norm is not None:
+            grad_norms.append(grad_norm)
+    return results, grad_norms, problems
+
+
+def _dropped_results(
+    rows: Sequence[RecomputedRow], settings: StepSettings, parallel: Parallel
+) -> tuple[list[RowResult], list[str]]:
+    """The gap of the rows on which the learner does not train; or nothing, and the problem, if a
+    log-prob of any rank is not finite.
+    """
+    results, own = [], None
+    try:
+        results = dropped_results(rows, settings)
+    except DivergenceError as error:
+        own = str(error)
+    if not parallel.any_rank(own is not None):
+        return results, []
+    return [], [next(each for each in parallel.from_all_ranks(own) if each is not None)]
 
 
 def _needs_separate_pass(learner: Learner, batch: TrainBatch, config: ObjectiveConfig) -> bool:

@@ -29,9 +29,10 @@ from megatron_rl.config import ModelConfig, OptimizerConfig
 from megatron_rl.errors import DataError
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model import checkpoint
-from megatron_rl.learner.model.checkpoint import load_checkpoint, save_checkpoint
-from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
+from megatron_rl.learner.model import checkpoint_writer
+from megatron_rl.learner.model.checkpoint import load_checkpoint
+from megatron_rl.learner.model.checkpoint_files import STATE, latest_checkpoint
+from megatron_rl.learner.model.checkpoint_writer import save_checkpoint
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
@@ -259,7 +260,8 @@ def fill_the_disk(
     learner, dual = build(kind, model, start(layout)), DualVariable(0.1)
     train(learner, rollouts, dual, range(1, 2))
     save(small_disk, learner, dual, 1)
-    checkpoint.BYTES_PER_PARAMETER = 0  # the estimate of what is needed would stop it earlier
+    # The estimate of what is needed would stop it earlier.
+    checkpoint_writer.BYTES_PER_PARAMETER = 0
     error = ""
     try:
         save(small_disk, learner, dual, 2)
@@ -284,7 +286,7 @@ def break_in_every_way(whole: Path, foreign: Path, folder: Path) -> None:
         path.write_bytes(bytes(path.stat().st_size))
 
     def of_another_model(copy: Path) -> None:
-        path = copy / checkpoint.STATE
+        path = copy / STATE
         state = json.loads(path.read_text())
         state["made_by"]["hidden_size"] *= 2
         path.write_text(json.dumps(state))
@@ -292,7 +294,7 @@ def break_in_every_way(whole: Path, foreign: Path, folder: Path) -> None:
     ways: dict[str, Callable[[Path], None]] = {
         "truncated": lambda copy: os.truncate(shard_of(copy), shard_of(copy).stat().st_size // 2),
         "no_common": lambda copy: (copy / "common.pt").unlink(),
-        "no_state": lambda copy: (copy / checkpoint.STATE).unlink(),
+        "no_state": lambda copy: (copy / STATE).unlink(),
         "garbled": lambda copy: garble(shard_of(copy)),
         "garbled_common": lambda copy: garble(copy / "common.pt"),
         "other_model": of_another_model,

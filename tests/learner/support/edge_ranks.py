@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_rl.config import (
     RejectionConfig,
 )
 from megatron_rl.config.presets import PRESETS
+from megatron_rl.learner import learner as learner_module
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
@@ -43,6 +45,7 @@ from tests.learner.support.exported import exported_weights
 from tests.support.layouts import LAYOUTS, names_of
 
 SKIPPED = ("dp1", "dp2", "tp2", "cp2", "pp2")
+BROKEN = ("rollout log-prob", "advantage", "gradient", "dropped sample")
 WITH_RESTORE = (*SKIPPED, "pp2_vpp2")
 WITH_PRESETS = ("dp1", "dp2")
 # Whether the optimizer is distributed -> the dtypes in which updates are taken back. The main
@@ -161,6 +164,7 @@ def skipped(learner: Learner, other: Learner, rollouts: Path) -> dict[str, Any]:
             "metrics": report.metrics,
             "has_dual_step": dual.value != value,
         }
+    found["broken"] = broken(learner, rollouts)
     dual.value = dual_of_other.value
     half = recorded.NUM_PROMPTS // 2
     report = step(learner, without_tokens(third, range(half)), dual, config, num_mini_batches=2)
@@ -174,6 +178,58 @@ def skipped(learner: Learner, other: Learner, rollouts: Path) -> dict[str, Any]:
         "dual": (dual.value, dual_of_other.value),
     }
     return found
+
+
+def broken(learner: Learner, rollouts: Path) -> dict[str, Any]:
+    """What a number that is not finite, on one rank or in one sample, does to a learner that has
+    momentum.
+    """
+    parallel, dual, config = learner.parallel, DualVariable(0.1), ObjectiveConfig()
+    found: dict[str, Any] = {}
+    for kind in BROKEN:
+        before, value = state_of(learner), dual.value
+        samples = recorded.read_samples(rollouts, 2, parallel)
+        if kind == "dropped sample":  # and nothing else that could move the weights
+            samples = [replace(each, is_kept=False) for each in samples]
+        if samples and samples[0].prompt_index % recorded.NUM_PROMPTS == 0:
+            samples[0] = broken_sample(samples[0], kind)
+        with nan_gradient(learner) if kind == "gradient" else nullcontext():
+            report = step(learner, samples, dual, config)
+        found[kind] = {
+            "is_untouched": is_equal(before, state_of(learner)),
+            "has_dual_step": dual.value != value,
+            "problem": report.problem,
+            "metrics": report.metrics,
+        }
+    return found
+
+
+def broken_sample(sample: Sample, kind: str) -> Sample:
+    """The sample with a NaN, or a reward's advantage that is infinite."""
+    rollout = sample.rollout
+    if kind in ("rollout log-prob", "dropped sample"):
+        logprobs = list(rollout.rollout_logprobs)
+        logprobs[list(rollout.loss_mask).index(True)] = float("nan")
+        return replace(sample, rollout=replace(rollout, rollout_logprobs=tuple(logprobs)))
+    return replace(sample, advantage=float("inf")) if kind == "advantage" else sample
+
+
+@contextmanager
+def nan_gradient(learner: Learner) -> Iterator[None]:
+    """A number of the last rank's gradient is NaN after the pass, and none of another rank's."""
+    run = learner_module.run_schedule
+
+    def run_and_break(*arguments: Any, **settings: Any) -> Any:
+        results = run(*arguments, **settings)
+        if learner.parallel.rank == learner.parallel.world_size - 1:
+            learner.trained.parts[0].buffers[0].grad_data[0] = float("nan")
+        return results
+
+    learner_module.run_schedule = run_and_break
+    try:
+        yield
+    finally:
+        learner_module.run_schedule = run
 
 
 def restored(learner: Learner, other: Learner, rollouts: Path) -> list[dict[str, bool]]:

@@ -20,10 +20,10 @@ from megatron_rl.errors import DataError, DivergenceError
 from megatron_rl.learner.batch.packing import empty_micro_batch, pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model import checkpoint
+from megatron_rl.learner.model import checkpoint_writer
 from megatron_rl.learner.model.build import build_model
-from megatron_rl.learner.model.checkpoint import save_checkpoint
 from megatron_rl.learner.model.checkpoint_files import LATEST, latest_checkpoint
+from megatron_rl.learner.model.checkpoint_writer import save_checkpoint
 from megatron_rl.learner.model.optimizer import build_optimizer
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
@@ -75,7 +75,7 @@ def edges(model: Path, out: Path, parallel: Parallel) -> dict[str, Any]:
         folder = out / f"{dtype}_{is_distributed}"
         written = save_checkpoint(folder, learner.trained, {}, step=1, keep=1)
         found["sizes"][dtype, is_distributed] = (
-            checkpoint._bytes_per_parameter(learner.trained),
+            checkpoint_writer.bytes_per_parameter(learner.trained),
             sum(path.stat().st_size for path in written.iterdir()),
             sum(torch.Size(shape).numel() for _, shape in learner.tensor_shapes()),
         )

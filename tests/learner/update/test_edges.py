@@ -17,7 +17,7 @@ from tests.learner.support.comparison import (
     relative_difference,
 )
 from tests.learner.support.edge_batch import NUM_LEFT_OUT
-from tests.learner.support.edge_ranks import SKIPPED
+from tests.learner.support.edge_ranks import BROKEN, SKIPPED
 
 NAMES = [layout + kind for layout in SKIPPED for kind in ("", ".distributed")]
 KINDS = ("masked", "rejected", "rejected, constant", "left out")
@@ -36,6 +36,23 @@ def test_where_no_rank_keeps_a_token_nothing_moves(
         assert found["metrics"]["learner/num_skipped_updates"] == 1
         assert "learner/grad_norm" not in found["metrics"]
         assert found["metrics"] == edge_outcomes[name][0]["kinds"][kind]["metrics"]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_that_is_not_finite_changes_nothing_on_any_rank(
+    name: str, kind: str, edge_outcomes: dict[str, list[Any]]
+) -> None:
+    expected = edge_outcomes[name][0]["broken"][kind]
+    assert expected["problem"]
+    for of_rank in edge_outcomes[name]:
+        found = of_rank["broken"][kind]
+        assert found["is_untouched"]  # weights, moments, the optimizer's count and the schedule
+        assert not found["has_dual_step"]
+        assert (found["problem"], found["metrics"]) == (expected["problem"], expected["metrics"])
+        num_broken = 0 if kind == "dropped sample" else 1
+        assert found["metrics"]["learner/num_broken_updates"] == num_broken
+        assert all(math.isfinite(value) for value in found["metrics"].values())
 
 
 @pytest.mark.parametrize("name", NAMES)
