@@ -25,6 +25,10 @@ python="$(dirname "$(command -v torchrun)")/python"
 
 num_gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
 num_ranks="${NPROC:-$((num_gpus > 0 ? num_gpus : 2))}"
+if ! [[ $num_ranks =~ ^[1-9][0-9]*$ ]]; then
+    echo "torchrun.sh: NPROC: expected a number of ranks, such as NPROC=2, got '$num_ranks'" >&2
+    exit 2
+fi
 num_threads=$(($(nproc) / num_ranks))
 num_threads=$((num_threads < 1 ? 1 : num_threads > 8 ? 8 : num_threads))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$num_threads}"

@@ -39,3 +39,7 @@ class BrokenUpdateError(DivergenceError):
     """A number of an update is not finite. No rank has taken the optimizer's step: weights, moments
     and schedule are as before. Raised on every rank, with the message of the first that found it.
     """
+
+
+class NothingToDo(Exception):
+    """A run that is finished already. It is no failure: the command says so, with exit code 0."""

@@ -78,3 +78,21 @@ def test_a_missing_torchrun_is_told(tmp_path: Path) -> None:
     assert finished.returncode == 2
     assert finished.stderr.startswith("torchrun.sh: expected torchrun on the PATH or in .venv")
     assert len(finished.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("num_ranks", ["two", "0", "1.5"])
+def test_a_wrong_number_of_ranks_is_one_line(num_ranks: str, tmp_path: Path) -> None:
+    """Before torch is imported: the interpreter beside this torchrun does nothing."""
+    for name in ("torchrun", "python"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / name).chmod(0o755)
+    finished = subprocess.run(
+        [ROOT / "launch" / "torchrun.sh", "megatron_rl.train", "nowhere.yaml"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "NPROC": num_ranks},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 2
+    [line] = finished.stderr.splitlines()
+    assert line.endswith(f"NPROC: expected a number of ranks, such as NPROC=2, got '{num_ranks}'")

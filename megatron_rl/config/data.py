@@ -76,6 +76,11 @@ class QuestionsConfig:
         """The reasoning-gym task, if no `path` is given."""
         return self.name
 
+    @property
+    def generator_key(self) -> str:
+        """The key that names the reasoning-gym task."""
+        return "name"
+
     def __post_init__(self) -> None:
         require(
             bool(self.name or self.path),

@@ -44,6 +44,11 @@ class EvalSetConfig(QuestionsConfig):
         """The reasoning-gym task, if no `path` is given."""
         return self.task or self.name
 
+    @property
+    def generator_key(self) -> str:
+        """The key that names the reasoning-gym task."""
+        return "task" if self.task else "name"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(

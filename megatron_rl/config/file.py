@@ -8,12 +8,14 @@ silently turn `"50"` into 50, `no` into the text "False" and 1 into True.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -47,8 +49,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     changes = [(f"override {show(each)}", *_parse_override(each)) for each in overrides]
     preset = _preset(from_file, changes, str(path))
     tree = OmegaConf.merge(_as_tree(Config()), preset, from_file)
-    for origin, keys, value in changes:
-        check(hint_at(keys, tree, origin), value, keys, origin)
+    for override, (origin, keys, value) in zip(overrides, changes, strict=True):
+        hint = hint_at(keys, tree, origin)
+        try:
+            check(hint, value, keys, origin)
+        except ConfigError as error:
+            if str not in (hint, *get_args(hint)):
+                raise
+            raise ConfigError(f"{error}; quote a text: {_quoted(override)}") from None
         OmegaConf.update(tree, ".".join(keys), value, merge=True)
     _complete_sets(tree)
     origin = f"{path} with overrides" if overrides else str(path)
@@ -168,7 +176,9 @@ def _parse_override(override: str) -> tuple[Keys, Any]:
     origin = f"override {show(override)}"
     match = _OVERRIDE.fullmatch(override)
     if match is None:
-        raise ConfigError(f"{origin}: expected key=value, such as loop.num_steps=50")
+        raise ConfigError(
+            f"{origin}: expected key=value, such as loop.num_steps=50{_bare(override)}"
+        )
     key, text = match.groups()
     keys = tuple(re.split(r"\.|\[|\]\.?", key.rstrip("]")))
     if not text:
@@ -177,10 +187,25 @@ def _parse_override(override: str) -> tuple[Keys, Any]:
         parsed = OmegaConf.from_dotlist([f"value={text}"])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"{origin}: expected a YAML value, got {one_line(problem)}") from error
+        raise ConfigError(
+            f"{origin}: expected a YAML value, got {one_line(problem)}; quote a text: "
+            f"{_quoted(override)}"
+        ) from error
     except RecursionError as error:
         raise ConfigError(f"{origin}: expected a YAML value, got too many levels") from error
     return keys, OmegaConf.to_container(parsed, resolve=False)["value"]
+
+
+def _quoted(override: str) -> str:
+    """The override with its value as a text, as a shell takes it."""
+    key, _, text = override.partition("=")
+    return shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
+
+
+def _bare(override: str) -> str:
+    """What to write in place of an override that begins with dashes."""
+    bare = override.lstrip("-")
+    return f"; write {bare}" if bare != override and _OVERRIDE.fullmatch(bare) else ""
 
 
 def _as_tree(config: Config) -> Any:

@@ -203,9 +203,10 @@ class FileSource:
                 self._check_answer(answer)
         except ValueError as error:
             if not self._drops_unreadable:
+                verifier_key = f"{self._layout.answer_key.rpartition('.')[0]}.verifier"
                 raise DataError(
                     f"{where}: column {self._layout.answer_column!r} ({self._layout.answer_key}): "
-                    f"{error}: choose another data.tasks[].verifier, or drop such rows by "
+                    f"{error}: choose another {verifier_key}, or drop such rows by "
                     "data.unreadable_answers=drop"
                 ) from None
             return False

@@ -64,7 +64,8 @@ class PromptStream:
         self._watch = watch or Silence()
         checks = answer_checks or {}
         self._sources = [
-            open_source(task, config, self._watch, checks.get(task.source)) for task in config.tasks
+            open_source(task, config, self._watch, checks.get(task.source), f"data.tasks[{number}]")
+            for number, task in enumerate(config.tasks)
         ]
         weights = [task.weight for task in config.tasks]
         self._mixture = Mixture(weights, config.seed)
@@ -290,4 +291,10 @@ def open_source(
     # Imported on demand: importing reasoning-gym takes a second, and runs on files do not need it.
     from megatron_rl.data.reasoning_tasks import ReasoningSource
 
-    return ReasoningSource(questions.generator, questions.options, layout, key=key)
+    return ReasoningSource(
+        questions.generator,
+        questions.options,
+        layout,
+        key=key,
+        name_key=questions.generator_key,
+    )

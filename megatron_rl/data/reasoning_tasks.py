@@ -28,7 +28,8 @@ class ReasoningSource:
     """A reasoning-gym task with its options.
 
     Args:
-        key: the setting that names the task, for messages.
+        key: the setting that describes the questions, for messages.
+        name_key: the key in it that names the task.
 
     Raises:
         ConfigError: the task or an option is unknown (the message names the nearest valid one), or
@@ -42,11 +43,13 @@ class ReasoningSource:
         layout: Layout,
         *,
         key: str = "data.tasks[]",
+        name_key: str = "name",
     ) -> None:
         self._name = name
         self._options = dict(options)
         self._layout = layout
         self._datasets: OrderedDict[int, Any] = OrderedDict()
+        _check_task(name, key, name_key)
         _check_options(name, self._options, key)
         try:
             create_dataset(self._name, seed=0, size=1, **self._options)
@@ -89,13 +92,20 @@ class ReasoningSource:
         return self._datasets[seed]
 
 
+def _check_task(task: str, key: str, name_key: str) -> None:
+    if task in DATASETS:
+        return
+    near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.0)
+    # A set of the evaluation may have a name of its own.
+    is_named_set = key.startswith("eval.") and name_key == "name"
+    hint = "; write task: <name of the reasoning-gym task> beside it" * is_named_set
+    raise ConfigError(
+        f"{key}.{name_key}: expected a reasoning-gym task (or a path beside it), got "
+        f"{task!r} (nearest: {', '.join(near)}){hint}"
+    )
+
+
 def _check_options(task: str, options: Mapping[str, Any], key: str) -> None:
-    if task not in DATASETS:
-        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.0)
-        raise ConfigError(
-            f"{key}.name: expected a reasoning-gym task (or a path beside it), got "
-            f"{task!r} (nearest: {', '.join(near)})"
-        )
     names = [field.name for field in dataclasses.fields(DATASETS[task][1])]
     for option in options:
         if option in ("seed", "size"):

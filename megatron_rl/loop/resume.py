@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import ConfigError, DataError, NothingToDo
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.checkpoint_files import (
     LATEST,
@@ -25,6 +25,7 @@ from megatron_rl.learner.model.checkpoint_files import (
     saved_run_state,
 )
 from megatron_rl.learner.model.checkpoint_sums import SUMS, read_sums, wrong_file
+from megatron_rl.loop.hf_checkpoints import hf_folder
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs
 
 FOLDER = "checkpoints"  # below run_dir
@@ -121,6 +122,36 @@ def verify_resumption(resumption: Resumption, inputs: Inputs, parallel: Parallel
             return replace(resumption, lines=(*resumption.lines, line))
         resumption = _go_back(resumption, problem, inputs)
     return resumption
+
+
+def check_unfinished(config: Config, planned: Resumption) -> None:
+    """Raise NothingToDo if the run has taken all of its steps and written its final weights. A run
+    that is told which checkpoint to take, or of which one is damaged, goes on.
+
+    Args:
+        planned: where the run would go on.
+
+    Raises:
+        DataError: the checkpoint has no run state.
+    """
+    checkpoint = planned.checkpoint
+    if config.resume != "auto" or planned.lines or checkpoint is None:
+        return
+    if saved_run_state(checkpoint)["step"] < config.loop.num_steps:
+        return
+    if config.checkpoint.save_hf and not _is_written(config, checkpoint):
+        return
+    raise NothingToDo(f"all {config.loop.num_steps} steps are done; raise loop.num_steps to go on")
+
+
+def _is_written(config: Config, checkpoint: Path) -> bool:
+    """Whether the final weights were written after the checkpoint: those of a shorter run that was
+    extended are older.
+    """
+    written = hf_folder(Path(config.run_dir), None)
+    if not written.is_dir():
+        return False
+    return written.stat().st_mtime >= (checkpoint / STATE).stat().st_mtime
 
 
 def _take(candidates: Sequence[Path], inputs: Inputs, lines: tuple[str, ...]) -> Resumption:

@@ -39,7 +39,13 @@ from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import EngineLink
 from megatron_rl.loop.machine import Meter
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
-from megatron_rl.loop.resume import FOLDER, Resumption, plan_resumption, verify_resumption
+from megatron_rl.loop.resume import (
+    FOLDER,
+    Resumption,
+    check_unfinished,
+    plan_resumption,
+    verify_resumption,
+)
 from megatron_rl.loop.sources import replay_source, sampling_source
 from megatron_rl.loop.start_lines import starting_line
 from megatron_rl.loop.state import LoopState, initial_state
@@ -104,10 +110,11 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
 
     Raises:
         ConfigError, DataError: the settings, the data or the checkpoint cannot be used.
-        EngineError: an engine does not start.
+        EngineError: an engine does not start. NothingToDo: the run is finished.
     """
     checked = preflight(config)
     planned = plan_resumption(config, checked.inputs)
+    check_unfinished(config, planned)
     run_dir, is_first = Path(config.run_dir), int(os.environ.get("RANK", "0")) == 0
     state = initial_state(config.objective.constraint)
     # No phase is entered before there is a recorder.

@@ -23,6 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_rl.config import Config
 from megatron_rl.config.file import load_config
@@ -31,6 +32,7 @@ from megatron_rl.errors import (
     DataError,
     DivergenceError,
     EngineError,
+    NothingToDo,
     RewardError,
     SyncError,
 )
@@ -95,10 +97,7 @@ def run_command(
         folder_of: the folder, `run_dir` or one in it, that rank 0 holds until it ends, so that no
             other process writes it; None if the command writes none.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. loop.num_steps=50")
-    arguments = parser.parse_args(argv)
+    arguments = _parse(description, sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", "0"))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -126,6 +125,9 @@ def run_command(
             # A rank that is told to end because another one failed says where it was.
             register_cleanup(dump_stacks)
         work(config, progress)
+    except NothingToDo as end:
+        if rank == 0:
+            print(end, flush=True)
     except BaseException as error:
         unregister_cleanup(dump_stacks)
         is_of_peer = bool(_peer_error(error, LOST_PEER) or _peer_error(error, SILENT_PEER))
@@ -137,6 +139,29 @@ def run_command(
         _tell(message, folder, is_cause=not is_of_peer and _is_for_user(error))
         _leave(1)
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, on the first rank."""
+
+    def error(self, message: str) -> NoReturn:
+        """Tell the message and how the command is used, and end."""
+        usage = " ".join(self.format_usage().split())
+        _tell(f"{self.prog}: {message}; {usage}", None, is_cause=True)
+        self.exit(2)
+
+
+def _parse(description: str, argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(description=description)
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. loop.num_steps=50"
+    )
+    for each in argv:
+        if each.startswith("--") and "." in each:
+            key, _, value = each.removeprefix("--").partition("=")
+            parser.error(f"got {each}: settings have no dashes, write {key}={value or '...'}")
+    return parser.parse_args(argv)
 
 
 def _place_of_stop(progress: Progress) -> str:

@@ -335,7 +335,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: expected JSON, got {error}") from error
+            raise DataError(
+                f"{path}, line {number}: expected JSON, got {error.msg} at column {error.colno}"
+            ) from error
     return lines
 
 

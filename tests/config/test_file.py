@@ -1,5 +1,6 @@
 """Settings: every knob frozen, and every way to get one wrong answered in one line."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_rl.config import (
     SamplingConfig,
     TaskConfig,
 )
-from megatron_rl.config.file import load_config, save_config
+from megatron_rl.config.file import _quoted, load_config, save_config
 from megatron_rl.config.schema import list_knobs
 from megatron_rl.errors import ConfigError
 
@@ -150,7 +151,8 @@ def test_a_wrong_file_is_one_line_with_file_and_key(tmp_path, text, expected):
     ("override", "expected"),
     [
         ("loop.num_steps", "expected key=value"),
-        ("--loop.num_steps=3", "expected key=value"),
+        ("--loop.num_steps=3", "such as loop.num_steps=50; write loop.num_steps=3"),
+        ("--loop", "expected key=value, such as loop.num_steps=50"),
         ("loop.num_step=3", "the nearest valid one is loop.num_steps"),
         ("loop.num_steps=x", "loop.num_steps: expected an integer, got 'x'"),
         ("loop.num_steps.deep=2", "expected no key below loop.num_steps, which is an integer"),
@@ -158,12 +160,32 @@ def test_a_wrong_file_is_one_line_with_file_and_key(tmp_path, text, expected):
         ("data.tasks.1.weight=2", "data.tasks: expected the index of one of its 1 items, got '1'"),
         ("data.tasks.0.weihgt=2", "the nearest valid one is data.tasks[0].weight"),
         ("data=null", "data: expected a mapping, got null"),
+        (
+            "data.tasks.0.template=Compute:",
+            "expected a text, got {'Compute': None}; quote a text: "
+            """'data.tasks.0.template="Compute:"'""",
+        ),
+        (
+            "data.tasks.0.name=7",
+            """expected a text, got 7; quote a text: 'data.tasks.0.name="7"'""",
+        ),
+        (
+            "data.tasks.0.template={prompt} {level}=",
+            """; quote a text: 'data.tasks.0.template="{prompt} {level}="'""",
+        ),
     ],
 )
 def test_a_wrong_override_is_one_line_that_quotes_it(tmp_path, override, expected):
     message = complaint(write(tmp_path, "data: {tasks: [{name: a}]}"), override)
     assert message.startswith(f"override {override!r}: ")
     assert expected in message
+
+
+@pytest.mark.parametrize("text", ["Compute: {prompt}", r"{prompt} \boxed{}", "it's {prompt}:\nnow"])
+def test_the_suggested_quotes_are_read(tmp_path, text):
+    path = write(tmp_path, "data: {tasks: [{name: a}]}")
+    override = shlex.split(_quoted(f"data.tasks.0.template={text}"))
+    assert load_config(path, override).data.tasks[0].template == text
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -108,7 +108,11 @@ def test_missing_files_are_told_together_with_the_way_to_leave_them_out(tokenize
         ({"answer_column": "solution"}, r"'solution' \(eval\.sets\[0\]\.answer_column\)"),
         (
             {"path": "", "task": "chain_sums", "num_rows": 3},
-            r"eval\.sets\[0\]\.name: expected a re",
+            r"^eval\.sets\[0\]\.task: expected a re.*mini_sudoku\)$",
+        ),
+        (
+            {"path": "", "name": "gym", "num_rows": 3},
+            r"^eval\.sets\[0\]\.name: .*'gym' .*; write task: <name of the reasoning-gym task> be",
         ),
         (
             {"path": "", "task": "chain_sum", "options": {"max": 3}, "num_rows": 3},

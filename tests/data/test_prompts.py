@@ -184,7 +184,7 @@ def write_text(tmp_path, text, name="bad.jsonl"):
         (b"\n\n", r"got an empty data set"),
         (
             b'{"question": "q", "answer": "1"}\n{"qestion": "q", "answer": "1"}\n',
-            r"line 2: expected a column 'question' \(data\.tasks\[\]\.prompt_col.*nearest: qe",
+            r"line 2: expected a column 'question' \(data\.tasks\[0\]\.prompt_col.*nearest: qe",
         ),
         (b'{"question": "q", "anser": "1"}\n', r"line 1: .*answer_column.*nearest: anser"),
     ],
@@ -196,7 +196,7 @@ def test_bad_files_are_refused_at_the_start(text, message, tokenizer, tmp_path):
 
 def test_other_bad_files(tokenizer, tmp_path, write_jsonl, write_parquet):
     for name, message in [
-        ("none.jsonl", r"expected a file \(data\.tasks\[\]\.path\), found none"),
+        ("none.jsonl", r"expected a file \(data\.tasks\[0\]\.path\), found none"),
         ("list.txt", "found none"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -232,7 +232,10 @@ def test_a_prompt_that_is_too_long(tokenizer, write_jsonl):
 
 def test_tasks_that_cannot_be(tokenizer):
     for task, message in [
-        (TaskConfig(name="chain_sums"), r"reasoning-gym task .*'chain_sums' \(nearest: chain_sum,"),
+        (
+            TaskConfig(name="chain_sums"),
+            r"^data\.tasks\[0\]\.name: .*reasoning-gym task .*'chain_sums' \(nearest: chain_sum,",
+        ),
         (TaskConfig(name="chain_sum", options={"max_term": 3}), "'max_term' .*nearest: max_terms"),
         (TaskConfig(name="chain_sum", options={"seed": 3}), r"change data\.seed"),
         (TaskConfig(name="chain_sum", options={"min_terms": 9}), "max_terms must be >= min_terms"),

@@ -22,7 +22,7 @@ from megatron_rl.config import (
     SamplingConfig,
     TaskConfig,
 )
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import ConfigError, DataError, NothingToDo
 from megatron_rl.loop import engines as loop_engines
 from megatron_rl.loop import run as loop_run
 from megatron_rl.loop.inputs import run_inputs
@@ -305,6 +305,11 @@ def test_a_resumed_run_takes_the_state_and_forgets_later_steps(
     assert (run.state.step, run.state.next_prompt, run.state.dual.value) == (2, 128, 0.7)
     assert (run_dir / "sync.jsonl").read_text() == '{"version": 1}\n'
     log.clear()
+    checkpoint = replace(config.checkpoint, save_hf=False)
+    with pytest.raises(NothingToDo, match="all 2 steps are done"):
+        finished = replace(config, loop=LoopConfig(num_steps=2), checkpoint=checkpoint)
+        start_as(monkeypatch, finished, RankParallel())
+    assert log == []  # neither engines nor a learner
     saved["inputs"]["data"]["seed"] = 7
     (step / "run_state.json").write_text(json.dumps({"run": saved}))
     with pytest.raises(ConfigError, match=r"others in data\.seed: 7 became 0"):

@@ -41,6 +41,11 @@ def _objects(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, dict[st
         where = f"{path}, line {number}"
         try:
             record = json.loads(text)
+        except json.JSONDecodeError as error:
+            column = min(error.pos, len(text.rstrip())) + 1  # what is cut off ends before its line
+            raise DataError(
+                f"{where}: expected a JSON object, got {error.msg} at column {column}"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: expected a JSON object, got {error}") from None
         yield number, _object(record, where)

@@ -219,14 +219,14 @@ def check_world_size(config: ParallelConfig, world_size: int | None = None) -> i
         raise ConfigError(
             "parallel: expected a world size that is a multiple of tensor x context x pipeline = "
             f"{model_size}, got {world_size}; change parallel.tensor, parallel.context, "
-            "parallel.pipeline or torchrun's --nproc_per_node"
+            "parallel.pipeline or torchrun's --nproc_per_node (NPROC)"
         )
     expert_size = config.expert * config.expert_tensor * config.pipeline
     if world_size % expert_size:
         raise ConfigError(
             "parallel: expected a world size that is a multiple of expert x expert_tensor x "
             f"pipeline = {expert_size}, got {world_size}; change parallel.expert, "
-            "parallel.expert_tensor, parallel.pipeline or torchrun's --nproc_per_node"
+            "parallel.expert_tensor, parallel.pipeline or torchrun's --nproc_per_node (NPROC)"
         )
     return world_size
 

@@ -62,7 +62,8 @@ def test_a_line_separator_within_a_text_ends_no_line(write):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1}\n{"a": ', r"line 2: expected a JSON object, got Expecting value"),
+        (b'{"a": 1}\n{"a": ', r"line 2: .*got Expecting value at column 6$"),
+        (b'{"a": 1}\n{"a": 1\n', r"line 2: .*got Expecting ',' delimiter at column 8$"),
         (b'{"a": 1}\n[1]', r"line 2: .*got a list; a list of objects belongs into a \.json file"),
         (b'{"a": 1}\n7', r"line 2: expected a JSON object, got a int"),
         (b'{"a": 1}\n{"a": "\xff"}', r"line 2: expected UTF-8, got .*byte 0xff"),

@@ -1,0 +1,56 @@
+"""The command line of every command, and what ends one without an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.errors import NothingToDo
+from megatron_rl.process import command
+from megatron_rl.process.command import run_command
+from megatron_rl.process.folder import AGENT_VARIABLE
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "the following arguments are required: config; usage: "),
+        (["a.yaml", "--loop.num_steps=3"], "have no dashes, write loop.num_steps=3; usage: "),
+        (["a.yaml", "--loop.num_steps", "3"], "write loop.num_steps=...; usage: "),
+        (["a.yaml", "--fast"], "unrecognized arguments: --fast; usage: "),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_of_one_rank(
+    argv: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv(AGENT_VARIABLE, str(tmp_path / rank / "error.json"))
+        with pytest.raises(SystemExit) as ended:
+            run_command("A test.", lambda config, progress: None, argv)
+        assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert expected in line and line.endswith("config [key=value ...]")
+
+
+def test_nothing_to_do_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(config: Any, progress: Any) -> None:
+        raise NothingToDo("all 4 steps are done")
+
+    for name in ("watch_signals", "bind_forked_children", "_quiet_libraries"):
+        monkeypatch.setattr(command, name, lambda *_: None)
+    monkeypatch.setattr(command.threading, "excepthook", None)
+    path = tmp_path / "a.yaml"
+    path.write_text("{}")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run_command("A test.", work, [str(path)]) == 0
+    assert capsys.readouterr().out == "all 4 steps are done\n"
