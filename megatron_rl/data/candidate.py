@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from megatron_rl.data.readers.columns import find_value
-from megatron_rl.errors import DataError
+from megatron_rl.errors import ConfigError, DataError
 
 Messages = tuple[tuple[str, str], ...]  # (role, content), in order
 
@@ -19,6 +19,8 @@ SYSTEM = "system"  # the role of a system prompt
 
 _FINAL_ANSWER = re.compile(r"####\s*(\S.*?)\s*$")  # as GSM8K writes it
 _EXACT_FLOATS = 2.0**53  # below it a float is exactly the whole number that was written
+_FIELD = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+_COMMAND = re.compile(r"\\[A-Za-z]+\*?(\{[^{}]*\})*$")  # of LaTeX, up to an argument of its own
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
@@ -114,6 +116,27 @@ def _turns_of(value: Any) -> Iterator[tuple[str, str]]:
     )
     if is_chat:
         yield from ((message["role"], message["content"]) for message in value)
+
+
+def check_template(record: dict[str, Any], layout: Layout) -> None:
+    """Refuse a template with another column than the prompt in braces, which would stay as text.
+    All other braces are text: those of JSON, and of LaTeX also around the name of a column, as in
+    `\\boxed{answer}`.
+
+    Args:
+        record: a row.
+
+    Raises:
+        ConfigError: the template names a column of the row.
+    """
+    names = set(_paths(record)) - {"prompt"}
+    for field in _FIELD.finditer(layout.template):
+        if field[1] in names and not _COMMAND.search(layout.template[: field.start()]):
+            key = f"{layout.prompt_key.rpartition('.')[0]}.template"
+            raise ConfigError(
+                f"{key}: expected {{prompt}} and no other column, got {field[0]}, which would stay "
+                f"as text; put it into the prompt column, or write {{ {field[1]} }} for braces"
+            )
 
 
 def frame(turns: Messages, layout: Layout) -> Messages:

@@ -21,6 +21,7 @@ from megatron_rl.data.candidate import (
     Candidate,
     Layout,
     Messages,
+    check_template,
     read_answer,
     read_candidate,
     read_turns,
@@ -56,6 +57,7 @@ class FileSource:
     Raises:
         DataError: the files are missing, empty, malformed or of an unsupported kind, or a row lacks
             a column or its text (the message names file and line or row).
+        ConfigError: see `check_template`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class FileSource:
         self._rows: Sequence[int] = range(len(self._store))
         if not self._rows:
             raise DataError(f"{path}: expected at least one record, got an empty data set")
+        check_template(self._store.get(0), layout)
         self._tell()
 
     def __len__(self) -> int:

@@ -2,8 +2,8 @@ from decimal import Decimal
 
 import pytest
 
-from megatron_rl.data.candidate import Candidate, Layout, read_candidate
-from megatron_rl.errors import DataError
+from megatron_rl.data.candidate import Candidate, Layout, check_template, read_candidate
+from megatron_rl.errors import ConfigError, DataError
 
 PLAIN = Layout(prompt_column="question", answer_column="answer")
 
@@ -140,3 +140,37 @@ def test_only_the_question_must_not_be_empty():
     chat[1]["content"] = " "
     with pytest.raises(DataError, match="expected a question in column 'question'"):
         read({"question": chat, "answer": "7"})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{prompt}",
+        r"{prompt} Answer in \boxed{}.",
+        r"{prompt} Answer as \boxed{answer} or \frac{1}{answer}.",
+        '{prompt} Answer as {"a": 1}.',
+        "{prompt} {other} { level }",
+    ],
+)
+def test_braces_of_a_template_are_text(template):
+    check_template(RECORD, Layout(prompt_column="q", answer_column="answer", template=template))
+
+
+@pytest.mark.parametrize("field", ["{level}", "{answer}", "{metadata.level}"])
+def test_a_column_in_a_template_is_refused(field):
+    layout = Layout(
+        prompt_column="q",
+        answer_column="answer",
+        template=f"{{prompt}} {field}=",
+        prompt_key="data.tasks[0].prompt_column",
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_template(RECORD, layout)
+    assert str(caught.value) == (
+        f"data.tasks[0].template: expected {{prompt}} and no other column, got {field}, which "
+        f"would stay as text; put it into the prompt column, or write {{ {field[1:-1]} }} for "
+        "braces"
+    )
+
+
+RECORD = {"q": "1+1", "answer": "2", "level": 3, "metadata": {"level": 3}}
