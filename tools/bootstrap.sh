@@ -59,8 +59,7 @@ build_inputs() {
     [ ! -d megatron_rl/csrc ] || find megatron_rl/csrc -type f | LC_ALL=C sort
 }
 
-# Without bytecode, which Python writes for what is imported; most of the files never are.
-pip_install() { "$python" -m pip install --disable-pip-version-check --no-compile -qq "$@"; }
+pip_install() { "$python" -m pip install --disable-pip-version-check -qq "$@"; }
 
 install_torch() {
     say "installing torch $torch_version"
