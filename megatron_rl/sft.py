@@ -56,6 +56,7 @@ def warm_start(config: Config, progress: Progress) -> None:
     if config.model.kernels.deterministic:
         use_deterministic_algorithms()
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
+    progress.meet()
     learner = Learner(
         config.model,
         replace(

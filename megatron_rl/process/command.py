@@ -76,6 +76,12 @@ class Progress:
         self.describe: Callable[[], str] = lambda: "before the first step"
         # which other ranks have ended, are silent or are somewhere else; "" if nothing is known
         self.others: Callable[[], str] = lambda: ""
+        # whether the ranks have met: until then, another run may hold the folder
+        self.has_met = False
+
+    def meet(self, others: Callable[[], str] = lambda: "") -> None:
+        """Note that the ranks have met, and how the others are watched."""
+        self.others, self.has_met = others, True
 
 
 def run_command(
@@ -110,7 +116,7 @@ def run_command(
     threading.excepthook = lambda raised: _end_after_thread(raised, folder)
 
     def dump_stacks() -> None:
-        if folder is not None and has_failed():
+        if folder is not None and has_failed() and progress.has_met:
             _dump_stacks(folder, rank)
 
     try:

@@ -63,7 +63,7 @@ def fail_for_real(config: Path, *overrides: str, num_ranks: int) -> str:
 
 def keep_something(run_dir: Path) -> Path:
     """A file that an earlier run left, and that no failure may touch."""
-    kept = run_dir / "checkpoints" / "step_000007" / "run_state.json"
+    kept = run_dir / "checkpoints" / "before" / "run_state.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("of an earlier run")
     return kept
@@ -238,7 +238,7 @@ def test_a_run_that_is_refused_leaves_the_settings_of_the_one_before(
     tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     run_dir = tmp_path / "run"
-    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step_000007").mkdir(parents=True)
     (run_dir / "checkpoints" / "latest").write_text("step_000007")
     (run_dir / "config.yaml").write_text("of an earlier run")
     output, _ = fail(write_config(tmp_path), "resume=never")

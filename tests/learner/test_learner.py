@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_rl.errors import DivergenceError
+from megatron_rl.errors import BrokenUpdateError
 from megatron_rl.learner import learner
 from megatron_rl.learner.passes.forward import LossTerms
 from megatron_rl.ops import broken_rows
@@ -78,10 +79,17 @@ def test_a_micro_batch_with_a_broken_row_gets_no_loss(monkeypatch: pytest.Monkey
         geometry=SimpleNamespace(vocab_size=8),
         temperature=1.0,
         truncation=None,
-        parallel=SimpleNamespace(is_row_head=True),
+        parallel=SimpleNamespace(
+            is_row_head=True,
+            cp_group=SimpleNamespace(size=lambda: 1),
+            any_rank=lambda own: own,
+            from_all_ranks=lambda own: [own],
+        ),
         _routers=SimpleNamespace(of_update=lambda rows, balance: None),
+        _gradient_problem=lambda: None,
         onload=lambda: None,
     )
-    with pytest.raises(DivergenceError, match="micro-batch 1: logits of row 5"):
+    one._terms = partial(learner.Learner._terms, one)
+    with pytest.raises(BrokenUpdateError, match="micro-batch 1: logits of row 5"):
         learner.Learner.update(one, ["sound", "broken", "sound"], row_loss)
-    assert losses == [0]
+    assert losses == [0, 2]  # the others are in their collectives: a rank goes on

@@ -18,12 +18,8 @@ import torch
 from megatron_rl.config import ModelConfig, ParallelConfig
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.model.build import build_parts, transformer_config
-from megatron_rl.learner.model.checkpoint import (
-    _load,
-    _load_parts,
-    _results_stay_in_process,
-    _sharded_model,
-)
+from megatron_rl.learner.model.checkpoint import _load, _load_parts, _sharded_model
+from megatron_rl.learner.model.checkpoint_share import _results_stay_in_process
 from megatron_rl.weights.geometry import read_geometry
 
 LAYOUTS: dict[str, dict[str, Any]] = {
