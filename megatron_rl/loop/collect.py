@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,20 @@ from megatron_rl.records import JudgedGroup, SampledStep, Score, ScoredGroup
 from megatron_rl.reward.overlong import overlong_penalty
 from megatron_rl.reward.score import is_unseen, rewards_of
 from megatron_rl.rollout.source import RolloutRequest, RolloutSource, TakenRollouts
+
+
+class _Counts(NamedTuple):
+    """Numbers of rounds, over all replicas."""
+
+    num_prompts: int = 0
+    num_rounds: int = 0
+    num_kept: int = 0  # groups with a kept response
+    num_responses: int = 0
+    num_scored: int = 0  # responses
+
+    def plus(self, other: _Counts) -> _Counts:
+        """The sums."""
+        return _Counts(*map(sum, zip(self, other, strict=True)))
 
 
 def collect_step(
@@ -55,34 +70,33 @@ def collect_step(
     loop, dynamic = config.loop, config.loop.dynamic_sampling
     groups: list[JudgedGroup] = []
     metrics: dict[str, Metric] = {}
-    num_kept = num_prompts = num_rounds = num_responses = num_scored = 0
-    while num_kept < loop.prompts_per_step and num_rounds < dynamic.max_rounds:
+    total = _Counts()
+    while total.num_kept < loop.prompts_per_step and total.num_rounds < dynamic.max_rounds:
         request = RolloutRequest(
             step=state.step,
-            first_prompt=state.next_prompt + num_prompts,
-            num_prompts=loop.prompts_per_step - num_kept,
+            first_prompt=state.next_prompt + total.num_prompts,
+            num_prompts=loop.prompts_per_step - total.num_kept,
             weight_version=state.published_version,
         )
         taken = _take(source, request, restore)
         of_round, of_source, counts, is_whole_step = _judge(taken, replicas, config, phase)
         groups += of_round
         metrics = merge([metrics, of_source])
-        num_prompts += counts[0]
-        num_rounds += counts[1]
-        num_kept += counts[2]
-        num_responses += counts[3]
-        num_scored += counts[4]
+        total = total.plus(counts)
         if is_whole_step or not dynamic.enabled:
             break
     # Only the heads know a cause, and the first rank that fails reports.
-    if num_responses and not num_scored and replicas.is_replica_head:
+    if total.num_responses and not total.num_scored and replicas.is_replica_head:
         cause = failure()
         raise RewardError(
             f"reward: expected scores for step {state.step}, got none: none of its "
-            f"{num_responses} responses could be scored{f'; {cause}' if cause else ''}"
+            f"{total.num_responses} responses could be scored{f'; {cause}' if cause else ''}"
         )
     return SampledStep(
-        groups=tuple(groups), num_prompts=num_prompts, num_rounds=num_rounds, metrics=metrics
+        groups=tuple(groups),
+        num_prompts=total.num_prompts,
+        num_rounds=total.num_rounds,
+        metrics=metrics,
     )
 
 
@@ -104,16 +118,15 @@ def _take(
 
 def _judge(
     taken: TakenRollouts | None, replicas: Replicas, config: Config, phase: Phase
-) -> tuple[list[JudgedGroup], Mapping[str, Metric], tuple[int, int, int, int, int], bool]:
-    """This replica's groups of one round and its source's metrics; and, on every rank, the numbers
-    of prompts and rounds, and of kept groups, responses and scored responses over all replicas, and
-    whether these are all groups of the step.
+) -> tuple[list[JudgedGroup], Mapping[str, Metric], _Counts, bool]:
+    """This replica's groups of one round and its source's metrics; and, on every rank, the round's
+    numbers and whether these are all groups of the step.
 
     Every round ends with a collective, so that no rank waits in one for longer than a round takes.
     """
     groups: list[JudgedGroup] = []
     metrics: Mapping[str, Metric] = {}
-    counts, is_whole_step = (0, 0, 0, 0, 0), False
+    counts, is_whole_step = _Counts(), False
     if taken is not None:
         groups = [judge(scored, config) for scored in taken.groups]
         num_kept = sum(any(each.is_kept) for each in groups)
@@ -122,8 +135,8 @@ def _judge(
         is_whole_step, metrics = taken.is_whole_step, taken.metrics
     with phase("rollout"):  # the seconds in which a replica waits for the slowest one
         if taken is not None:
-            kept, responses, scored = map(int, replicas.reducer()(own, "sum").tolist())
-            counts = (taken.num_prompts, taken.num_rounds, kept, responses, scored)
+            of_all = map(int, replicas.reducer()(own, "sum").tolist())
+            counts = _Counts(taken.num_prompts, taken.num_rounds, *of_all)
         counts, is_whole_step = replicas.from_replica_head((counts, is_whole_step))
     return groups, metrics, counts, is_whole_step
 
