@@ -241,14 +241,6 @@ class CheckpointWriter:
         return self._trained.parallel.from_all_ranks(value)
 
 
-def save_checkpoint(
-    folder: Path, trained: TrainingModel, run_state: dict[str, Any], *, step: int, keep: int
-) -> Path:
-    """Write one checkpoint and return when it is complete; see `CheckpointWriter`."""
-    CheckpointWriter(folder, trained, keep=keep, is_asynchronous=False).save(run_state, step=step)
-    return folder / checkpoint_files.checkpoint_name(step)
-
-
 def _check_space(folder: Path, trained: TrainingModel) -> None:
     """Raise OSError, before anything is written, if the disk has too little free space."""
     num_parameters = sum(torch.Size(shape).numel() for _, shape in tensor_shapes(trained.geometry))

@@ -32,11 +32,11 @@ from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model import checkpoint_writer
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import STATE, latest_checkpoint
-from megatron_rl.learner.model.checkpoint_writer import save_checkpoint
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
 from tests.learner.support.exported import exported_weights
+from tests.learner.support.saving import save_checkpoint
 from tests.support.checkpoint_reader import read_tensors
 from tests.support.layouts import LAYOUTS, names_of
 

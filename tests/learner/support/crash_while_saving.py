@@ -57,8 +57,8 @@ SCENARIOS = (
 
 def save(folder: Path, model: Path, scenario: Scenario, *, arm: Callable[[], None]) -> None:
     """Save the scenario's steps, whose weights are its numbers; armed before the last one."""
-    from megatron_rl.learner.model.checkpoint_writer import save_checkpoint
     from tests.learner.support import checkpoint_ranks
+    from tests.learner.support.saving import save_checkpoint
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

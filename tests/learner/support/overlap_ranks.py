@@ -23,13 +23,13 @@ from megatron_rl.config import Config, ModelConfig, OptimizerConfig
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.checkpoint import load_checkpoint
-from megatron_rl.learner.model.checkpoint_writer import save_checkpoint
 from megatron_rl.learner.model.restore_point import RestorePoint
 from megatron_rl.loop import rest
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.observe.stopwatch import Stopwatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
+from tests.learner.support.saving import save_checkpoint
 from tests.support.layouts import LAYOUTS
 
 NUM_STEPS = 3

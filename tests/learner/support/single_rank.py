@@ -23,12 +23,12 @@ from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model import checkpoint_writer
 from megatron_rl.learner.model.build import build_model
 from megatron_rl.learner.model.checkpoint_files import LATEST, latest_checkpoint
-from megatron_rl.learner.model.checkpoint_writer import save_checkpoint
 from megatron_rl.learner.model.optimizer import build_optimizer
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.records import Rollout, Sample, TrainBatch, Truncation
 from megatron_rl.weights.geometry import read_geometry
+from tests.learner.support.saving import save_checkpoint
 
 # (dtype, distributed optimizer) -> bytes a parameter
 WEIGHTS = {
