@@ -25,7 +25,7 @@ ARROWS = {
     "serve": {"engine"},
     "evaluate": {"loop", "data", "rollout", "reward", "engine", "observe"},
     "study": {"engine"},
-    "plan": {"loop", "learner"},
+    "plan": {"loop", "learner", "engine"},
     "doctor": set(),
     "loop": {
         "data",

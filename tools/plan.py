@@ -37,7 +37,7 @@ GB = 1e9
 MAX_SIMULATED = 512
 SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 # What to do about each component if no setting of the layout is enough.
-_MORE_GPUS = "take more nodes, or engines on GPUs of their own (rollout.urls)"
+_MORE_GPUS = "take more nodes, or engines on GPUs of their own (rollout.placement)"
 _REMEDIES = dict.fromkeys(
     ("weights", "gradients", "optimizer", "reference", "communication"), _MORE_GPUS
 ) | dict.fromkeys(
@@ -112,12 +112,13 @@ def tell_simulation(config: Config, cluster: Cluster) -> bool:
     Raises:
         ConfigError: there are more ranks than can be simulated.
     """
-    world_size = cluster.num_nodes * cluster.gpus_per_node
+    plan = make_plan(config, cluster)
+    world_size = plan.layout.world_size
     if world_size > MAX_SIMULATED:
         raise ConfigError(
             f"--simulate: expected at most {MAX_SIMULATED} ranks, got {world_size}; lower --nodes"
         )
-    geometry = make_plan(config, cluster).geometry
+    geometry = plan.geometry
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("ranks", total=world_size)
         ranks = simulate(

@@ -101,7 +101,9 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[Change]:
         yield Change(key="parallel.pipeline", value=pipeline)
     if config.model.activation_recomputation != "full":
         yield Change(key="model.activation_recomputation", value="full")
-    if rollout.num_engines and rollout.placement != "nodes":
+    if rollout.num_engines and rollout.placement in ("auto", "colocated"):
+        if rollout.placement == "auto" and rollout.max_policy_age == 0:
+            yield Change(key="rollout.placement", value="colocated")
         for utilization in (0.6, 0.5, 0.4, 0.3, 0.2):
             if utilization < rollout.gpu_memory_utilization:
                 yield Change(key="rollout.gpu_memory_utilization", value=utilization)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_rl.config import Config
 from megatron_rl.config.choices import ActivationRecomputation, DType
+from megatron_rl.errors import ConfigError
 
 ITEM_SIZES: dict[DType, int] = {"float32": 4, "bfloat16": 2}  # bytes of a number
 
@@ -69,13 +70,34 @@ class ClusterLayout:
         return min(parts, num_rows * self.virtual_pipeline) / self.virtual_pipeline
 
 
-def layout_of(config: Config, *, num_nodes: int, gpus_per_node: int) -> ClusterLayout:
-    """The layout of a run that has a learner rank on every GPU.
+def ranks_per_node(config: Config, *, num_nodes: int, gpus_per_node: int) -> int:
+    """How many GPUs of each node have a learner rank: all, or with rollout.placement=share those
+    that the engines of the fullest node leave.
 
-    The number of GPUs must be a multiple of the ranks of a replica
+    Raises:
+        ConfigError: they leave none.
+    """
+    rollout = config.rollout
+    if rollout.placement != "share" or config.replay:
+        return gpus_per_node
+    num_taken = -(-rollout.num_engines // num_nodes) * rollout.tensor_parallel
+    if num_taken >= gpus_per_node:
+        raise ConfigError(
+            f"rollout.placement=share: expected engines that leave GPUs of each node to the "
+            f"learner, got rollout.num_engines={rollout.num_engines} of rollout.tensor_parallel="
+            f"{rollout.tensor_parallel} on {num_nodes} node(s) of {gpus_per_node} GPUs"
+        )
+    return gpus_per_node - num_taken
+
+
+def layout_of(config: Config, *, num_nodes: int, gpus_per_node: int) -> ClusterLayout:
+    """The layout of a run that has a learner rank on every GPU that `ranks_per_node` leaves it.
+
+    Their number must be a multiple of the ranks of a replica
     (`learner.layout.parallel.check_world_size`).
     """
     parallel = config.parallel
+    num_ranks = num_nodes * ranks_per_node(config, num_nodes=num_nodes, gpus_per_node=gpus_per_node)
     return ClusterLayout(
         num_nodes=num_nodes,
         gpus_per_node=gpus_per_node,
@@ -84,7 +106,7 @@ def layout_of(config: Config, *, num_nodes: int, gpus_per_node: int) -> ClusterL
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
         context=parallel.context,
-        data=num_nodes * gpus_per_node // (parallel.tensor * parallel.context * parallel.pipeline),
+        data=num_ranks // (parallel.tensor * parallel.context * parallel.pipeline),
         dtype=config.model.dtype,
         has_distributed_optimizer=config.learner.optimizer.distributed,
         virtual_pipeline=parallel.virtual_pipeline,

@@ -80,6 +80,11 @@ class LearnerMemory(Components):
         """What stays while the engines sample."""
         return self.total - self.activations - self.logits - self.backward
 
+    @property
+    def resting(self) -> float:
+        """What stays while colocated engines sample (loop/rest.py)."""
+        return self.resident - self.gradients - self.optimizer
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineMemory(Components):

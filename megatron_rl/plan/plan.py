@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rl.config import Config
+from megatron_rl.engine.placement import sleeps
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.loop.preflight import (
@@ -22,8 +23,14 @@ from megatron_rl.loop.preflight import (
     check_stop_tokens,
 )
 from megatron_rl.plan.activations import DeviceType
-from megatron_rl.plan.layout import ClusterLayout, layout_of
-from megatron_rl.plan.memory import EngineMemory, LearnerMemory, engine_memory, learner_memory
+from megatron_rl.plan.layout import ClusterLayout, layout_of, ranks_per_node
+from megatron_rl.plan.memory import (
+    CONTEXT_BYTES,
+    EngineMemory,
+    LearnerMemory,
+    engine_memory,
+    learner_memory,
+)
 from megatron_rl.plan.parameters import num_parameters
 from megatron_rl.plan.traffic import (
     CheckpointPlan,
@@ -53,23 +60,29 @@ class Cluster:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """The memory of the fullest GPU, in bytes. Example: `MemoryPlan(gpu_bytes=80e9, stage=0,
-    learner=LearnerMemory(...), engine=EngineMemory(...))`.
+    learner=LearnerMemory(...), engine=EngineMemory(...), sleeps=False)`.
     """
 
     gpu_bytes: float
     stage: int  # the pipeline stage of this rank
     learner: LearnerMemory
     engine: EngineMemory | None  # of the engines on the same GPU; None: they have GPUs of their own
+    sleeps: bool  # whether the engines and the learner take turns (rollout.placement=colocated)
 
     @property
     def training(self) -> float:
-        """During an update; the engines keep their memory."""
-        return self.learner.total + (self.engine.total if self.engine else 0.0)
+        """During an update. Engines keep their memory, or CUDA's context alone if they sleep."""
+        if self.engine is None:
+            return self.learner.total
+        return self.learner.total + (CONTEXT_BYTES if self.sleeps else self.engine.total)
 
     @property
     def rollout(self) -> float:
-        """While the engines sample; the learner keeps its weights, gradients and optimizer."""
-        return self.learner.resident + (self.engine.total if self.engine else 0.0)
+        """While the engines sample. The learner keeps its weights; gradients and the optimizer's
+        state are in host memory meanwhile if they take turns.
+        """
+        learner = self.learner.resting if self.sleeps else self.learner.resident
+        return learner + (self.engine.total if self.engine else 0.0)
 
     @property
     def fits(self) -> bool:
@@ -119,7 +132,7 @@ def memory_plan(
     config: Config, geometry: Geometry, layout: ClusterLayout, cluster: Cluster
 ) -> MemoryPlan:
     """The memory of the fullest GPU: the pipeline stage that needs most, with the engines that the
-    run starts on the GPUs of its nodes. Engines on nodes of their own (`rollout.placement=nodes`,
+    run starts on the same GPUs. Engines on GPUs of their own (`rollout.placement=share` or `nodes`,
     `rollout.urls`) have theirs.
 
     Raises:
@@ -135,7 +148,7 @@ def memory_plan(
     )
     engine = None
     rollout = config.rollout
-    if rollout.num_engines and rollout.placement != "nodes" and not config.replay:
+    if rollout.num_engines and rollout.placement in ("auto", "colocated") and not config.replay:
         # An engine has several GPUs; those that one host has no room for are on the others.
         num_gpus = rollout.num_engines * rollout.tensor_parallel
         room = cluster.gpus_per_node
@@ -143,7 +156,13 @@ def memory_plan(
         engine = engine_memory(
             config, geometry, gpu_bytes=cluster.gpu_bytes, num_engines=num_engines
         )
-    return MemoryPlan(gpu_bytes=cluster.gpu_bytes, stage=stage, learner=learner, engine=engine)
+    return MemoryPlan(
+        gpu_bytes=cluster.gpu_bytes,
+        stage=stage,
+        learner=learner,
+        engine=engine,
+        sleeps=engine is not None and sleeps(rollout.placement, cluster.device),
+    )
 
 
 def problems_of(
@@ -154,15 +173,20 @@ def problems_of(
     The data, the tokenizer and the programs of the hosts are not looked at. The weights of a
     checkpoint are checked where they are there.
     """
-    world_size, parallel = num_nodes * gpus_per_node, config.parallel
+    parallel = config.parallel
+    try:
+        num_ranks = ranks_per_node(config, num_nodes=num_nodes, gpus_per_node=gpus_per_node)
+    except ConfigError as error:
+        return [str(error)]
+    world_size = num_nodes * num_ranks
     checks: list[Callable[[], object]] = [
         partial(geometry.check_layout, parallel),
         partial(check_world_size, parallel, world_size),
-        partial(check_engine_place, config, world_size=world_size, local_world_size=gpus_per_node),
+        partial(check_engine_place, config, world_size=world_size, local_world_size=num_ranks),
         partial(
             check_gpus,
             config,
-            Node(index=0, count=num_nodes, num_ranks=gpus_per_node),
+            Node(index=0, count=num_nodes, num_ranks=num_ranks),
             gpus_per_node,
         ),
         partial(check_stop_tokens, config, geometry),

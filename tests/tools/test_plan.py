@@ -133,3 +133,32 @@ def test_all_problems_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_too_many_ranks_to_simulate(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([*DAPO, *SHORT, *GIVEN_ENGINES, "--simulate", "--nodes", "65"]) == 1
     assert "--simulate: expected at most 512 ranks, got 520" in capsys.readouterr().err
+
+
+# By hand, in GB: the learner has weights 4.10, gradients 8.19, optimizer's state 12.29 (24.58 with
+# one replica), activations and logits 11.34 and NCCL with CUDA 1.20; an engine has 32, which is 0.4
+# of the GPU, and 0.6 for CUDA while it sleeps.
+PLACES = [
+    ("auto", 2, 69.1, 57.8),  # 4.10 + 8.19 + 12.29 + 11.34 + 1.20 + 32; without the activations
+    ("colocated", 2, 37.7, 37.3),  # 37.12 + 0.6; 4.10 + 1.20 + 32
+    ("share", 1, 49.2, 37.9),  # 4.10 + 8.19 + 24.58 + 11.34 + 1.00; without the activations
+]
+
+
+@pytest.mark.parametrize(("placement", "data", "training", "rollout"), PLACES)
+def test_engines_beside_the_learner_or_in_turns_or_on_other_gpus(
+    placement: str, data: int, training: float, rollout: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = [f"rollout.placement={placement}", "rollout.num_engines=4"]
+    assert plan.main([*DAPO, *SHORT, *place]) == 0
+    printed = capsys.readouterr().out
+    assert f"{4 * data} ranks on 1 node(s) = tensor 4 x" in printed
+    assert f"training: {training} of 80 GB, fits" in printed
+    assert f"rollout: {rollout} of 80 GB, fits" in printed
+    assert ("engine   on GPUs of its own" in printed) == (placement == "share")
+
+
+def test_engines_that_leave_the_learner_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["rollout.placement=share", "rollout.num_engines=2", "rollout.tensor_parallel=4"]
+    assert plan.main([*DAPO, *place]) == 1
+    assert "expected engines that leave GPUs of each node to the learner" in capsys.readouterr().err
