@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config import RolloutConfig
+from megatron_rl.config import RolloutConfig, SamplingConfig
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.server import start_engines
 from megatron_rl.records import TOKEN_VARIABLE
@@ -83,7 +83,13 @@ def test_a_mixture_of_experts_is_served_from_every_layout(tmp_path: Path) -> Non
     model = tmp_path / "model"
     write_tiny_experts(model, expert_width=64, layers=NUM_LAYERS)
     (engine,) = start_engines(
-        RolloutConfig(dtype="float32", max_num_seqs=32, kv_cache_gib=0.25, max_model_len=512),
+        RolloutConfig(
+            dtype="float32",
+            max_num_seqs=32,
+            kv_cache_gib=0.25,
+            max_model_len=256,
+            sampling=SamplingConfig(max_tokens=64),
+        ),
         model_path=str(model),
         log_dir=tmp_path,
         token="a-token-for-this-test",
