@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from megatron_rl.errors import DataError
 from megatron_rl.learner.model.checkpoint_files import STATE
 from megatron_rl.learner.model.optimizer_state import (
+    follow_config,
     load_optimizer,
     load_settings,
     sharded_optimizer,
@@ -61,6 +62,7 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
         {key: value for key, value in group.items() if key not in ("params", "step")}
         for group in trained.optimizer.param_groups
     ]
+    follow_config(loaded["optimizer"], trained.optimizer.param_groups)
     if has_distributed_optimizer(trained):
         load_settings(trained.optimizer, loaded["optimizer"])
     else:

@@ -17,7 +17,7 @@ buckets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from megatron_rl.learner.model.optimizer import chained_optimizers
 
 LOAD_BYTES = 2**30  # of host memory that a load takes at a time
 KEYS = ("param", "exp_avg", "exp_avg_sq")  # a float32 main weight and its moments
+# Of a group of parameters: what it is a group of, and the ends of its schedules.
+GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+SCHEDULE_KEYS = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,26 @@ def load_settings(optimizer: Any, loaded: Mapping[str, Any]) -> None:
         part.load_state_dict({key: value for key, value in state.items() if key != "param_state"})
     if len(parts) > 1:
         optimizer._synchronize_steps()
+
+
+def follow_config(loaded: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give the groups in a loaded optimizer the learning rates and weight decay of this run.
+
+    Megatron-Core 0.19 tells groups apart by these too, and would refuse a run that goes on with
+    another learning rate.
+
+    Args:
+        loaded: the state of an optimizer, of any depth; its "param_groups" are changed.
+        groups: of this run's optimizer.
+    """
+    if not isinstance(loaded, dict):
+        return
+    for group in loaded.get("param_groups", ()):
+        for own in groups:
+            if all(group.get(key) == own.get(key) for key in GROUP_KEYS):
+                group.update({key: own[key] for key in SCHEDULE_KEYS if key in own})
+    for inner in loaded.values():
+        follow_config(inner, groups)
 
 
 def load_optimizer(optimizer: Any, model_state: Mapping[str, Any], folder: Path) -> None:

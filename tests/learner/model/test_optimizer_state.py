@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from megatron_rl.learner.model import optimizer_state
-from megatron_rl.learner.model.optimizer_state import Pieces, _chunks, _divided_parameters
+from megatron_rl.learner.model.optimizer_state import (
+    Pieces,
+    _chunks,
+    _divided_parameters,
+    follow_config,
+)
 
 
 def optimizer(rank: int, size: int = 2) -> SimpleNamespace:
@@ -58,3 +63,18 @@ def test_what_is_read_at_a_time(
     chunks = _chunks(optimizer(rank))
     assert [[pieces.parameter.numel() for pieces in chunk] for chunk in chunks] == expected
     assert _chunks(None) == [[]]
+
+
+def test_a_loaded_group_has_the_rates_of_this_run() -> None:
+    """The groups are told apart by what they hold, not by their order."""
+    dense = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    own = [
+        dense | {"wd_mult": 0.0, "max_lr": 3e-4, "start_wd": None},
+        dense | {"max_lr": 2e-4, "start_wd": 0.1},
+    ]
+    saved = [dense | {"max_lr": 1e-3, "step": 7}, dense | {"wd_mult": 0.0, "max_lr": 1e-3}]
+    loaded = {"0": {"optimizer": {"param_groups": saved}}, "1": {"param_groups": []}}
+    follow_config(loaded, own)
+    assert [group["max_lr"] for group in saved] == [2e-4, 3e-4]
+    assert [group["start_wd"] for group in saved] == [0.1, None]
+    assert saved[0]["step"] == 7
