@@ -53,7 +53,8 @@ class SyncConfig:
     # (wait), or go on with the new weights, either with the key-value cache of the old weights
     # (keep) or after it was computed again (recompute)
     running_requests: RunningRequests = "wait"
-    bucket_mib: float = 64.0  # memory of one bucket; the peak extra memory of an update
+    # memory of one bucket; an update needs one (shared_memory, ipc) or two (collective)
+    bucket_mib: float = 64.0
     # timeout of each call of an update; an engine that is half-updated for longer is poisoned
     timeout_seconds: float = 120.0
     probe_num_tokens: int = 48  # tokens of the parity probe after each sync; 0: no probe

@@ -13,7 +13,14 @@ import torch
 
 from megatron_rl.errors import SyncError
 from megatron_rl.sync.transports.transport import Bucket, Piece
-from megatron_rl.sync.wire import CASTABLE, DTYPE_NAMES, Manifest, TensorSpec, new_checksum
+from megatron_rl.sync.wire import (
+    BLOCK_BYTES,
+    CASTABLE,
+    DTYPE_NAMES,
+    Manifest,
+    TensorSpec,
+    new_checksum,
+)
 
 
 def check_manifest(manifest: Manifest, expected: Mapping[str, TensorSpec]) -> None:
@@ -54,24 +61,33 @@ class Assembly:
     Args:
         manifest: already checked.
         read: `(bucket_offset, nbytes) -> [nbytes] uint8` view of the current bucket.
+        is_memory_kept: `Receiver.is_memory_kept`. Otherwise tensors are copied, because the next
+            bucket overwrites them while vLLM still holds the tensors of an incomplete layer.
     """
 
-    def __init__(self, manifest: Manifest, read: Callable[[int, int], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        read: Callable[[int, int], torch.Tensor],
+        *,
+        is_memory_kept: bool = False,
+    ) -> None:
         self.manifest = manifest
         # Digests of the tensors that the last bucket completed, by index into the manifest.
         self.digests: dict[int, bytes] = {}
-        self._read = read
+        self._read, self._is_memory_kept = read, is_memory_kept
         self._num_buckets = 0
         self._num_complete = 0  # tensors; the next expected piece belongs to this one
         # [nbytes] uint8 of that tensor, on the device of the bucket
         self._bytes: torch.Tensor | None = None
         self._offset = 0  # bytes of it that have arrived
+        self._checksum = new_checksum()  # of these
 
     def tensors_of(
         self, bucket: Bucket, checksums: dict[int, str]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor of each tensor that this bucket completes, on the bucket's device and
-        independent of its memory.
+        """Name and tensor of each tensor that this bucket completes, on the bucket's device. Later
+        buckets do not change it.
 
         Args:
             checksums: hexadecimal checksums of these tensors, by index into the manifest.
@@ -114,24 +130,28 @@ class Assembly:
                 f"{spec.name}: expected bytes from {self._offset} of {spec.nbytes}, "
                 f"got {piece.tensor_offset} to {piece.tensor_offset + piece.nbytes}"
             )
-        arrived = self._read(piece.bucket_offset, piece.nbytes)
-        if self._bytes is None:
-            self._bytes = torch.empty(spec.nbytes, dtype=torch.uint8, device=arrived.device)
-        # Copied, because the next bucket overwrites these bytes while vLLM still holds the tensors
-        # of an incomplete layer.
-        self._bytes[self._offset : self._offset + piece.nbytes] = arrived
-        self._offset += piece.nbytes
+        if self._offset == 0:
+            self._bytes, self._checksum = None, new_checksum()
+        is_copied = not self._is_memory_kept or piece.nbytes < spec.nbytes
+        for start in range(0, piece.nbytes, BLOCK_BYTES):
+            nbytes = min(BLOCK_BYTES, piece.nbytes - start)
+            block = self._read(piece.bucket_offset + start, nbytes)
+            if is_copied:
+                if self._bytes is None:
+                    self._bytes = torch.empty(spec.nbytes, dtype=torch.uint8, device=block.device)
+                block = self._bytes[self._offset : self._offset + nbytes].copy_(block)
+            self._checksum.update(block.cpu().numpy())  # of what will be loaded
+            self._offset += nbytes
+        if not is_copied:
+            self._bytes = self._read(piece.bucket_offset, piece.nbytes)
         return spec
 
     def _complete(self, spec: TensorSpec, checksums: dict[int, str]) -> torch.Tensor:
         assert self._bytes is not None
-        checksum = new_checksum(self._bytes.cpu().numpy())  # of the copy, which will be loaded
-        announced = checksums.get(self._num_complete)
-        if checksum.hexdigest() != announced:
-            raise SyncError(
-                f"{spec.name}: expected checksum {announced}, got {checksum.hexdigest()}"
-            )
-        self.digests[self._num_complete] = checksum.digest()
+        announced, found = checksums.get(self._num_complete), self._checksum.hexdigest()
+        if found != announced:
+            raise SyncError(f"{spec.name}: expected checksum {announced}, got {found}")
+        self.digests[self._num_complete] = self._checksum.digest()
         tensor = self._bytes.view(spec.dtype).view(spec.shape)
         self._num_complete += 1
         self._bytes, self._offset = None, 0

@@ -59,4 +59,5 @@ class Contributor:
             checksums = [[index, checksum] for index, checksum in completed.items()]
             self._sources.tell(0, checksums, f"bucket {bucket.index}")
             self._sender.send(bucket)
+        self._sender.flush()
         source.check_exhausted()

@@ -10,7 +10,8 @@ transport (`sync/transports/`) carries the bytes. This module calls the phases i
 receipts, and makes sure that no engine serves a partial update. `sync/receive.py` is the receiving
 half.
 
-An update needs memory for one bucket on the sender and for one layer on each engine.
+An update needs memory for one bucket on the sender, or for two if it fills one while the other is
+sent, and for a bucket and a layer on each engine.
 
 The parity probe can run only after resume, because a paused vLLM accepts a request but does not
 schedule it (vllm/v1/core/sched/scheduler.py, `PauseState.PAUSED_NEW`). Therefore the caller must

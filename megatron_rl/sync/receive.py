@@ -151,7 +151,9 @@ class UpdateReceiver:
             raise SyncError(
                 f"manifest: expected {self._num_tensors} tensors, got {len(manifest.specs)}"
             )
-        self._assembly = Assembly(manifest, self._transport.buffer)
+        self._assembly = Assembly(
+            manifest, self._transport.buffer, is_memory_kept=self._transport.is_memory_kept
+        )
 
     def _take(self, value: dict[str, Any], load: Load) -> None:
         if self._assembly is None:

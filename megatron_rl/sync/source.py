@@ -16,7 +16,7 @@ import torch
 from megatron_rl.config.rollout import QuantizationConfig
 from megatron_rl.errors import SyncError
 from megatron_rl.sync.transports.transport import Bucket
-from megatron_rl.sync.wire import CASTABLE, TensorSpec, new_checksum
+from megatron_rl.sync.wire import BLOCK_BYTES, CASTABLE, TensorSpec, new_checksum
 from megatron_rl.weights.quantization import quantized, quantized_shapes
 
 
@@ -95,9 +95,10 @@ class TensorSource:
             self._advance(index)
         spec = self._specs[index]
         first = offset // spec.dtype.itemsize
-        count = target.numel() // spec.dtype.itemsize
-        target.view(spec.dtype).copy_(self._flat[first : first + count])
-        self._checksum.update(target.cpu().numpy())
+        for block in target.view(spec.dtype).split(BLOCK_BYTES // spec.dtype.itemsize):
+            block.copy_(self._flat[first : first + block.numel()])
+            self._checksum.update(block.view(torch.uint8).cpu().numpy())
+            first += block.numel()
         return self._checksum.hexdigest() if offset + target.numel() == spec.nbytes else None
 
     def fill(self, bucket: Bucket, buffer: Callable[[int, int], torch.Tensor]) -> dict[int, str]:

@@ -38,6 +38,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # dtypes must match.
 CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
+# Bytes are copied and added to a checksum in blocks of this size, which fit into a core's cache.
+BLOCK_BYTES = 2**20
+
 new_checksum = xxhash.xxh3_128  # incremental: `.update(bytes-like)`, `.digest()`, `.hexdigest()`
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import SyncError
+from megatron_rl.sync import assembly
 from megatron_rl.sync.assembly import Assembly, check_manifest
 from megatron_rl.sync.transports.transport import Bucket, Piece
 from megatron_rl.sync.wire import Manifest, TensorSpec, new_checksum, plan_buckets
@@ -26,12 +27,13 @@ CHECKSUMS = {index: new_checksum(raw.numpy()).hexdigest() for index, raw in enum
 class Wire:
     """A bucket of memory, and an assembly that reads it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_memory_kept: bool = False) -> None:
         self.memory = torch.zeros(BUCKET_BYTES, dtype=torch.uint8)
         self.digests: dict[int, str] = {}
         self.assembly = Assembly(
             Manifest(update="u", specs=tuple(SPECS)),
             lambda offset, nbytes: self.memory[offset : offset + nbytes],
+            is_memory_kept=is_memory_kept,
         )
 
     def send(self, bucket: Bucket, checksums: dict[int, str] = CHECKSUMS) -> dict:
@@ -56,6 +58,32 @@ def test_whole_tensors_come_out_and_own_their_memory():
     assert list(received) == list(TENSORS)
     assert all(torch.equal(received[name], TENSORS[name]) for name in TENSORS)
     assert list(wire.digests.items()) == list(CHECKSUMS.items())
+
+
+def test_tensors_are_copied_only_if_memory_is_used_again_or_a_bucket_has_half_of_them():
+    wire, received = Wire(is_memory_kept=True), {}
+    for bucket in plan_buckets(SPECS, BUCKET_BYTES):
+        memory = wire.memory = torch.zeros(BUCKET_BYTES, dtype=torch.uint8)
+        for name, tensor in wire.send(bucket).items():
+            is_view = tensor.untyped_storage().data_ptr() == memory.data_ptr()
+            assert is_view == (name != "b")
+            received[name] = tensor
+    assert all(torch.equal(received[name], TENSORS[name]) for name in TENSORS)
+    assert list(wire.digests.items()) == list(CHECKSUMS.items())
+
+
+@pytest.mark.parametrize("is_memory_kept", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_bit_that_was_flipped_on_the_way_is_found(monkeypatch, index, is_memory_kept):
+    """In the last byte of a tensor that one bucket has, and of one that two buckets have."""
+    monkeypatch.setattr(assembly, "BLOCK_BYTES", 16)
+    spoiled = RAW[index].clone()
+    spoiled[-1] ^= 1
+    monkeypatch.setitem(RAW, index, spoiled)
+    wire = Wire(is_memory_kept=is_memory_kept)
+    with pytest.raises(SyncError, match=f"{SPECS[index].name}: expected checksum"):
+        for bucket in plan_buckets(SPECS, BUCKET_BYTES):
+            wire.send(bucket)
 
 
 def test_an_end_too_early_names_the_missing_tensor():

@@ -89,6 +89,9 @@ class Sender:
         self._memory.flush()
         _set_count(self._segment, bucket.index + 1)
 
+    def flush(self) -> None:
+        """Does nothing, because `send` returns when the bucket can be read."""
+
     def receipts(self) -> list[list[bytes]]:
         """The digests by worker and tensor."""
         assert self._receipts is not None
@@ -104,6 +107,8 @@ class Sender:
 
 class Receiver:
     """A worker's side."""
+
+    is_memory_kept = False
 
     def __init__(self, *, worker: int, device: torch.device) -> None:
         self._worker, self._device = worker, device

@@ -65,6 +65,9 @@ class Sender:
     def send(self, bucket: Bucket) -> None:
         """Does nothing, because the engines map the memory that was written."""
 
+    def flush(self) -> None:
+        """Does nothing, for the same reason."""
+
     def receipts(self) -> list[list[bytes]]:
         """The digests by worker and tensor, which the workers wrote behind the bucket."""
         assert self._receipts is not None
@@ -79,6 +82,8 @@ class Sender:
 
 class Receiver:
     """A worker's side."""
+
+    is_memory_kept = False
 
     def __init__(self, *, worker: int, device: torch.device) -> None:
         self._worker = worker

@@ -18,6 +18,7 @@ may wait for each other (a rendezvous, a broadcast):
     for each bucket:
       Sender.buffer    the bucket's source writes its pieces
       Sender.send      that source      Receiver.receive, buffer, acknowledge   all workers
+    Sender.flush       all sources
     Sender.receipts    source 0
 
 A source may thus own any part of the tensors. Bytes written into a buffer are visible to the
@@ -121,6 +122,9 @@ class Sender(Protocol):
         order.
         """
 
+    def flush(self) -> None:
+        """Return when all buckets that this source sent can be read."""
+
     def receipts(self) -> list[list[bytes]]:
         """The digests of the tensors that each worker loaded: one list per worker, with the workers
         of all engines in order, and one digest per tensor. A digest is zeros if the worker did not
@@ -137,6 +141,9 @@ class Receiver(Protocol):
     Every method raises SyncError on failure.
     """
 
+    # whether the next bucket leaves the bytes alone to which a tensor refers
+    is_memory_kept: bool
+
     def __init__(self, *, worker: int, device: torch.device) -> None:
         """`worker`: the index of this worker in its engine, from 0; `device`: of its model."""
 
@@ -146,11 +153,11 @@ class Receiver(Protocol):
         """
 
     def receive(self, bucket: Bucket) -> None:
-        """Wait until the bytes of the bucket can be read from `buffer`."""
+        """Begin to receive a bucket. Its bytes can be read from `buffer`."""
 
     def buffer(self, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of the current bucket: [nbytes] uint8, on any device, valid until the next
-        `receive`.
+        """Bytes of the current bucket, once they are there: [nbytes] uint8, on any device, valid
+        until the next `receive`.
         """
 
     def acknowledge(self, digests: Mapping[int, bytes]) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rl.config import RolloutConfig
 from megatron_rl.engine.server import start_engines
 from megatron_rl.errors import SyncError
+from megatron_rl.sync.groups import group
 from megatron_rl.sync.transports.collective import Receiver, Sender
 from megatron_rl.sync.transports.transport import Bucket, Piece, Transfer
 from tests.support.models import write_sharp_model
@@ -161,16 +163,43 @@ def test_a_worker_that_was_not_there_in_the_last_update_is_refused() -> None:
     first.close()
 
 
-def test_a_silent_source_is_told_to_the_worker() -> None:
-    sender = Sender(source=0, num_sources=1, timeout_seconds=1.0)
+def connected(timeout_seconds: float) -> tuple[Sender, Receiver]:
+    sender = Sender(source=0, num_sources=1, timeout_seconds=timeout_seconds)
     (offer,) = offers = sender.offer(TRANSFER)
     worker = Receiver(worker=0, device=CPU)
     thread = threading.Thread(target=sender.connect, args=(offers,))
     thread.start()
     worker.connect(offer)
     thread.join()
+    return sender, worker
+
+
+def test_the_next_bucket_is_written_while_one_is_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In parts; and the tensors of a bucket stay as they are when the next one arrives."""
+    monkeypatch.setattr(group, "PART_BYTES", 24)
+    sender, worker = connected(10.0)
+    received = []
+    for index in range(4):
+        sender.buffer(0, 64).copy_(torch.arange(64, dtype=torch.uint8) + index)
+        sender.send(replace(BUCKET, index=index))
+        sender.buffer(0, 64).fill_(99)
+        worker.receive(replace(BUCKET, index=index))
+        received.append(torch.cat([worker.buffer(0, 8), worker.buffer(8, 56)]))
+        received.append(worker.buffer(0, 64))
+    sender.flush()
+    for index, tensor in enumerate(received):
+        assert tensor.tolist() == list(range(index // 2, 64 + index // 2))
+    sender.close()
+    worker.close()
+
+
+def test_a_silent_source_is_told_to_the_worker() -> None:
+    sender, worker = connected(1.0)
+    worker.receive(BUCKET)
     with pytest.raises(SyncError, match=r"source 0 .*: expected bucket 0 from it within 0\.9 s"):
-        worker.receive(BUCKET)
+        worker.buffer(0, 64)
     with pytest.raises(SyncError, match="one of 0 sources"):
         worker.receive(BUCKET)
     sender.close()

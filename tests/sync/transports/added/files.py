@@ -57,6 +57,9 @@ class Sender:
         hidden.rename(self._folder / f"bucket_{bucket.index}_{self._source}")
         self._pieces = {}
 
+    def flush(self) -> None:
+        pass
+
     def receipts(self) -> list[list[bytes]]:
         receipts = []
         for worker in range(sum(self._transfer.num_workers)):
@@ -75,6 +78,8 @@ class Sender:
 
 
 class Receiver:
+    is_memory_kept = True
+
     def __init__(self, *, worker: int, device: torch.device) -> None:
         self._worker = worker
         self._memory = torch.empty(0)
