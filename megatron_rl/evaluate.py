@@ -40,6 +40,7 @@ from megatron_rl.loop.preflight import (
 from megatron_rl.loop.state import initial_state
 from megatron_rl.loop.verifiers import set_verifiers_of, verifier_keys_of
 from megatron_rl.observe.evaluations import HELD_OUT_LABEL, evaluation_table, figures_of_sets
+from megatron_rl.observe.hints import evaluation_hints
 from megatron_rl.observe.loading import LoadingConsole
 from megatron_rl.process.command import Progress, run_command
 from megatron_rl.process.folder import check_new_folder, hold_folder
@@ -118,6 +119,8 @@ def evaluate(config: Config, progress: Progress) -> None:
     width = None if sys.stdout.isatty() else FILE_WIDTH
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     console.print(evaluation_table(figures, title=config.model.path))
+    for line in evaluation_hints(figures, folder):
+        console.print(line, markup=False)
     console.print(f"{seconds:.0f} s; samples and {RESULTS} in {folder}", markup=False)
 
 

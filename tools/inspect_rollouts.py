@@ -72,6 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="default: the last recorded one")
     parser.add_argument("--num", type=int, default=8, help="number of samples, default 8")
     parser.add_argument("--source", help="only prompts from this task or file")
+    parser.add_argument(
+        "--evaluation",
+        nargs="?",
+        const="",
+        metavar="SET",
+        help="samples of an evaluation: of this set, or without a name of the held-out prompts",
+    )
     parser.add_argument("--worst", action="store_true", help="largest token discrepancy first")
     parser.add_argument("--no-color", action="store_true", help="numbers instead of colours")
     options = parser.parse_args(arguments)
@@ -86,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(options: argparse.Namespace, console: Console) -> None:
     config = load_config(options.run_dir / "config.yaml")
-    folder = options.run_dir / "rollouts"
+    folder = samples_folder(options.run_dir, options.evaluation)
     step = last_step(folder) if options.step is None else options.step
     samples = read_samples(folder, step, decoder(config.model.path))
     total = len(samples)
@@ -110,6 +117,20 @@ def _show(options: argparse.Namespace, console: Console) -> None:
         console.print(heading(sample))
         console.print(Text(sample.line["prompt"], style="dim"))
         console.print(colored(sample, tolerance) if should_color else numbers(sample))
+
+
+def samples_folder(run_dir: Path, evaluation: str | None) -> Path:
+    """The folder of the samples of training, or of an evaluation set.
+
+    Args:
+        run_dir: of a run, or of an evaluation without a run (`evaluations/0001`).
+        evaluation: name of the set; "": the held-out prompts; None: training.
+    """
+    folder = run_dir / "rollouts"
+    if evaluation is None:
+        return folder
+    of_run = folder / "eval"
+    return (of_run if of_run.is_dir() else folder) / evaluation
 
 
 def tolerance_of(setting: float | str, run_dir: Path) -> float:

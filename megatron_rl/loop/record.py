@@ -15,11 +15,13 @@ from megatron_rl.errors import DataError
 from megatron_rl.learner.batch.deal import by_sample
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.learner.model.checkpoint_writer import CheckpointWriter, Written
 from megatron_rl.loop.ahead import is_ahead, save_ahead
 from megatron_rl.loop.broken import count_broken
-from megatron_rl.loop.hf_checkpoints import hf_folder
+from megatron_rl.loop.hf_checkpoints import hf_folder, note_of
 from megatron_rl.loop.inputs import Inputs
+from megatron_rl.loop.resume import FOLDER
 from megatron_rl.loop.schedule import should_save, should_save_hf
 from megatron_rl.loop.state import LoopState
 from megatron_rl.loop.stop import forget_request, is_asked_to_stop
@@ -139,7 +141,8 @@ def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = N
         DataError: the disk is full or not writable. An earlier checkpoint of the same name is
             unchanged, and so are those to resume from.
     """
-    folder = hf_folder(Path(config.run_dir), step)
+    run_dir = Path(config.run_dir)
+    folder = hf_folder(run_dir, step)
     if learner.parallel.rank == 0:
         try:
             write_checkpoint(
@@ -147,6 +150,7 @@ def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = N
                 learner.full_tensors(),
                 like=config.model.path,
                 chat_template=read_template(config.data.chat_template_file),
+                note=note_of(latest_checkpoint(run_dir / FOLDER)) if step is None else {},
             )
         except (OSError, SafetensorError) as error:
             raise DataError(

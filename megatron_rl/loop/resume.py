@@ -25,7 +25,7 @@ from megatron_rl.learner.model.checkpoint_files import (
     saved_run_state,
 )
 from megatron_rl.learner.model.checkpoint_sums import SUMS, read_sums, wrong_file
-from megatron_rl.loop.hf_checkpoints import hf_folder
+from megatron_rl.loop.hf_checkpoints import is_written
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs
 
 FOLDER = "checkpoints"  # below run_dir
@@ -139,19 +139,9 @@ def check_unfinished(config: Config, planned: Resumption) -> None:
         return
     if saved_run_state(checkpoint)["step"] < config.loop.num_steps:
         return
-    if config.checkpoint.save_hf and not _is_written(config, checkpoint):
+    if config.checkpoint.save_hf and not is_written(Path(config.run_dir), checkpoint):
         return
     raise NothingToDo(f"all {config.loop.num_steps} steps are done; raise loop.num_steps to go on")
-
-
-def _is_written(config: Config, checkpoint: Path) -> bool:
-    """Whether the final weights were written after the checkpoint: those of a shorter run that was
-    extended are older.
-    """
-    written = hf_folder(Path(config.run_dir), None)
-    if not written.is_dir():
-        return False
-    return written.stat().st_mtime >= (checkpoint / STATE).stat().st_mtime
 
 
 def _take(candidates: Sequence[Path], inputs: Inputs, lines: tuple[str, ...]) -> Resumption:

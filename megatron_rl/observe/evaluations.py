@@ -12,13 +12,19 @@ from rich.text import Text
 HELD_OUT_LABEL = "held-out prompts"  # how the set without a name is called
 MEAN_KEY, MEAN_LABEL = "eval/mean_of_sets", "mean of sets"
 AT_K = re.compile(r"eval/(?:([^/]+)/)?(avg|pass)_at_(\d+)")  # keys of avg@k and pass@k
+# A key that every set has, also one of which no response could be scored.
+_OF_EVERY_SET = re.compile(r"eval/(?:([^/]+)/)?failure_rate/mean")
 
 
 def figures_of_sets(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The figures of each evaluation set by the set's name ("": the held-out prompts), each without
     the beginning of its key: {"aime24": {"avg_at_32": 0.31, ...}}.
     """
-    names = [match[1] or "" for key in metrics if (match := AT_K.fullmatch(key))]
+    names = [
+        match[1] or ""
+        for key in metrics
+        if (match := AT_K.fullmatch(key) or _OF_EVERY_SET.fullmatch(key))
+    ]
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in metrics.items():
         topic, _, rest = key.partition("/")
@@ -80,7 +86,7 @@ def evaluation_table(metrics: Mapping[str, float], *, title: str) -> Table:
     for heading in ("avg@k", "+-", "pass@k", *list(columns)[1:]):
         table.add_column(heading, justify="right")
     for name, figures in figures_of_sets(metrics).items():
-        average, *passes = (f"{what} {value:.3f}" for what, value in _rates(figures))
+        average, *passes = [f"{what} {value:.3f}" for what, value in _rates(figures)] or [""]
         cells = [
             f"{figures[key]:{form}}" if key in figures else "" for key, form in columns.values()
         ]

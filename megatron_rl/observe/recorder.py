@@ -11,6 +11,7 @@ from rich.console import Console
 
 from megatron_rl.config import Config
 from megatron_rl.observe.console import StepConsole, summary_table
+from megatron_rl.observe.hints import Hints, evaluation_hints
 from megatron_rl.observe.run_log import RunLog, read_metrics
 from megatron_rl.observe.tensorboard import TensorBoardWriter
 from megatron_rl.observe.trackers import finite, start_trackers
@@ -27,7 +28,7 @@ class Recorder:
         last_step: the last step whose records are kept: the checkpoint's step when resuming, -1 in
             a new run.
         console: the console to print on; standard output by default.
-        config: of the run, for its trackers; None: it has none.
+        config: of the run, for its trackers and hints; None: it has none.
 
     Raises:
         ConfigError: a tracker cannot be started.
@@ -53,13 +54,13 @@ class Recorder:
             self._run_dir / "tensorboard", purge_step=last_step + 1
         )
         self._trackers: list[Tracker] = []
+        self._hints: Hints | None = None
         if config is not None:
+            history = read_metrics(self._run_dir / "metrics.jsonl")
             self._trackers = start_trackers(
-                config,
-                self._run_dir,
-                is_new=last_step < 0,
-                history=read_metrics(self._run_dir / "metrics.jsonl"),
+                config, self._run_dir, is_new=last_step < 0, history=history
             )
+            self._hints = Hints(config, self._run_dir, history)
         self._console = StepConsole(
             num_steps=num_steps, num_done=max(last_step, 0), console=console
         )
@@ -95,6 +96,14 @@ class Recorder:
             for tracker in self._trackers:
                 tracker.write(step, finite(metrics))
             self._console.show_step(step, metrics)
+            for line in self._hints_of(metrics):
+                self.say(line)
+
+    def _hints_of(self, metrics: Mapping[str, float]) -> list[str]:
+        if self._hints is None:
+            return []
+        of_step = self._hints.add(metrics)
+        return [*filter(None, [of_step]), *evaluation_hints(metrics, self._run_dir)]
 
     def summarize(self, model: Path | None = None) -> None:
         """Print a table of the whole run, where its weights are, and the commands that show its

@@ -66,6 +66,17 @@ def test_the_table_has_a_row_for_each_set() -> None:
     ]
 
 
+def test_a_set_without_a_single_score_is_shown() -> None:
+    """It has no avg@k, and no rate but these."""
+    metrics = {"eval/aime24/failure_rate/mean": 1.0, "eval/aime24/truncation_rate/mean": 0.25}
+    assert figures_of_sets(metrics).keys() == {"aime24"}
+    assert [line.plain for line in evaluation_lines(metrics)] == ["  eval aime24  cut 0.250"]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(evaluation_table(metrics, title="runs/a"))
+    [row] = [line for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert row.replace("│", " ").split() == ["aime24", "0.250", "1.000"]
+
+
 def test_labels() -> None:
     assert evaluation_label("eval/avg_at_8") == "avg@8"
     assert evaluation_label("eval/aime_at_24/pass_at_32") == "aime_at_24 pass@32"

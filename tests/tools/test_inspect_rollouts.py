@@ -143,6 +143,21 @@ def test_a_step_without_recomputed_logprobs_says_so(run_dir, inspect):
     assert "no recomputed log-probs were recorded" in inspect(run_dir, "--step", 3)[1]
 
 
+def test_samples_of_an_evaluation(run_dir, inspect, tmp_path):
+    """Of a run in rollouts/eval/, of an evaluation without a run in rollouts/."""
+    shutil.copyfile(run_dir / "config.yaml", tmp_path / "config.yaml")
+    for own in ("", "sums"):
+        shutil.copytree(
+            run_dir / "rollouts", tmp_path / "rollouts" / "eval" / own, dirs_exist_ok=True
+        )
+    (tmp_path / "rollouts" / "eval" / "sums" / "step_000012.rank0.jsonl").unlink()
+    assert "step 12: 4 of 4 samples" in inspect(tmp_path, "--evaluation")[1]
+    assert "step 3: 4 of 4 samples" in inspect(tmp_path, "--evaluation", "sums")[1]
+    status, _, error = inspect(tmp_path, "--evaluation", "none")
+    assert status == 1 and f"{tmp_path / 'rollouts' / 'eval' / 'none'}: expected step_" in error
+    assert "step 12: 4 of 4 samples" in inspect(run_dir, "--evaluation")[1]
+
+
 def test_what_is_missing_is_named(run_dir, inspect, tmp_path):
     status, _, error = inspect(run_dir, "--step", 99)
     assert status == 1
