@@ -12,6 +12,7 @@ the first replica decides.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,13 @@ from megatron_rl.records import Sample
 from megatron_rl.rollout.live import sample_groups
 from megatron_rl.rollout.seeds import sampling_seed
 from megatron_rl.sync.change import ChangeReport, Scores, compare_changes
-from megatron_rl.sync.probe import ParityReport, Precisions, compare_engines, engine_precision
+from megatron_rl.sync.probe import (
+    ParityReport,
+    Precisions,
+    compare_engines,
+    engine_precision,
+    prompt_of,
+)
 
 PROMPTS = 8  # per engine; one sample of each
 FIRST_GIVEN = 4  # sequences per engine whose change is looked at first; of PROMPTS when in doubt
@@ -299,15 +306,25 @@ def given_tokens(samples: Sequence[Sample]) -> list[Sample]:
 
     Their last token is left out, since an engine has no room for another one after a response that
     fills the model's context, and samples one even when it scores.
+
+    Of samples of one prompt, as a data set with few prompts has them, the second is rotated by one
+    place, the third by two, and so on: the same tokens at the same places would repeat one piece of
+    evidence, which `sync/ratios.py` would take for several. Routes to be replayed fix the places.
     """
     given = []
+    num_of_prompt: Counter[bytes] = Counter()
     for index, sample in enumerate(samples):
         length = max(2, len(sample.rollout.token_ids) - 1)
+        token_ids = sample.rollout.token_ids[:length]
+        if sample.rollout.routes is None:
+            prompt = prompt_of(sample.rollout)
+            token_ids = np.roll(token_ids, -num_of_prompt[prompt])
+            num_of_prompt[prompt] += 1
         mask = np.ones(length, dtype=bool)
         mask[0] = False  # nothing predicts the first token
         rollout = replace(
             sample.rollout,
-            token_ids=sample.rollout.token_ids[:length],
+            token_ids=token_ids,
             loss_mask=mask,
             rollout_logprobs=np.zeros(length),
             weight_versions=sample.rollout.weight_versions[:length],

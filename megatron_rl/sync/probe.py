@@ -20,18 +20,24 @@ The bounds below therefore accept the noise and detect large mistakes. A mean ov
 above its bound by chance: then the probe asks again with more (`loop/parity.py`), and an engine is
 wrong if the mean is still certainly above it, or, in float32, if the new tokens violate the
 condition too.
+
+The units of the standard error are prompts. Samples of one prompt have their first context in
+common, and short ones all of it, so that they repeat one error of rounding; with several prompts
+that is no difference from samples. With a single prompt there is no standard error, and a mean is
+certain that not even the rounding of one token reaches (GROSS times the bound).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import SyncError
-from megatron_rl.records import MISSING_LOGPROB, Sample
+from megatron_rl.records import MISSING_LOGPROB, Rollout, Sample
 from megatron_rl.sync.ratios import STANDARD_ERRORS, ratio
 
 FLOAT32_BOUND = 2e-5  # of |d logprob| / max(1, |logprob|)
@@ -44,6 +50,7 @@ BOUNDS = {
     "fp8": 0.03,
     "int4": 0.06,
 }
+GROSS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +97,7 @@ class ParityReport:
 
     num_tokens: int
     mean_probability_gap: float  # mean |p_learner - p_engine|
-    standard_error: float  # of the mean, over the samples
+    standard_error: float  # of the mean, over the prompts; infinite with a single one
     max_probability_gap: float
     max_relative_logprob_gap: float  # max |d logprob| / max(1, |logprob|)
     precisions: Precisions
@@ -108,6 +115,8 @@ class ParityReport:
         """Whether the bound is exceeded by more than chance."""
         if self.precisions.is_exact:
             return self.is_above
+        if math.isinf(self.standard_error):
+            return self.mean_probability_gap > GROSS * self.bound
         return self.mean_probability_gap - STANDARD_ERRORS * self.standard_error > self.bound
 
     def complaint(self) -> str:
@@ -117,6 +126,8 @@ class ParityReport:
                 "max |d logprob| / max(1, |logprob|)",
                 f"{self.max_relative_logprob_gap:.3g}",
             )
+        elif math.isinf(self.standard_error):
+            what, measured = "mean |p - p|", f"{self.mean_probability_gap:.3g}"
         else:
             distance = (self.mean_probability_gap - self.bound) / max(self.standard_error, 1e-12)
             what, measured = (
@@ -179,22 +190,30 @@ def compare_engines(
                 [values.float()[mask] for values, mask in zip(served, masks, strict=True)],
                 [values[mask] for (_, values), mask in zip(of_engine, masks, strict=True)],
                 precisions,
+                [prompt_of(sample.rollout) for sample, _ in of_engine],
             )
         except SyncError as error:
             raise SyncError(f"engine {url} after update {version}: {error}") from error
     return reports
 
 
+def prompt_of(rollout: Rollout) -> bytes:
+    """Tells whether two rollouts have the same tokens before their responses."""
+    return rollout.token_ids[: int(rollout.loss_mask.argmax())].tobytes()
+
+
 def compare(
     rollout_logprobs: Sequence[torch.Tensor],
     full_logprobs: Sequence[torch.Tensor],
     precisions: Precisions,
+    prompts: Sequence[Hashable] | None = None,
 ) -> ParityReport:
     """Compare the two sides of one engine's samples.
 
     Args:
         rollout_logprobs: of each sample, [L] floating-point, the engine's log-probs of its tokens.
         full_logprobs: of each sample, [L] floating-point, the learner's of the same tokens.
+        prompts: of each sample; None: they all differ.
 
     Raises:
         SyncError: the log-probs cannot be compared, are not finite, or are -9999 or below (the
@@ -220,10 +239,21 @@ def compare(
                 f"{float(values[position])} for token {position} of {values.numel()}"
             )
     gap = (learner.exp() - engine.exp()).abs()
-    lengths = [each.numel() for each in rollout_logprobs if each.numel()]
+    lengths = [each.numel() for each in rollout_logprobs]
+    gaps: dict[Hashable, float] = {}  # sums of each prompt
+    counts: dict[Hashable, int] = {}
+    for prompt, own, length in zip(
+        range(len(lengths)) if prompts is None else prompts,
+        gap.split(lengths),
+        lengths,
+        strict=True,
+    ):
+        if length:
+            gaps[prompt] = gaps.get(prompt, 0.0) + float(own.sum())
+            counts[prompt] = counts.get(prompt, 0) + length
     mean, standard_error = ratio(
-        torch.tensor([float(each.sum()) for each in gap.split(lengths)], dtype=torch.float64),
-        torch.tensor(lengths, dtype=torch.float64),
+        torch.tensor([*gaps.values()], dtype=torch.float64),
+        torch.tensor([*counts.values()], dtype=torch.float64),
     )
     relative = (learner - engine).abs() / learner.abs().clamp(min=1.0)
     return ParityReport(

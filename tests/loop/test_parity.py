@@ -3,120 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_rl.config import Config, SamplingConfig, SyncConfig
-from megatron_rl.engine.routing import engine_of
 from megatron_rl.errors import EnginesLostError, SyncError
-from megatron_rl.loop.link import EngineLink
 from megatron_rl.loop.parity import MAX_PROMPTS, MORE, PROMPTS, Findings, ParityProbe, given_tokens
-from megatron_rl.records import Prompt, Rollout, Sample
-from megatron_rl.rollout.environment import EpisodeRequest
-from tests.fakes.engine_pool import FakePool
-from tests.fakes.groups import make_group, make_prompt, make_rollout
+from megatron_rl.records import Rollout, Sample
+from tests.fakes.groups import make_group, make_rollout
 from tests.fakes.learner import FakeLearner, FakeParallel
+from tests.fakes.parity_world import ONE, STEP, TWO, World, WorldLearner
 
-ONE, TWO = "http://one", "http://two"
-STEP = 0.05  # of the weights in an update; log-probs change by up to 0.025
 CONFIG = Config()
-
-
-def logprobs_of(token_ids: Sequence[int], weights: float) -> np.ndarray:
-    """[L], 0.0 for the first token; they depend on the token and on its place."""
-    places = np.arange(len(token_ids))
-    values = -1.0 + 0.5 * np.sin(weights + 2.0 * np.asarray(token_ids) + 3.0 * places)
-    return np.where(places == 0, 0.0, values)
-
-
-class World:
-    """A learner and engines, which are the sources of all log-probs.
-
-    Args:
-        rounding: of the engines: how far their log-probs are off, in another way at all weights.
-        length: of a response.
-    """
-
-    def __init__(self, *urls: str, rounding: float = 0.0, length: int = 100) -> None:
-        self.urls, self.rounding, self.length = urls or (ONE,), rounding, length
-        self.weights = 0.0
-        self.served = dict.fromkeys(self.urls, 0.0)
-        self.gaps: dict[int, float] = {}  # added to the log-probs of samples, by prompt
-        self.asked: list[tuple[Prompt, EpisodeRequest]] = []
-        self.pool = WorldPool(self)
-
-    def update(self, *, stale: Sequence[str] = (), step: float = STEP) -> None:
-        self.weights += step
-        self.served |= {url: self.weights for url in self.urls if url not in stale}
-
-    def engine_logprobs(self, url: str, token_ids: Sequence[int]) -> np.ndarray:
-        weights = self.served[url]
-        values = logprobs_of(token_ids, weights)
-        noise = np.sin(1e4 * weights + 5.0 * np.asarray(token_ids) + 7.0 * np.arange(len(values)))
-        return np.where(values == 0.0, 0.0, values + self.rounding * noise)
-
-    async def rollouts(
-        self, prompt: Prompt, request: EpisodeRequest, sampler: Any
-    ) -> tuple[Rollout, ...]:
-        self.asked.append((prompt, request))
-        url = engine_of(self.urls, prompt.index)
-        rollout = make_rollout(min(self.length, request.sampling.max_tokens), engine=url)
-        token_ids = (rollout.token_ids + 11 * prompt.index + request.seed % 97) % 98
-        values = self.engine_logprobs(url, token_ids) + self.gaps.get(prompt.index, 0.0)
-        served = np.where(rollout.loss_mask, values, 0.0)
-        return (replace(rollout, token_ids=token_ids, rollout_logprobs=served),)
-
-    def link(self) -> EngineLink:
-        return EngineLink(
-            publisher=None,  # type: ignore[arg-type]
-            pool=self.pool,
-            environment=self,
-            prompts=lambda start, count: [make_prompt(start + index) for index in range(count)],
-            log=Path("sync.jsonl"),
-            check_after_failure=lambda: None,
-        )
-
-
-class WorldPool(FakePool):
-    def __init__(self, world: World) -> None:
-        super().__init__(world.urls)
-        self._world = world
-        self.shortage_error: EnginesLostError | None = None
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        if self.shortage_error is not None:
-            raise self.shortage_error
-        self.scored += [tuple(each) for each in sequences]
-        return [
-            tuple(self._world.engine_logprobs(engine_of(self.urls, number), each).tolist())
-            for number, each in enumerate(sequences)
-        ]
-
-
-class WorldLearner(FakeLearner):
-    def __init__(self, world: World) -> None:
-        super().__init__()
-        self.world, self.temperatures = world, []
-
-    def score_samples(
-        self,
-        samples: Sequence[Sample],
-        *,
-        tokens_per_row: int,
-        temperature: float | None = None,
-    ) -> list[tuple[Sample, torch.Tensor]]:
-        self.temperatures.append(temperature)
-        return [
-            (each, torch.from_numpy(logprobs_of(each.rollout.token_ids, self.world.weights)))
-            for each in reversed(samples)  # packing has an order of its own
-        ]
 
 
 def probe_of(world: World, *, dtype: str = "float32", **sync: Any) -> ParityProbe:
@@ -306,3 +208,94 @@ def test_an_engine_that_is_lost_meanwhile_gives_no_figures() -> None:
     assert "sync/probe_change_ratio/min" in probe.check(2, "2")
     world.pool.shortage_error = EnginesLostError("none is left")
     assert probe.check(2, "2") is None
+
+
+def through_updates(world: World, probe: ParityProbe, num_updates: int = 4) -> None:
+    """Sound updates pass."""
+    probe.check(world.version, str(world.version))
+    for _ in range(num_updates):
+        world.update()
+        assert probe.check(world.version, str(world.version)) is not None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("float32", 0.0), ("bfloat16", 0.005), ("bfloat16", 0.03)]
+)
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"length": 1},
+        {"num_prompts": 1},
+        {"num_prompts": 1, "length": 1, "prompt_length": 12},
+        {"num_prompts": 3, "length": 1, "prompt_length": 12},
+        {"prompt_length": 1, "length": 1},
+    ],
+    ids=str,
+)
+def test_odd_sets_of_prompts(odd: dict[str, int], dtype: str, rounding: float) -> None:
+    """Responses that all end after one token, one prompt over and over, both: sound updates pass,
+    and the first one that an engine misses is found.
+    """
+    world = World(ONE, TWO, rounding=rounding, **odd)
+    probe = probe_of(world, dtype=dtype)
+    through_updates(world, probe)
+    world.update(stale=[TWO])
+    with pytest.raises(SyncError, match=f"^engine {TWO} after update {world.version}: parity"):
+        probe.check(world.version, str(world.version))
+
+
+def test_one_prompt_that_is_rounded_badly_ends_no_run() -> None:
+    """Its one token is off by 0.02 > 0.015 in every sample: one observation, however many there
+    are. A gap that rounding does not make ends the run all the same.
+    """
+    world = World(num_prompts=1, length=1)
+    world.gaps = dict.fromkeys(range(1000), 0.05)
+    figures = probe_of(world, dtype="bfloat16").check(0, "0")
+    assert figures is not None and figures["sync/probe_gap/mean"] > 0.015
+    assert "sync/probe_gap/standard_error" not in figures
+    world.gaps = dict.fromkeys(range(1000), 0.3)
+    with pytest.raises(SyncError, match=r"mean \|p - p\| of at most 0.015 .*, got 0\.\d+ over 240"):
+        probe_of(world, dtype="bfloat16").check(0, "0")
+
+
+def test_a_set_whose_log_probs_are_all_0_tells_nothing() -> None:
+    """A policy that has become deterministic: no update shows, and none is called stale."""
+    for dtype in ("float32", "bfloat16"):
+        world = World(ONE, TWO, is_sure=True)
+        probe = probe_of(world, dtype=dtype)
+        through_updates(world, probe, 3)
+        world.update(stale=[TWO])
+        figures = probe.check(world.version, "new")
+        assert figures is not None and figures["sync/probe_is_telling/min"] == 0.0
+        assert figures["sync/probe_gap/mean"] == 0.0
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1), ("bfloat16", 12)])
+def test_an_engine_whose_updates_are_partially_applied(dtype: str, most: int) -> None:
+    """In float32 it is found at once, in BF16 as soon as the missing part is larger than rounding,
+    though its log-probs change with every update.
+    """
+    world = World(ONE, TWO, rounding=0.002 if dtype == "bfloat16" else 0.0)
+    probe = probe_of(world, dtype=dtype)
+    through_updates(world, probe, 3)
+    with pytest.raises(SyncError, match=f"^engine {TWO} after update .*does not serve the publi"):
+        for _ in range(most):
+            world.update(partial=[TWO])
+            probe.check(world.version, str(world.version))
+
+
+def test_given_tokens_of_one_prompt_are_rotated() -> None:
+    """So that none of them repeats another; those of other prompts are as they were."""
+    own = make_group(9, *[make_rollout(3)] * 4)
+    other = make_group(10, make_rollout(3))
+    other_prompt = replace(other.rollouts[0], token_ids=(8, 9, 6, 6, 6))
+    samples = [
+        Sample(prompt_index=0, sample_index=0, rollout=each, reward=0.0, advantage=0.0)
+        for each in (*own.rollouts[:2], other_prompt, *own.rollouts[2:])
+    ]
+    given = [each.rollout.token_ids.tolist() for each in given_tokens(samples)]
+    assert given == [[1, 5, 6, 6], [5, 6, 6, 1], [8, 9, 6, 6], [6, 6, 1, 5], [6, 1, 5, 6]]
+    routed = [
+        replace(each, rollout=replace(each.rollout, routes=np.zeros((4, 1, 1)))) for each in samples
+    ]
+    assert [each.rollout.token_ids.tolist() for each in given_tokens(routed)][1] == [1, 5, 6, 6]
