@@ -175,6 +175,45 @@ def test_a_hostile_distributed_checkpoint_is_refused(
     assert not mark.exists()
 
 
+# What opens a socket of the host -> the modules that do so.
+OPENERS = {
+    "bind": {"engine/server.py", "doctor/network.py"},
+    "create_server": {"process/loopback.py"},
+    "TCPStore": {"process/loopback.py", "sync/transports/collective.py"},
+    "init_process_group": {"learner/layout/parallel.py", "learner/layout/simulated.py"},
+}
+LISTENS = {"listen", "start_server", "HTTPServer", "TCPServer", "Server", "Listener", "run_app"}
+
+
+def opened_by(source: str) -> set[str]:
+    """The calls of a module that open a socket of the host, by name; and addresses of all
+    interfaces.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rsplit(".", 1)[-1]
+            found |= {name} & (OPENERS.keys() | LISTENS)
+        elif isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::", "[::]"):
+            found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_few_modules_open_a_socket_of_the_host(path: Path) -> None:
+    """Each of those that do is tested for the address: tests/process/test_loopback.py,
+    tests/test_serve.py, tests/doctor, tests/sync/transports, tests/learner/layout, and whole runs
+    in tests/e2e/test_listeners.py.
+    """
+    own = str(path.relative_to(PACKAGE))
+    assert opened_by(path.read_text()) == {name for name, of in OPENERS.items() if own in of}
+
+
+def test_a_module_that_would_open_one_is_seen() -> None:
+    for source in ("socket.create_server(('', 0))", "HTTPServer(x)", "host = '0.0.0.0'"):
+        assert opened_by(source)
+
+
 def write_index(folder: Path, file: str) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"weight": file}})

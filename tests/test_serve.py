@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import signal
+import socket
 import stat
 from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 import pytest
 
-from megatron_rl.config import Config, RolloutConfig
+from megatron_rl.config import (
+    Config,
+    EvalConfig,
+    EvalSetConfig,
+    ModelConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
+from megatron_rl.engine import server
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.server import check_given, given_addresses
 from megatron_rl.engine.token import token_in
 from megatron_rl.errors import ConfigError, EngineError
+from megatron_rl.evaluate import evaluate
 from megatron_rl.process.command import Progress
 from megatron_rl.records import TOKEN_VARIABLE
 from megatron_rl.serve import serve
@@ -57,6 +68,74 @@ def serves_on(pid: int, port: int) -> bool:
 def test_it_needs_a_port() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.port: expected the port"):
         serve(Config(), Progress())
+
+
+class StartedEngine:
+    """In place of an engine's process; `serve` ends when it waits for the first one."""
+
+    started: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, *, reservation: socket.socket, **keywords: Any) -> None:
+        self.address, self.log_path = keywords["address"], keywords["log_path"]
+        self.started.append({**keywords, "bound": reservation.getsockname()[0]})
+        reservation.close()
+
+    def wait_ready(self) -> None:
+        raise EngineError("stop here")
+
+    def stop(self) -> None: ...
+
+    def __enter__(self) -> StartedEngine:
+        return self
+
+    def __exit__(self, *_exception: object) -> None: ...
+
+
+@pytest.mark.parametrize("command", ["serve", "serve nodes", "evaluate"])
+def test_engines_are_told_to_listen_on_loopback_alone(
+    command: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own default is every interface, for its server and for what its processes say to each
+    other.
+    """
+    monkeypatch.setattr(server, "Engine", StartedEngine)
+    monkeypatch.setattr(StartedEngine, "started", [])
+    for variable in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(variable, "0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    nodes = RolloutConfig(num_engines=2, placement="nodes")
+    rollout = nodes if command == "serve nodes" else RolloutConfig(num_engines=2, port=port)
+    sampling = SamplingConfig(max_tokens=8)
+    questions = EvalSetConfig(name="chain_sum", num_rows=2, sampling=sampling)
+    config = Config(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(path=str(tiny_checkpoint)),
+        rollout=rollout,
+        eval=EvalConfig(sets=[questions]),
+    )
+    with pytest.raises(EngineError, match="stop here"):
+        if command == "evaluate":
+            evaluate(config, Progress())
+        else:
+            serve(config, Progress(), num_engines=2)
+    assert len(StartedEngine.started) == 2
+    for each in StartedEngine.started:
+        words, variables = each["command"], each["environment"]
+        assert words[words.index("--host") + 1] == each["bound"] == "127.0.0.1"
+        assert words.count("--host") == 1
+        assert variables["VLLM_HOST_IP"] == "127.0.0.1"
+        assert variables["GLOO_SOCKET_IFNAME"] == variables["NCCL_SOCKET_IFNAME"] == "lo"
+        assert each["address"].url.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--host", "0.0.0.0"], ["--host=::"], ["--port", "80"], ["--uds", "/tmp/socket"]]
+)
+def test_where_an_engine_listens_is_no_extra_argument(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=rf"^extra_args: expected no {arguments[0][:5]}.*rollout"):
+        RolloutConfig(extra_args=["--swap-space", "0", *arguments])
+    RolloutConfig(extra_args=["--hf-overrides", "{}", "--host-memory", "3"])
 
 
 def test_a_token_that_others_may_read_is_not_used(tmp_path: Path) -> None:

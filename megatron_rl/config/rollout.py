@@ -30,6 +30,8 @@ _EVALUATION_ONLY = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+# Options of vLLM's server that the run sets itself.
+_OF_THE_RUN = ("--host", "--port", "--uds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +237,12 @@ class RolloutConfig:
             f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
             f"got {self.sampling.max_tokens}",
         )
+        for option in (each.partition("=")[0] for each in self.extra_args):
+            require(
+                option not in _OF_THE_RUN,
+                f"extra_args: expected no {option}, since the run must know where its engines "
+                "listen, and nothing may listen elsewhere; set rollout.host or rollout.port",
+            )
         self._check_ahead()
         for key, neutral in _EVALUATION_ONLY.items():
             value = getattr(self.sampling, key)

@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,25 @@ def test_one_line_for_each_thing(
     assert "FAIL  model" in capsys.readouterr().out
     assert doctor.main([str(path), "loop.nun_steps=3"]) == 1
     assert "loop.num_steps" in capsys.readouterr().out
+
+
+def test_it_listens_nowhere_and_binds_loopback_alone(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[str] = []
+
+    class Socket(socket.socket):
+        def bind(self, address: Any) -> None:
+            bound.append(address[0])
+            super().bind(address)
+
+        def listen(self, *_: Any) -> None:
+            raise AssertionError("the doctor listens")
+
+    monkeypatch.setattr(socket, "socket", Socket)
+    path = write_yaml(tmp_path, tiny_checkpoint)
+    assert doctor.main([str(path), "rollout.port=23456", "rollout.num_engines=2"]) in (0, 1)
+    assert bound == ["127.0.0.1"] * 2
 
 
 def test_a_folder_that_other_nodes_do_not_see(config: Config, tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ def sockets_of(pids: Iterable[int]) -> set[int]:
     return inodes
 
 
+def listening_addresses(pid: int) -> set[str]:
+    """The addresses on which a process listens now."""
+    own = sockets_of([pid])
+    return {each.address for each in listeners() if each.inode in own}
+
+
 class ListenerWatch:
     """A context manager: collects in a thread what the processes of a run listen on, until it
     exits.

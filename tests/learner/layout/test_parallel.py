@@ -67,6 +67,15 @@ def test_ranks_that_share_a_row_are_one_replica(case: str, outcome_of: Any) -> N
         assert rank["reduced"] == [sum(peers), max(peers)]
 
 
+@pytest.mark.parametrize("case", [case for case in PLACES if len(PLACES[case]) > 1])
+def test_ranks_of_one_host_listen_on_loopback_alone(case: str, outcome_of: Any) -> None:
+    """Training, a warm start and a conversion connect their ranks in this way, with gloo groups for
+    each axis of the layout.
+    """
+    for rank in outcome_of("parallel", case):
+        assert rank["listens_on"] == {"127.0.0.1"}
+
+
 def test_a_world_that_the_layout_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")

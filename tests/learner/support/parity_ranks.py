@@ -39,6 +39,7 @@ from megatron_rl.weights.geometry import read_geometry
 from tests.learner.support.exported import exported_gradients, exported_weights
 from tests.learner.support.parity_cases import BFLOAT16_CASES, CASES, MOE_CASES, Case
 from tests.learner.support.parity_models import COOL, DUAL_VALUE, MODELS
+from tests.support.listeners import listening_addresses
 
 TOKENS_PER_ROW = 384
 LEARNING_RATE = 1e-3
@@ -281,6 +282,7 @@ def place_of(parallel: Parallel) -> dict[str, Any]:
         "replica_head": parallel.from_replica_head(parallel.rank),
         "last_stage": parallel.from_last_stage(parallel.rank),
         "reduced": [reduce(ranks.clone(), name).item() for name in ("sum", "max")],
+        "listens_on": listening_addresses(os.getpid()),
     }
 
 
