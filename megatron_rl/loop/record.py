@@ -19,7 +19,7 @@ from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
 from megatron_rl.learner.model.checkpoint_writer import CheckpointWriter, Written
 from megatron_rl.loop.ahead import is_ahead, save_ahead
 from megatron_rl.loop.broken import count_broken
-from megatron_rl.loop.hf_checkpoints import hf_folder, note_of
+from megatron_rl.loop.hf_checkpoints import hf_folder, mark_written
 from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.resume import FOLDER
 from megatron_rl.loop.schedule import should_save, should_save_hf
@@ -150,8 +150,9 @@ def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = N
                 learner.full_tensors(),
                 like=config.model.path,
                 chat_template=read_template(config.data.chat_template_file),
-                note=note_of(latest_checkpoint(run_dir / FOLDER)) if step is None else {},
             )
+            if step is None:
+                mark_written(run_dir, latest_checkpoint(run_dir / FOLDER))
         except (OSError, SafetensorError) as error:
             raise DataError(
                 f"{folder}: expected to write the weights, got {type(error).__name__}: {error}; "

@@ -175,7 +175,6 @@ def write_checkpoint(
     max_shard_bytes: int = 4 * 2**30,
     config_changes: Mapping[str, Any] = MappingProxyType({}),
     chat_template: str = "",
-    note: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a Hugging Face checkpoint: the tensors, in shards, and a copy of the small files of
     `like`.
@@ -189,7 +188,6 @@ def write_checkpoint(
         like: the checkpoint whose config and tokenizer are copied.
         config_changes: keys of its config.json to change, with their new values.
         chat_template: to write in place of the one of `like`; "": keep that.
-        note: kept in the metadata of every shard (`read_note`), which no loader looks at.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
@@ -197,7 +195,7 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        dtypes = _write_tensors(partial, tensors, max_shard_bytes, note)
+        dtypes = _write_tensors(partial, tensors, max_shard_bytes)
         finish_checkpoint(
             partial,
             dtypes,
@@ -211,20 +209,6 @@ def write_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # exists only after a failure
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def read_note(folder: Path) -> dict[str, str]:
-    """What `write_checkpoint` has noted in the checkpoint; empty if it has noted nothing, and if
-    there is no shard that can be read.
-    """
-    shard = next(iter(sorted(folder.glob("*.safetensors"))), None)
-    if shard is None:
-        return {}
-    try:
-        with safe_open(shard, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError):
-        return {}
 
 
 def finish_checkpoint(
@@ -251,10 +235,7 @@ def finish_checkpoint(
 
 
 def _write_tensors(
-    folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: int,
-    note: Mapping[str, str],
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
 ) -> set[torch.dtype]:
     """Write the shards, and an index if there are several. Returns the tensors' dtypes."""
     shards: list[list[str]] = []
@@ -263,24 +244,21 @@ def _write_tensors(
     num_bytes = total_bytes = 0
     for name, tensor in tensors:
         if pending and num_bytes + tensor.nbytes > max_shard_bytes:
-            _write_shard(folder, pending, shards, note)
+            _write_shard(folder, len(shards), pending, shards)
             pending, num_bytes = {}, 0
         pending[name] = tensor.detach().cpu().contiguous()
         dtypes.add(tensor.dtype)
         num_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
-    _write_shard(folder, pending, shards, note)
+    _write_shard(folder, len(shards), pending, shards)
     _name_shards(folder, shards, total_bytes)
     return dtypes
 
 
 def _write_shard(
-    folder: Path,
-    tensors: dict[str, torch.Tensor],
-    shards: list[list[str]],
-    note: Mapping[str, str],
+    folder: Path, number: int, tensors: dict[str, torch.Tensor], shards: list[list[str]]
 ) -> None:
-    save_file(tensors, folder / f"shard-{len(shards)}", metadata={**note, "format": "pt"})
+    save_file(tensors, folder / f"shard-{number}", metadata={"format": "pt"})
     shards.append(list(tensors))
 
 

@@ -61,6 +61,8 @@ def test_weights_that_were_not_written_after_the_last_checkpoint_are_something_t
     save_hf_checkpoint(FakeLearner(), config, step=4)  # not the final weights
     check_unfinished(config, planned)
     written = save_hf_checkpoint(FakeLearner(), config)
+    with pytest.raises(NothingToDo):
+        check_unfinished(config, planned)
     for path in (written, planned.checkpoint / "run_state.json"):
         os.utime(path, (0, 0))
         with pytest.raises(NothingToDo):
@@ -71,7 +73,9 @@ def test_weights_that_were_not_written_after_the_last_checkpoint_are_something_t
     check_unfinished(config, planned)
 
 
-@pytest.mark.parametrize("damage", ["no folder", "an empty folder", "another model", "cut off"])
+@pytest.mark.parametrize(
+    "damage", ["no folder", "an empty folder", "another model", "cut off", "no note", "half a note"]
+)
 def test_final_weights_that_are_gone_or_replaced_are_written_again(
     damage: str, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
@@ -82,8 +86,13 @@ def test_final_weights_that_are_gone_or_replaced_are_written_again(
     written = save_hf_checkpoint(FakeLearner(), config)
     with pytest.raises(NothingToDo):
         check_unfinished(config, planned)
+    note = tmp_path / ".final_weights"
     if damage == "cut off":
         os.truncate(written / "model.safetensors", 20)
+    elif damage == "no note":
+        note.unlink()
+    elif damage == "half a note":
+        os.truncate(note, 40)
     else:
         shutil.rmtree(written)
     if damage == "an empty folder":

@@ -11,12 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_rl.errors import DataError
-from megatron_rl.weights.huggingface import (
-    INDEX_NAME,
-    CheckpointReader,
-    read_note,
-    write_checkpoint,
-)
+from megatron_rl.weights.huggingface import INDEX_NAME, CheckpointReader, write_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 
@@ -210,23 +205,3 @@ def test_a_malformed_index(tmp_path: Path, content: bytes) -> None:
 def test_no_weights_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected model\.safetensors or .*, got neither"):
         CheckpointReader(tmp_path)
-
-
-@pytest.mark.parametrize("max_shard_bytes", [8_000, 2**30])
-def test_a_note_is_kept_beside_the_tensors(
-    tmp_path: Path, original: Path, tensors: Tensors, max_shard_bytes: int
-) -> None:
-    folder = tmp_path / "noted"
-    assert read_note(folder) == {}
-    write_checkpoint(
-        folder,
-        tensors.items(),
-        like=original,
-        max_shard_bytes=max_shard_bytes,
-        note={"of": "step 4"},
-    )
-    shards = sorted(folder.glob("*.safetensors"))
-    assert (len(shards) > 1) == (max_shard_bytes == 8_000)
-    assert read_note(folder) == {"of": "step 4", "format": "pt"}
-    shards[0].write_bytes(b"cut")
-    assert read_note(folder) == {}
