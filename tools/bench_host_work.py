@@ -1,6 +1,6 @@
 """Measures the host's work of one step by station, without engine and model.
 
-    NPROC=2 launch/torchrun.sh tools.bench_host_work [samples=512] [tokens=8192]
+    NPROC=2 launch/torchrun.sh tools.bench_host_work [--samples 512] [--tokens 8192]
 
 The ranks are one replica (TP=2, or as many as there are ranks). Its head makes `samples` answers of
 `tokens` tokens each, in the form in which an engine sends them, and takes them through the
@@ -16,6 +16,7 @@ does, of all ranks together:
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -174,10 +175,12 @@ def record(folder: Path, sampled: SampledStep, rows: list[Any], is_head: bool) -
 
 
 def main(arguments: list[str]) -> int:
-    """`samples=512 tokens=8192`."""
-    options = {"samples": 512, "tokens": 8192}
-    options |= {name: int(value) for name, value in (each.split("=") for each in arguments)}
-    run(options["samples"], options["tokens"])
+    """Parse the command line and measure; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=8192, help="of each sample")
+    options = parser.parse_args(arguments)
+    run(options.samples, options.tokens)
     return 0
 
 

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_rl.learner.model.checkpoint_sums import SUMS
+from megatron_rl.process.tool import run_tool
 
 PLACES = re.compile(r"settings/(run_dir|replay|model\.path|data\.tasks\.\d+\.path(\.\d+)?)")
 TIME_WORDS = {"time", "second", "seconds", "ms", "duration"}
@@ -301,11 +302,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("before", type=Path, help="a run folder")
     parser.add_argument("after", type=Path, help="another run folder")
     options = parser.parse_args(arguments)
-    try:
-        comparison = compare_runs(options.before, options.after)
-    except FileNotFoundError as error:
-        print(f"compare_runs: {error}", file=sys.stderr)
-        return 2
+    return run_tool("compare_runs", lambda: _compare(options.before, options.after), code=2)
+
+
+def _compare(before: Path, after: Path) -> int:
+    comparison = compare_runs(before, after)
     print("\n".join([comparison.summary, *report_lines(comparison)]))
     print(f"not compared, as times: {', '.join(comparison.times)}")
     print(f"settings of one run only: {', '.join(comparison.new_settings) or 'none'}")

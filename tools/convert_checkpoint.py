@@ -38,6 +38,7 @@ from megatron_rl.learner.model.checkpoint_files import STATE, saved_run_state
 from megatron_rl.learner.model.checkpoint_sums import check_sums
 from megatron_rl.loop.hf_checkpoints import OF_STEPS
 from megatron_rl.observe.loading import LoadingConsole
+from megatron_rl.process.tool import run_tool
 from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.conversion.convert import Output, to_huggingface, to_megatron, verify
 from megatron_rl.weights.conversion.distributed import METADATA
@@ -63,22 +64,21 @@ class Request:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parser().parse_args(argv)
-    try:
-        request = _request(options)
-        layout = ParallelConfig(
-            tensor=options.tensor,
-            sequence_parallel=options.tensor > 1,
-            pipeline=options.pipeline,
-            virtual_pipeline=options.virtual_pipeline,
-            stage_layers=options.stage_layers,
-            **_expert_sizes(options),
-        )
-        _convert(request, layout, options)
-    except (ConfigError, DataError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    return run_tool("convert_checkpoint", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    request = _request(options)
+    layout = ParallelConfig(
+        tensor=options.tensor,
+        sequence_parallel=options.tensor > 1,
+        pipeline=options.pipeline,
+        virtual_pipeline=options.virtual_pipeline,
+        stage_layers=options.stage_layers,
+        **_expert_sizes(options),
+    )
+    _convert(request, layout, options)
     print(request.output)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

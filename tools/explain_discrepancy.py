@@ -42,10 +42,11 @@ from rich.table import Table
 
 from megatron_rl.config import Config
 from megatron_rl.config.file import load_config
-from megatron_rl.errors import ConfigError, DataError, EngineError
+from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.loop.preflight import truncation_of
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.process.lifetime import watch_signals
+from megatron_rl.process.tool import run_tool
 from megatron_rl.rollout.recording import read_recomputed, read_step
 from megatron_rl.study.runs import run_to_the_end
 
@@ -97,22 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     watch_signals(lambda: "finished runs are kept")
-    try:
-        if options.checkpoint:
-            gaps = of_checkpoints(
-                options.config, options.overrides, options.output, options.checkpoint
-            )
-            report(gaps, options.output, are_steps=False)
-            return 0
-        gaps = explain(options.config, options.overrides, options.output)
-        report(gaps, options.output)
-        compare_arithmetic(
-            options.config, options.overrides, options.output / f"run_{len(gaps) - 1}"
-        )
-    except (ConfigError, DataError, EngineError) as error:
-        print(f"explain_discrepancy: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool("explain_discrepancy", lambda: _explain(options))
+
+
+def _explain(options: argparse.Namespace) -> None:
+    if options.checkpoint:
+        gaps = of_checkpoints(options.config, options.overrides, options.output, options.checkpoint)
+        report(gaps, options.output, are_steps=False)
+        return
+    gaps = explain(options.config, options.overrides, options.output)
+    report(gaps, options.output)
+    compare_arithmetic(options.config, options.overrides, options.output / f"run_{len(gaps) - 1}")
 
 
 def causes_of(config: Config) -> list[Cause]:

@@ -22,7 +22,8 @@ from rich.text import Text
 
 from megatron_rl.config import ConstraintConfig
 from megatron_rl.config.file import load_config
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import DataError
+from megatron_rl.process.tool import run_tool
 from megatron_rl.rollout.recording import read_recomputed
 from megatron_rl.rollout.recording import read_samples as read_recorded
 
@@ -83,12 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-color", action="store_true", help="numbers instead of colours")
     options = parser.parse_args(arguments)
     console = Console(no_color=options.no_color, highlight=False)
-    try:
-        _show(options, console)
-    except (ConfigError, DataError) as error:
-        print(f"inspect_rollouts: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool("inspect_rollouts", lambda: _show(options, console))
 
 
 def _show(options: argparse.Namespace, console: Console) -> None:

@@ -17,6 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.process.tool import run_tool
+
 BATCH = 50_000  # rows that are made together
 BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of "
@@ -79,6 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=100, help="how often each is there")
     parser.add_argument("--row-group", type=int, default=2**20, help="rows of a row group")
     options = parser.parse_args(arguments)
+    return run_tool("make_dapo_like", lambda: _make(options))
+
+
+def _make(options: argparse.Namespace) -> None:
+    if options.out.is_dir():
+        raise DataError(f"{options.out}: expected the name of a file to write, got a folder")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if min(options.different, options.times, options.row_group) < 1:
+        raise ConfigError("--different, --times, --row-group: expected numbers of 1 or more")
     num_rows = write_dapo_like(
         options.out,
         num_different=options.different,
@@ -87,7 +99,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     size = options.out.stat().st_size / 2**20
     print(f"{options.out}: {num_rows:,} rows, {options.different:,} different, {size:.0f} MiB")
-    return 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_rl.process.tool import run_tool
+
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 VOCAB_SIZE = 128
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
@@ -170,17 +172,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     disable_progress_bar()
-    try:
-        num_parameters = write_model(options.out, options)
-    except OSError as error:
-        print(f"make_tiny_model: {error}", file=sys.stderr)
-        return 1
+    return run_tool("make_tiny_model", lambda: _make(options))
+
+
+def _make(options: argparse.Namespace) -> None:
+    num_parameters = write_model(options.out, options)
     config = json.loads((options.out / "config.json").read_text())
     print(
         f"{options.out}: {config['model_type']}, {num_parameters:,} parameters, "
         f"vocabulary of {config['vocab_size']}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from rich.progress import Progress
 
 from megatron_rl.config import Config
 from megatron_rl.config.file import load_config
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import ConfigError
 from megatron_rl.plan.advice import advice
 from megatron_rl.plan.memory import Components, kv_bytes_per_token
 from megatron_rl.plan.plan import Cluster, MemoryPlan, Plan, make_plan
 from megatron_rl.plan.simulate import problems_in, simulate
 from megatron_rl.plan.traffic import longest_sequence
+from megatron_rl.process.tool import run_tool
 
 GB = 1e9
 MAX_SIMULATED = 512
@@ -60,22 +61,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--simulate", action="store_true", help="publish as every rank in turn")
     options = parser.parse_intermixed_args(arguments)
     warnings.filterwarnings("ignore", module=r"megatron\.")  # on optional packages
-    try:
-        if options.nodes < 1 or options.gpus_per_node < 1 or options.gpu_gb <= 0:
-            raise ConfigError("--nodes, --gpus-per-node, --gpu-gb: expected numbers above 0")
-        cluster = Cluster(
-            num_nodes=options.nodes,
-            gpus_per_node=options.gpus_per_node,
-            gpu_bytes=options.gpu_gb * GB,
-            device=options.device,
-        )
-        config = with_known_shape(load_config(options.config, options.overrides))
-        is_good = tell(config, cluster)
-        if options.simulate:
-            is_good &= tell_simulation(config, cluster)
-    except (ConfigError, DataError) as error:
-        print(f"plan: not valid: {error}", file=sys.stderr)
-        return 1
+    return run_tool("plan: not valid", lambda: _plan(options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if options.nodes < 1 or options.gpus_per_node < 1 or options.gpu_gb <= 0:
+        raise ConfigError("--nodes, --gpus-per-node, --gpu-gb: expected numbers above 0")
+    cluster = Cluster(
+        num_nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        gpu_bytes=options.gpu_gb * GB,
+        device=options.device,
+    )
+    config = with_known_shape(load_config(options.config, options.overrides))
+    is_good = tell(config, cluster)
+    if options.simulate:
+        is_good &= tell_simulation(config, cluster)
     return 0 if is_good else 1
 
 

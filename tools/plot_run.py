@@ -22,6 +22,7 @@ from megatron_rl.errors import DataError
 from megatron_rl.objective.log_odds import CONFIDENCES
 from megatron_rl.observe.evaluations import AT_K, evaluation_label
 from megatron_rl.observe.run_log import Record, read_metrics
+from megatron_rl.process.tool import run_tool
 
 SIGNAL = "constraint/signal/mean"
 QUANTILES = (1, 25, 50, 75, 99)  # of the log-odds displacement, in per cent
@@ -57,21 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     output = options.output or options.run_dir[0] / "curves.png"
-    try:
-        runs = {str(folder): _records_of(folder) for folder in options.run_dir}
-        if len(runs) == 1:
-            [(name, records)] = runs.items()
-            plot_run(records, output, title=name)
-        else:
-            compare_runs(runs, output)
-    except (DataError, OSError) as error:
-        print(f"plot_run: {error}", file=sys.stderr)
-        return 1
+    return run_tool("plot_run", lambda: _draw_all(options.run_dir, output))
+
+
+def _draw_all(folders: Sequence[Path], output: Path) -> None:
+    runs = {str(folder): _records_of(folder) for folder in folders}
+    if len(runs) == 1:
+        [(name, records)] = runs.items()
+        plot_run(records, output, title=name)
+    else:
+        compare_runs(runs, output)
     print(f"picture: {output}")
-    return 0
 
 
 def _records_of(folder: Path) -> list[Record]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected the folder of a run, got none")
     records = read_metrics(folder / "metrics.jsonl")
     if not records:
         raise DataError(f"{folder / 'metrics.jsonl'}: expected steps, got none")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,10 @@ import numpy as np
 import torch
 
 import megatron_rl.train
+from megatron_rl.errors import DataError
 from megatron_rl.loop.parity import FIRST_GIVEN, MORE, NEW, OLD, PROMPTS, ParityProbe, given_tokens
 from megatron_rl.process.command import run_command
+from megatron_rl.process.tool import run_tool
 from megatron_rl.records import Sample
 from megatron_rl.sync.change import Scores, compare_changes
 from megatron_rl.sync.probe import ParityReport, Precisions, compare
@@ -110,8 +113,11 @@ class Recorded:
 
 def read(path: Path) -> Recorded:
     """The contents of a file that `record` wrote."""
-    with np.load(path) as file:
-        columns = {name: file[name] for name in file.files}
+    try:
+        with np.load(path) as file:
+            columns = {name: file[name] for name in file.files}
+    except (ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{path}: expected a file of `record`, got another one") from error
     return Recorded(
         given=_sequences(columns, GIVEN),
         sampled=_sequences(columns, SAMPLED),
@@ -252,8 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     counting.add_argument("files", type=Path, nargs="+")
     options = parser.parse_args(argv)
     if options.command == "table":
-        print("\n".join(table(options.files)))
-        return 0
+        return run_tool("probe_power", lambda: print("\n".join(table(options.files))))
     Recorder.path = options.file
     with mock.patch.object(megatron_rl.train, "ParityProbe", Recorder):
         return run_command("Record.", megatron_rl.train.train, options.arguments)

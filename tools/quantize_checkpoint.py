@@ -28,6 +28,7 @@ from megatron_rl.config.hub import model_folder
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observe.loading import LoadingConsole
+from megatron_rl.process.tool import run_tool
 from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.conversion.calibration import calibrate, check_packages
 from megatron_rl.weights.conversion.convert import Output
@@ -42,13 +43,12 @@ CALIBRATION = "calibration.safetensors"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         _quantize(options)
-    except (ConfigError, DataError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(options.output)
-    return 0
+        print(options.output)
+
+    return run_tool("quantize_checkpoint", work)
 
 
 def _parser() -> argparse.ArgumentParser:

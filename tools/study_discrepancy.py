@@ -33,9 +33,10 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from megatron_rl.errors import ConfigError, DataError, EngineError
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.lifetime import watch_signals
+from megatron_rl.process.tool import run_tool
 from megatron_rl.study.runs import DONE_FILE
 from megatron_rl.study.study import Study, choose, load_studies, run_dir_of, run_study
 
@@ -90,20 +91,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the report")
     options = parser.parse_intermixed_args(arguments)
     watch_signals(lambda: "finished runs are kept")
-    try:
-        studies = chosen(options)
-        if options.action == "run":
-            for study in studies:
-                run_all(study, options.overrides, options.output / study.model, options.jobs)
-        else:
-            curves = read_curves(studies, options.output)
-            options.docs.mkdir(parents=True, exist_ok=True)
-            write_csv(curves, options.docs / f"{name_of(options.study)}.csv")
-            write_report(curves, options.docs, options.study)
-    except (ConfigError, DataError, EngineError) as error:
-        print(f"study_discrepancy: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool("study_discrepancy", lambda: _study(options))
+
+
+def _study(options: argparse.Namespace) -> None:
+    studies = chosen(options)
+    if options.action == "run":
+        for study in studies:
+            run_all(study, options.overrides, options.output / study.model, options.jobs)
+    else:
+        curves = read_curves(studies, options.output)
+        options.docs.mkdir(parents=True, exist_ok=True)
+        write_csv(curves, options.docs / f"{name_of(options.study)}.csv")
+        write_report(curves, options.docs, options.study)
 
 
 def chosen(options: argparse.Namespace) -> list[Study]:

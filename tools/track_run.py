@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rl.config.file import load_config
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import DataError
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.observe.trackers import finite, start_trackers
+from megatron_rl.process.tool import run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,26 +27,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     names = [each for each in arguments.trackers if "=" not in each]
     overrides = [each for each in arguments.trackers if "=" in each]
-    run_dir = arguments.run_dir
-    try:
-        config = load_config(
-            run_dir / "config.yaml",
-            [f"run_dir={run_dir}", f"tracking.trackers=[{','.join(names)}]", *overrides],
-        )
-        history = read_metrics(run_dir / "metrics.jsonl")
-        if not history:
-            raise DataError(f"{run_dir / 'metrics.jsonl'}: expected the lines of a run, got none")
-        is_online = config.tracking.mode == "online"
-        trackers = start_trackers(config, run_dir, is_new=is_online, history=history)
-        for tracker in trackers:
-            for record in history if is_online else ():
-                tracker.write(record["step"], finite(record))
-            tracker.close()
-            print(f"{len(history)} lines: {tracker.hint}")
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool("track_run", lambda: _track(arguments.run_dir, names, overrides))
+
+
+def _track(run_dir: Path, names: Sequence[str], overrides: Sequence[str]) -> None:
+    config = load_config(
+        run_dir / "config.yaml",
+        [f"run_dir={run_dir}", f"tracking.trackers=[{','.join(names)}]", *overrides],
+    )
+    history = read_metrics(run_dir / "metrics.jsonl")
+    if not history:
+        raise DataError(f"{run_dir / 'metrics.jsonl'}: expected the lines of a run, got none")
+    is_online = config.tracking.mode == "online"
+    trackers = start_trackers(config, run_dir, is_new=is_online, history=history)
+    for tracker in trackers:
+        for record in history if is_online else ():
+            tracker.write(record["step"], finite(record))
+        tracker.close()
+        print(f"{len(history)} lines: {tracker.hint}")
 
 
 if __name__ == "__main__":

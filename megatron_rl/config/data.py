@@ -16,8 +16,10 @@ from megatron_rl.config.choices import (
     UnreadableAnswers,
 )
 from megatron_rl.config.rules import (
+    MAX_PROMPTS,
     above_zero,
     at_least,
+    at_most,
     is_import_path,
     join_choices,
     literal_choices,
@@ -155,6 +157,7 @@ class DataConfig:
             num_held_out=self.num_held_out,
             max_prompt_tokens=self.max_prompt_tokens,
         )
+        at_most(MAX_PROMPTS, num_held_out=self.num_held_out)
         require(
             self.held_out_seed != self.seed,
             f"held_out_seed: expected another seed than data.seed, got {self.held_out_seed}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_rl.config.data import QuestionsConfig
 from megatron_rl.config.rollout import SamplingConfig
-from megatron_rl.config.rules import at_least, at_most, join_choices, require
+from megatron_rl.config.rules import MAX_PROMPTS, at_least, at_most, join_choices, require
 from megatron_rl.records import MAX_SAMPLES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # part of a metric's key and of a folder's name
@@ -61,6 +61,7 @@ class EvalSetConfig(QuestionsConfig):
         )
         at_least(0, num_rows=self.num_rows, num_samples=self.num_samples)
         at_most(MAX_SAMPLES, num_samples=self.num_samples)
+        at_most(MAX_PROMPTS, num_rows=self.num_rows)
         require(
             bool(self.path) or self.num_rows > 0,
             f"num_rows: expected the number of questions of the task {self.generator}, got 0",

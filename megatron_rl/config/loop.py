@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_rl.config.choices import TRANSPORTS, RunningRequests
-from megatron_rl.config.rules import above_zero, at_least, at_most, literal_choices, one_of
+from megatron_rl.config.rules import (
+    MAX_PROMPTS,
+    above_zero,
+    at_least,
+    at_most,
+    literal_choices,
+    one_of,
+)
 from megatron_rl.records import MAX_SAMPLES
 
 
@@ -38,6 +45,7 @@ class LoopConfig:
         at_least(1, prompts_per_step=self.prompts_per_step)
         at_least(2, samples_per_prompt=self.samples_per_prompt)  # a group of 1 has no advantage
         at_most(MAX_SAMPLES, samples_per_prompt=self.samples_per_prompt)
+        at_most(MAX_PROMPTS, prompts_per_step=self.prompts_per_step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -237,12 +237,7 @@ class RolloutConfig:
             f"sampling.max_tokens: expected below max_model_len={self.max_model_len}, "
             f"got {self.sampling.max_tokens}",
         )
-        for option in (each.partition("=")[0] for each in self.extra_args):
-            require(
-                option not in _OF_THE_RUN,
-                f"extra_args: expected no {option}, since the run must know where its engines "
-                "listen, and nothing may listen elsewhere; set rollout.host or rollout.port",
-            )
+        self._check_listening()
         self._check_ahead()
         for key, neutral in _EVALUATION_ONLY.items():
             value = getattr(self.sampling, key)
@@ -258,6 +253,15 @@ class RolloutConfig:
             "token, of log-prob 0 whatever the weights are; evaluation may be greedy "
             "(eval.sampling)",
         )
+
+    def _check_listening(self) -> None:
+        """The run must know where its engines listen."""
+        for option in (each.partition("=")[0] for each in self.extra_args):
+            require(
+                option not in _OF_THE_RUN,
+                f"extra_args: expected no {option}, since the run must know where its engines "
+                "listen, and nothing may listen elsewhere; set rollout.host or rollout.port",
+            )
 
     def _check_ahead(self) -> None:
         """The rules of sampling ahead."""

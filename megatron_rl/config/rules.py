@@ -11,6 +11,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from megatron_rl.errors import ConfigError
 
+MAX_PROMPTS = 1_000_000  # of a step, held out, or of an evaluation set
+
 
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError with `message` unless the condition holds."""
@@ -56,7 +58,7 @@ def at_least(bound: float, /, **values: float) -> None:
 def at_most(bound: float, /, **values: float) -> None:
     """Raises ConfigError unless every value, named by its key, is `bound` or less; NaN is not."""
     for key, value in values.items():
-        require(value <= bound, f"{key}: expected at most {bound:g}, got {value:g}")
+        require(value <= bound, f"{key}: expected at most {bound:,.15g}, got {value:,.15g}")
 
 
 def above_zero(**values: float) -> None:

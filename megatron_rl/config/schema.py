@@ -113,7 +113,8 @@ def check(hint: Any, value: Any, keys: Keys, origin: str) -> None:
         return  # checked again when it is resolved
     if not _is_of_type(hint, value):
         name = _dotted(keys) or "top level"
-        raise ConfigError(f"{origin}: {name}: expected {_describe(hint)}, got {show(value)}")
+        expected = _limit_of(hint, value) or _describe(hint)
+        raise ConfigError(f"{origin}: {name}: expected {expected}, got {show(value)}")
     if get_origin(hint) is types.UnionType:
         hint = next(option for option in get_args(hint) if _is_of_type(option, value))
     if dataclasses.is_dataclass(hint):
@@ -143,8 +144,25 @@ def _is_of_type(hint: Any, value: Any) -> bool:
     if isinstance(value, bool):  # an integer too, for Python
         return hint is bool
     if hint is float:
-        return isinstance(value, int | float) and not math.isnan(value)
+        return isinstance(value, int | float) and _is_finite(value)
+    if hint is int:
+        return isinstance(value, int) and abs(value) < 2**63
     return isinstance(value, hint)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _limit_of(hint: Any, value: Any) -> str:
+    """What is expected in place of a number that is none or too large; "" for other values."""
+    if isinstance(value, int) and hint is int and abs(value) >= 2**63:
+        return "an integer below 2^63"
+    is_number = isinstance(value, int | float) and float in (hint, *get_args(hint))
+    return "a finite number" if is_number and not isinstance(value, bool) else ""
 
 
 def _check_key(section: type, key: Any, above: Keys, origin: str) -> None:

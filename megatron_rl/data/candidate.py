@@ -170,7 +170,9 @@ def read_answer(record: dict[str, Any], layout: Layout, where: str) -> str:
     """
     value = _lookup(record, layout.answer_column, layout.answer_key, where)
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not (isinstance(value, str) or is_number) or (is_number and not math.isfinite(value)):
+    # A large int is finite and no float.
+    is_finite = is_number and (isinstance(value, int) or math.isfinite(value))
+    if not (isinstance(value, str) or is_finite):
         raise DataError(
             f"{where}: expected a text or a finite number in column {layout.answer_column!r} "
             f"({layout.answer_key}), got {_shorten(value)}"

@@ -54,13 +54,15 @@ def data_files(path: str | Sequence[str], key: str) -> list[Path]:
 
 def _files_of(path: str, key: str) -> list[Path]:
     place = Path(path)
+    if not path:
+        raise DataError(f"{key}: expected a file, got an empty text")
     if place.is_file():
-        return [_known(place)]
+        return [_known(place, key)]
     if place.is_dir():
         return _in_folder(place, key)
     found = [Path(each) for each in sorted(glob.glob(path))]
     if files := [each for each in found if each.is_file()]:
-        return [_known(each) for each in files]
+        return [_known(each, key) for each in files]
     if found:
         kind = "a broken link" if not found[0].exists() else "no file"
         raise DataError(f"{path}: expected a file ({key}), got {found[0]}, which is {kind}")
@@ -70,9 +72,9 @@ def _files_of(path: str, key: str) -> list[Path]:
     raise DataError(f"{path}: expected a file ({key}), found none{fetch}")
 
 
-def _known(file: Path) -> Path:
+def _known(file: Path, key: str) -> Path:
     if file.suffix not in KINDS:
-        raise DataError(f"{file}: expected {_EXPECTED}")
+        raise DataError(f"{file}: expected {_EXPECTED} ({key}), got {file.suffix or 'no ending'}")
     return file
 
 

@@ -34,7 +34,7 @@ NODE_VARIABLES = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, check and print; returns the exit code."""
-    parser = argparse.ArgumentParser(description="What this host lacks for a run.")
+    parser = argparse.ArgumentParser(prog="doctor", description="What this host lacks for a run.")
     parser.add_argument("config", help="YAML file of the run, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--nodes", type=int, default=0, help="of the run; 0: SLURM's, or 1")

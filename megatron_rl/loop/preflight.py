@@ -222,7 +222,7 @@ def check_reference(config: Config, geometry: Geometry) -> None:
     path = config.objective.kl.reference
     if not path:
         return
-    reference = read_geometry(path)
+    reference = read_geometry(path, "objective.kl.reference")
     reference.check_layout(config.parallel)
     if reference.vocab_size != geometry.vocab_size:
         raise ConfigError(
@@ -269,6 +269,10 @@ def check_replay(config: Config) -> None:
     folder = Path(config.replay)
     if not folder.is_dir():
         raise ConfigError(f"replay: expected a run's rollouts/ folder, got {folder}")
+    if not any(folder.glob("step_*.safetensors")):
+        raise ConfigError(
+            f"replay={folder}: expected a run's rollouts/ folder, got one without a recorded step"
+        )
     if folder.resolve().is_relative_to(Path(config.run_dir).resolve()):
         raise ConfigError(
             f"replay={folder}: expected the rollouts of another run, got those of run_dir="

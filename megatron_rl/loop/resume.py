@@ -150,7 +150,10 @@ def _take(candidates: Sequence[Path], inputs: Inputs, lines: tuple[str, ...]) ->
     resumption = Resumption(checkpoint=checkpoint, older=older, lines=lines)
     try:
         sums = read_sums(checkpoint)
-        problem = None if sums is None else wrong_file(checkpoint, sums, [STATE])
+        if sums is not None:
+            problem = wrong_file(checkpoint, sums, [STATE])
+        else:
+            problem = None if (checkpoint / STATE).is_file() else f"{STATE} is missing"
         saved = saved_run_state(checkpoint).get("inputs", {}) if problem is None else {}
     except DataError as error:
         return _go_back(resumption, str(error), inputs)

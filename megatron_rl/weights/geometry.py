@@ -147,14 +147,14 @@ class Geometry:
         return pipeline_parts(layout, self.num_layers)
 
 
-def read_geometry(model_path: str | Path) -> Geometry:
+def read_geometry(model_path: str | Path, key: str = "model.path") -> Geometry:
     """Read `config.json` of a Hugging Face checkpoint folder.
 
     Raises:
         DataError: the folder or its `config.json` is missing, or the file is not JSON.
         ConfigError: the learner does not support the architecture or an option.
     """
-    raw = read_hf_config(model_path)
+    raw = read_hf_config(model_path, key)
     model_type = raw.get("model_type")
     try:
         family = find_family(repr(model_type) if isinstance(model_type, list) else model_type)
@@ -218,13 +218,17 @@ def _experts(raw: dict[str, Any], keys: ExpertKeys, model_path: str | Path) -> E
     )
 
 
-def read_hf_config(model_path: str | Path) -> dict[str, Any]:
-    """The contents of `config.json`; raises DataError if it is missing or malformed."""
+def read_hf_config(model_path: str | Path, key: str = "model.path") -> dict[str, Any]:
+    """The contents of `config.json`; raises DataError if it is missing or malformed.
+
+    Args:
+        key: the setting that names the checkpoint, for messages.
+    """
     path = Path(model_path) / "config.json"
     if not path.is_file():
+        found = f"none at {path}{how_to_fetch(str(model_path))}" if model_path else "an empty text"
         raise DataError(
-            "model.path: expected a Hugging Face checkpoint with a config.json, got none at "
-            f"{path}{how_to_fetch(str(model_path))}"
+            f"{key}: expected a Hugging Face checkpoint with a config.json, got {found}"
         )
     try:
         raw = json.loads(path.read_text())

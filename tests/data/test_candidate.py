@@ -102,6 +102,7 @@ def test_an_answer_that_is_no_text(value):
         (1e22, "1e+22"),
         (-0.5, "-0.5"),
         (10**30, "1" + "0" * 30),
+        (10**400, "1" + "0" * 400),  # beyond any float
         (Decimal("1.50"), "1.50"),
         (" 7 ", " 7 "),
     ],

@@ -13,7 +13,9 @@ from megatron_rl.config import (
     Config,
     DataConfig,
     EvalConfig,
+    KLConfig,
     ModelConfig,
+    ObjectiveConfig,
     RolloutConfig,
     SamplingConfig,
     SyncConfig,
@@ -23,11 +25,14 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.loop.preflight import (
     check_engine_place,
     check_gpus,
+    check_reference,
+    check_replay,
     preflight,
     prepare_data,
 )
 from megatron_rl.process import packages
 from megatron_rl.process.node import Node
+from megatron_rl.weights.geometry import read_geometry
 
 
 @pytest.mark.parametrize("section", ["rollout", "eval"])
@@ -80,6 +85,23 @@ def test_a_row_that_no_run_can_use_ends_the_run_before_it_starts(
     assert "\n" not in str(caught.value)
     path.write_text('{"question":"1+1","answer":2}\n')
     assert len(preflight(config).stream.prompts(0, 1)) == 1
+
+
+def test_a_reference_that_is_not_there_is_told_by_its_setting(tiny_checkpoint: Path) -> None:
+    geometry = read_geometry(tiny_checkpoint)
+    kl = KLConfig(coefficient=0.1, reference="/nowhere")
+    config = replace(Config(), objective=ObjectiveConfig(kl=kl))
+    with pytest.raises(DataError, match=r"^objective\.kl\.reference: expected a Hugging Face che"):
+        check_reference(config, geometry)
+
+
+def test_a_replay_without_a_recorded_step_ends_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    config = Config(run_dir=str(tmp_path / "run"), replay=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^replay=.*: expected a run's rollouts/ .* step$"):
+        check_replay(config)
+    (tmp_path / "step_000007.rank0.safetensors").write_text("")
+    check_replay(config)
 
 
 def test_engines_on_several_hosts_need_a_transport_that_goes_there() -> None:

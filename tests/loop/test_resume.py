@@ -129,6 +129,9 @@ def test_one_that_is_named_must_be_whole(config: Config) -> None:
         chosen(replace(config, resume=str(named)))
     with pytest.raises(DataError, match="expected auto, never or a checkpoint folder"):
         chosen(replace(config, resume=str(named / "no")))
+    (named / "empty").mkdir()
+    with pytest.raises(DataError, match=r"^checkpoint .*/empty: run_state.json is missing; exp"):
+        chosen(replace(config, resume=str(named / "empty")))
 
 
 def test_never_and_nothing(config: Config, tmp_path: Path) -> None:

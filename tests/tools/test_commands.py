@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -30,3 +32,79 @@ def test_a_tool_that_imports_another_is_started_as_a_module(tool: Path) -> None:
 def test_some_tools_import_others() -> None:
     texts = [tool.read_text(encoding="utf-8") for tool in TOOLS]
     assert sum(bool(IMPORTS_TOOLS.search(text)) for text in texts) >= 2
+
+
+# Of each tool that reads or writes what its user names: the words before and behind that path.
+READERS = {
+    "compare_runs": ([], ["PATH"]),
+    "convert_checkpoint": ([], ["-o", "OUT"]),
+    "explain_discrepancy": ([], ["-o", "OUT"]),
+    "inspect_rollouts": ([], []),
+    "plan": ([], []),
+    "plot_run": ([], ["-o", "OUT"]),
+    "probe_power": (["table"], []),
+    "quantize_checkpoint": ([], ["-o", "OUT", "--format", "int8"]),
+    "study_discrepancy": (["report"], ["--docs", "OUT"]),
+    "track_run": ([], ["wandb"]),
+}
+WRITERS = {"make_tiny_model": [], "make_dapo_like": ["--different", "2", "--times", "1"]}
+
+
+def tell(
+    tool: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The only line that a tool prints when it fails."""
+    module = importlib.import_module(f"tools.{tool}")
+    if hasattr(module, "watch_signals"):
+        monkeypatch.setattr(module, "watch_signals", lambda describe: None)
+    assert module.main(words) in (1, 2)
+    out, told = capsys.readouterr()
+    assert out == ""
+    [line] = told.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("tool", READERS)
+@pytest.mark.parametrize("kind", ["nothing", "a text", "a folder", "bytes"])
+def test_a_path_to_something_else_is_one_line(
+    tool: str,
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, out = tmp_path / "given", tmp_path / "out"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind != "nothing":
+        path.write_bytes(b"hello\n" if kind == "a text" else b"\xff\xfe\0\1")
+    before, behind = READERS[tool]
+    words = [*before, str(path), *behind]
+    words = [str(path) if word == "PATH" else str(out) if word == "OUT" else word for word in words]
+    line = tell(tool, words, capsys, monkeypatch)
+    assert line.startswith(f"{tool}: ") and str(path) in line
+    assert "[Errno" not in line
+
+
+@pytest.mark.parametrize("tool", WRITERS)
+def test_a_place_that_cannot_be_written_is_one_line(
+    tool: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("hello")
+    line = tell(tool, [str(tmp_path / "file" / "below"), *WRITERS[tool]], capsys, monkeypatch)
+    assert line.startswith(f"{tool}: {tmp_path / 'file'}")
+    assert line.endswith(("Not a directory", "File exists")) or "Not a directory" in line
+
+
+def test_every_tool_that_reads_or_writes_a_path_is_tried() -> None:
+    """Those that take a config end as a run does (`run_command`); the others measure."""
+    with_paths = {
+        tool.stem
+        for tool in TOOLS
+        for node in ast.walk(ast.parse(tool.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and node.id == "run_tool"
+    }
+    assert with_paths == READERS.keys() | WRITERS.keys()

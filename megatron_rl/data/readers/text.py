@@ -54,7 +54,8 @@ def _objects(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, dict[st
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         hint = "; a list of objects belongs into a .json file" if isinstance(value, list) else ""
-        raise DataError(f"{where}: expected a JSON object, got a {type(value).__name__}{hint}")
+        found = "a list" if isinstance(value, list) else repr(value)[:60]
+        raise DataError(f"{where}: expected a JSON object, got {found}{hint}")
     return value
 
 
