@@ -13,6 +13,10 @@ optimizer's state. The output gets its name when it is complete; the same comman
 interrupted conversion. `--model` is the Hugging Face checkpoint whose config and tokenizer the
 model has; a checkpoint of a run remembers it.
 
+Other families than those of megatron_rl/weights/families/ are converted to Megatron by
+`--through mcore-bridge`, where that package and Transformer Engine are installed; the host then
+needs memory for the whole model.
+
 A distributed checkpoint contains pickled metadata, which can run code when it is read: convert only
 those that you trust.
 """
@@ -20,11 +24,13 @@ those that you trust.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Before torch is imported: a run may need all of the GPU's memory.
@@ -34,6 +40,7 @@ from megatron_rl.config import ParallelConfig
 from megatron_rl.config.hub import how_to_fetch, model_folder
 from megatron_rl.data.tokenizer import read_template
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.learner.model.bridged import NAME, bridge_to_megatron, check_bridge
 from megatron_rl.learner.model.checkpoint_files import STATE, saved_run_state
 from megatron_rl.learner.model.checkpoint_sums import check_sums
 from megatron_rl.loop.hf_checkpoints import OF_STEPS
@@ -69,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     request = _request(options)
+    if options.through:
+        _convert_through_bridge(request, options)
+        print(request.output)
+        return
     layout = ParallelConfig(
         tensor=options.tensor,
         sequence_parallel=options.tensor > 1,
@@ -92,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=("huggingface", "megatron"), help="default: the other one")
     parser.add_argument(
         "--model", help="of the config and tokenizer: a Hugging Face folder or name, as above"
+    )
+    parser.add_argument(
+        "--through", choices=(NAME,), help="what converts a family that this package does not know"
     )
     parser.add_argument("--verify", action="store_true", help="compare every byte afterwards")
     parser.add_argument(
@@ -192,6 +206,25 @@ def _convert(request: Request, layout: ParallelConfig, options: argparse.Namespa
         if options.verify:
             made = _source(request.output, geometry, request.to_megatron)
             verify(made, source, geometry, progress=compared)
+
+
+def _convert_through_bridge(request: Request, options: argparse.Namespace) -> None:
+    if not request.to_megatron or request.is_megatron or options.verify:
+        raise ConfigError(
+            f"--through {NAME}: expected a Hugging Face checkpoint, to Megatron and without "
+            "--verify; mcore-bridge writes Hugging Face checkpoints on GPUs only, with its own "
+            "save_weights"
+        )
+    settings = json.loads((request.source / "config.json").read_text())
+    check_bridge(settings.get("model_type", ""))
+    what = {"source": str(request.source), "through": NAME}
+    output = Output(folder=request.output, what=what | {"files": model_fingerprint(request.source)})
+    output.start()
+    with TemporaryDirectory(dir=output.partial) as folder:
+        bridge_to_megatron(request.source, Path(folder))
+        for file in Path(folder).iterdir():
+            file.rename(output.partial / file.name)
+    output.finish()
 
 
 def _source(folder: Path, geometry: Geometry, is_megatron: bool) -> Source:

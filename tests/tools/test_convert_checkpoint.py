@@ -69,3 +69,29 @@ def test_a_checkpoint_with_a_damaged_file_is_not_converted(
     assert convert_checkpoint.main([str(folder)]) == 1
     [told] = capsys.readouterr().err.splitlines()
     assert f"checkpoint {folder}: " in told and "got: __0_0.distcp is damaged" in told
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "expected"),
+    [
+        ("megatron", (), "expected a Hugging Face checkpoint, to Megatron and without --verify"),
+        ("tiny", ("--verify",), "expected a Hugging Face checkpoint, to Megatron and without"),
+        ("tiny", (), "expected a family that this package does not convert itself, got qwen3"),
+    ],
+)
+def test_what_does_not_go_through_mcore_bridge(
+    source: str,
+    more: tuple[str, ...],
+    expected: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / ".metadata").write_text("of no checkpoint")
+    folder = str(tiny_checkpoint if source == "tiny" else tmp_path / "megatron")
+    arguments = [folder, "-o", str(tmp_path / "out"), "--model", str(tiny_checkpoint)]
+    assert convert_checkpoint.main([*arguments, "--through", "mcore-bridge", *more]) == 1
+    [told] = capsys.readouterr().err.splitlines()
+    assert told.startswith("ConfigError: --through mcore-bridge: ") and expected in told
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
