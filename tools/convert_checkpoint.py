@@ -78,17 +78,16 @@ def _run(options: argparse.Namespace) -> None:
     request = _request(options)
     if options.through:
         _convert_through_bridge(request, options)
-        print(request.output)
-        return
-    layout = ParallelConfig(
-        tensor=options.tensor,
-        sequence_parallel=options.tensor > 1,
-        pipeline=options.pipeline,
-        virtual_pipeline=options.virtual_pipeline,
-        stage_layers=options.stage_layers,
-        **_expert_sizes(options),
-    )
-    _convert(request, layout, options)
+    else:
+        layout = ParallelConfig(
+            tensor=options.tensor,
+            sequence_parallel=options.tensor > 1,
+            pipeline=options.pipeline,
+            virtual_pipeline=options.virtual_pipeline,
+            stage_layers=options.stage_layers,
+            **_expert_sizes(options),
+        )
+        _convert(request, layout, options)
     print(request.output)
 
 

@@ -93,5 +93,5 @@ def test_what_does_not_go_through_mcore_bridge(
     arguments = [folder, "-o", str(tmp_path / "out"), "--model", str(tiny_checkpoint)]
     assert convert_checkpoint.main([*arguments, "--through", "mcore-bridge", *more]) == 1
     [told] = capsys.readouterr().err.splitlines()
-    assert told.startswith("ConfigError: --through mcore-bridge: ") and expected in told
+    assert told.startswith("convert_checkpoint: --through mcore-bridge: ") and expected in told
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()

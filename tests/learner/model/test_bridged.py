@@ -59,7 +59,8 @@ def test_known_families_come_out_as_from_our_own_conversion(tmp_path: Path) -> N
         "equal bfloat16",
     ]
     assert told[-2:] == [f"{tmp_path}/olmoe_megatron", "exit codes 0 1"]
-    assert "ConfigError: --through mcore-bridge: expected a family that it knows, got gpt2" in (
-        finished.stderr.splitlines()
+    assert (
+        "convert_checkpoint: --through mcore-bridge: expected a family that it knows, got gpt2"
+        in (finished.stderr.splitlines())
     )
     assert (tmp_path / "olmoe_megatron" / ".metadata").is_file()
