@@ -27,6 +27,12 @@ class SyncError(RuntimeError):
     """
 
 
+class SourceLostError(SyncError):
+    """A learner process that sends weights has ended or does not answer; no other update can
+    begin.
+    """
+
+
 class DivergenceError(RuntimeError):
     """A loss, a gradient norm or a log-prob that is not finite."""
 

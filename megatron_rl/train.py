@@ -38,10 +38,11 @@ def train(config: Config, progress: Progress) -> None:
         state, phase = run.state, run.stopwatch.time
         probe = ParityProbe(learner, run.link, config).check
         publish, restore = publication(learner, run.sender, probe, run.crew, state, config, phase)
-        asleep = partial(engines_asleep, run.link, learner, config, phase)
-        acceptance = Acceptance(learner, run.link, publish, config, phase, asleep=asleep)
+        asleep = partial(engines_asleep, run.crew, run.link, learner, config, phase)
+        taking_back = {"asleep": asleep, "restore": restore}
+        acceptance = Acceptance(learner, run.link, publish, config, phase, **taking_back)
         evaluate = partial(evaluate_sets, run.evaluator, state, config, phase, restore=restore)
-        fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase)
+        fixed_gap = partial(measure_fixed_gap, learner, run.link, config, phase, restore)
         told = (run.recorder, run.stopwatch, parallel, run.verifiers, run.meter.measure)
         report = partial(write_metrics, *told)
         make_room(learner, config)

@@ -5,6 +5,7 @@ what is refused, in one line: hostile checkpoints, settings and data.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import pickle
@@ -18,6 +19,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+)
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -26,6 +34,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from megatron_rl.config.file import load_config
 from megatron_rl.data.candidate import Layout
@@ -34,14 +44,15 @@ from megatron_rl.engine.token import token_in
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.process.folder import hold_folder
 from megatron_rl.weights.conversion.distributed import DistributedReader
-from megatron_rl.weights.conversion.metadata import METADATA, read_metadata
+from megatron_rl.weights.conversion.metadata import METADATA, read_metadata, without_code
 from megatron_rl.weights.huggingface import CheckpointReader
 
-PACKAGE = Path(__file__).parents[1] / "megatron_rl"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megatron_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-# Objects between the ranks of one run over its own process groups; and what a conversion that was
-# interrupted has written itself.
-UNPICKLES = {"learner/layout/exchange.py", "weights/conversion/distributed.py"}
+WITH_TOOLS = [*SOURCES, *sorted((ROOT / "tools").rglob("*.py"))]
+# Objects between the ranks of one run over its own process groups.
+UNPICKLES = {"megatron_rl/learner/layout/exchange.py"}
 UNPICKLERS = {"load", "loads", "Unpickler"}
 FORBIDDEN = {
     "eval",
@@ -87,10 +98,10 @@ def found_in(source: str) -> Iterator[str]:
             yield "torch.load without weights_only"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", WITH_TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_runs_code_from_data(path: Path) -> None:
     found = list(found_in(path.read_text()))
-    if str(path.relative_to(PACKAGE)) in UNPICKLES:
+    if str(path.relative_to(ROOT)) in UNPICKLES:
         found = [each for each in found if not each.startswith("pickle.")]
     assert found == []
 
@@ -212,6 +223,37 @@ def test_few_modules_open_a_socket_of_the_host(path: Path) -> None:
 def test_a_module_that_would_open_one_is_seen() -> None:
     for source in ("socket.create_server(('', 0))", "HTTPServer(x)", "host = '0.0.0.0'"):
         assert opened_by(source)
+
+
+def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """As Megatron writes them: objects beside the tensors are what torch.save makes of them."""
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    _save_state_dict(state, FileSystemWriter(folder), planner=planner, no_dist=True)
+
+
+def load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """As Megatron does."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    _load_state_dict(state, FileSystemReader(folder), planner=planner, no_dist=True)
+    return planner.state_dict
+
+
+@pytest.mark.parametrize("is_protected", [False, True])
+def test_torchs_reader_of_checkpoints_runs_no_code(is_protected: bool, tmp_path: Path) -> None:
+    """Neither of `.metadata` nor of an object beside the tensors; each would without protection."""
+    guard = without_code if is_protected else contextlib.nullcontext
+    folder, of_metadata, of_object = (tmp_path / name for name in ("saved", "metadata", "object"))
+    write_checkpoint(folder, {"sound": [1, 2], "hostile": Owned(of_object)})
+    with guard():
+        assert load(folder, {"sound": None}) == {"sound": [1, 2]}
+        told = pytest.raises((CheckpointException, pickle.UnpicklingError), match="mkdir")
+        with told if is_protected else contextlib.nullcontext():
+            load(folder, {"hostile": None})
+    (folder / METADATA).write_bytes(pickle.dumps(Owned(of_metadata)))
+    told = pytest.raises((CheckpointException, AttributeError))
+    with guard(), told:
+        load(folder, {"sound": None})
+    assert (of_metadata.exists(), of_object.exists()) == (not is_protected, not is_protected)
 
 
 def write_index(folder: Path, file: str) -> None:

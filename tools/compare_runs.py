@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_rl.learner.model.checkpoint_sums import SUMS
 from megatron_rl.process.tool import run_tool
+from megatron_rl.weights.conversion.metadata import without_code
 
 PLACES = re.compile(r"settings/(run_dir|replay|model\.path|data\.tasks\.\d+\.path(\.\d+)?)")
 TIME_WORDS = {"time", "second", "seconds", "ms", "duration"}
@@ -239,7 +240,7 @@ def read_folder(folder: Path, name: str) -> Contents:
         elif path.suffix == ".distcp" or path.name == SUMS:
             pass  # the shards of a checkpoint that has been read, and the sums of its files
         elif path.suffix == ".pt":
-            contents |= flat(below, torch.load(path, map_location="cpu", weights_only=False))
+            contents |= flat(below, torch.load(path, map_location="cpu", weights_only=True))
         elif path.name == "run_state.json":
             state = json.loads(path.read_text())
             for inputs in ("inputs", "data"):  # data: of older commits
@@ -255,12 +256,13 @@ def read_folder(folder: Path, name: str) -> Contents:
 def read_shards(folder: Path, name: str) -> Contents:
     """The contents of a distributed checkpoint by name: weights, main weights, moments and more."""
     state: dict[str, Any] = {}
-    _load_state_dict(
-        state,
-        storage_reader=FileSystemReader(folder),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
+    with without_code():
+        _load_state_dict(
+            state,
+            storage_reader=FileSystemReader(folder),
+            planner=_EmptyStateDictLoadPlanner(),
+            no_dist=True,
+        )
     return flat(name, state)
 
 

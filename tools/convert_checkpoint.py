@@ -17,8 +17,8 @@ Other families than those of megatron_rl/weights/families/ are converted to Mega
 `--through mcore-bridge`, where that package and Transformer Engine are installed; the host then
 needs memory for the whole model.
 
-A distributed checkpoint contains pickled metadata, which can run code when it is read: convert only
-those that you trust.
+A distributed checkpoint contains pickled metadata, which is read without running code that it may
+name.
 """
 
 from __future__ import annotations

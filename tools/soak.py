@@ -1,6 +1,7 @@
 """Runs a training for a given time, kills one of its engines again and again, and draws what the
 run's processes use: memory, file descriptors, threads and disk. At the end the run is asked to
-stop, and what it recorded is checked: every step once, every prompt once, every engine back.
+stop, and what it recorded is checked: every step once, every prompt once, every engine back. Memory
+that processes share is counted once (PSS).
 
     python tools/soak.py CONFIG --work DIR --seconds 7200 --kill-seconds 300 [key=value ...]
 
@@ -45,14 +46,25 @@ FIGURES = {
 
 
 def processes_of(root: psutil.Process) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The living descendants: those of the learner, and those of the engines."""
-    learner, engines = [root], []
-    for process in root.children(recursive=True):
+    """The living descendants: those of the learner, and those of the engines, which are the guards
+    and what they have started.
+    """
+    children = root.children(recursive=True)
+    guards = [each for each in children if "megatron_rl.process.guard" in command_of(each)]
+    engines = {each.pid: each for each in guards}
+    for guard in guards:
         with contextlib.suppress(psutil.Error):
-            line = " ".join(process.cmdline())
-            is_engine = "vllm" in line.lower() or "megatron_rl.process.guard" in line
-            (engines if is_engine else learner).append(process)
-    return learner, engines
+            engines |= {each.pid: each for each in guard.children(recursive=True)}
+    learner = [root, *(each for each in children if each.pid not in engines)]
+    return learner, list(engines.values())
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; "" if it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def sample(root: psutil.Process, run_dir: Path) -> dict[str, float]:
@@ -62,7 +74,7 @@ def sample(root: psutil.Process, run_dir: Path) -> dict[str, float]:
     for name, group in (("learner_mib", learner), ("engines_mib", engines)):
         for process in group:
             with contextlib.suppress(psutil.Error):
-                figures[name] += process.memory_info().rss / 2**20
+                figures[name] += process.memory_full_info().pss / 2**20
     for process in learner:
         with contextlib.suppress(psutil.Error):
             figures["fds"] += process.num_fds()
@@ -78,8 +90,7 @@ def kill_an_engine(root: psutil.Process, chance: random.Random) -> bool:
     servers = [
         process
         for process in processes_of(root)[1]
-        if "vllm.entrypoints" in " ".join(process.cmdline())
-        and "megatron_rl.process.guard" not in " ".join(process.cmdline())
+        if "vllm.entrypoints" in (line := command_of(process)) and "process.guard" not in line
     ]
     if not servers:
         return False
@@ -88,10 +99,33 @@ def kill_an_engine(root: psutil.Process, chance: random.Random) -> bool:
     return True
 
 
+class UsedPrompts:
+    """The prompts of each step, read before the run deletes the step's rollouts
+    (`rollout.keep_steps`).
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self.of_step: dict[int, list[int]] = {}
+
+    def look(self) -> None:
+        """Read the steps that are new; those that are being written are read next time."""
+        last = max(self.of_step, default=0)
+        lines = read_metrics(self._run_dir / "metrics.jsonl")
+        for step in range(last + 1, int(lines[-1]["step"]) if lines else 0):
+            self.read(step)
+
+    def read(self, step: int) -> None:
+        """Read one step."""
+        groups = read_step(self._run_dir / "rollouts", step)
+        self.of_step[step] = [scored.group.prompt.index for scored in groups]
+
+
 def soak(
     process: subprocess.Popen[bytes],
     run_dir: Path,
     lines: Path,
+    used: UsedPrompts,
     *,
     seconds: float,
     kill_seconds: float,
@@ -117,6 +151,7 @@ def soak(
                 next_kill += kill_seconds
             found = {"seconds": time.monotonic() - begin, "is_kill": is_kill}
             samples.append(found | sample(root, run_dir))
+            used.look()
             print(json.dumps(samples[-1]), file=file, flush=True)
             time.sleep(1.0)
     (run_dir / "stop").touch()
@@ -124,17 +159,20 @@ def soak(
     return samples
 
 
-def losses(run_dir: Path) -> list[str]:
+def losses(run_dir: Path, used: UsedPrompts) -> list[str]:
     """What the run has lost: steps, prompts, engines; a line each."""
-    steps = [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    steps = [int(line["step"]) for line in read_metrics(run_dir / "metrics.jsonl")]
     told = [] if steps == list(range(len(steps))) else [f"steps: {steps}"]
-    used = [
-        scored.group.prompt.index
-        for step in steps[1:]
-        for scored in read_step(run_dir / "rollouts", step)
-    ]
-    if sorted(used) != sorted({*used}):
+    for step in steps:
+        if step and step not in used.of_step:
+            used.read(step)
+    prompts = [prompt for step in steps[1:] for prompt in used.of_step[step]]
+    if len(prompts) != len({*prompts}):
         told.append("prompts: one was used twice")
+    # At the end the prompts of two steps may be in flight.
+    num_late = 2 * max((len(each) for each in used.of_step.values()), default=0)
+    if missing := sorted(set(range(len(prompts) - num_late)) - {*prompts}):
+        told.append(f"prompts: {len(missing)} were skipped, the first is {missing[0]}")
     syncs = [json.loads(line) for line in (run_dir / "sync.jsonl").read_text().splitlines()]
     all_engines = set().union(*(line["received"] for line in syncs))
     served = {url: sum(url in line["received"] for line in syncs) for url in all_engines}
@@ -152,7 +190,9 @@ def draw(samples: Sequence[dict[str, Any]], output: Path) -> None:
         for minute in killed:
             axes.axvline(minute, color="#c23b3b", linewidth=0.6)
         axes.set_title(label, loc="left", fontsize=10)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(each[name] for each in samples))
+        axes.margins(x=0)
+        axes.grid(alpha=0.25)
     panels[-1].set_xlabel("minutes; red: an engine is killed")
     figure.tight_layout()
     figure.savefig(output, dpi=110)
@@ -183,11 +223,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         process = subprocess.Popen(
             [*map(str, command)], cwd=ROOT, env=os.environ, stdout=log, stderr=log
         )
+        used = UsedPrompts(run_dir)
         try:
             samples = soak(
                 process,
                 run_dir,
                 options.work / "soak.jsonl",
+                used,
                 seconds=options.seconds,
                 kill_seconds=options.kill_seconds,
             )
@@ -197,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 process.wait()
     draw(samples, options.work / "soak.png")
     num_killed = sum(each["is_kill"] for each in samples)
-    told = losses(run_dir)
+    told = losses(run_dir, used)
     if process.returncode:
         told.append(f"the run: it ended with code {process.returncode}")
     num_steps = len(read_metrics(run_dir / "metrics.jsonl")) - 1

@@ -67,6 +67,11 @@ class Roster:
         with self._lock:
             self._lost.setdefault(url, reason)
 
+    def lose_again(self, url: str, reason: str) -> None:
+        """An engine that is left out was started again, and lost before it was taken in."""
+        with self._lock:
+            self._lost[url] = reason
+
     def take_in(self, url: str) -> None:
         """This engine has the present weights and serves; ignored if it serves already."""
         with self._lock:

@@ -214,11 +214,10 @@ class Learner:
         Raises:
             BrokenUpdateError: on every rank, if on any rank `row_loss` raises DivergenceError, no
                 log-prob can be computed from the logits, or a gradient is not finite.
-            DivergenceError: the same of the logits, on this rank alone, if ranks share rows (CP).
             DataError: a label is outside the vocabulary.
         """
         num_kept = 0
-        problem: str | None = None
+        problem = ""
 
         def on_output(
             index: int, logits: torch.Tensor
@@ -243,10 +242,8 @@ class Learner:
         routing = self._routers.of_update(rows, balance)
         settings = {"parallel": self.parallel, "forward_only": False, "routing": routing}
         results = run_schedule(trained.parts, rows, on_output, **settings)
-        problem = problem or self._gradient_problem()
-        if self.parallel.any_rank(problem is not None):
-            found = self.parallel.from_all_ranks(problem)
-            raise BrokenUpdateError(next(each for each in found if each is not None))
+        if problem := self.parallel.first_problem(problem or self._gradient_problem()):
+            raise BrokenUpdateError(problem)
         # With a gradient of 0, momentum and weight decay would still move the weights. Only the
         # last stage knows what is kept, and all ranks must decide alike.
         if not self.parallel.any_rank(num_kept > 0):
@@ -271,7 +268,6 @@ class Learner:
         has_entropy_gradient: bool,
     ) -> LossTerms | str:
         """The loss of a row, or what is not finite in it."""
-        output = None
         try:
             output = row_output(
                 logits,
@@ -286,13 +282,27 @@ class Learner:
             check_broken_rows(logits.device, f"micro-batch {index}")
             return row_loss(index, output)
         except DivergenceError as error:
-            # The ranks that share a row are in its collectives, if its output is not there.
-            if output is None and self.parallel.cp_group.size() > 1:
-                raise
             return str(error)
 
-    def _gradient_problem(self) -> str | None:
-        """What is wrong with this rank's gradient; None if it is finite."""
+    def weights_problem(self) -> str:
+        """Which weight of which rank is not finite; "" if all are. The same on every rank; a
+        collective over all ranks.
+        """
+        self.trained.finish_weights()
+        named = [
+            (name, torch.linalg.vector_norm(weight.detach(), torch.inf))
+            for part in self.trained.modules
+            for name, weight in part.named_parameters()
+            if weight.numel()
+        ]
+        problem = ""
+        if named and not bool(torch.stack([size for _, size in named]).isfinite().all()):
+            name, size = next(each for each in named if not each[1].isfinite())
+            problem = f"rank {self.parallel.rank}: expected finite weights, got {size} in {name}"
+        return self.parallel.first_problem(problem)
+
+    def _gradient_problem(self) -> str:
+        """What is wrong with this rank's gradient; "" if it is finite."""
         largest = [
             torch.linalg.vector_norm(buffer.grad_data, torch.inf)
             for part in self.trained.parts
@@ -301,7 +311,7 @@ class Learner:
         ]
         # Written so that NaN, for which every comparison is false, is a problem.
         if not largest or bool((torch.stack(largest) <= LARGEST_GRADIENT).all()):
-            return None
+            return ""
         return (
             f"rank {self.parallel.rank}: expected a finite gradient, got one whose largest number "
             f"is {float(torch.stack(largest).max()):g}; lower learner.optimizer.learning_rate"

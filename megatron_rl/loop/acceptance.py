@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.restore_point import RestorePoint
 from megatron_rl.loop.link import EngineLink
+from megatron_rl.loop.restore import Restore, ask_engines, no_engines_to_restore
 from megatron_rl.objective.acceptance import weighted_objective
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import Sample, SampledStep
@@ -45,6 +47,7 @@ class Acceptance:
         phase: Phase,
         *,
         asleep: Callable[[], AbstractContextManager[None]],
+        restore: Restore = no_engines_to_restore,
         restore_point: RestorePoint | None = None,
     ) -> None:
         """
@@ -53,10 +56,12 @@ class Acceptance:
             publish: publishes the learner's weights under the step's version; a collective.
             asleep: the context in which the optimizer's state is on the device (rest.py); a
                 collective.
+            restore: see `loop/restore.py`.
             restore_point: None: one of the learner's training model, if this is enabled.
         """
         self._learner, self._link, self._publish = learner, link, publish
-        self._config, self._phase, self._asleep = config, phase, asleep
+        self._config, self._asleep, self._restore = config, asleep, restore
+        self._timed = partial(phase, "acceptance")
         self._restore_point = restore_point
         if restore_point is None and config.objective.acceptance.enabled:
             self._restore_point = RestorePoint(learner.trained)
@@ -64,7 +69,7 @@ class Acceptance:
     def copy_state(self) -> None:
         """Copy what the next update changes; while the engines sleep."""
         if self._restore_point is not None:
-            with self._phase("acceptance"):
+            with self._timed():
                 self._restore_point.copy()
 
     def decide(self, sampled: SampledStep) -> dict[str, float]:
@@ -87,8 +92,11 @@ class Acceptance:
         if self._restore_point is None:
             return {}
         settings = self._config.objective.acceptance
-        with self._phase("acceptance"):
-            figures = self._estimates(sampled)
+        with self._timed():
+            samples = first_kept(sampled.samples(), settings.num_samples, self._learner.parallel)
+        served = ask_engines(partial(self._ask, samples), self._restore, self._timed)
+        with self._timed():
+            figures = self._estimates(samples, served or {})
             loss = figures.get("acceptance/loss")
             # Written so that a loss that is not a number is above the bound.
             is_worse = loss is not None and not loss <= settings.max_loss
@@ -99,17 +107,17 @@ class Acceptance:
                 self._restore_point.restore()
         return figures | self._publish()
 
-    def _estimates(self, sampled: SampledStep) -> dict[str, float]:
+    def _ask(self, samples: Sequence[Sample]) -> Served:
+        """The engines' log-probs; {} on ranks that do not ask them."""
+        if self._link is None:
+            return {}
+        scores = self._link.pool.score([each.rollout.token_ids.tolist() for each in samples])
+        return {sample_key(each): values for each, values in zip(samples, scores, strict=True)}
+
+    def _estimates(self, samples: Sequence[Sample], served: Served) -> dict[str, float]:
         """The estimates of J, rank 0's on every rank: rounding may differ between replicas."""
         parallel, config = self._learner.parallel, self._config
         settings = config.objective.acceptance
-        samples = first_kept(sampled.samples(), settings.num_samples, parallel)
-        served: Served = {}
-        if self._link is not None:
-            scores = self._link.pool.score([each.rollout.token_ids.tolist() for each in samples])
-            served = {
-                sample_key(each): values for each, values in zip(samples, scores, strict=True)
-            }
         served = parallel.from_first_rank(served)
         if not served:
             return {}

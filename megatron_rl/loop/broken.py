@@ -1,13 +1,16 @@
-"""Steps in which an update was left out, because a number in it was not finite: they are told and
-counted, and end the run when there are too many in a row.
+"""Numbers that are not finite. Steps in which an update was left out because of one are told and
+counted, and end the run when there are too many in a row. Weights that are not finite end it at
+once, since every later update would be broken: they are neither published nor saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_rl.config import Config
 from megatron_rl.errors import DivergenceError
+from megatron_rl.learner.model.checkpoint_files import FOLDER, checkpoint_name, checkpoints_by_age
 from megatron_rl.loop.state import LoopState
 from megatron_rl.records import StepReport
 
@@ -36,4 +39,26 @@ def count_broken(
     say(
         f"step {report.step}: no update ({state.num_broken} in a row, "
         f"learner.max_broken_steps={limit}), weights and optimizer are as before: {report.problem}"
+    )
+
+
+def check_weights(problem: str, state: LoopState, config: Config) -> None:
+    """Check the weights after `state.step`, before they are published or saved.
+
+    Args:
+        problem: `Learner.weights_problem()`, the same on every rank.
+    Raises:
+        DivergenceError: one of them is not finite.
+    """
+    if not problem:
+        return
+    if state.step == 0:
+        raise DivergenceError(f"{problem}, before the first step; look at {config.model.path}")
+    folder = Path(config.run_dir) / FOLDER
+    sound = [each for each in checkpoints_by_age(folder) if each.name < checkpoint_name(state.step)]
+    way_on = f"resume={sound[0]}" if sound else "resume=never, since there is no earlier checkpoint"
+    raise DivergenceError(
+        f"{problem}, after step {state.step}; they are neither published nor saved, and the "
+        f"engines keep those of version {state.published_version}; lower "
+        f"learner.optimizer.learning_rate, and go on with {way_on}"
     )

@@ -7,12 +7,16 @@ and after one that failed. An engine that this run started is started again at o
 the run goes on with the others; it serves after the next publication, which sends it the full
 weights as it does to all. If too few engines serve, the run waits for them and publishes again the
 weights that the others have, and the requests that are not answered go out again.
+
+Engines that share GPUs with the learner start only while they may have the memory: a lost one is
+ended, and is started again when the others wake up; one that loads is waited for before the others
+fall asleep.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from megatron_rl.config.rollout import RolloutConfig
@@ -24,6 +28,9 @@ from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.process.guard import DEATH_SECONDS
 
 LOOK_SECONDS = 0.5  # between looks at engines that are starting
+
+# Calls these engines; the reason of each that failed (`Publisher.sleep`, `Publisher.wake`).
+Call = Callable[[Sequence[str]], Mapping[str, str]]
 
 
 class OwnEngines(Protocol):
@@ -50,6 +57,10 @@ class OwnEngines(Protocol):
 
     def restart(self, url: str) -> None:
         """Start one again, without waiting for it."""
+        ...
+
+    def halt(self, url: str) -> None:
+        """End one."""
         ...
 
     def restarted(self) -> set[str]:
@@ -81,6 +92,10 @@ class Crew:
         self._config, self._say = config, say
         self._is_told: set[str] = set()  # of the engines that are left out
         self._chosen = tuple(self._addresses)  # for the last publication
+        self._ready: set[str] = set()  # of those that are left out: started again, to be taken in
+        self._failed: dict[str, str] = {}  # of these, until all ranks know it
+        self._may_start = True  # engines have the memory that they share with the learner
+        self._halted: set[str] = set()  # of this rank's: are started when engines have the memory
 
     @property
     def serving(self) -> tuple[str, ...]:
@@ -97,19 +112,27 @@ class Crew:
         Returns:
             Why a rank cannot go on, the same on every rank; "" if all can.
         """
-        for url, reason in self._engines.ended().items():
+        ended = self._engines.ended()
+        for url, reason in ended.items():
             self._roster.leave_out(url, reason)
-        own = (self._roster.lost, self._engines.restartable, shortage)
+        again = {url: why for url, why in (self._failed | ended).items() if url in self._ready}
+        own = (self._roster.lost, self._engines.restartable, shortage, again)
         reports = self._parallel.from_all_ranks(own)
-        for lost, _, _ in reports:
+        for lost, _, _, _ in reports:
             for url, reason in lost.items():
                 self._roster.leave_out(url, reason)
-        restartable = set().union(*(of_rank for _, of_rank, _ in reports))
+        for _, _, _, lost_again in reports:
+            for url, reason in lost_again.items():
+                self._roster.lose_again(url, reason)
+                self._ready.discard(url)
+                self._is_told.discard(url)
+        self._failed = {}
+        restartable = set().union(*(of_rank for _, of_rank, _, _ in reports))
         for url, reason in self._roster.lost.items():
             if url not in self._is_told:
                 self._is_told.add(url)
                 self._leave_out(url, reason, is_restartable=url in restartable)
-        return next((told for _, _, told in reports if told), "")
+        return next((told for _, _, told, _ in reports if told), "")
 
     def gather(self) -> tuple[tuple[str, ...], bool]:
         """The engines that take part in the next publication: those that serve, and those that are
@@ -120,14 +143,11 @@ class Crew:
             EngineError: there are too few, and nobody starts one.
         """
         self.agree()
-        back: set[str] = set()
         while True:
-            back |= self._back()
-            chosen = tuple(
-                url for url in self._roster.urls if url in back or self._roster.is_serving(url)
-            )
+            self._ready |= self._back()
+            chosen = self._running
             if len(chosen) >= self._config.min_engines:
-                has_changed = chosen != self._chosen or bool(back)
+                has_changed = chosen != self._chosen or bool(self._ready)
                 self._chosen = chosen
                 return chosen, has_changed
             if not self._parallel.any_rank(bool(self._engines.restarting)):
@@ -137,6 +157,7 @@ class Crew:
     def take_in(self, urls: Sequence[str]) -> None:
         """These engines have the weights that were published, and serve."""
         for url in urls:
+            self._ready.discard(url)
             if url in self._is_told:
                 self._is_told.discard(url)
                 self._roster.take_in(url)
@@ -146,21 +167,75 @@ class Crew:
         """After a publication that failed: look which of its engines answer, and leave the others
         out. A collective over all ranks; whether one was left out.
         """
-        before = set(self._roster.lost)
+        before = set(self._running)
         time.sleep(DEATH_SECONDS)
         seconds = self._config.health_timeout_seconds
         if self._parallel.rank == 0:
             ended = self._engines.ended()
             for url in urls:
                 if url not in ended and not is_alive(self._addresses[url], seconds):
-                    self._roster.leave_out(url, reason_of_silence(url, seconds))
+                    self._lose(url, reason_of_silence(url, seconds))
         self.agree()
-        return bool((set(self._roster.lost) - before) & set(urls))
+        return bool((before - set(self._running)) & set(urls))
+
+    def fall_asleep(self, sleep: Call | None) -> None:
+        """Let all engines leave the memory that they share with the learner. Those that are
+        starting are waited for, and those that fail are ended. A collective over all ranks.
+
+        Args:
+            sleep: on rank 0; None elsewhere.
+        """
+        self.agree()
+        while self._parallel.any_rank(bool(self._engines.restarting)):
+            time.sleep(LOOK_SECONDS)
+            self._ready |= self._back()
+        self._may_start = False
+        self._call_all(sleep)
+
+    def wake_up(self, wake: Call | None) -> None:
+        """The engines have the memory again: wake those that sleep, and start those that were lost
+        meanwhile. A collective over all ranks.
+
+        Args:
+            wake: on rank 0; None elsewhere.
+        """
+        self._may_start = True
+        for url in sorted(self._halted):
+            self._engines.restart(url)
+        self._halted = set()
+        self._call_all(wake)
+
+    @property
+    def _running(self) -> tuple[str, ...]:
+        """Those that serve, and those that are ready to be taken in; the same on every rank."""
+        urls = self._roster.urls
+        return tuple(url for url in urls if url in self._ready or self._roster.is_serving(url))
+
+    def _call_all(self, call: Call | None) -> None:
+        """Leave those engines out of which the call fails; a collective over all ranks."""
+        failures = {} if call is None else dict(call(self._running))
+        failures = self._parallel.from_first_rank(failures)
+        if failures:
+            time.sleep(DEATH_SECONDS)
+            self.agree()  # the report of an engine's end is preferred, because it tells the cause
+            for url, reason in failures.items():
+                self._lose(url, reason)
+            self.agree()
+
+    def _lose(self, url: str, reason: str) -> None:
+        if url in self._ready:
+            self._failed[url] = reason
+        else:
+            self._roster.leave_out(url, reason)
 
     def _leave_out(self, url: str, reason: str, *, is_restartable: bool) -> None:
         first, *rest = reason.splitlines()
-        if url in self._engines.restartable:
+        if url in self._engines.restartable and self._may_start:
             self._engines.restart(url)
+        elif url in self._engines.own:  # it may hold memory that others need
+            self._engines.halt(url)
+            if url in self._engines.restartable:
+                self._halted.add(url)
         num_serving = len(self._roster.serving)
         told = "it is started again" if is_restartable else "nobody starts it again"
         self._say(f"{first}; {told}, {num_serving} of {len(self._roster.urls)} serve")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,14 +30,11 @@ from megatron_rl.engine.start import listening_address, start_engines_of
 from megatron_rl.engine.token import TOKEN_FILE, token_in
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.learner.layout.parallel import Parallel
-from megatron_rl.process.guard import DEATH_SECONDS
 from megatron_rl.process.interface import is_local
 from megatron_rl.process.lifetime import register_cleanup
 from megatron_rl.process.node import Node, is_first_of_node
 from megatron_rl.records import TOKEN_VARIABLE
 from megatron_rl.sync.transports.transport import has_many_sources
-
-CHECK_SECONDS = 0.1  # between two checks after a failure
 
 
 class RunEngines:
@@ -118,17 +114,6 @@ class RunEngines:
         if self._claims is not None:
             self._claims.check()
 
-    def check_after_failure(self) -> None:
-        """Raise EngineError if an engine of this rank has ended, after a call to it that failed: it
-        is looked for as long as a dead engine may seem alive.
-        """
-        end = time.monotonic() + DEATH_SECONDS
-        while self._started and time.monotonic() < end and not self.ended():
-            time.sleep(CHECK_SECONDS)
-        for reason in self.ended().values():
-            raise EngineError(reason)
-        self.check()
-
     def ended(self) -> dict[str, str]:
         """The engines of this rank whose processes have ended, by URL, with what ended, the cause
         and its line in the log.
@@ -161,6 +146,12 @@ class RunEngines:
         self._restarting.add(url)
         self._reasons.pop(url, None)
         engine.restart()
+
+    def halt(self, url: str) -> None:
+        """End an engine of this rank, whatever state it is in."""
+        [engine] = [each for each in self._started if each.address.url == url]
+        self._restarting.discard(url)
+        engine.stop()
 
     @property
     def restarting(self) -> set[str]:

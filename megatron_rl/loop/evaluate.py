@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_rl.config import Config, RewardTerm
 from megatron_rl.data.evaluation_sets import EvaluationSet
 from megatron_rl.engine.requests import EnginePool
-from megatron_rl.errors import EnginesLostError
 from megatron_rl.loop.evaluation_metrics import HELD_OUT, evaluation_metrics, prefix_of
-from megatron_rl.loop.restore import Restore, no_engines_to_restore
+from megatron_rl.loop.restore import Restore, ask_engines, no_engines_to_restore
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.metrics import AllReduce, Metric, reduce
 from megatron_rl.observe.stopwatch import Phase
@@ -103,21 +103,15 @@ def _sample(
 ) -> list[RolloutGroup]:
     """The groups of this replica's share of every set, one set after another."""
     finished: dict[int, RolloutGroup] = {}
-    while True:
-        groups, shortage = [], ""
-        if evaluator is not None and evaluator.sets:
-            with phase("eval"):
-                prompts, requests = _requests(evaluator, config)
-                try:
-                    # All sets together, so that the engines need not wait for the longest
-                    # responses of each.
-                    groups = run_episodes(
-                        evaluator.pool, evaluator.environment, prompts, requests, finished
-                    )
-                except EnginesLostError as error:
-                    shortage = str(error)
-        if not restore(shortage):
-            return groups
+
+    def ask() -> list[RolloutGroup]:
+        if evaluator is None or not evaluator.sets:
+            return []
+        prompts, requests = _requests(evaluator, config)
+        # All sets together, so that the engines need not wait for the longest responses of each.
+        return run_episodes(evaluator.pool, evaluator.environment, prompts, requests, finished)
+
+    return ask_engines(ask, restore, partial(phase, "eval")) or []
 
 
 def _requests(evaluator: Evaluator, config: Config) -> tuple[list[Prompt], list[EpisodeRequest]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.learner.learner import Learner
 from megatron_rl.loop.link import EngineLink
 from megatron_rl.loop.preflight import FIXED_STEP
+from megatron_rl.loop.restore import Restore, ask_engines, no_engines_to_restore
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.records import Sample
@@ -27,13 +29,18 @@ from megatron_rl.rollout.recording import read_step
 
 
 def measure_fixed_gap(
-    learner: Learner, link: EngineLink | None, config: Config, phase: Phase
+    learner: Learner,
+    link: EngineLink | None,
+    config: Config,
+    phase: Phase,
+    restore: Restore = no_engines_to_restore,
 ) -> dict[str, float]:
     """The gap on the fixed set at the current weights. A collective over all ranks; the engines
     must already serve these weights.
 
     Args:
         link: on rank 0; None on every other rank.
+        restore: see `loop/restore.py`.
 
     Returns:
         `eval/fixed_gap/mean` and `/max` of |p_train - p_inf|, and `eval/fixed_logprob/mean`, the
@@ -45,8 +52,12 @@ def measure_fixed_gap(
     """
     if config.replay or not config.eval.fixed_rollouts:
         return {}
+
+    def ask() -> list[Sample]:
+        return [] if link is None else _scored_by_engines(link.pool, config)
+
+    samples = ask_engines(ask, restore, partial(phase, "eval")) or []
     with phase("eval"):
-        samples = [] if link is None else _scored_by_engines(link.pool, config)
         tokens_per_row = config.learner.tokens_per_micro_batch
         scored = learner.score_samples(samples, tokens_per_row=tokens_per_row)
         figures = gap_figures(scored) if learner.parallel.is_last_stage else {}

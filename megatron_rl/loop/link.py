@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.engine.requests import EnginePool
-from megatron_rl.errors import SyncError
 from megatron_rl.records import Prompt
 from megatron_rl.rollout.environment import Environment
 from megatron_rl.sync.publish import Publisher, PublishReport
@@ -20,8 +18,7 @@ class EngineLink:
     """Everything that rank 0 needs to publish weights and to run the parity probe.
 
     Example: `EngineLink(publisher=Publisher(...), pool=HttpEnginePool(...),
-    environment=SingleTurn(...), prompts=stream.prompts, log=Path("runs/a/sync.jsonl"),
-    check_after_failure=...)`.
+    environment=SingleTurn(...), prompts=stream.prompts, log=Path("runs/a/sync.jsonl"))`.
     """
 
     publisher: Publisher
@@ -29,21 +26,6 @@ class EngineLink:
     environment: Environment
     prompts: Callable[[int, int], Sequence[Prompt]]  # first index and number -> prompts
     log: Path  # gains one line for each update
-    check_after_failure: Callable[[], None]  # EngineError if a failed call means a dead engine
-
-    @contextmanager
-    def calls(self) -> Iterator[Publisher]:
-        """The publisher, for calls to it: if one fails since an engine is dead, the error tells of
-        the death.
-
-        Raises:
-            EngineError: an engine is dead. SyncError: a call failed otherwise.
-        """
-        try:
-            yield self.publisher
-        except SyncError:
-            self.check_after_failure()
-            raise
 
 
 def log_update(path: Path, report: PublishReport) -> None:

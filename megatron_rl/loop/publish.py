@@ -18,9 +18,10 @@ from functools import partial
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.errors import EngineError, SyncError
+from megatron_rl.errors import EngineError, SourceLostError, SyncError
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
+from megatron_rl.loop.broken import check_weights
 from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.link import EngineLink, log_update
 from megatron_rl.loop.restore import Restore, no_engines_to_restore
@@ -74,11 +75,13 @@ def publish_weights(
     Raises:
         SyncError: an engine did not receive the learner's weights, or does not serve them.
         EngineError: too few engines are left.
+        DivergenceError: a weight is not finite; no engine was told anything.
     """
     if crew is None:
         return {}
     version = state.step if version is None else version
     with phase("sync"):
+        check_weights(learner.weights_problem(), state, config)
         has_failed = False
         while True:
             urls, has_changed = crew.gather()
@@ -86,14 +89,10 @@ def publish_weights(
                 link.publisher.choose(urls)
             checksum, failure = _send(learner, link, version, config)
             if failure := next(filter(None, learner.parallel.from_all_ranks(failure)), ""):
-                # A source that waits for another one cannot begin again.
-                is_alone = not has_many_sources(config.sync.transport) or (
-                    len(set(learner.tensor_stages())) == 1
-                )
                 is_lost = crew.examine(urls)
                 # If all engines answer, one may have been started again by somebody else meanwhile;
                 # any other reason comes again.
-                if not is_alone or (has_failed and not is_lost):
+                if has_failed and not is_lost:
                     raise SyncError(failure)
                 has_failed = True
                 continue
@@ -152,6 +151,8 @@ def _send(
             link.contribute(stream)
             return "", ""
         report = link.publisher.publish(stream, version=version)
+    except SourceLostError:
+        raise
     except SyncError as error:
         # The other ranks give their shards of the tensors that were not sent, and must not wait.
         if not tensors.drain():

@@ -15,13 +15,12 @@ from megatron_rl.errors import DataError
 from megatron_rl.learner.batch.deal import by_sample
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
+from megatron_rl.learner.model.checkpoint_files import FOLDER, latest_checkpoint
 from megatron_rl.learner.model.checkpoint_writer import CheckpointWriter, Written
 from megatron_rl.loop.ahead import is_ahead, save_ahead
-from megatron_rl.loop.broken import count_broken
+from megatron_rl.loop.broken import check_weights, count_broken
 from megatron_rl.loop.hf_checkpoints import hf_folder, mark_written
 from megatron_rl.loop.inputs import Inputs
-from megatron_rl.loop.resume import FOLDER
 from megatron_rl.loop.schedule import should_save, should_save_hf
 from megatron_rl.loop.state import LoopState
 from megatron_rl.loop.stop import forget_request, is_asked_to_stop
@@ -98,7 +97,8 @@ def end_step(
         asleep: the context in which the optimizer's state is on the device (rest.py); a collective.
         say: prints a line.
     Raises:
-        DivergenceError: there are too many steps in a row without an update.
+        DivergenceError: there are too many steps in a row without an update, or a weight is not
+            finite.
         DataError: a checkpoint could not be written, of this or of an earlier step.
     """
 
@@ -110,7 +110,10 @@ def end_step(
     run_dir, is_last = Path(config.run_dir), state.step == config.loop.num_steps
     is_stopping = not is_last and is_asked_to_stop(run_dir, learner.parallel)
     tell(checkpoints.advance())
-    if is_stopping or should_save(config, state.step):
+    is_due = is_stopping or should_save(config, state.step)
+    if is_due or should_save_hf(config, state.step):
+        check_weights(learner.weights_problem(), state, config)
+    if is_due:
         with phase("checkpoint"), asleep():
             writer.wait()  # a run that resumes here finds the rollouts of every step
             tell(checkpoints.finish())

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from megatron_rl.config import Config
 from megatron_rl.engine.placement import sleeps
 from megatron_rl.learner.learner import Learner
+from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.link import EngineLink
 from megatron_rl.observe.stopwatch import Phase
 
@@ -34,34 +35,29 @@ def make_room(learner: Learner, config: Config) -> None:
 
 @contextmanager
 def engines_asleep(
-    link: EngineLink | None, learner: Learner, config: Config, phase: Phase
+    crew: Crew | None, link: EngineLink | None, learner: Learner, config: Config, phase: Phase
 ) -> Iterator[None]:
     """Let the engines sleep within the context, in which all of the learner's state is on its
-    device. A collective over all ranks.
+    device. An engine that does not fall asleep or wake up is left out. A collective over all ranks.
 
     Args:
+        crew: None in a replay.
         link: on rank 0; None on every other rank.
         phase: times the changes, as `turns`.
-
-    Raises:
-        SyncError: an engine does not fall asleep, or does not wake up. EngineError: it is dead.
     """
-    if not should_take_turns(learner, config):
+    if crew is None or not should_take_turns(learner, config):
         yield
         return
     parallel = learner.parallel
+    publisher = None if link is None else link.publisher
     with phase("turns"):
         parallel.barrier()  # every replica has its samples
-        if link is not None:
-            with link.calls() as publisher:
-                publisher.sleep()
+        crew.fall_asleep(publisher and publisher.sleep)
         parallel.barrier()  # the memory is free
         learner.onload()
     yield
     with phase("turns"):
         learner.offload()
         parallel.barrier()  # on every rank
-        if link is not None:
-            with link.calls() as publisher:
-                publisher.wake()
+        crew.wake_up(publisher and publisher.wake)
         parallel.barrier()

@@ -17,6 +17,7 @@ from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, DataError, NothingToDo
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.checkpoint_files import (
+    FOLDER,
     LATEST,
     STATE,
     checkpoints_by_age,
@@ -27,8 +28,6 @@ from megatron_rl.learner.model.checkpoint_files import (
 from megatron_rl.learner.model.checkpoint_sums import SUMS, read_sums, wrong_file
 from megatron_rl.loop.hf_checkpoints import is_written
 from megatron_rl.loop.inputs import Inputs, changed_settings, check_same_inputs
-
-FOLDER = "checkpoints"  # below run_dir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

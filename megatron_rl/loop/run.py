@@ -26,7 +26,7 @@ from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, s
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.model.checkpoint import load_checkpoint
-from megatron_rl.learner.model.checkpoint_files import latest_checkpoint
+from megatron_rl.learner.model.checkpoint_files import FOLDER, latest_checkpoint
 from megatron_rl.learner.model.checkpoint_writer import CheckpointWriter
 from megatron_rl.loop.ahead import check_ledger, is_ahead
 from megatron_rl.loop.crew import Crew
@@ -40,7 +40,6 @@ from megatron_rl.loop.link import EngineLink
 from megatron_rl.loop.machine import Meter
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
 from megatron_rl.loop.resume import (
-    FOLDER,
     Resumption,
     check_unfinished,
     plan_resumption,
@@ -332,7 +331,6 @@ def _connect(
         environment=single_turn(checked.tokenizer),  # of the parity probe
         prompts=checked.stream.prompts,
         log=Path(config.run_dir) / SYNC_LOG,
-        check_after_failure=engines.check_after_failure,
     )
     return source, evaluator, link
 
@@ -352,7 +350,7 @@ def _sources(config: Config, parallel: Parallel) -> Sources | None:
     if not has_many_sources(config.sync.transport) or not parallel.is_weight_source:
         return None
     group = parallel.host.pp if parallel.pp_size > 1 else None
-    return Sources(group, config.sync.timeout_seconds + _drain_seconds(config))
+    return Sources(group)
 
 
 def _drain_seconds(config: Config) -> float:

@@ -3,7 +3,7 @@ tells source 0 their checksums.
 
 Source 0 (`sync/publish.py`) plans the same buckets from the same specs, and asks the engines to
 receive them one after another. While a bucket of another source is received, this source gathers
-its next one.
+its next one. If either gives an update up, both go on with the next one (`sync/sources.py`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from __future__ import annotations
 import torch
 
 from megatron_rl.config import SyncConfig
+from megatron_rl.errors import SourceLostError, SyncError
 from megatron_rl.sync.source import TensorSource, WeightStream
 from megatron_rl.sync.sources import Sources
 from megatron_rl.sync.transports.transport import sender_class
 from megatron_rl.sync.wire import bucket_bytes_of, plan_buckets, wire_specs
-
-OFFERS = "the offers of an update"
 
 
 class Contributor:
@@ -47,17 +46,27 @@ class Contributor:
             stream: its specs are those of all tensors, its tensors this source's.
 
         Raises:
-            SyncError: source 0 or an engine gave the update up, or did not answer in time.
+            SyncError: source 0, an engine or this source gave the update up.
+            SourceLostError: source 0 has ended or does not answer.
         """
+        try:
+            self._contribute(stream)
+        except SourceLostError:
+            raise
+        except SyncError as error:
+            self._sources.end(str(error))
+            raise
+        self._sources.end()
+
+    def _contribute(self, stream: WeightStream) -> None:
         specs = wire_specs(stream.specs, self._wire_dtype)
-        self._sender.connect(self._sources.hear(0, OFFERS, is_beginning=True))
+        self._sender.connect(self._sources.offers())
         source = TensorSource(specs, stream.tensors)
         for bucket in plan_buckets(specs, self._bucket_bytes, stream.sources):
             if bucket.source != self._sources.index:
                 continue
             completed = source.fill(bucket, self._sender.buffer)
-            checksums = [[index, checksum] for index, checksum in completed.items()]
-            self._sources.tell(0, checksums, f"bucket {bucket.index}")
+            self._sources.give(completed, f"bucket {bucket.index}")
             self._sender.send(bucket)
         self._sender.flush()
         source.check_exhausted()

@@ -23,7 +23,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,9 +33,9 @@ import torch
 from megatron_rl.config import SyncConfig
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
-from megatron_rl.errors import SyncError
+from megatron_rl.errors import SourceLostError, SyncError
 from megatron_rl.process.loopback import HOST
-from megatron_rl.sync.contribute import OFFERS
+from megatron_rl.sync.engine_calls import EngineCalls, nothing
 from megatron_rl.sync.source import TensorSource, WeightStream
 from megatron_rl.sync.sources import Sources
 from megatron_rl.sync.transports.transport import Bucket, Transfer, sender_class
@@ -73,10 +72,6 @@ class PublishReport:
     seconds: dict[str, float]
 
 
-def _nothing() -> None:
-    pass
-
-
 class Publisher:
     """Publishes weights to engines. A context manager; it leaves no resources after the process.
 
@@ -106,7 +101,7 @@ class Publisher:
         self._bucket_bytes = bucket_bytes_of(config.bucket_mib)
         self._wire_dtype = wire_dtype
         self._transport_name = config.transport
-        self._sources = sources or Sources(None, config.timeout_seconds)
+        self._sources = sources or Sources(None)
         self._running_requests = config.running_requests
         self._drain_seconds = drain_seconds
         self._sender = sender_class(self._transport_name)(
@@ -120,7 +115,7 @@ class Publisher:
             engine: urlsplit(address.url).hostname or HOST
             for engine, address in zip(self._all, addresses, strict=True)
         }
-        self._pool = ThreadPoolExecutor(len(self._all), thread_name_prefix="publish")
+        self._calls = EngineCalls(len(self._all))
 
     def __enter__(self) -> Publisher:
         return self
@@ -130,24 +125,24 @@ class Publisher:
 
     def close(self) -> None:
         """Release the connections and the transport."""
-        self._pool.shutdown()
+        self._calls.close()
         for engine in self._all:
             engine.close()
         self._sender.close()
 
-    def sleep(self) -> None:
-        """Let all engines free their memory; raises SyncError if one does not."""
-        self._on_all(lambda engine: engine.sleep())
+    def sleep(self, urls: Collection[str]) -> dict[str, str]:
+        """Let these engines free their memory; by URL, why one does not."""
+        return self._calls.failures(self._named(urls), lambda engine: engine.sleep())
 
-    def wake(self) -> None:
-        """Wake all engines, with the weights that they had; raises SyncError if one does not."""
-        self._on_all(lambda engine: engine.wake())
+    def wake(self, urls: Collection[str]) -> dict[str, str]:
+        """Wake these engines, with the weights that they had; by URL, why one does not."""
+        return self._calls.failures(self._named(urls), lambda engine: engine.wake())
 
     def choose(self, urls: Collection[str]) -> None:
         """From now on these engines take part. An engine may have been started again, so the
         transport connects to all of them anew.
         """
-        self._engines = [engine for engine in self._all if engine.url in urls]
+        self._engines = self._named(urls)
         self._sender.close()
 
     def publish(self, stream: WeightStream, *, version: int) -> PublishReport:
@@ -161,8 +156,19 @@ class Publisher:
         Raises:
             SyncError: the update failed; the message names engine, phase and tensor. If it failed
                 before start, the engines continue with their old weights. If it failed later, they
-                remain paused and poisoned until a publish succeeds.
+                remain paused and poisoned until a publish succeeds. SourceLostError: another source
+                is gone, and no publish can succeed.
         """
+        self._sources.open()
+        try:
+            return self._publish(stream, version)
+        except SourceLostError:
+            raise
+        except SyncError as error:
+            self._sources.stop(str(error))
+            raise
+
+    def _publish(self, stream: WeightStream, version: int) -> PublishReport:
         seconds: dict[str, float] = {}
         begin = time.perf_counter()
         sent = wire_specs(stream.specs, self._wire_dtype)
@@ -217,7 +223,7 @@ class Publisher:
                 hosts=tuple(self._host_of[engine] for engine in self._engines),
             )
         )
-        self._sources.tell_all(offers, OFFERS)
+        self._sources.offer(offers)
         offer_of = dict(zip(self._engines, offers, strict=True))
         self._on_all(
             lambda engine: engine.initialize(
@@ -287,16 +293,17 @@ class Publisher:
                 if is_own and bucket.index not in filled:
                     fill(bucket)
                 elif not is_own:
-                    filled[bucket.index] = dict(self._sources.hear(bucket.source, phase))
+                    filled[bucket.index] = self._sources.checksums(bucket.source, phase)
             completed = filled.pop(bucket.index)
             checksums.extend(completed.values())
             body = {"bucket": bucket_to_json(bucket, completed)}
             with _timed(seconds, "load"):
                 self._on_all(
                     lambda engine, p=phase, b=body: engine.update(p, b),
-                    meanwhile=partial(send, bucket) if is_own else _nothing,
+                    meanwhile=partial(send, bucket) if is_own else nothing,
                 )
         source.check_exhausted()
+        self._sources.finish()
         return checksums
 
     def _received(
@@ -322,38 +329,15 @@ class Publisher:
             received[engine.url] = tuple(totals)
         return received
 
+    def _named(self, urls: Collection[str]) -> list[EngineControl]:
+        return [engine for engine in self._all if engine.url in urls]
+
     def _on_all(
         self,
         call: Callable[[EngineControl], object],
-        meanwhile: Callable[[], None] = _nothing,
+        meanwhile: Callable[[], None] = nothing,
     ) -> list:
-        """Call all engines concurrently, run the sender's part at the same time, and wait for all
-        of them even if one fails. Returns the answers in the order of the engines.
-
-        Raises the first engine's error in preference to the sender's, which is often a consequence.
-        """
-        futures = [self._pool.submit(call, engine) for engine in self._engines]
-        try:
-            meanwhile()
-        except SyncError:
-            _wait_for(futures)
-            _results(futures)
-            raise
-        except BaseException:
-            # No engine may be called again before these calls have returned.
-            _wait_for(futures)
-            raise
-        _wait_for(futures)
-        return _results(futures)
-
-
-def _wait_for(futures: Sequence[Future]) -> None:
-    for future in futures:
-        future.exception()
-
-
-def _results(futures: Sequence[Future]) -> list:
-    return [future.result() for future in futures]
+        return self._calls.on_all(self._engines, call, meanwhile)
 
 
 def _start(engine: EngineControl) -> None:

@@ -56,6 +56,10 @@ class FakeParallel:
         self.log.append("any_rank")
         return is_true
 
+    def first_problem(self, problem: str) -> str:
+        self.log.append("first_problem")
+        return next(filter(None, [problem, *self.other_values]), "")
+
     def barrier(self) -> None:
         self.log.append("barrier")
 
@@ -77,6 +81,7 @@ class FakeLearner:
 
     parallel: FakeParallel = field(default_factory=FakeParallel)
     logprob: float = -0.5
+    problem: str = ""  # of the weights
     log: list[str] = field(default_factory=list)
 
     def offload(self) -> None:
@@ -85,11 +90,21 @@ class FakeLearner:
     def onload(self) -> None:
         self.log.append("onload")
 
+    def weights_problem(self) -> str:
+        return self.problem
+
     def tensor_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         return [("model.norm.weight", (4,))]
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         self.log.append("full_tensors")
+        yield "model.norm.weight", torch.arange(4.0)
+
+    def tensor_stages(self) -> list[int]:
+        return [0]
+
+    def owned_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.log.append("owned_tensors")
         yield "model.norm.weight", torch.arange(4.0)
 
     def give_tensors(self) -> None:

@@ -113,7 +113,6 @@ class World:
             environment=self,
             prompts=lambda start, count: [make_prompt(start + index) for index in range(count)],
             log=Path("sync.jsonl"),
-            check_after_failure=lambda: None,
         )
 
 

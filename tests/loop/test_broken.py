@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megatron_rl.config import Config, ConstraintConfig
+from megatron_rl.config import CheckpointConfig, Config, ConstraintConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.loop.broken import count_broken
+from megatron_rl.loop.record import end_step
 from megatron_rl.loop.state import initial_state
 from megatron_rl.records import StepReport
+from tests.fakes.learner import FakeLearner
 
 SOUND = StepReport(step=1, dual_value=0.1, metrics={}, problem="")
 
@@ -48,3 +54,33 @@ def test_none_is_allowed_with_a_limit_of_none() -> None:
     count_broken(state, SOUND, config, print)
     with pytest.raises(DivergenceError, match=r"step 1 is the 1\. in a row"):
         count_broken(state, replace(SOUND, problem="NaN"), config, print)
+
+
+@pytest.mark.parametrize(("every", "hf_every"), [(2, 0), (0, 2), (0, 0)])
+def test_weights_that_are_not_finite_are_not_saved(
+    every: int, hf_every: int, tmp_path: Path
+) -> None:
+    """Neither to resume from nor for others; without a checkpoint nobody looks at them here."""
+    settings = CheckpointConfig(every=every, hf_every=hf_every)
+    config = replace(Config(), run_dir=str(tmp_path), checkpoint=settings)
+    state, saved = initial_state(ConstraintConfig()), []
+    state.step = 2
+    learner: Any = FakeLearner(problem="rank 0: expected finite weights, got nan in decoder.bias")
+    checkpoints: Any = SimpleNamespace(advance=lambda: None, save=saved.append)
+    nothing: Any = None
+    told = pytest.raises(DivergenceError, match=r"decoder\.bias, after step 2.*resume=never")
+    with told if every or hf_every else contextlib.nullcontext():
+        end_step(
+            learner,
+            state,
+            config,
+            nothing,
+            nothing,
+            nothing,
+            checkpoints,
+            print,
+            lambda name: contextlib.nullcontext(),
+            contextlib.nullcontext,
+            SOUND,
+        )
+    assert saved == []

@@ -42,6 +42,9 @@ class FakeEngines:
         self._starting[url] = self._looks
         self.dead.pop(url, None)
 
+    def halt(self, url: str) -> None:
+        self.log.append(f"end {url}")
+
     def restarted(self) -> set[str]:
         self._starting = {url: left - 1 for url, left in self._starting.items()}
         ready = {url for url, left in self._starting.items() if left <= 0}
@@ -109,6 +112,7 @@ def test_engines_that_nobody_starts_end_the_run_with_what_became_of_them() -> No
     with pytest.raises(EngineError, match=r"min_engines=2 .*engine 0: exited with code 7"):
         bench.crew.gather()
     assert bench.lines == ["engine 0: exited with code 7; nobody starts it again, 1 of 2 serve"]
+    assert bench.engines.log == [f"end {A}"]  # a frozen one would keep its memory
 
 
 def test_an_engine_that_somebody_else_started_again_comes_back(
@@ -127,7 +131,7 @@ def test_an_engine_that_somebody_else_started_again_comes_back(
 
 def test_what_another_rank_found_is_known_to_all() -> None:
     bench = Bench(FakeEngines(B))
-    bench.parallel.other_values = [({B: "b froze"}, set(), "b froze, and no other is left")]
+    bench.parallel.other_values = [({B: "b froze"}, set(), "b froze, and no other is left", {})]
     assert bench.crew.agree() == "b froze, and no other is left"
     assert bench.engines.log == [f"start {B}"]  # by the rank that started it
     assert bench.roster.lost == {B: "b froze"}
@@ -145,3 +149,85 @@ def test_after_a_failed_publication_those_that_do_not_answer_are_left_out(
     assert bench.engines.log == [f"start {B}"]
     # One that was lost before says nothing about this failure.
     assert not bench.crew.examine((A,))
+
+
+@pytest.mark.parametrize("looks_dead", [True, False])
+def test_one_that_is_lost_again_before_it_is_taken_in_is_started_again(
+    nothing_answers: dict[str, bool], looks_dead: bool
+) -> None:
+    nothing_answers[A] = True
+    bench = Bench(FakeEngines(A, B, num_left=2))
+    bench.roster.leave_out(B, "b froze")
+    assert bench.crew.gather() == ((A, B), True)
+    if looks_dead:
+        bench.engines.dead[B] = "b died"
+    assert bench.crew.examine((A, B))  # after its first publication, which failed
+    assert bench.engines.log == [f"start {B}"] * 2
+    what = "b died" if looks_dead else "engine http://b: expected an answer to health checks"
+    assert bench.lines[-1].startswith(what) and bench.lines[-1].endswith("1 of 2 serve")
+    assert bench.crew.gather() == ((A, B), True)
+    bench.crew.take_in((A, B))
+    assert bench.crew.serving == (A, B)
+
+
+class Sleepers:
+    """What rank 0 calls; `failing` do not answer."""
+
+    def __init__(self, *failing: str) -> None:
+        self.failing = failing
+        self.called: list[tuple[str, ...]] = []
+
+    def __call__(self, urls: tuple[str, ...]) -> dict[str, str]:
+        self.called.append(urls)
+        return {url: f"engine {url}: no answer" for url in self.failing if url in urls}
+
+
+def test_an_engine_that_does_not_fall_asleep_is_ended_until_the_others_wake_up() -> None:
+    """Its memory is the learner's meanwhile."""
+    bench, sleep, wake = Bench(FakeEngines(A, B)), Sleepers(B), Sleepers()
+    bench.crew.fall_asleep(sleep)
+    assert bench.engines.log == [f"end {B}"]
+    assert bench.lines == [f"engine {B}: no answer; it is started again, 1 of 2 serve"]
+    bench.crew.wake_up(wake)
+    assert bench.engines.log == [f"end {B}", f"start {B}"]
+    assert (sleep.called, wake.called) == ([(A, B)], [(A,)])
+    assert bench.crew.gather() == ((A, B), True)
+
+
+def test_one_that_dies_asleep_is_told_by_its_end_and_started_again() -> None:
+    bench = Bench(FakeEngines(A, B))
+    bench.crew.fall_asleep(Sleepers())
+    bench.engines.dead[B] = "engine 1: ended by SIGKILL"
+    bench.crew.wake_up(Sleepers(B))
+    assert bench.engines.log == [f"start {B}"]
+    assert bench.lines == ["engine 1: ended by SIGKILL; it is started again, 1 of 2 serve"]
+
+
+def test_one_that_loads_is_waited_for_and_falls_asleep_too() -> None:
+    """Lost in the rollouts. It would take the learner's memory."""
+    bench, sleep, wake = Bench(FakeEngines(A, B, num_left=2, looks=3)), Sleepers(), Sleepers()
+    bench.roster.leave_out(B, "b froze")
+    bench.crew.agree()
+    bench.crew.fall_asleep(sleep)
+    bench.crew.wake_up(wake)
+    assert (sleep.called, wake.called) == ([(A, B)], [(A, B)])
+    assert bench.crew.serving == (A,)  # until it has the weights
+    assert bench.crew.gather() == ((A, B), True)
+    # And if it does not wake up, it is started once more.
+    bench.crew.fall_asleep(Sleepers())
+    bench.crew.wake_up(Sleepers(B))
+    assert bench.engines.log == [f"start {B}"] * 2
+    assert bench.lines[-1] == f"engine {B}: no answer; it is started again, 1 of 2 serve"
+
+
+def test_without_any_engine_the_publication_waits() -> None:
+    bench = Bench(FakeEngines(A, B, looks=2))
+    bench.crew.fall_asleep(Sleepers(A, B))
+    bench.crew.wake_up(Sleepers())
+    assert bench.crew.gather() == ((A, B), True)
+    # Not if nobody starts one.
+    other = Bench(FakeEngines(A, B, num_left=0))
+    other.crew.fall_asleep(Sleepers(A, B))
+    other.crew.wake_up(Sleepers())
+    with pytest.raises(EngineError, match="got 0 of 2: engine http://a: no answer"):
+        other.crew.gather()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_rl.config import Config, EvalConfig
+from megatron_rl.errors import EnginesLostError
 from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.loop.fixed_gap import gap_figures, measure_fixed_gap
 from megatron_rl.loop.preflight import FIXED_STEP
@@ -52,6 +53,28 @@ def test_the_engines_score_the_recorded_sequences(tmp_path: Path) -> None:
     # One sampled token a sequence, the third of it, to which the fake engine gives -0.08.
     assert figures["eval/fixed_gap/mean"] == pytest.approx(math.exp(-0.08) - math.exp(-0.25))
     assert figures["eval/fixed_logprob/mean"] == pytest.approx(-0.25)
+
+
+def test_the_last_engine_is_lost_while_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, pool, told = record(tmp_path), FakePool(), []
+    score = pool.score
+
+    def score_later(sequences: list[list[int]]) -> list[tuple[float, ...]]:
+        if not told:
+            raise EnginesLostError("none is left")
+        return score(sequences)
+
+    def restore(shortage: str) -> bool:
+        told.append(shortage)
+        return bool(shortage)
+
+    monkeypatch.setattr(pool, "score", score_later)
+    link = SimpleNamespace(pool=pool)
+    figures = measure_fixed_gap(FakeLearner(), link, config, phase, restore)
+    assert told == ["none is left", ""]
+    assert figures["eval/fixed_logprob/mean"] == pytest.approx(-0.5)
 
 
 def test_other_ranks_take_part(tmp_path: Path) -> None:

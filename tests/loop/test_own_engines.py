@@ -22,6 +22,7 @@ class OwnEngine:
     def __init__(self, url: str) -> None:
         self.address = EngineAddress(url=url, token="t")
         self.reason, self.num_checks, self.num_starts, self.is_broken = "", 0, 0, False
+        self.num_stops = 0
 
     def check(self) -> None:
         self.num_checks += 1
@@ -31,6 +32,9 @@ class OwnEngine:
     def restart(self) -> None:
         self.num_starts += 1
         self.reason = ""
+
+    def stop(self) -> None:
+        self.num_stops += 1
 
     def is_ready(self) -> bool:
         if self.is_broken:
@@ -77,3 +81,11 @@ def test_one_that_does_not_start_is_started_as_often_as_is_allowed(
     assert engines[1].num_starts == 2
     assert said == ["engine 1: exited with code 3 before it was ready"] * 2
     assert (run.restarting, run.restartable) == (set(), {"http://a"})
+
+
+def test_one_that_is_ended_is_not_waited_for(engines: list[OwnEngine]) -> None:
+    run = own(engines, [])
+    run.restart("http://b")
+    run.halt("http://b")
+    assert (engines[1].num_stops, run.restarting, run.restarted()) == (1, set(), set())
+    assert (engines[0].num_stops, run.restartable) == (0, {"http://a", "http://b"})

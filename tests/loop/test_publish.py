@@ -7,16 +7,18 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_rl.config import Config, SyncConfig
-from megatron_rl.errors import EngineError, SyncError
+from megatron_rl.errors import DivergenceError, EngineError, SourceLostError, SyncError
 from megatron_rl.loop.folder import cut_sync_log
 from megatron_rl.loop.link import EngineLink, log_update
 from megatron_rl.loop.publish import publish_weights, restore_engines
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.sync.contribute import Contributor
 from megatron_rl.sync.publish import PublishReport
 from megatron_rl.sync.source import WeightStream
 from tests.fakes.crew import FakeCrew
@@ -77,7 +79,6 @@ def make_link(folder: Path, *errors: SyncError, num_taken: int = 0) -> EngineLin
         environment=TwoTurns(),
         prompts=lambda start, count: [make_prompt(index) for index in range(start, start + count)],
         log=folder / "sync.jsonl",
-        check_after_failure=lambda: None,
     )
 
 
@@ -117,6 +118,25 @@ def test_other_ranks_give_their_shards_wait_and_probe() -> None:
     assert state.published_version == 5
 
 
+@pytest.mark.parametrize("step", [0, 5])
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path, step: int) -> None:
+    """No engine is told anything, and the line says with what to go on."""
+    run_dir = tmp_path / "run"
+    for saved in (2, 4, 5):  # the last one was being replaced, of the steps that are repeated
+        (run_dir / f"checkpoints/step_{saved:06d}").mkdir(parents=True)
+    config = replace(CONFIG, run_dir=str(run_dir))
+    link, crew, state = make_link(tmp_path), FakeCrew(), make_state()
+    state.step = step
+    learner = FakeLearner(problem="rank 1: expected finite weights, got nan in decoder.bias")
+    told = rf"got nan in decoder\.bias, before the first step; look at {config.model.path}"
+    if step:
+        told = r"decoder\.bias, after step 5; .* keep those of version 4; .* resume=.*/step_000004$"
+    with pytest.raises(DivergenceError, match=told) as caught:
+        publish_weights(learner, link, FakeProbe(), crew, state, config, Phases())
+    assert "\n" not in str(caught.value)
+    assert (crew.log, link.publisher.sent, learner.log) == ([], [], [])
+
+
 def test_without_a_probe_nothing_is_sampled(tmp_path: Path) -> None:
     config = replace(CONFIG, sync=SyncConfig(probe_num_tokens=0))
     link, probe = make_link(tmp_path), FakeProbe()
@@ -146,6 +166,43 @@ def test_a_lost_engine_is_left_out_and_the_update_is_sent_again(
     assert learner.log == ["full_tensors"] * 2
     assert link.publisher.sent == [(5, ["model.norm.weight"])]
     assert (state.published_version, probe.checked) == (5, [(5, "9c")])
+
+
+class FakeContributor(Contributor):
+    """Gives the first update up, after it took no tensor; sends the others."""
+
+    def __init__(self, error: SyncError) -> None:
+        self.errors, self.sent = [error], []
+
+    def contribute(self, stream: WeightStream) -> None:
+        if self.errors:
+            raise self.errors.pop()
+        self.sent += [name for name, _ in stream.tensors]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_with_many_sources_it_is_left_out_too(tmp_path: Path, is_first: bool) -> None:
+    """Every source has given the update up, and sends again."""
+    config = replace(CONFIG, sync=SyncConfig(transport="collective"))
+    link: Any = make_link(tmp_path, SyncError("engine http://two, send: no answer"))
+    if not is_first:
+        link = FakeContributor(SyncError("source 0 of the weights gave the update up"))
+    learner = FakeLearner(parallel=FakeParallel(rank=0 if is_first else 1))
+    crew, state = FakeCrew("a", "b", lost=["b"]), make_state()
+    publish_weights(learner, link, FakeProbe(), crew, state, config, Phases())
+    assert crew.log == ["gather", "examine", "gather", "take in 1"]
+    assert learner.log == ["owned_tensors"] * 2
+    sent = link.publisher.sent[0][1] if is_first else link.sent
+    assert (sent, state.published_version) == (["model.norm.weight"], 5)
+
+
+def test_a_source_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    """The other ranks wait in vain, and are not waited for."""
+    config = replace(CONFIG, sync=SyncConfig(transport="collective"))
+    link, crew, learner = make_link(tmp_path, SourceLostError("gone")), FakeCrew("a"), FakeLearner()
+    with pytest.raises(SourceLostError, match="gone"):
+        publish_weights(learner, link, FakeProbe(), crew, make_state(), config, Phases())
+    assert (crew.log, learner.parallel.log) == (["gather"], [])
 
 
 def test_an_update_that_fails_with_every_engine_alive_is_an_error(tmp_path: Path) -> None:

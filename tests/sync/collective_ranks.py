@@ -66,7 +66,7 @@ class Link:
         self.contributor: Contributor | None = None
         if parallel.is_weight_source:
             group = parallel.host.pp if parallel.pp_size > 1 else None
-            sources = Sources(group, sync.timeout_seconds)
+            sources = Sources(group)
             if parallel.rank == 0:
                 self.publisher = Publisher([address], sync, wire_dtype=None, sources=sources)
             else:
@@ -152,7 +152,7 @@ def try_faults(folder: Path, address: EngineAddress, engine_pid: int) -> dict[st
 
 def spoil(contributor: Contributor, fault: str, engine_pid: int) -> None:
     """Make the second source do what the fault says."""
-    send, tell = contributor._sender.send, contributor._sources.tell
+    send, give = contributor._sender.send, contributor._sources.give
     sent = []
 
     def send_and_kill(bucket: Any) -> None:
@@ -161,13 +161,13 @@ def spoil(contributor: Contributor, fault: str, engine_pid: int) -> None:
         sent.append(bucket)
         send(bucket)
 
-    def tell_wrongly(target: int, value: Any, what: str) -> None:
-        tell(target, [[index, "0" * 32] for index, _ in value], what)
+    def give_wrongly(checksums: dict[int, str], what: str) -> None:
+        give(dict.fromkeys(checksums, "0" * 32), what)
 
     if fault == "silent source":
         contributor._sender.send = lambda bucket: None
     elif fault == "wrong checksum":
-        contributor._sources.tell = tell_wrongly
+        contributor._sources.give = give_wrongly
     elif fault == "dead engine":
         contributor._sender.send = send_and_kill
 

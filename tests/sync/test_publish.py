@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -39,6 +40,32 @@ PROMPT = torch.randint(3, 128, (270,), generator=torch.Generator().manual_seed(0
 def publisher(address: EngineAddress) -> Iterator[Publisher]:
     with Publisher([address], CONFIG, wire_dtype=None) as publisher:
         yield publisher
+
+
+class Sleeper:
+    """An engine that neither sleeps nor wakes up, or does."""
+
+    def __init__(self, address: EngineAddress) -> None:
+        self.url = address.url
+
+    def sleep(self) -> None:
+        if "bad" in self.url:
+            raise SyncError(f"engine {self.url}: no answer")
+
+    wake = sleep
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("call", ["sleep", "wake"])
+def test_engines_that_do_not_fall_asleep_are_told(call: str) -> None:
+    urls = ("http://bad", "http://good", "http://bad-and-left-out")
+    addresses = [EngineAddress(url=url, token="t") for url in urls]
+    control: Any = lambda address, _: Sleeper(address)  # noqa: E731
+    with Publisher(addresses, CONFIG, wire_dtype=None, control=control) as publisher:
+        found = getattr(publisher, call)(urls[:2])
+    assert found == {"http://bad": "engine http://bad: no answer"}
 
 
 def client_of(address: EngineAddress) -> httpx.Client:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rl.rollout.recording import write_step
+from megatron_rl.rollout.recording import forget_before, write_step
 from tests.fakes.groups import judged, scored
 from tools import soak
 
@@ -30,11 +30,40 @@ def folder_of(run_dir: Path, *steps: list[int], lost: bool = False) -> Path:
 
 
 def test_what_is_lost_is_told(tmp_path: Path) -> None:
-    assert soak.losses(folder_of(tmp_path / "a", [0, 1], [2, 3])) == []
-    assert soak.losses(folder_of(tmp_path / "b", [0, 1], [1, 2])) == ["prompts: one was used twice"]
-    assert soak.losses(folder_of(tmp_path / "c", [0], [1], lost=True)) == [
+    def losses(run_dir: Path) -> list[str]:
+        return soak.losses(run_dir, soak.UsedPrompts(run_dir))
+
+    assert losses(folder_of(tmp_path / "a", [0, 1], [2, 3])) == []
+    assert losses(folder_of(tmp_path / "b", [0, 1], [1, 2])) == ["prompts: one was used twice"]
+    assert losses(folder_of(tmp_path / "c", [0], [1], lost=True)) == [
         "engine b: in 1 publication only"
     ]
+    skipped = folder_of(tmp_path / "d", [0, 1], [3, 4], [5, 6], [7, 8])
+    assert losses(skipped) == ["prompts: 1 were skipped, the first is 2"]
+
+
+def test_prompts_are_read_before_their_files_are_deleted(tmp_path: Path) -> None:
+    run_dir = folder_of(tmp_path / "a", [0, 1], [2, 3], [4, 5])
+    used = soak.UsedPrompts(run_dir)
+    used.look()
+    assert used.of_step == {1: [0, 1], 2: [2, 3]}  # the last one may not be complete
+    forget_before(run_dir / "rollouts", 3)
+    used.look()
+    assert soak.losses(run_dir, used) == []
+    assert used.of_step[3] == [4, 5]
+
+
+def test_what_a_guard_has_started_is_an_engine() -> None:
+    engine = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
+    guard = [sys.executable, "-m", "megatron_rl.process.guard", *engine]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(guard, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        learner, engines = soak.processes_of(psutil.Process())
+        own = {process.pid, *(each.pid for each in psutil.Process(process.pid).children())}
+        assert own <= {each.pid for each in engines} and len(own) > 1
+        assert not own & {each.pid for each in learner}
+        process.stdin.close()  # ends both
 
 
 def test_figures_of_processes_and_a_picture(tmp_path: Path) -> None:

@@ -164,6 +164,14 @@ class Parallel:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.host.world)
         return bool(flag)
 
+    def first_problem(self, problem: str) -> str:
+        """The text of the first rank whose text is not empty; "" if there is none. The same on
+        every rank; a collective over all ranks.
+        """
+        if not self.any_rank(bool(problem)):
+            return ""
+        return next(filter(None, self.from_all_ranks(problem)))
+
     def barrier(self) -> None:
         """Return once every rank has called it."""
         dist.barrier(group=self.host.world)

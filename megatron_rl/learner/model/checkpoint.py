@@ -36,6 +36,7 @@ from megatron_rl.learner.model.optimizer_state import (
     sharded_optimizer,
 )
 from megatron_rl.learner.model.training_model import TrainingModel
+from megatron_rl.weights.conversion.metadata import read_metadata, without_code
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -52,8 +53,11 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
         DataError: the checkpoint is missing, truncated or of a different model.
     """
     state = _read_state(folder, kind_of(trained))
-    with _reading(folder):
-        loaded = _load(sharded_state(trained, is_loading=True), folder)
+    with _reading(folder), without_code():
+        read_metadata(folder)  # told by every rank alike, before they read together
+        sharded = sharded_state(trained, is_loading=True)
+        has_extra_states = bool(trained.parts[0].config.fp8)
+        loaded = _load(sharded, folder, has_extra_states=has_extra_states)
         if has_distributed_optimizer(trained):
             load_optimizer(trained.optimizer, _sharded_model(trained.modules), folder)
         random_state = _read_random_state(folder, trained, state["world_size"])
@@ -74,13 +78,19 @@ def load_checkpoint(folder: Path, trained: TrainingModel) -> dict[str, Any]:
     return state["run"]
 
 
-def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _load(sharded: dict[str, Any], folder: Path, *, has_extra_states: bool) -> dict[str, Any]:
+    """The tensors that `sharded` describes.
+
+    Args:
+        has_extra_states: whether the modules' extra states are needed. Transformer Engine unpickles
+            them (module/base.py, `set_extra_state`), so without FP8 they are not given to it.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        known = load_sharded_metadata(str(folder))
+        known = load_sharded_metadata(str(folder)) if has_extra_states else {}
         for state in sharded["model"].values():
             for name in [name for name in state if _is_extra(name)]:
                 if state[name].unique_key not in known:

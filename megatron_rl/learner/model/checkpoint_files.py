@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_rl.errors import DataError
 
+FOLDER = "checkpoints"  # below run_dir
 LATEST = "latest"
 STATE = "run_state.json"
 # Of folders that are not checkpoints: not yet, about to be replaced, and being deleted.

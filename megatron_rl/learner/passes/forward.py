@@ -8,13 +8,16 @@ runs rows through Megatron's own forward-backward schedule, with or without a pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
+from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.layout.context import RowShare, row_share
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.attention import plan_stacks
@@ -149,6 +152,9 @@ def row_output(
         logits: of this rank's kept positions, [1, K, V / TP], any floating dtype; they are
             overwritten unless `has_entropy_gradient`.
         has_entropy_gradient: compute the entropy once more, with a gradient.
+    Raises:
+        DivergenceError: no log-prob can be computed from the logits; on the CPU, and on all ranks
+            that share the row. On a GPU `check_broken_rows` raises it afterwards.
     """
     share = share_of_row(row, parallel)
     kept = share.select(row.loss_mask).nonzero()[:, 0]
@@ -158,15 +164,16 @@ def row_output(
         "vocab_size": vocab_size,
         "group": parallel.tp_group if parallel.tp_size > 1 else None,
     }
-    output = support_logprobs(
-        kept_logits,
-        share.select(row.labels)[kept],
-        truncation=truncation,
-        **place,
-        # Only the separate pass for the entropy still needs the logits.
-        overwrite_logits=not has_entropy_gradient,
-        head=None if row.head_ids is None else share.select(row.head_ids)[kept].long(),
-    )
+    with _raised_together(share, logits.device):
+        output = support_logprobs(
+            kept_logits,
+            share.select(row.labels)[kept],
+            truncation=truncation,
+            **place,
+            # Only the separate pass for the entropy still needs the logits.
+            overwrite_logits=not has_entropy_gradient,
+            head=None if row.head_ids is None else share.select(row.head_ids)[kept].long(),
+        )
     entropy = output.entropy
     if has_entropy_gradient:
         entropy = differentiable_entropy(kept_logits, **place)
@@ -185,6 +192,28 @@ def row_output(
         is_outside_support=of_row(output.is_outside.float()).bool(),
         head_logprobs=None if head_logprobs is None else of_row(head_logprobs),
     )
+
+
+@contextmanager
+def _raised_together(share: RowShare, device: torch.device) -> Iterator[None]:
+    """A DivergenceError in the context, of one of the ranks that share a row, is raised on all of
+    them, because each of them needs the others' log-probs. On a GPU there is none (broken_rows.py).
+    A collective over these ranks on CPUs.
+    """
+    if share.group is None or device.type != "cpu":
+        yield
+        return
+    own: DivergenceError | None = None
+    try:
+        yield
+    except DivergenceError as error:
+        own = error
+    is_broken = torch.tensor([own is not None], dtype=torch.int32)
+    dist.all_reduce(is_broken, op=dist.ReduceOp.MAX, group=share.group)
+    if own is not None:
+        raise own
+    if is_broken:
+        raise DivergenceError("logits of a context-parallel rank are broken")
 
 
 @torch.no_grad()
@@ -210,25 +239,32 @@ def evaluate_rows(
     Returns:
         On the last pipeline stage one item for each row; empty on other stages.
     Raises:
-        DivergenceError: no log-prob can be computed from the logits. DataError: a label is outside
-            the vocabulary.
+        DivergenceError: no log-prob can be computed from the logits; after the pass, in which the
+            other ranks need this one. DataError: a label is outside the vocabulary.
     """
     if not rows:
         return []
+    problems: list[DivergenceError] = []
 
-    def on_output(index: int, logits: torch.Tensor) -> Item:
-        output = row_output(
-            logits,
-            rows[index],
-            temperature=temperature,
-            truncation=truncation,
-            vocab_size=vocab_size,
-            parallel=parallel,
-        )
+    def on_output(index: int, logits: torch.Tensor) -> Item | None:
+        try:
+            output = row_output(
+                logits,
+                rows[index],
+                temperature=temperature,
+                truncation=truncation,
+                vocab_size=vocab_size,
+                parallel=parallel,
+            )
+        except DivergenceError as error:
+            problems.append(error)
+            return None
         return take(output, rows[index])
 
     settings = {"parallel": parallel, "forward_only": True, "routing": routing}
     items = run_schedule(parts, rows, on_output, **settings)
+    if problems:
+        raise DivergenceError(f"{name}: {problems[0]}")
     # Checked once for the whole pass, because the check synchronises with the device.
     check_broken_rows(parallel.device, name)
     return items

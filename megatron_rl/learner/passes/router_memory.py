@@ -63,7 +63,10 @@ class RouterMemory:
         )
 
     def take_metrics(self) -> dict[str, float]:
-        """The metrics of the updates since the last call. A collective over all ranks."""
+        """The metrics of the updates since the last call, which ends a step: routes of updates that
+        were left out are forgotten. A collective over all ranks.
+        """
+        self._recorded = {}
         if self._statistics is None:
             return {}
         found, self._statistics = self._statistics, self._no_statistics()

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import torch
 
@@ -43,6 +46,8 @@ from megatron_rl.objective.discrepancy import DiscrepancySum
 from megatron_rl.observe.metrics import merge, reduce
 from megatron_rl.records import MicroBatch, RecomputedRow, StepReport, TrainBatch
 
+Item = TypeVar("Item")
+
 
 def train_step(
     learner: Learner,
@@ -59,7 +64,8 @@ def train_step(
     A mini-batch without a kept token on any rank takes no optimizer step; the metric
     `learner/num_skipped_updates` counts them, and `learner/grad_norm` is the mean of the others. A
     mini-batch with a number that is not finite, on any rank, takes none either;
-    `learner/num_broken_updates` counts them. Then there is no dual step, and the report has neither
+    `learner/num_broken_updates` counts them, and none takes one if a log-prob of the passes before
+    the updates cannot be computed. Then there is no dual step, and the report has neither
     figures of the gap nor of the loss.
 
     Args:
@@ -76,52 +82,85 @@ def train_step(
         The report, the same on every rank; and, on the last pipeline stage, the rows of all
         mini-batches followed by the dropped rows, with their recomputed log-probs (empty on the
         other stages).
-    Raises:
-        DivergenceError: a log-prob of the separate pass is not finite.
     """
     is_enabled = config.constraint.enabled
     dual_value = dual.effective_value if is_enabled else 0.0
     is_separate = should_recompute or _needs_separate_pass(learner, batch, config)
-    mini_batches = [_update_rows(learner, rows, is_separate) for rows in batch.mini_batches]
-    dropped = learner.recompute(batch.dropped)
-    scalars = BatchScalars()
-    if needs_batch_scalars(config) and learner.parallel.is_last_stage:
-        known = [row.recomputed for row in chain(*mini_batches)]
-        scalars = batch_scalars(known, dropped, config, learner.parallel, tolerance=dual.tolerance)
-    is_gated = config.constraint.gate == "mean"
-    settings = StepSettings(
-        config=config,
-        dual_value=0.0 if is_gated and not scalars.is_gate_open else dual_value,
-        tolerance=dual.tolerance,
-        scalars=scalars,
-        weight_version=weight_version,
-        place=f"step {step}, rank {learner.parallel.rank}",
-    )
-    results, grad_norms, problems = _updates(learner, mini_batches, batch.num_left_out, settings)
-    of_dropped, problem = _dropped_results(dropped, settings, learner.parallel)
-    results += of_dropped
-    problems += problem
-    num_broken = len(problems) - len(problem)
+    mini_batches, dropped, of_passes = _passes(learner, batch, is_separate)
+    results: list[RowResult] = []
+    grad_norms: list[float] = []
+    problems, of_dropped = [of_passes] * len(mini_batches), ""
+    if not of_passes:
+        settings = StepSettings(
+            config=config,
+            dual_value=dual_value,
+            tolerance=dual.tolerance,
+            scalars=_scalars(learner, mini_batches, dropped, config, dual),
+            weight_version=weight_version,
+            place=f"step {step}, rank {learner.parallel.rank}",
+        )
+        if config.constraint.gate == "mean" and not settings.scalars.is_gate_open:
+            settings = replace(settings, dual_value=0.0)
+        results, grad_norms, problems = _updates(
+            learner, mini_batches, batch.num_left_out, settings
+        )
+        results_of_dropped, of_dropped = _dropped_results(dropped, settings, learner.parallel)
+        results += results_of_dropped
+    num_skipped = len(mini_batches) - len(grad_norms) - len(problems)
     metrics = learner.take_router_metrics() | {
         "constraint/lambda": dual_value,
         "learner/learning_rate": learner.learning_rate,
-        "learner/num_skipped_updates": float(len(mini_batches) - len(grad_norms) - num_broken),
-        "learner/num_broken_updates": float(num_broken),
+        "learner/num_skipped_updates": float(num_skipped),
+        "learner/num_broken_updates": float(len(problems)),
     }
     if grad_norms:
         metrics["learner/grad_norm"] = sum(grad_norms) / len(grad_norms)
-    if problems:
+    problem = next(filter(None, [*problems, of_dropped]), "")
+    if problem:
         metrics["constraint/next_lambda"] = dual.effective_value if is_enabled else 0.0
     else:
         of_rows, gap = _over_all_ranks(results, learner.parallel)
         metrics |= of_rows | _dual_step(dual, gap, config.constraint)
-    report = StepReport(
-        step=step,
-        dual_value=dual.value,
-        metrics=metrics,
-        problem=problems[0] if problems else "",
-    )
-    return report, () if problems else tuple(row.recomputed for row in results)
+    report = StepReport(step=step, dual_value=dual.value, metrics=metrics, problem=problem)
+    return report, () if problem else tuple(row.recomputed for row in results)
+
+
+def _passes(
+    learner: Learner, batch: TrainBatch, is_separate: bool
+) -> tuple[list[list[UpdateRow]], list[RecomputedRow], str]:
+    """The rows of each mini-batch with what is known before the updates, the recomputed dropped
+    rows, and why a log-prob cannot be computed, or "". Every rank runs all passes, whatever happens
+    in them, and all get the same reason.
+    """
+    problems = [""]
+
+    def rows_of(passed: Callable[[], list[Item]]) -> list[Item]:
+        try:
+            return passed()
+        except DivergenceError as error:
+            problems.append(str(error))
+            return []
+
+    mini_batches = [
+        _update_rows(learner, rows, rows_of, is_separate=is_separate) for rows in batch.mini_batches
+    ]
+    dropped = rows_of(partial(learner.recompute, batch.dropped))
+    own = next(filter(None, problems), "")
+    return mini_batches, dropped, learner.parallel.first_problem(own)
+
+
+def _scalars(
+    learner: Learner,
+    mini_batches: Sequence[Sequence[UpdateRow]],
+    dropped: Sequence[RecomputedRow],
+    config: ObjectiveConfig,
+    dual: DualVariable,
+) -> BatchScalars:
+    """The means over the batch, if the loss needs them."""
+    if not needs_batch_scalars(config) or not learner.parallel.is_last_stage:
+        return BatchScalars()
+    known = [row.recomputed for row in chain(*mini_batches)]
+    return batch_scalars(known, dropped, config, learner.parallel, tolerance=dual.tolerance)
 
 
 def _updates(
@@ -158,18 +197,17 @@ def _updates(
 
 def _dropped_results(
     rows: Sequence[RecomputedRow], settings: StepSettings, parallel: Parallel
-) -> tuple[list[RowResult], list[str]]:
+) -> tuple[list[RowResult], str]:
     """The gap of the rows on which the learner does not train; or nothing, and the problem, if a
     log-prob of any rank is not finite.
     """
-    results, own = [], None
+    results, own = [], ""
     try:
         results = dropped_results(rows, settings)
     except DivergenceError as error:
         own = str(error)
-    if not parallel.any_rank(own is not None):
-        return results, []
-    return [], [next(each for each in parallel.from_all_ranks(own) if each is not None)]
+    problem = parallel.first_problem(own)
+    return [] if problem else results, problem
 
 
 def _needs_separate_pass(learner: Learner, batch: TrainBatch, config: ObjectiveConfig) -> bool:
@@ -183,18 +221,30 @@ def _needs_separate_pass(learner: Learner, batch: TrainBatch, config: ObjectiveC
 
 
 def _update_rows(
-    learner: Learner, micro_batches: Sequence[MicroBatch], is_separate: bool
+    learner: Learner,
+    micro_batches: Sequence[MicroBatch],
+    rows_of: Callable[[Callable[[], list]], list],
+    *,
+    is_separate: bool,
 ) -> list[UpdateRow]:
     """The rows of a mini-batch with the log-probs of the separate pass and of the reference policy,
     if there are any. Both are None on all pipeline stages but the last.
+
+    Args:
+        rows_of: calls a pass, and returns nothing if it failed.
     """
     nothing = [None] * len(micro_batches)
-    recomputed = learner.recompute(micro_batches, is_for_update=True) if is_separate else []
-    reference = [row.full_logprobs for row in learner.reference_logprobs(micro_batches)]
+    recomputed = []
+    if is_separate:
+        recomputed = rows_of(partial(learner.recompute, micro_batches, is_for_update=True))
+    reference = rows_of(partial(learner.reference_logprobs, micro_batches))
     return [
         UpdateRow(micro_batch=row, recomputed=known, reference_logprobs=of_reference)
         for row, known, of_reference in zip(
-            micro_batches, recomputed or nothing, reference or nothing, strict=True
+            micro_batches,
+            recomputed or nothing,
+            [row.full_logprobs for row in reference] or nothing,
+            strict=True,
         )
     ]
 

@@ -39,7 +39,12 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_rl.errors import DataError
-from megatron_rl.weights.conversion.metadata import METADATA, READ_ERRORS, read_metadata
+from megatron_rl.weights.conversion.metadata import (
+    METADATA,
+    READ_ERRORS,
+    read_metadata,
+    read_records,
+)
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -275,7 +280,7 @@ def write_files(folder: Path, files: Sequence[Sequence[Piece | NoState]]) -> Ite
             unfinished = written.with_suffix(".partial")
             unfinished.write_bytes(pickle.dumps(result))
             unfinished.rename(written)
-        results.append(pickle.loads(written.read_bytes()))
+        results.append(read_records(written))
         yield sum(piece.num_bytes for piece in pieces if isinstance(piece, Piece))
     writer.finish(Metadata(_described(files)), results)
     torch.save({"checkpoint_version": 3.0}, folder / "common.pt")

@@ -167,6 +167,7 @@ def test_the_last_ones_are_kept(outcomes: Outcomes) -> None:
         ("garbled", "files that can be read"),
         ("garbled_common", "files that can be read"),
         ("other_model", "hidden_size=64, got hidden_size=128"),
+        ("hostile", "it names posix.mkdir, which no checkpoint needs"),
         ("other_dtype", "dtype=torch.float32, got dtype=torch.bfloat16"),
     ],
 )
@@ -181,6 +182,11 @@ def test_a_broken_checkpoint_is_told_on_every_rank(
         assert f"broken/{name}" in error
         assert what in error
         assert len(error) < 1000
+
+
+def test_no_code_of_a_checkpoint_is_run(outcomes: Outcomes, small_disk: Path) -> None:
+    assert outcomes["broken_errors"]["hostile"]
+    assert not list((small_disk.parent / "broken").rglob("made_by_a_pickle"))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(outcomes: Outcomes) -> None:

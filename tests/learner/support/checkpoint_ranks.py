@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from megatron_rl.learner.model import checkpoint_writer
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import STATE, latest_checkpoint
 from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.weights.conversion.metadata import METADATA
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
 from tests.learner.support.exported import exported_weights
@@ -276,6 +278,16 @@ def fill_the_disk(
     write(out, "full_disk", {"errors": errors, "step": step, "names": names})
 
 
+class MakesFolder:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._folder),)
+
+
 def break_in_every_way(whole: Path, foreign: Path, folder: Path) -> None:
     """Copies of a checkpoint, each with another thing wrong."""
 
@@ -291,6 +303,13 @@ def break_in_every_way(whole: Path, foreign: Path, folder: Path) -> None:
         state["made_by"]["hidden_size"] *= 2
         path.write_text(json.dumps(state))
 
+    def with_code(copy: Path) -> None:
+        """Unpickling its metadata runs a command."""
+        path, state = copy / METADATA, json.loads((copy / STATE).read_text())
+        path.write_bytes(pickle.dumps(MakesFolder(copy / "made_by_a_pickle")))
+        state["bytes"][METADATA] = path.stat().st_size
+        (copy / STATE).write_text(json.dumps(state))
+
     ways: dict[str, Callable[[Path], None]] = {
         "truncated": lambda copy: os.truncate(shard_of(copy), shard_of(copy).stat().st_size // 2),
         "no_common": lambda copy: (copy / "common.pt").unlink(),
@@ -298,6 +317,7 @@ def break_in_every_way(whole: Path, foreign: Path, folder: Path) -> None:
         "garbled": lambda copy: garble(shard_of(copy)),
         "garbled_common": lambda copy: garble(copy / "common.pt"),
         "other_model": of_another_model,
+        "hostile": with_code,
     }
     if not (whole / "common.pt").exists():  # Megatron-Core 0.19 writes none
         ways = {name: way for name, way in ways.items() if "common" not in name}

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from megatron_rl.config import (
     RejectionConfig,
 )
 from megatron_rl.config.presets import PRESETS
-from megatron_rl.learner import learner as learner_module
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
@@ -41,11 +39,16 @@ from megatron_rl.records import MicroBatch, Sample, StepReport, TrainBatch
 from megatron_rl.weights.geometry import read_geometry
 from tests.learner import recorded
 from tests.learner.support import edge_batch
+from tests.learner.support.breaking import (
+    BROKEN,
+    breaking,
+    broken_sample,
+    weights_problems,
+)
 from tests.learner.support.exported import exported_weights
 from tests.support.layouts import LAYOUTS, names_of
 
 SKIPPED = ("dp1", "dp2", "tp2", "cp2", "pp2")
-BROKEN = ("rollout log-prob", "advantage", "gradient", "dropped sample")
 WITH_RESTORE = (*SKIPPED, "pp2_vpp2")
 WITH_PRESETS = ("dp1", "dp2")
 # Whether the optimizer is distributed -> the dtypes in which updates are taken back. The main
@@ -119,6 +122,7 @@ def step(
     config: ObjectiveConfig,
     *,
     num_mini_batches: int = 1,
+    should_recompute: bool = False,
 ) -> StepReport:
     batch = deal_batch(
         samples,
@@ -128,7 +132,7 @@ def step(
         tokens_per_row=256,
     )
     report, _ = train_step(
-        learner, batch, dual, config, step=1, weight_version=0, should_recompute=False
+        learner, batch, dual, config, step=1, weight_version=0, should_recompute=should_recompute
     )
     return report
 
@@ -165,6 +169,7 @@ def skipped(learner: Learner, other: Learner, rollouts: Path) -> dict[str, Any]:
             "has_dual_step": dual.value != value,
         }
     found["broken"] = broken(learner, rollouts)
+    found["weights"] = weights_problems(learner)
     dual.value = dual_of_other.value
     half = recorded.NUM_PROMPTS // 2
     report = step(learner, without_tokens(third, range(half)), dual, config, num_mini_batches=2)
@@ -189,12 +194,13 @@ def broken(learner: Learner, rollouts: Path) -> dict[str, Any]:
     for kind in BROKEN:
         before, value = state_of(learner), dual.value
         samples = recorded.read_samples(rollouts, 2, parallel)
-        if kind == "dropped sample":  # and nothing else that could move the weights
+        if kind.startswith("dropped"):  # and nothing else that could move the weights
             samples = [replace(each, is_kept=False) for each in samples]
         if samples and samples[0].prompt_index % recorded.NUM_PROMPTS == 0:
             samples[0] = broken_sample(samples[0], kind)
-        with nan_gradient(learner) if kind == "gradient" else nullcontext():
-            report = step(learner, samples, dual, config)
+        should_recompute = kind == "recomputed logits"
+        with breaking(kind, learner):
+            report = step(learner, samples, dual, config, should_recompute=should_recompute)
         found[kind] = {
             "is_untouched": is_equal(before, state_of(learner)),
             "has_dual_step": dual.value != value,
@@ -202,34 +208,6 @@ def broken(learner: Learner, rollouts: Path) -> dict[str, Any]:
             "metrics": report.metrics,
         }
     return found
-
-
-def broken_sample(sample: Sample, kind: str) -> Sample:
-    """The sample with a NaN, or a reward's advantage that is infinite."""
-    rollout = sample.rollout
-    if kind in ("rollout log-prob", "dropped sample"):
-        logprobs = list(rollout.rollout_logprobs)
-        logprobs[list(rollout.loss_mask).index(True)] = float("nan")
-        return replace(sample, rollout=replace(rollout, rollout_logprobs=tuple(logprobs)))
-    return replace(sample, advantage=float("inf")) if kind == "advantage" else sample
-
-
-@contextmanager
-def nan_gradient(learner: Learner) -> Iterator[None]:
-    """A number of the last rank's gradient is NaN after the pass, and none of another rank's."""
-    run = learner_module.run_schedule
-
-    def run_and_break(*arguments: Any, **settings: Any) -> Any:
-        results = run(*arguments, **settings)
-        if learner.parallel.rank == learner.parallel.world_size - 1:
-            learner.trained.parts[0].buffers[0].grad_data[0] = float("nan")
-        return results
-
-    learner_module.run_schedule = run_and_break
-    try:
-        yield
-    finally:
-        learner_module.run_schedule = run
 
 
 def restored(learner: Learner, other: Learner, rollouts: Path) -> list[dict[str, bool]]:

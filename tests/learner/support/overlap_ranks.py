@@ -9,11 +9,9 @@ Rank 0 writes `OUT/<layout>.<variant>.pt`: exported weights after each step, and
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +89,13 @@ class Engines:
         self._learner = learner
         self.found: list[int] = []
 
-    @contextlib.contextmanager
-    def calls(self) -> Iterator[Engines]:
-        """As of a link."""
-        yield self
-
-    def sleep(self) -> None:
+    def fall_asleep(self, _sleep: object) -> None:
         """Nothing is freed here."""
 
-    def wake(self) -> None:
-        self.found.append(left_on_device(self._learner))
+    def wake_up(self, _wake: object) -> None:
+        """The learner has left the device."""
+        if self._learner.parallel.rank == 0:
+            self.found.append(left_on_device(self._learner))
 
 
 def run_variant(
@@ -112,8 +107,9 @@ def run_variant(
     dual, found = DualVariable(0.1), []
     point, engines = RestorePoint(learner.trained), Engines(learner)
     rest.should_take_turns = lambda *_: is_offloaded  # as on a GPU
-    link = engines if learner.parallel.rank == 0 else None
-    asleep = functools.partial(rest.engines_asleep, link, learner, Config(), Stopwatch().time)
+    asleep = functools.partial(
+        rest.engines_asleep, engines, None, learner, Config(), Stopwatch().time
+    )
     num_bytes = learner.offload() if is_offloaded else 0
     rest.make_room(learner, Config())
     for step in range(1, NUM_STEPS + 1):

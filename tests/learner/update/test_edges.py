@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.presets import PRESETS
+from tests.learner.support.breaking import BROKEN
 from tests.learner.support.comparison import (
     FIGURE_TOLERANCE,
     GRADIENT_TOLERANCE,
     relative_difference,
 )
 from tests.learner.support.edge_batch import NUM_LEFT_OUT
-from tests.learner.support.edge_ranks import BROKEN, SKIPPED
+from tests.learner.support.edge_ranks import SKIPPED
 
 NAMES = [layout + kind for layout in SKIPPED for kind in ("", ".distributed")]
 KINDS = ("masked", "rejected", "rejected, constant", "left out")
@@ -53,6 +54,18 @@ def test_a_number_that_is_not_finite_changes_nothing_on_any_rank(
         num_broken = 0 if kind == "dropped sample" else 1
         assert found["metrics"]["learner/num_broken_updates"] == num_broken
         assert all(math.isfinite(value) for value in found["metrics"].values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_that_is_not_finite_is_told_on_every_rank(
+    name: str, edge_outcomes: dict[str, list[Any]]
+) -> None:
+    told = f"rank {len(edge_outcomes[name]) - 1}: expected finite weights, got "
+    for of_rank in edge_outcomes[name]:
+        sound, *broken = of_rank["weights"]
+        assert sound == ""
+        for found, value in zip(broken, ("nan in ", "inf in "), strict=True):
+            assert found.startswith(told + value)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -41,7 +41,8 @@ def load_and_save(folder: Path, model: Path, layout: str) -> None:
         for part in parts:
             for parameter in part.parameters():
                 parameter.zero_()
-    loaded = _load({"model": _sharded_model(parts)}, folder / "in")
+    state = {"model": _sharded_model(parts)}
+    loaded = _load(state, folder / "in", has_extra_states=True)
     _load_parts(parts, loaded["model"])
     _results_stay_in_process()
     if parallel.rank == 0:
