@@ -190,7 +190,7 @@ def test_a_hostile_distributed_checkpoint_is_refused(
 OPENERS = {
     "bind": {"engine/server.py", "doctor/network.py"},
     "create_server": {"process/loopback.py"},
-    "TCPStore": {"process/loopback.py", "sync/transports/collective.py"},
+    "TCPStore": {"process/loopback.py", "sync/groups/group.py"},
     "init_process_group": {"learner/layout/parallel.py", "learner/layout/simulated.py"},
 }
 LISTENS = {"listen", "start_server", "HTTPServer", "TCPServer", "Server", "Listener", "run_app"}
