@@ -17,6 +17,7 @@ from megatron_rl.weights.geometry import (
     read_geometry,
     read_hf_config,
 )
+from tests.support.geometry import small_experts
 from tests.weights.config_files import write
 
 
@@ -33,13 +34,7 @@ def test_where_attention_costs_as_much_as_the_weights(tmp_path: Path) -> None:
     # from 96, and three products with 256 columns, 96 x 1008 weights; over 96 columns of the heads.
     geometry = read_geometry(write(tmp_path))
     assert geometry.attention_length == 1008
-    experts = ExpertGeometry(
-        num_experts=8,
-        num_chosen=2,
-        ffn_hidden_size=64,
-        shared_ffn_hidden_size=32,
-        is_normalised=True,
-    )
+    experts = small_experts(num_experts=8, ffn_hidden_size=64, shared_ffn_hidden_size=32)
     # A token meets 2 of the 8 experts and the shared one: 240 + 3 x 160 columns.
     assert replace(geometry, experts=experts).attention_length == 720
 
