@@ -55,13 +55,14 @@ def serve(config: Config, progress: Progress, *, num_engines: int = 0) -> None:
         )
     check_checkpoint(config.model.path, read_geometry(config.model.path))
     num_engines = num_engines or max(1, torch.cuda.device_count() // rollout.tensor_parallel)
+    host = listening_address(rollout, ALONE)
     own = replace(rollout, num_engines=num_engines, urls=[], placement="share")
     engines = start_engines_of(
         replace(config, rollout=own),
         run_dir,
         log_dir=engine_folder(config),
         token=os.environ.get(TOKEN_VARIABLE) or _token(run_dir / TOKEN_FILE),
-        host=listening_address(rollout, ALONE),
+        host=host,
     )
     urls = ", ".join(engine.address.url for engine in engines)
     what = f"the engine{'s' if len(engines) > 1 else ''} at {urls}"

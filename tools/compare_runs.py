@@ -31,6 +31,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from megatron_rl.errors import DataError
 from megatron_rl.learner.model.checkpoint_sums import SUMS
 from megatron_rl.process.tool import run_tool
 from megatron_rl.weights.conversion.metadata import without_code
@@ -219,11 +220,20 @@ def read_run(run_dir: Path) -> Contents:
 
 
 def read_metrics(path: Path) -> Contents:
-    """The text of each metric in every line, by `metrics/<key>`."""
-    lines = [
-        json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
-        for line in path.read_text().splitlines()
-    ]
+    """The text of each metric in every line, by `metrics/<key>`.
+
+    Raises:
+        DataError: a line is no JSON object.
+    """
+    lines = []
+    try:
+        for line in path.read_text().splitlines():
+            values = json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
+            lines.append(dict(values))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}, line {len(lines) + 1}: expected a JSON object, got {error}"
+        ) from error
     keys = dict.fromkeys(key for line in lines for key in line)
     return {f"metrics/{key}": tuple(str(line.get(key, ABSENT)) for line in lines) for key in keys}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,10 @@ def last_step(folder: Path) -> int:
     Raises:
         DataError: the folder holds no recorded step.
     """
-    steps = [int(path.name[5:].partition(".")[0]) for path in folder.glob("step_*.rank*.jsonl")]
+    names = [
+        re.fullmatch(r"step_(\d+)\.rank\d+\.jsonl", each.name) for each in folder.glob("step_*")
+    ]
+    steps = [int(name[1]) for name in names if name]
     if not steps:
         raise DataError(f"{folder}: expected step_000000.rank0.jsonl or others, got none")
     return max(steps)

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_rl.errors import ConfigError
 from megatron_rl.process.tool import run_tool
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -176,6 +177,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _make(options: argparse.Namespace) -> None:
+    sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "experts", "chosen_experts")
+    for name in (*sizes, "expert_width", "context"):
+        if getattr(options, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: expected 1 or more, got {getattr(options, name)}")
+    if options.heads % options.kv_heads:
+        raise ConfigError(
+            f"--kv-heads: expected a divisor of --heads {options.heads}, got {options.kv_heads}"
+        )
+    if options.chosen_experts > options.experts:
+        raise ConfigError(
+            f"--chosen-experts: expected at most --experts {options.experts}, "
+            f"got {options.chosen_experts}"
+        )
     num_parameters = write_model(options.out, options)
     config = json.loads((options.out / "config.json").read_text())
     print(

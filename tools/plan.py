@@ -15,6 +15,7 @@ wrong, 0 otherwise.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    if options.nodes < 1 or options.gpus_per_node < 1 or options.gpu_gb <= 0:
+    if options.nodes < 1 or options.gpus_per_node < 1 or not 0 < options.gpu_gb < math.inf:
         raise ConfigError("--nodes, --gpus-per-node, --gpu-gb: expected numbers above 0")
     cluster = Cluster(
         num_nodes=options.nodes,

@@ -18,7 +18,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from megatron_rl.errors import DataError
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.objective.log_odds import CONFIDENCES
 from megatron_rl.observe.evaluations import AT_K, evaluation_label
 from megatron_rl.observe.run_log import Record, read_metrics
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _draw_all(folders: Sequence[Path], output: Path) -> None:
+    if output.suffix != ".png":
+        raise ConfigError(f"--output: expected a name that ends in .png, got {output}")
     runs = {str(folder): _records_of(folder) for folder in folders}
     if len(runs) == 1:
         [(name, records)] = runs.items()

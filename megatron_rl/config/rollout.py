@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from megatron_rl.config.choices import (
     ENVIRONMENTS,
@@ -32,6 +33,17 @@ _EVALUATION_ONLY = {
 }
 # Options of vLLM's server that the run sets itself.
 _OF_THE_RUN = ("--host", "--port", "--uds")
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL names a scheme, a host and no impossible port."""
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port is None or parts.port > 0  # ValueError if it is none
+    except ValueError:
+        return False
+    is_known = parts.scheme in ("http", "https") and bool(parts.hostname)
+    return is_known and has_port and not any(each.isspace() for each in url)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +268,11 @@ class RolloutConfig:
 
     def _check_listening(self) -> None:
         """The run must know where its engines listen."""
+        for index, url in enumerate(self.urls):
+            require(
+                _is_address(url),
+                f"urls[{index}]: expected an address such as http://10.0.0.2:40001, got {url!r}",
+            )
         for option in (each.partition("=")[0] for each in self.extra_args):
             require(
                 option not in _OF_THE_RUN,

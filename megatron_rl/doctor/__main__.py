@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--nodes", type=int, default=0, help="of the run; 0: SLURM's, or 1")
     options = parser.parse_intermixed_args(arguments)
+    if options.nodes < 0:
+        parser.error(f"--nodes: expected 0 or more, got {options.nodes}")
     try:
         config = load_config(options.config, options.overrides)
     except ConfigError as error:

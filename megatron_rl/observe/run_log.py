@@ -66,7 +66,10 @@ def read_metrics(path: str | Path) -> list[Record]:
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, got byte {error.start}") from error
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:

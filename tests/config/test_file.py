@@ -125,6 +125,20 @@ def test_saved_settings_load_to_an_equal_config(tmp_path):
         ("reward: {truncated_reward: a}", "expected a number or null, got 'a'"),
         ("learner: {optimizer: {betas: [1]}}", "betas: expected a list of 2 numbers, got [1]"),
         ("learner: {optimizer: {learning_rate: .nan}}", "expected a finite number, got nan"),
+        *[
+            (
+                f"rollout: {{num_engines: 0, urls: ['{url}']}}",
+                f"rollout.urls[0]: expected an address such as http://10.0.0.2:40001, got '{url}'",
+            )
+            for url in (
+                "engine",
+                "ftp://x",
+                "http://",
+                "http://[::1",
+                "http://x:99999",
+                "http://a b",
+            )
+        ],
         ("rollout: {kv_cache_gib: .inf}", "kv_cache_gib: expected a finite number, got inf"),
         ("rollout: {sampling: {temperature: -.inf}}", "temperature: expected a finite number"),
         (f"rollout: {{kv_cache_gib: {10**400}}}", "expected a finite number, got 1000"),

@@ -46,6 +46,9 @@ def test_one_line_for_each_thing(
     assert f"torch {torch.__version__}" in lines[1] and "megatron-core" in lines[1]
     assert doctor.main([str(path), "model.path=/nowhere"]) == 1
     assert "FAIL  model" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        doctor.main([str(path), "--nodes", "-1"])
+    assert "doctor: error: --nodes: expected 0 or more, got -1" in capsys.readouterr().err
     assert doctor.main([str(path), "loop.nun_steps=3"]) == 1
     assert "loop.num_steps" in capsys.readouterr().out
 

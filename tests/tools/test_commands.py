@@ -41,7 +41,7 @@ READERS = {
     "explain_discrepancy": ([], ["-o", "OUT"]),
     "inspect_rollouts": ([], []),
     "plan": ([], []),
-    "plot_run": ([], ["-o", "OUT"]),
+    "plot_run": ([], []),
     "probe_power": (["table"], []),
     "quantize_checkpoint": ([], ["-o", "OUT", "--format", "int8"]),
     "study_discrepancy": (["report"], ["--docs", "OUT"]),
@@ -108,3 +108,37 @@ def test_every_tool_that_reads_or_writes_a_path_is_tried() -> None:
         if isinstance(node, ast.Name) and node.id == "run_tool"
     }
     assert with_paths == READERS.keys() | WRITERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "told"),
+    [
+        ("plot_run", ["RUN", "-o", "x.nosuch"], "--output: expected a name that ends in .png"),
+        ("plot_run", ["RUN"], "expected UTF-8 text, got byte 0"),
+        ("compare_runs", ["RUN", "RUN"], "metrics.jsonl, line 1: expected a JSON object"),
+        ("inspect_rollouts", ["RUN"], "expected step_000000.rank0.jsonl or others, got none"),
+        ("track_run", ["RUN", "wandb"], "expected UTF-8 text, got byte 0"),
+        ("plan", ["RUN/config.yaml", "--gpu-gb", "inf"], "--gpu-gb: expected numbers above 0"),
+        ("make_tiny_model", ["OUT", "--layers", "-1"], "--layers: expected 1 or more, got -1"),
+        ("make_tiny_model", ["OUT", "--heads", "3"], "--kv-heads: expected a divisor of --heads 3"),
+        ("make_tiny_model", ["OUT", "--chosen-experts", "9"], "at most --experts 8, got 9"),
+        ("make_dapo_like", ["OUT", "--times", "-1"], "expected numbers of 1 or more"),
+        ("make_dapo_like", ["RUN"], "expected the name of a file to write, got a folder"),
+    ],
+)
+def test_a_broken_run_and_an_impossible_number_are_one_line(
+    tool: str,
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    (run / "rollouts").mkdir(parents=True)
+    (run / "config.yaml").write_text("loop: {num_steps: 1}\n")
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\0")
+    (run / "rollouts" / "step_abc.rank0.jsonl").write_text("")
+    given = [word.replace("RUN", str(run)).replace("OUT", str(tmp_path / "out")) for word in words]
+    line = tell(tool, given, capsys, monkeypatch)
+    assert line.startswith(f"{tool}: ") and told in line
