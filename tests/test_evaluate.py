@@ -161,7 +161,7 @@ def test_engines_that_were_given_say_which_weights_they_serve(
     started: dict[str, Any], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEGATRON_RL_TOKEN", "t")
-    urls = ["fake://0", "fake://1"]
+    urls = ["http://one:1", "http://two:1"]
     config = replace(config, rollout=RolloutConfig(num_engines=0, urls=urls))
     started["pool"] = FakePool(urls, weight_version=7)
     evaluate(config, Progress())
@@ -176,7 +176,7 @@ def test_engines_that_were_given_say_which_weights_they_serve(
 
     started["pool"] = Different(urls)
     with pytest.raises(
-        EngineError, match="same weights, got versions 0 at fake://0, 1 at fake://1"
+        EngineError, match="same weights, got versions 0 at http://one:1, 1 at http://two:1"
     ):
         evaluate(config, Progress())
 
