@@ -134,6 +134,29 @@ def test_the_figures_are_printed_and_written(
     assert len({request.seed for request in asked}) == 9
 
 
+def test_a_set_that_could_not_be_scored_is_in_the_table_and_in_one_line(
+    started: dict[str, Any],
+    config: Config,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def crash(_: object, groups: Any) -> list[tuple[Score, ...]]:
+        return [
+            make_scores(*[None if g.prompt.source == "eval/few" else 0.0] * len(g.rollouts))
+            for g in groups
+        ]
+
+    monkeypatch.setattr(FakeScorer, "score", crash)
+    evaluate(config, Progress())
+    folder = Path(config.run_dir) / "evaluations" / "0001"
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("│ few ") and " 1.000 " in line for line in lines) == 1
+    of_sums, of_few = [line for line in lines if line.startswith("hint: ")]
+    assert of_sums.startswith("hint: eval sums: the verifier found an answer in none of the")
+    assert of_few.startswith("hint: eval few: its verifier could score none of the responses")
+    assert of_few.endswith(f"inspect_rollouts.py {folder} --evaluation few")
+
+
 def test_the_held_out_prompts_of_a_run_are_a_set_too(
     started: dict[str, Any], config: Config, tmp_path: Path
 ) -> None:
