@@ -11,6 +11,7 @@ GPUs in mcore-bridge itself (1.6.5, bridge/gpt_bridge.py, `_all_gather_tp`), and
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.process.loopback import use_loopback
 from megatron_rl.weights.families.family import model_types
 
 NAME = "mcore-bridge"
@@ -76,6 +78,7 @@ def _single_process() -> Iterator[None]:
     """Megatron's process groups, with this process alone."""
     from megatron.core import parallel_state
 
+    use_loopback(os.environ)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
