@@ -151,7 +151,7 @@ def test_a_set_that_could_not_be_scored_is_in_the_table_and_in_one_line(
     folder = Path(config.run_dir) / "evaluations" / "0001"
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("│ few ") and " 1.000 " in line for line in lines) == 1
-    of_sums, of_few = [line for line in lines if line.startswith("hint: ")]
+    of_few, of_sums = [line for line in lines if line.startswith("hint: ")]
     assert of_sums.startswith("hint: eval sums: the verifier found an answer in none of the")
     assert of_few.startswith("hint: eval few: its verifier could score none of the responses")
     assert of_few.endswith(f"inspect_rollouts.py {folder} --evaluation few")
