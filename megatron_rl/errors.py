@@ -27,6 +27,10 @@ class SyncError(RuntimeError):
     """
 
 
+class SilentEngineError(SyncError):
+    """An engine answers no health checks while it is waited for in a publication."""
+
+
 class SourceLostError(SyncError):
     """A learner process that sends weights has ended or does not answer; no other update can
     begin.

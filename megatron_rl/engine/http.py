@@ -8,14 +8,17 @@ vllm/entrypoints/serve/dev/cache/api_router.py.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import ssl
 from functools import cache
 from typing import Any
 
 import httpx
 
-from megatron_rl.engine.address import GENERATE_ROUTE, EngineAddress
-from megatron_rl.errors import SyncError
+from megatron_rl.engine.address import ALIVE_ROUTE, GENERATE_ROUTE, EngineAddress
+from megatron_rl.engine.alive import answer_while_alive, reason_of_silence
+from megatron_rl.errors import SilentEngineError, SyncError
 
 MAX_REASON_CHARACTERS = 600  # of an engine's answer, quoted in an error
 ABANDON_SECONDS = 5.0  # short, because an error is already being raised and must not be delayed
@@ -65,6 +68,13 @@ class EngineControl:
         """Close the connections."""
         self._client.close()
 
+    def check_alive(self, silence_seconds: float) -> None:
+        """Raise SilentEngineError if the engine answers no health check within so long."""
+        try:
+            self._client.get(ALIVE_ROUTE, timeout=silence_seconds)
+        except httpx.HTTPError as error:
+            raise SilentEngineError(reason_of_silence(self.url, silence_seconds)) from error
+
     def world_size(self) -> int:
         """The number of workers of the engine, over tensor, pipeline and data parallelism."""
         return int(self._call("connect", "GET", "/get_world_size")["world_size"])
@@ -77,19 +87,26 @@ class EngineControl:
         """Whether new requests wait in the engine instead of running."""
         return bool(self._call("pause", "GET", "/is_paused")["is_paused"])
 
-    def pause(self, *, mode: str = "wait", drain_seconds: float = 0.0) -> None:
+    def pause(
+        self, *, mode: str = "wait", drain_seconds: float = 0.0, silence_seconds: float = math.inf
+    ) -> None:
         """Make new requests wait in the engine.
 
         Args:
             mode: wait: returns when those in flight are answered; keep: they are frozen where they
                 are, and go on after `resume`.
             drain_seconds: is added to the timeout.
+            silence_seconds: how long the engine may answer no health checks meanwhile.
+
+        Raises:
+            SilentEngineError: it has answered none for so long.
         """
         self._call(
             "pause",
             "POST",
             f"/pause?mode={mode}&clear_cache={'true' if mode == 'wait' else 'false'}",
             added_seconds=drain_seconds,
+            silence_seconds=silence_seconds,
         )
 
     def start(self) -> None:
@@ -151,10 +168,15 @@ class EngineControl:
         body: dict[str, Any] | None = None,
         *,
         added_seconds: float = 0.0,
+        silence_seconds: float = math.inf,
     ) -> dict[str, Any]:
         timeout = self._timeout_seconds + added_seconds
+        request = self._client.build_request(method, path, json=body, timeout=timeout)
         try:
-            response = self._client.request(method, path, json=body, timeout=timeout)
+            if math.isinf(silence_seconds):
+                response = self._client.send(request)
+            else:
+                response = asyncio.run(self._answer_while_alive(request, silence_seconds))
         except httpx.TimeoutException as error:
             raise SyncError(
                 f"engine {self.url}, {phase}: expected an answer within {timeout} s, "
@@ -169,6 +191,13 @@ class EngineControl:
                 f"engine {self.url}, {phase}: expected status 200, got {reason_of(response)}"
             )
         return response.json()
+
+    async def _answer_while_alive(
+        self, request: httpx.Request, silence_seconds: float
+    ) -> httpx.Response:
+        options = {"base_url": self.url, "trust_env": False, "verify": tls_context()}
+        async with httpx.AsyncClient(headers=self._client.headers, **options) as client:
+            return await answer_while_alive(client, request, silence_seconds=silence_seconds)
 
 
 class ReadinessProbe:

@@ -167,16 +167,15 @@ class Crew:
         """After a publication that failed: look which of its engines answer, and leave the others
         out. A collective over all ranks; whether one was left out.
         """
-        before = set(self._running)
         time.sleep(DEATH_SECONDS)
         seconds = self._config.health_timeout_seconds
         if self._parallel.rank == 0:
             ended = self._engines.ended()
-            for url in urls:
-                if url not in ended and not is_alive(self._addresses[url], seconds):
+            for url in (each for each in self._running if each in urls and each not in ended):
+                if not is_alive(self._addresses[url], seconds):
                     self._lose(url, reason_of_silence(url, seconds))
         self.agree()
-        return bool((before - set(self._running)) & set(urls))
+        return not set(urls) <= set(self._running)
 
     def fall_asleep(self, sleep: Call | None) -> None:
         """Let all engines leave the memory that they share with the learner. Those that are

@@ -18,6 +18,7 @@ from megatron_rl.config import Config, RewardTerm
 from megatron_rl.config.file import replaced_keys
 from megatron_rl.data.evaluation_sets import questions_of
 from megatron_rl.engine.address import EngineAddress
+from megatron_rl.engine.health import seconds_of_silence
 from megatron_rl.engine.load import EngineLoad
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.roster import Roster
@@ -324,7 +325,7 @@ def _connect(
     if parallel.rank != 0:
         return source, evaluator, None
 
-    publisher = stack.enter_context(_publisher(config, addresses, parallel))
+    publisher = stack.enter_context(_publisher(config, addresses, parallel, roster))
     link = EngineLink(
         publisher=publisher,
         pool=pool,
@@ -335,13 +336,18 @@ def _connect(
     return source, evaluator, link
 
 
-def _publisher(config: Config, addresses: Sequence[EngineAddress], parallel: Parallel) -> Publisher:
+def _publisher(
+    config: Config, addresses: Sequence[EngineAddress], parallel: Parallel, roster: Roster
+) -> Publisher:
+    health_timeout = config.rollout.health_timeout_seconds
     return Publisher(
         addresses,
         config.sync,
         wire_dtype=DTYPES[config.rollout.dtype],  # the engines'
         sources=_sources(config, parallel),
         drain_seconds=_drain_seconds(config),
+        silence_seconds=lambda url: seconds_of_silence(url, roster, health_timeout),
+        leave_out=roster.leave_out,
     )
 
 

@@ -20,6 +20,7 @@ not send other prompts until the probe (`sync/probe.py`) has passed.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -33,7 +34,7 @@ import torch
 from megatron_rl.config import SyncConfig
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
-from megatron_rl.errors import SourceLostError, SyncError
+from megatron_rl.errors import SilentEngineError, SourceLostError, SyncError
 from megatron_rl.process.loopback import HOST
 from megatron_rl.sync.engine_calls import EngineCalls, nothing
 from megatron_rl.sync.source import TensorSource, WeightStream
@@ -83,6 +84,9 @@ class Publisher:
         sources: the processes that send tensors, of which this is source 0; None: it is the only
             one.
         drain_seconds: added to the timeout of the pause, in which requests end that are in flight.
+        silence_seconds: how long an engine, by URL, may answer no health checks, before an update
+            and in its pause.
+        leave_out: is told the URL of an engine that has answered none for so long, and why.
         control: creates the client of an engine's weight routes from its address and the timeout.
     """
 
@@ -94,6 +98,8 @@ class Publisher:
         wire_dtype: torch.dtype | None,
         sources: Sources | None = None,
         drain_seconds: float = 0.0,
+        silence_seconds: Callable[[str], float] = lambda url: math.inf,
+        leave_out: Callable[[str, str], None] = lambda url, reason: None,
         control: Callable[[EngineAddress, float], EngineControl] = EngineControl,
     ) -> None:
         if not addresses:
@@ -104,6 +110,7 @@ class Publisher:
         self._sources = sources or Sources(None)
         self._running_requests = config.running_requests
         self._drain_seconds = drain_seconds
+        self._silence_seconds, self._leave_out = silence_seconds, leave_out
         self._sender = sender_class(self._transport_name)(
             source=0,
             num_sources=self._sources.count,
@@ -174,6 +181,7 @@ class Publisher:
         sent = wire_specs(stream.specs, self._wire_dtype)
         manifest = Manifest(update=secrets.token_hex(8), specs=tuple(sent))
         with _timed(seconds, "connect"):
+            self._on_all(self._check_alive)
             num_workers = self._connect(len(sent))
         self._pause(seconds)
         try:
@@ -251,10 +259,26 @@ class Publisher:
             raise
 
     def _pause_one(self, engine: EngineControl) -> None:
-        if self._running_requests == "wait":
-            engine.pause(drain_seconds=self._drain_seconds)
-        else:
-            engine.pause(mode="keep")
+        with self._leaving_out(engine) as silence:
+            if self._running_requests == "wait":
+                engine.pause(drain_seconds=self._drain_seconds, silence_seconds=silence)
+            else:
+                engine.pause(mode="keep", silence_seconds=silence)
+
+    def _check_alive(self, engine: EngineControl) -> None:
+        """Find an engine that is frozen before a call that it may rightly answer late."""
+        with self._leaving_out(engine) as silence:
+            if not math.isinf(silence):
+                engine.check_alive(silence)
+
+    @contextmanager
+    def _leaving_out(self, engine: EngineControl) -> Iterator[float]:
+        """The seconds that this engine may be silent; an engine that is so longer is told."""
+        try:
+            yield self._silence_seconds(engine.url)
+        except SilentEngineError as error:
+            self._leave_out(engine.url, str(error))
+            raise
 
     def _reset(self, engine: EngineControl) -> None:
         """Discard the cache of the old weights. A running request that keeps its own blocks also

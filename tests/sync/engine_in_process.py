@@ -7,6 +7,7 @@ loaded, and after updates.
 
 from __future__ import annotations
 
+import math
 import os
 
 os.environ.update(
@@ -54,7 +55,9 @@ class InProcess:
     def is_paused(self) -> bool:
         return False
 
-    def pause(self, *, mode: str = "wait", drain_seconds: float = 0.0) -> None:
+    def pause(
+        self, *, mode: str = "wait", drain_seconds: float = 0.0, silence_seconds: float = math.inf
+    ) -> None:
         pass
 
     def resume(self) -> None:

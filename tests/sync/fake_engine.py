@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,7 +38,9 @@ class FakeEngine:
     def is_paused(self) -> bool:
         return False
 
-    def pause(self, *, mode: str = "wait", drain_seconds: float = 0.0) -> None:
+    def pause(
+        self, *, mode: str = "wait", drain_seconds: float = 0.0, silence_seconds: float = math.inf
+    ) -> None:
         self.calls.append("pause" if mode == "wait" else f"pause {mode}")
 
     def start(self) -> None:
