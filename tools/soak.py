@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of run and picture")
     parser.add_argument("--seconds", type=float, default=7200.0)
     parser.add_argument("--kill-seconds", type=float, default=300.0)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # settings come after the options
     options.work.mkdir(parents=True, exist_ok=True)
     run_dir = options.work / "run"
     command = [sys.executable, "-m", "megatron_rl.train", options.config, f"run_dir={run_dir}"]

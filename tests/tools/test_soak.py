@@ -83,3 +83,19 @@ def test_figures_of_processes_and_a_picture(tmp_path: Path) -> None:
     assert soak.quarters(samples, "fds") == (2.5, 6.5)
     soak.draw(samples, tmp_path / "soak.png")
     assert (tmp_path / "soak.png").stat().st_size > 1000
+
+
+def test_settings_come_after_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the usage says; and what the run is started with comes before them."""
+    started: list[list[str]] = []
+
+    def start(command: list[str], **_settings: object) -> None:
+        started.append(command)
+        raise InterruptedError
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    arguments = ["a.yaml", "--work", str(tmp_path), "--seconds", "9", "model.path=m", "seed=1"]
+    with pytest.raises(InterruptedError):
+        soak.main(arguments)
+    assert started[0][-2:] == ["model.path=m", "seed=1"]
+    assert f"run_dir={tmp_path / 'run'}" in started[0]
