@@ -28,6 +28,7 @@ class Wire:
     """A bucket of memory, and an assembly that reads it."""
 
     def __init__(self, *, is_memory_kept: bool = False) -> None:
+        self.raw = list(RAW)  # what is sent
         self.memory = torch.zeros(BUCKET_BYTES, dtype=torch.uint8)
         self.digests: dict[int, str] = {}
         self.assembly = Assembly(
@@ -39,10 +40,8 @@ class Wire:
     def send(self, bucket: Bucket, checksums: dict[int, str] = CHECKSUMS) -> dict:
         self.memory.fill_(255)  # what an earlier bucket left
         for piece in bucket.pieces:
-            end = piece.tensor_offset + piece.nbytes
-            self.memory[piece.bucket_offset : piece.bucket_offset + piece.nbytes] = RAW[
-                piece.tensor
-            ][piece.tensor_offset : end]
+            sent = self.raw[piece.tensor][piece.tensor_offset :][: piece.nbytes]
+            self.memory[piece.bucket_offset : piece.bucket_offset + piece.nbytes] = sent
         completed = dict(self.assembly.tensors_of(bucket, checksums))
         assert len(self.assembly.digests) == len(completed)
         self.digests |= {i: digest.hex() for i, digest in self.assembly.digests.items()}
@@ -77,10 +76,9 @@ def test_tensors_are_copied_only_if_memory_is_used_again_or_a_bucket_has_half_of
 def test_one_bit_that_was_flipped_on_the_way_is_found(monkeypatch, index, is_memory_kept):
     """In the last byte of a tensor that one bucket has, and of one that two buckets have."""
     monkeypatch.setattr(assembly, "BLOCK_BYTES", 16)
-    spoiled = RAW[index].clone()
-    spoiled[-1] ^= 1
-    monkeypatch.setitem(RAW, index, spoiled)
     wire = Wire(is_memory_kept=is_memory_kept)
+    wire.raw[index] = wire.raw[index].clone()
+    wire.raw[index][-1] ^= 1
     with pytest.raises(SyncError, match=f"{SPECS[index].name}: expected checksum"):
         for bucket in plan_buckets(SPECS, BUCKET_BYTES):
             wire.send(bucket)
