@@ -193,9 +193,9 @@ def _traffic_lines(config: Config, plan: Plan) -> list[str]:
         f"step: {step.num_sequences:,} sequences, at most {step.max_tokens:,} tokens; an update of "
         f"a replica has at most {step.rows_per_update} rows of "
         f"{config.learner.tokens_per_micro_batch:,} tokens",
-        f"sync: {sync.num_tensors} tensors, {sync.num_bytes:,} bytes to each host of engines in "
-        f"{sync.num_buckets} buckets; rank 0 holds {sync.held_bytes / GB:.2f} GB more; seconds by "
-        "link, if the link is the limit:",
+        f"sync: {sync.num_tensors} tensors, {sync.num_bytes:,} bytes in {sync.num_buckets} buckets "
+        f"to each worker of an engine, which keeps {sync.kept_bytes:,} of them; rank 0 holds "
+        f"{sync.held_bytes / GB:.2f} GB more; seconds by link, if the link is the limit:",
     ]
     lines += [f"  {link:26s} {seconds:8.2f}" for link, seconds in sync.seconds().items()]
     lines.append(

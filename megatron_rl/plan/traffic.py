@@ -10,6 +10,7 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.plan.layout import ITEM_SIZES, ClusterLayout
 from megatron_rl.plan.parameters import largest_tensor, num_parameters, tensor_shapes
+from megatron_rl.plan.slices import worker_bytes
 from megatron_rl.weights.geometry import Geometry
 from megatron_rl.weights.quantization import quantized_shapes
 
@@ -33,11 +34,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class SyncPlan:
     """One publication of the weights to every engine.
 
-    Example: `SyncPlan(num_tensors=399, num_bytes=16381470720, num_buckets=245, held_bytes=2.5e9)`.
+    Example: `SyncPlan(num_tensors=399, num_bytes=16381470720, kept_bytes=16381470720,
+    num_buckets=245, held_bytes=2.5e9)`.
     """
 
     num_tensors: int
-    num_bytes: int  # that each host of engines receives
+    num_bytes: int  # that each worker of an engine receives
+    kept_bytes: int  # of these, in the slices of a worker
     num_buckets: int
     held_bytes: int  # on rank 0: the largest tensor, in pieces and joined
 
@@ -85,6 +88,7 @@ def sync_plan(config: Config, geometry: Geometry) -> SyncPlan:
     return SyncPlan(
         num_tensors=len(_wire(config, geometry)),
         num_bytes=sent,
+        kept_bytes=worker_bytes(config, geometry, _DTYPES[config.rollout.dtype]),
         num_buckets=math.ceil(sent / (config.sync.bucket_mib * 2**20)),
         held_bytes=2 * largest_tensor(geometry) * ITEM_SIZES[config.model.dtype],
     )
