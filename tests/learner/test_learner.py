@@ -82,11 +82,10 @@ def test_a_micro_batch_with_a_broken_row_gets_no_loss(monkeypatch: pytest.Monkey
         parallel=SimpleNamespace(
             is_row_head=True,
             cp_group=SimpleNamespace(size=lambda: 1),
-            any_rank=lambda own: own,
-            from_all_ranks=lambda own: [own],
+            first_problem=lambda own: own,
         ),
         _routers=SimpleNamespace(of_update=lambda rows, balance: None),
-        _gradient_problem=lambda: None,
+        _gradient_problem=lambda: "",
         onload=lambda: None,
     )
     one._terms = partial(learner.Learner._terms, one)
