@@ -24,7 +24,6 @@ name.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -51,7 +50,7 @@ from megatron_rl.weights.conversion.convert import Output, to_huggingface, to_me
 from megatron_rl.weights.conversion.distributed import METADATA
 from megatron_rl.weights.conversion.sources import HuggingFaceSource, MegatronSource, Source
 from megatron_rl.weights.fingerprint import distributed_fingerprint, model_fingerprint
-from megatron_rl.weights.geometry import Geometry, read_geometry
+from megatron_rl.weights.geometry import Geometry, read_geometry, read_hf_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,8 +213,7 @@ def _convert_through_bridge(request: Request, options: argparse.Namespace) -> No
             "--verify; mcore-bridge writes Hugging Face checkpoints on GPUs only, with its own "
             "save_weights"
         )
-    settings = json.loads((request.source / "config.json").read_text())
-    check_bridge(settings.get("model_type", ""))
+    check_bridge(read_hf_config(request.source, "source").get("model_type", ""))
     what = {"source": str(request.source), "through": NAME}
     output = Output(folder=request.output, what=what | {"files": model_fingerprint(request.source)})
     output.start()

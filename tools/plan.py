@@ -75,9 +75,10 @@ def _plan(options: argparse.Namespace) -> int:
         device=options.device,
     )
     config = with_known_shape(load_config(options.config, options.overrides))
-    is_good = tell(config, cluster)
+    plan = make_plan(config, cluster)
+    is_good = tell(config, cluster, plan)
     if options.simulate:
-        is_good &= tell_simulation(config, cluster)
+        is_good &= tell_simulation(config, plan)
     return 0 if is_good else 1
 
 
@@ -91,13 +92,8 @@ def with_known_shape(config: Config) -> Config:
     return replace(config, model=replace(config.model, path=str(shape)))
 
 
-def tell(config: Config, cluster: Cluster) -> bool:
-    """Print the plan; returns whether the run fits.
-
-    Raises:
-        ConfigError, DataError: the run could not start.
-    """
-    plan = make_plan(config, cluster)
+def tell(config: Config, cluster: Cluster, plan: Plan) -> bool:
+    """Print the plan; returns whether the run fits."""
     for line in (*_layout_lines(config, plan), *_memory_lines(config, plan)):
         print(line)
     if not plan.memory.fits:
@@ -108,19 +104,17 @@ def tell(config: Config, cluster: Cluster) -> bool:
     return plan.memory.fits
 
 
-def tell_simulation(config: Config, cluster: Cluster) -> bool:
+def tell_simulation(config: Config, plan: Plan) -> bool:
     """Publish as every rank in turn, and print what is wrong; returns whether nothing is.
 
     Raises:
         ConfigError: there are more ranks than can be simulated.
     """
-    plan = make_plan(config, cluster)
-    world_size = plan.layout.world_size
+    world_size, geometry = plan.layout.world_size, plan.geometry
     if world_size > MAX_SIMULATED:
         raise ConfigError(
             f"--simulate: expected at most {MAX_SIMULATED} ranks, got {world_size}; lower --nodes"
         )
-    geometry = plan.geometry
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("ranks", total=world_size)
         ranks = simulate(

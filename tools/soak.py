@@ -106,13 +106,17 @@ class UsedPrompts:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
+        self._num_read = 0  # bytes of the metrics, which grow for hours
         self.of_step: dict[int, list[int]] = {}
 
     def look(self) -> None:
         """Read the steps that are new; those that are being written are read next time."""
+        with (self._run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(self._num_read)
+            lines = [line for line in file if line.endswith(b"\n")]
+        self._num_read += sum(map(len, lines))
         last = max(self.of_step, default=0)
-        lines = read_metrics(self._run_dir / "metrics.jsonl")
-        for step in range(last + 1, int(lines[-1]["step"]) if lines else 0):
+        for step in range(last + 1, int(json.loads(lines[-1])["step"]) if lines else 0):
             self.read(step)
 
     def read(self, step: int) -> None:

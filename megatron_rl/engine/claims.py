@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.http import authorization, reason_of, tls_context
+from megatron_rl.engine.http import client_settings, reason_of
 from megatron_rl.errors import EngineError
 
 CLAIM_ROUTE = "/megatron_rl/claim"
@@ -72,14 +72,7 @@ class Claims:
             "holder": f"the run in {run_dir.resolve()} on {host}, process {os.getpid()}",
         }
         self._clients = [
-            httpx.Client(
-                base_url=address.url,
-                headers=authorization(address),
-                timeout=CALL_SECONDS,
-                trust_env=False,
-                verify=tls_context(),
-            )
-            for address in addresses
+            httpx.Client(**client_settings(address), timeout=CALL_SECONDS) for address in addresses
         ]
         self._lost = ""
         self._is_ended = threading.Event()

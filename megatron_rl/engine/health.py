@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import closing
 
 import httpx
 
-from megatron_rl.engine.address import ALIVE_ROUTE, EngineAddress
+from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.alive import PERIOD_SECONDS, answers, reason_of_silence
-from megatron_rl.engine.http import ReadinessProbe, authorization, tls_context
+from megatron_rl.engine.http import EngineControl, ReadinessProbe, client_settings
 from megatron_rl.engine.roster import Roster
+from megatron_rl.errors import SilentEngineError
 
 # The first requests of an engine may compile kernels, which holds its scheduler up.
 FIRST_FACTOR = 5.0  # times the timeout, until the engine has answered one
@@ -22,12 +24,7 @@ async def watch_health(address: EngineAddress, roster: Roster, timeout_seconds: 
     Args:
         timeout_seconds: see `seconds_of_silence`; an answer of any status counts.
     """
-    async with httpx.AsyncClient(
-        base_url=address.url,
-        headers=authorization(address),
-        trust_env=False,
-        verify=tls_context(),
-    ) as client:
+    async with httpx.AsyncClient(**client_settings(address)) as client:
         answered = time.monotonic()
         while True:
             seconds = seconds_of_silence(address.url, roster, timeout_seconds)
@@ -49,16 +46,11 @@ def seconds_of_silence(url: str, roster: Roster, timeout_seconds: float) -> floa
 
 def is_alive(address: EngineAddress, timeout_seconds: float) -> bool:
     """Whether the engine answers a health check; blocks until then or the timeout."""
-    try:
-        httpx.get(
-            f"{address.url}{ALIVE_ROUTE}",
-            headers=authorization(address),
-            timeout=timeout_seconds,
-            trust_env=False,
-            verify=tls_context(),
-        )
-    except httpx.HTTPError:
-        return False
+    with closing(EngineControl(address, timeout_seconds)) as engine:
+        try:
+            engine.check_alive(timeout_seconds)
+        except SilentEngineError:
+            return False
     return True
 
 

@@ -37,6 +37,16 @@ def authorization(address: EngineAddress) -> dict[str, str]:
     return {"Authorization": f"Bearer {address.token}"}
 
 
+def client_settings(address: EngineAddress) -> dict[str, Any]:
+    """What every client of one engine is made with, blocking or not."""
+    return {
+        "base_url": address.url,
+        "headers": authorization(address),
+        "trust_env": False,  # a proxy from the environment must not see weights or token
+        "verify": tls_context(),
+    }
+
+
 def reason_of(response: httpx.Response) -> str:
     """Status and text of an answer, in one line, for an error message."""
     text = " ".join(response.text[: 2 * MAX_REASON_CHARACTERS].split())
@@ -54,14 +64,12 @@ class EngineControl:
     def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
         self.url = address.url.rstrip("/")
         self._timeout_seconds = timeout_seconds
+        self._settings = client_settings(address)
         self._client = httpx.Client(
-            base_url=self.url,
-            headers=authorization(address),
+            **self._settings,
             timeout=timeout_seconds,
             # uvicorn closes the connection after a failed call; the next call must not reuse it.
             limits=httpx.Limits(max_keepalive_connections=0),
-            trust_env=False,  # a proxy from the environment must not see weights or token
-            verify=tls_context(),
         )
 
     def close(self) -> None:
@@ -195,8 +203,7 @@ class EngineControl:
     async def _answer_while_alive(
         self, request: httpx.Request, silence_seconds: float
     ) -> httpx.Response:
-        options = {"base_url": self.url, "trust_env": False, "verify": tls_context()}
-        async with httpx.AsyncClient(headers=self._client.headers, **options) as client:
+        async with httpx.AsyncClient(**self._settings) as client:
             return await answer_while_alive(client, request, silence_seconds=silence_seconds)
 
 

@@ -21,7 +21,7 @@ from megatron_rl.engine.answers import (
     read_scores,
     score_body,
 )
-from megatron_rl.engine.http import authorization, reason_of, tls_context
+from megatron_rl.engine.http import client_settings, reason_of
 from megatron_rl.engine.requests import Completion, GenerateRequest
 from megatron_rl.errors import EngineError
 
@@ -70,12 +70,9 @@ class SamplingClient:
         self._timeout_seconds = config.request_timeout_seconds
         self._in_flight = asyncio.Semaphore(config.max_in_flight)
         self._client = httpx.AsyncClient(
-            base_url=address.url,
-            headers=authorization(address),
+            **client_settings(address),
             timeout=config.request_timeout_seconds,
             limits=httpx.Limits(max_connections=config.max_in_flight),
-            trust_env=False,  # a proxy from the environment must not see the token
-            verify=tls_context(),
         )
 
     async def close(self) -> None:

@@ -81,6 +81,11 @@ def visible_devices(gpus: Sequence[int]) -> str:
     return ",".join(str(gpu) if names is None else names[gpu] for gpu in gpus)
 
 
+def may_share_gpus(placement: str) -> bool:
+    """Whether the run may start engines on GPUs that ranks use."""
+    return placement in ("auto", "colocated")
+
+
 def sleeps(placement: str, device: str) -> bool:
     """Whether engines sleep while the learner works; `device` is the learner's, cpu or cuda."""
     return placement == "colocated" and device == "cuda"

@@ -13,15 +13,16 @@ which replica kept them. Dropped groups still count towards the mean discrepancy
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from megatron_rl.config import Config, ObjectiveConfig, RewardConfig
-from megatron_rl.errors import EnginesLostError, RewardError
+from megatron_rl.errors import RewardError
 from megatron_rl.loop.replicas import Replicas
-from megatron_rl.loop.restore import Restore, no_engines_to_restore
+from megatron_rl.loop.restore import Restore, ask_engines, no_engines_to_restore
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.advantage import group_advantages, reward_deviations
 from megatron_rl.observe.metrics import Metric, merge
@@ -105,15 +106,14 @@ def _take(
 ) -> TakenRollouts | None:
     """This replica's rollouts of one round; None on a rank without a source."""
     taken = None
-    while True:
-        shortage = ""
-        if source is not None and taken is None:
-            try:
-                taken = source.take(request)
-            except EnginesLostError as error:
-                shortage = str(error)
-        if not restore(shortage):
-            return taken
+
+    def take() -> TakenRollouts | None:
+        nonlocal taken
+        if source is not None and taken is None:  # another replica may have to ask again
+            taken = source.take(request)
+        return taken
+
+    return ask_engines(take, restore, nullcontext)
 
 
 def _judge(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_rl.config import Config
+from megatron_rl.engine.placement import may_share_gpus
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan.plan import Cluster, make_plan
 from megatron_rl.plan.traffic import longest_sample
@@ -101,7 +102,7 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[Change]:
         yield Change(key="parallel.pipeline", value=pipeline)
     if config.model.activation_recomputation != "full":
         yield Change(key="model.activation_recomputation", value="full")
-    if rollout.num_engines and rollout.placement in ("auto", "colocated"):
+    if rollout.num_engines and may_share_gpus(rollout.placement):
         if rollout.placement == "auto" and rollout.max_policy_age == 0:
             yield Change(key="rollout.placement", value="colocated")
         for utilization in (0.6, 0.5, 0.4, 0.3, 0.2):

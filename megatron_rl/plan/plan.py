@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rl.config import Config
-from megatron_rl.engine.placement import sleeps
+from megatron_rl.engine.placement import may_share_gpus, sleeps
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.learner.layout.parallel import check_world_size
 from megatron_rl.loop.preflight import (
@@ -148,7 +148,7 @@ def memory_plan(
     )
     engine = None
     rollout = config.rollout
-    if rollout.num_engines and rollout.placement in ("auto", "colocated") and not config.replay:
+    if rollout.num_engines and may_share_gpus(rollout.placement) and not config.replay:
         # An engine has several GPUs; those that one host has no room for are on the others.
         num_gpus = rollout.num_engines * rollout.tensor_parallel
         room = cluster.gpus_per_node

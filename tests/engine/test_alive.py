@@ -5,87 +5,43 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing
 
 import pytest
 
 from megatron_rl.config import SyncConfig
-from megatron_rl.engine.address import ALIVE_ROUTE, EngineAddress
 from megatron_rl.engine.http import EngineControl
 from megatron_rl.errors import SilentEngineError, SyncError
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.source import WeightStream
+from tests.fakes.http_server import FakeServer
 
-TOKEN = "a-token"
 SILENCE_SECONDS = 0.5
 
 
-class Server(ThreadingHTTPServer):
-    """An engine that answers a pause after `pause_seconds`, and checks until it is frozen."""
-
-    pause_seconds = 0.0
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.is_frozen, self.is_closed = threading.Event(), threading.Event()
-        self.num_checks = 0
-
-    @property
-    def address(self) -> EngineAddress:
-        return EngineAddress(url=f"http://127.0.0.1:{self.server_port}", token=TOKEN)
-
-
-class Answers(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        if self.path == ALIVE_ROUTE:
-            self.server.num_checks += 1
-            if self.server.is_frozen.is_set():
-                self.server.is_closed.wait(30.0)
-        self.answer(200 if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401)
-
-    def do_POST(self) -> None:
-        self.server.is_closed.wait(self.server.pause_seconds)
-        self.answer(200)
-
-    def answer(self, status: int) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    def log_message(self, *_arguments: object) -> None:
-        """Nothing is printed."""
-
-
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as served:
-        thread = threading.Thread(target=served.serve_forever, daemon=True)
-        thread.start()
+def server() -> Iterator[FakeServer]:
+    with closing(FakeServer((200, {}))) as served:
         yield served
-        served.is_closed.set()
-        served.shutdown()
 
 
 @pytest.fixture
-def control(server: Server) -> Iterator[EngineControl]:
-    engine = EngineControl(server.address, 20.0)
-    yield engine
-    engine.close()
+def control(server: FakeServer) -> Iterator[EngineControl]:
+    with closing(EngineControl(server.address, 20.0)) as engine:
+        yield engine
 
 
-def test_a_pause_may_take_longer_than_a_check(server: Server, control: EngineControl) -> None:
-    server.pause_seconds = 3 * SILENCE_SECONDS
+def test_a_pause_may_take_longer_than_a_check(server: FakeServer, control: EngineControl) -> None:
+    server.delay_seconds = 3 * SILENCE_SECONDS
     control.pause(silence_seconds=SILENCE_SECONDS)
     assert server.num_checks >= 3
 
 
-def test_an_engine_that_freezes_in_a_pause_is_found(server: Server, control: EngineControl) -> None:
-    server.pause_seconds = 20.0
-    threading.Timer(SILENCE_SECONDS, server.is_frozen.set).start()
+def test_an_engine_that_freezes_in_a_pause_is_found(
+    server: FakeServer, control: EngineControl
+) -> None:
+    server.delay_seconds = 20.0
+    threading.Timer(SILENCE_SECONDS, setattr, (server, "is_frozen", True)).start()
     begin = time.monotonic()
     with pytest.raises(SilentEngineError, match=r"within 0\.5 s .*it is frozen"):
         control.pause(drain_seconds=600.0, silence_seconds=SILENCE_SECONDS)
@@ -93,13 +49,13 @@ def test_an_engine_that_freezes_in_a_pause_is_found(server: Server, control: Eng
 
 
 def test_an_answer_and_an_error_arrive_as_without_checks(
-    server: Server, control: EngineControl
+    server: FakeServer, control: EngineControl
 ) -> None:
     control.pause(silence_seconds=SILENCE_SECONDS)
-    server.is_frozen.set()  # answers a pause that ends before the first check
+    server.is_frozen = True  # answers a pause that ends before the first check
     control.pause(silence_seconds=SILENCE_SECONDS)
-    server.pause_seconds = 2.0
-    server.is_frozen.clear()
+    server.delay_seconds = 2.0
+    server.is_frozen = False
     late = EngineControl(server.address, 0.3)
     with pytest.raises(SyncError, match=r"pause: expected an answer within 0\.3 s") as failure:
         late.pause(silence_seconds=SILENCE_SECONDS)
@@ -107,9 +63,9 @@ def test_an_answer_and_an_error_arrive_as_without_checks(
     late.close()
 
 
-def test_an_update_does_not_begin_with_a_frozen_engine(server: Server) -> None:
+def test_an_update_does_not_begin_with_a_frozen_engine(server: FakeServer) -> None:
     """It is told to the roster, and nothing that may last was asked of it."""
-    server.is_frozen.set()
+    server.is_frozen = True
     lost: dict[str, str] = {}
     publisher = Publisher(
         [server.address],

@@ -26,7 +26,9 @@ class FakeServer:
         self.requests: list[dict[str, Any]] = []  # bodies; {} for a request without one
         self.paths: list[str] = []  # with the query
         self.tokens: list[str | None] = []  # the Authorization header
-        self.is_frozen = False  # answers no health check; these are noted nowhere
+        self.is_frozen = False  # answers no health check; these are only counted
+        self.num_checks = 0
+        self.delay_seconds = 0.05  # before an answer, so that requests overlap
         self.num_in_flight = self.max_in_flight = 0
         self._answers = answers
         self._lock = threading.Lock()
@@ -54,6 +56,7 @@ class FakeServer:
 
     def _handle(self, handler: BaseHTTPRequestHandler) -> None:
         if handler.path == ALIVE_ROUTE:
+            self.num_checks += 1
             if self.is_frozen:
                 time.sleep(HANG_SECONDS)
             else:
@@ -72,7 +75,7 @@ class FakeServer:
         if answer == "hang":
             time.sleep(HANG_SECONDS)
         elif answer != "reset":
-            time.sleep(0.05)  # so that requests overlap
+            time.sleep(self.delay_seconds)
             content = json.dumps(answer[1]).encode()
             handler.send_response(answer[0])
             handler.send_header("content-length", str(len(content)))

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from megatron_rl.config import AcceptanceConfig, Config, ObjectiveConfig
-from megatron_rl.errors import EnginesLostError
 from megatron_rl.loop.acceptance import Acceptance, estimates, first_kept
 from megatron_rl.records import SampledStep
 from tests.fakes.groups import judged, make_group, make_rollout, make_scores, scored
 from tests.fakes.learner import FakeLearner, FakeParallel
+from tests.fakes.lost_pool import LostUntilRestored
 
 PHASES = ("acceptance",)
 
@@ -116,22 +116,12 @@ def test_the_bound_decides(max_loss: float, is_taken_back: bool) -> None:
 def test_the_last_engine_is_lost_while_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for, and asked again; every rank takes part in bringing it back."""
     learner, engines = FakeLearner(logprob=math.log(0.75)), FakeEngines(math.log(0.5))
-    acceptance, score = acceptance_of([], learner, engines, max_loss=0.2), engines.score
-    told: list[str] = []
-
-    def score_later(sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        if not told:
-            raise EnginesLostError("none is left")
-        return score(sequences)
-
-    def restore(shortage: str) -> bool:
-        told.append(shortage)
-        return bool(shortage)
-
-    monkeypatch.setattr(engines, "score", score_later)
-    monkeypatch.setattr(acceptance, "_restore", restore)
+    acceptance = acceptance_of([], learner, engines, max_loss=0.2)
+    lost = LostUntilRestored(engines.score)
+    monkeypatch.setattr(engines, "score", lost.score)
+    monkeypatch.setattr(acceptance, "_restore", lost.restore)
     figures = acceptance.decide(step_of(1.0, -0.5))
-    assert told == ["none is left", ""]
+    assert lost.told == ["none is left", ""]
     assert figures["acceptance/loss"] == pytest.approx(0.125, rel=1e-6)
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_rl.config import Config, EvalConfig
-from megatron_rl.errors import EnginesLostError
 from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.loop.fixed_gap import gap_figures, measure_fixed_gap
 from megatron_rl.loop.preflight import FIXED_STEP
@@ -20,6 +19,7 @@ from megatron_rl.rollout.recording import write_step
 from tests.fakes.engine_pool import FakePool
 from tests.fakes.groups import judged, make_group, make_rollout, scored
 from tests.fakes.learner import FakeLearner, FakeParallel
+from tests.fakes.lost_pool import LostUntilRestored
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
@@ -58,22 +58,12 @@ def test_the_engines_score_the_recorded_sequences(tmp_path: Path) -> None:
 def test_the_last_engine_is_lost_while_it_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, pool, told = record(tmp_path), FakePool(), []
-    score = pool.score
-
-    def score_later(sequences: list[list[int]]) -> list[tuple[float, ...]]:
-        if not told:
-            raise EnginesLostError("none is left")
-        return score(sequences)
-
-    def restore(shortage: str) -> bool:
-        told.append(shortage)
-        return bool(shortage)
-
-    monkeypatch.setattr(pool, "score", score_later)
+    config, pool = record(tmp_path), FakePool()
+    lost = LostUntilRestored(pool.score)
+    monkeypatch.setattr(pool, "score", lost.score)
     link = SimpleNamespace(pool=pool)
-    figures = measure_fixed_gap(FakeLearner(), link, config, phase, restore)
-    assert told == ["none is left", ""]
+    figures = measure_fixed_gap(FakeLearner(), link, config, phase, lost.restore)
+    assert lost.told == ["none is left", ""]
     assert figures["eval/fixed_logprob/mean"] == pytest.approx(-0.5)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -91,16 +90,16 @@ def train_step(
     grad_norms: list[float] = []
     problems, of_dropped = [of_passes] * len(mini_batches), ""
     if not of_passes:
+        scalars = _scalars(learner, mini_batches, dropped, config, dual)
+        is_gated = config.constraint.gate == "mean"
         settings = StepSettings(
             config=config,
-            dual_value=dual_value,
+            dual_value=0.0 if is_gated and not scalars.is_gate_open else dual_value,
             tolerance=dual.tolerance,
-            scalars=_scalars(learner, mini_batches, dropped, config, dual),
+            scalars=scalars,
             weight_version=weight_version,
             place=f"step {step}, rank {learner.parallel.rank}",
         )
-        if config.constraint.gate == "mean" and not settings.scalars.is_gate_open:
-            settings = replace(settings, dual_value=0.0)
         results, grad_norms, problems = _updates(
             learner, mini_batches, batch.num_left_out, settings
         )
@@ -132,7 +131,7 @@ def _passes(
     rows, and why a log-prob cannot be computed, or "". Every rank runs all passes, whatever happens
     in them, and all get the same reason.
     """
-    problems = [""]
+    problems: list[str] = []
 
     def rows_of(passed: Callable[[], list[Item]]) -> list[Item]:
         try:
@@ -145,7 +144,7 @@ def _passes(
         _update_rows(learner, rows, rows_of, is_separate=is_separate) for rows in batch.mini_batches
     ]
     dropped = rows_of(partial(learner.recompute, batch.dropped))
-    own = next(filter(None, problems), "")
+    own = problems[0] if problems else ""
     return mini_batches, dropped, learner.parallel.first_problem(own)
 
 
