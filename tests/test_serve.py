@@ -28,6 +28,7 @@ from megatron_rl.evaluate import evaluate
 from megatron_rl.process.command import Progress
 from megatron_rl.records import TOKEN_VARIABLE
 from megatron_rl.serve import serve
+from tests.support.ports import free_port
 from tests.support.processes import is_alive
 from tests.support.served_engine import ServedEngine
 
@@ -102,10 +103,8 @@ def test_engines_are_told_to_listen_on_loopback_alone(
     monkeypatch.setattr(StartedEngine, "started", [])
     for variable in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(variable, "0.0.0.0")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     nodes = RolloutConfig(num_engines=2, placement="nodes")
-    rollout = nodes if command == "serve nodes" else RolloutConfig(num_engines=2, port=port)
+    rollout = nodes if command == "serve nodes" else RolloutConfig(num_engines=2, port=free_port(2))
     sampling = SamplingConfig(max_tokens=8)
     questions = EvalSetConfig(name="chain_sum", num_rows=2, sampling=sampling)
     config = Config(

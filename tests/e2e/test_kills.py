@@ -35,6 +35,7 @@ from tests.e2e.reward import COUNT_VARIABLE
 from tests.e2e.runs import read_jsonl
 from tests.support import ranks
 from tests.support.checkpoint_reader import read_tensors
+from tests.support.ports import free_port
 from tests.support.ranks import FinishedRun, rank_environment, run_module
 
 TOKEN = "token of the engines"
@@ -93,7 +94,7 @@ class HashEngines:
     def __init__(self, model: Path, folder: Path) -> None:
         self._model, self.events = model, folder / "events"
         self.events.touch()
-        self.ports = [_free_port(), _free_port()]
+        self.ports = [free_port(), free_port()]
         self.processes = [self._start(port) for port in self.ports]
 
     @property
@@ -281,11 +282,6 @@ def run_killed(
         engines.wait_ready()
         finished, num_starts = Started(config, run_dir, engines).finished.result(), num_starts + 1
     return contents(run_dir), num_starts
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        return unused.getsockname()[1]
 
 
 @pytest.fixture

@@ -26,18 +26,15 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
-import itertools
 import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,13 +42,12 @@ import transformers
 
 from megatron_rl.learner.layout.cpu_device import run_on_cpu
 from megatron_rl.process.lifetime import become_subreaper, die_with_parent
+from tests.support.ports import free_ports
 from tests.support.processes import children_of
 
 LEFT_SECONDS = 10.0  # in which everything that a run started must be gone
 TERM_SECONDS = 10.0  # of a rank that is told to end because another one failed
 POLL_SECONDS = 0.02
-# Below Linux's range of ephemeral ports, which other processes' connections use.
-FIRST_PORT, NUM_PORTS = 15000, 15000
 
 # What ranks import, in the order of a real run: Megatron only after the CPU answers for CUDA.
 BEFORE_MEGATRON = ("megatron_rl.train", "megatron_rl.sft")
@@ -104,24 +100,6 @@ def main() -> Request | None:
         answer = {"codes": codes, "is_late": is_late, "left": end_what_is_left()}
         print(json.dumps(answer), file=answers, flush=True)
     return None
-
-
-def free_ports() -> Iterator[int]:
-    """Ports of this host that nobody listens on, each once; from another start in every server."""
-    start = os.getpid() * 97 % NUM_PORTS
-    for number in itertools.count(start):
-        port = FIRST_PORT + number % NUM_PORTS
-        if is_free(port):
-            yield port
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 def rank_variables(request: Request, port: int) -> list[dict[str, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from megatron_rl.process.lifetime import die_with_parent
 from megatron_rl.records import TOKEN_VARIABLE
+from tests.support.ports import free_port
 from tests.support.ranks import ROOT
 
 SETTINGS = "rollout: {dtype: float32, num_threads: 1, kv_cache_gib: 0.1, max_num_seqs: 64}\n"
@@ -94,7 +94,7 @@ class ServedEngine:
     def _start(self) -> None:
         self.run_dir = self._folder / f"run_{self._num_starts}"
         self._num_starts += 1
-        self.port = _free_port()
+        self.port = free_port()
         config = self._folder / "engine.yaml"
         config.write_text(SETTINGS)
         settings = [f"run_dir={self.run_dir}", f"model.path={self._model}"]
@@ -117,8 +117,3 @@ class ServedEngine:
             assert line, process.stderr.read()
             lines.append(line)
         self.greeting = "".join(lines)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        return unused.getsockname()[1]
