@@ -5,10 +5,10 @@ that processes share is counted once (PSS).
 
     python tools/soak.py CONFIG --work DIR --seconds 7200 --kill-seconds 300 [key=value ...]
 
-The settings should start at least two engines. Writes DIR/soak.jsonl (a line a second) and
-DIR/soak.png, and prints a table: each figure's mean over the second and over the last quarter of
-the time, for the learner's processes and for the engines'. The exit status is 1 if something is
-lost.
+The settings should start at least two engines, and are of one replica of the model. Writes
+DIR/soak.jsonl (a line a second) and DIR/soak.png, and prints a table: each figure's mean over the
+second and over the last quarter of the time, for the learner's processes and for the engines'. The
+exit status is 1 if something is lost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -31,10 +30,14 @@ matplotlib.use("Agg")  # no display is needed
 import psutil
 from matplotlib import pyplot
 
+from megatron_rl.config.file import load_config
+from megatron_rl.errors import EngineError
 from megatron_rl.observe.run_log import read_metrics
+from megatron_rl.process.tool import run_tool
 from megatron_rl.rollout.recording import read_step
 
 ROOT = Path(__file__).parents[1]
+ENDLESS = ("loop.num_steps=1000000", "rollout.max_restarts=1000000")
 STOP_SECONDS = 300.0  # for the step in which the run is asked to stop
 FIGURES = {
     "learner_mib": "memory of the learner, MiB",
@@ -137,7 +140,7 @@ def soak(
     """Sample and kill for so long, from the first step on, then ask the run to stop; the samples.
 
     Raises:
-        RuntimeError: the run has ended by itself.
+        EngineError: the run has ended by itself.
     """
     root, chance, samples = psutil.Process(process.pid), random.Random(0), []
     metrics = run_dir / "metrics.jsonl"
@@ -149,7 +152,11 @@ def soak(
     with lines.open("w") as file:
         while time.monotonic() < begin + seconds:
             if process.poll() is not None:
-                raise RuntimeError(f"the run ended with code {process.returncode}")
+                raise EngineError(
+                    f"{run_dir}: expected the run to go on for {seconds:g} s, got code "
+                    f"{process.returncode} after {time.monotonic() - begin:.0f} s; see "
+                    f"{lines.with_name('console.log')}"
+                )
             is_kill = time.monotonic() >= next_kill and kill_an_engine(root, chance)
             if is_kill:
                 next_kill += kill_seconds
@@ -211,7 +218,7 @@ def quarters(samples: Sequence[dict[str, Any]], name: str) -> tuple[float, float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Soak, draw, and say what was lost."""
+    """Soak, draw, and say what was lost; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -219,15 +226,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=7200.0)
     parser.add_argument("--kill-seconds", type=float, default=300.0)
     options = parser.parse_intermixed_args(argv)  # settings come after the options
-    options.work.mkdir(parents=True, exist_ok=True)
+    return run_tool("soak", lambda: _soak(options))
+
+
+def _soak(options: argparse.Namespace) -> int:
     run_dir = options.work / "run"
-    command = [sys.executable, "-m", "megatron_rl.train", options.config, f"run_dir={run_dir}"]
-    command += ["loop.num_steps=1000000", "rollout.max_restarts=1000000", *options.overrides]
+    settings = [f"run_dir={run_dir}", *ENDLESS, *options.overrides]
+    parallel = load_config(options.config, settings).parallel
+    command = [sys.executable, "-m", "megatron_rl.process.agent"]
+    command += [f"--nproc_per_node={parallel.tensor * parallel.pipeline * parallel.context}"]
+    command += ["-m", "megatron_rl.train", str(options.config), *settings]
+    options.work.mkdir(parents=True, exist_ok=True)
+    used = UsedPrompts(run_dir)
     with (options.work / "console.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*map(str, command)], cwd=ROOT, env=os.environ, stdout=log, stderr=log
-        )
-        used = UsedPrompts(run_dir)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:
             samples = soak(
                 process,
@@ -242,17 +254,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 process.terminate()
                 process.wait()
     draw(samples, options.work / "soak.png")
-    num_killed = sum(each["is_kill"] for each in samples)
     told = losses(run_dir, used)
     if process.returncode:
         told.append(f"the run: it ended with code {process.returncode}")
     num_steps = len(read_metrics(run_dir / "metrics.jsonl")) - 1
+    num_killed = sum(each["is_kill"] for each in samples)
     print(f"{options.seconds:g} s, {num_steps} steps, {num_killed} engines killed")
     for name, label in FIGURES.items():
         second, last = quarters(samples, name)
         print(f"{label}: {second:.0f} in the second quarter, {last:.0f} in the last")
     print("\n".join(["lost:", *told]) if told else "nothing lost")
-    return bool(told)
+    return int(bool(told))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from megatron_rl.rollout.recording import forget_before, write_step
 from tests.fakes.groups import judged, scored
 from tools import soak
 
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
 
 def folder_of(run_dir: Path, *steps: list[int], lost: bool = False) -> Path:
     """A run whose step n used the prompts of `steps[n - 1]`, with two engines."""
@@ -86,16 +88,31 @@ def test_figures_of_processes_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_settings_come_after_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the usage says; and what the run is started with comes before them."""
+    """As the usage says; what the run is started with comes before them, on ranks of the config."""
     started: list[list[str]] = []
 
     def start(command: list[str], **_settings: object) -> None:
         started.append(command)
-        raise InterruptedError
+        raise AssertionError
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    arguments = ["a.yaml", "--work", str(tmp_path), "--seconds", "9", "model.path=m", "seed=1"]
-    with pytest.raises(InterruptedError):
-        soak.main(arguments)
-    assert started[0][-2:] == ["model.path=m", "seed=1"]
+    own = ["model.path=m", "loop.seed=1"]
+    with pytest.raises(AssertionError):
+        soak.main([QUICKSTART, "--work", str(tmp_path), "--seconds", "9", *own])
+    assert started[0][-2:] == own
     assert f"run_dir={tmp_path / 'run'}" in started[0]
+    assert "--nproc_per_node=2" in started[0]
+
+
+def test_a_run_that_ends_by_itself_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = subprocess.Popen
+
+    def start(_command: list[str], **settings: object) -> subprocess.Popen[bytes]:
+        return real([sys.executable, "-c", "raise SystemExit(3)"], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert soak.main([QUICKSTART, "--work", str(tmp_path), "model.path=m"]) == 1
+    told = capsys.readouterr().err
+    assert "got code 3" in told and str(tmp_path / "console.log") in told
