@@ -1,0 +1,187 @@
+"""What sampling ahead costs in samples, and what it gains in seconds: avg@8 by max_policy_age.
+
+    python -m tools.study_ages time configs/studies/published_regime.yaml
+    python -m tools.study_ages report configs/studies/published_regime.yaml
+
+`time` measures the seconds of a step for every engine of the model `--model` (default 0.8m_ages) by
+a short run of its first arm, one after another, with one thread for the learner and one for the
+engine. Nothing else may run meanwhile. It writes docs/<study>-seconds.csv.
+
+`report` reads these and the figures of `tools/study_discrepancy.py report`, draws avg@8 over
+samples and over seconds (docs/<study>-ages.png), and prints a table: avg@8 at the last step, and
+at the time at which the quickest engine ends (between two evaluations a straight line), means over
+seeds with their standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+import numpy
+from matplotlib import pyplot
+
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.observe.console import SECONDS
+from megatron_rl.observe.run_log import read_metrics
+from megatron_rl.process.tool import run_tool
+from megatron_rl.study.study import Study, load_studies, run_dir_of, run_study
+from tools.study_discrepancy import name_of, with_error
+
+PHASES = ("rollout", "reward", "learner", "sync")
+WARM_STEPS = 5
+AVERAGE = "eval/avg_at_8"
+LINES = ("-", "--", ":", "-.")  # an arm each
+
+Curve = tuple[list[int], list[float]]  # steps, and avg@8 after them
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, measure or report; the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("time", "report"))
+    parser.add_argument("study", type=Path, help="YAML file of the study")
+    parser.add_argument("--model", default="0.8m_ages", help="whose engines differ by age")
+    parser.add_argument("--steps", type=int, default=30, help="of a run that is timed")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/ages"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the report")
+    options = parser.parse_args(arguments)
+    action = measure if options.action == "time" else report
+    return run_tool("study_ages", lambda: action(options))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Time a step with every engine."""
+    study = study_of(options.study, options.model)
+    arm, seed = next(iter(study.arms)), study.seeds[0]
+    timed = replace(study, seeds=(seed,), arms={arm: study.arms[arm]})
+    settings = [f"loop.num_steps={options.steps}", "eval.every=0", "eval.at_start=false"]
+    timed = replace(timed, settings=(*timed.settings, *settings, "eval.at_end=false"))
+    run_study(timed, [], options.output, jobs=1)
+    path = options.docs / f"{name_of(options.study)}-seconds.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["engine", "seconds"])
+        for engine in study.engines:
+            lines = read_metrics(run_dir_of(options.output, engine, arm, seed) / "metrics.jsonl")
+            seconds = [
+                sum(line.get(SECONDS + phase, 0.0) for phase in PHASES)
+                for line in lines
+                if line["step"] > WARM_STEPS
+            ]
+            writer.writerow([engine, f"{statistics.median(seconds):.4g}"])
+    print(path)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Draw and print."""
+    study, name = study_of(options.study, options.model), name_of(options.study)
+    with (options.docs / f"{name}-seconds.csv").open(newline="") as file:
+        seconds = {line["engine"]: float(line["seconds"]) for line in csv.DictReader(file)}
+    curves = read_curves(options.docs / f"{name}.csv", study)
+    picture = options.docs / f"{name}-ages.png"
+    draw(curves, seconds, picture)
+    print("\n".join(table_of(curves, seconds)))
+    print(picture)
+
+
+def study_of(path: Path, model: str) -> Study:
+    """The part of a study for a model.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no such model.
+    """
+    studies = {study.model: study for study in load_studies(path)}
+    if model not in studies:
+        raise ConfigError(f"--model: expected one of {', '.join(studies)}, got {model!r}")
+    return studies[model]
+
+
+def read_curves(path: Path, study: Study) -> dict[tuple[str, str], list[Curve]]:
+    """avg@8 of every seed, by engine and arm.
+
+    Raises:
+        DataError: the figures have no evaluation of this model.
+    """
+    runs: dict[tuple[str, str, str], Curve] = {}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            engine = line["engine"].removeprefix(f"{study.model}-")
+            if line.get(AVERAGE) and line["engine"] != engine:
+                steps, values = runs.setdefault((engine, line["arm"], line["seed"]), ([], []))
+                steps.append(int(line["step"]))
+                values.append(float(line[AVERAGE]))
+    if not runs:
+        raise DataError(f"{path}: expected evaluations of {study.model}, got none")
+    return {
+        (engine, arm): [runs[key] for key in runs if key[:2] == (engine, arm)]
+        for engine in study.engines
+        for arm in study.arms
+        if any(key[:2] == (engine, arm) for key in runs)
+    }
+
+
+def table_of(
+    curves: Mapping[tuple[str, str], Sequence[Curve]], seconds: Mapping[str, float]
+) -> list[str]:
+    """A Markdown table with a row for each engine and a pair of columns for each arm."""
+    engines = list(dict.fromkeys(engine for engine, _ in curves))
+    arms = list(dict.fromkeys(arm for _, arm in curves))
+    last = max(runs[0][0][-1] for runs in curves.values())
+    end = min(seconds[engine] * last for engine in engines)
+    names = [f"{arm}, {when}" for arm in arms for when in (f"step {last}", f"{end:.0f} s")]
+    lines = ["| engine | s a step | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for engine in engines:
+        cells = [f"{seconds[engine]:.2f}"]
+        for arm in arms:
+            runs = curves.get((engine, arm), [])
+            cells.append(with_error([values[-1] for _, values in runs]))
+            at = end / seconds[engine]
+            cells.append(with_error([float(numpy.interp(at, *run)) for run in runs]))
+        lines.append(f"| {engine} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(
+    curves: Mapping[tuple[str, str], Sequence[Curve]], seconds: Mapping[str, float], output: Path
+) -> None:
+    """avg@8 over steps and over seconds: a colour for each engine, a kind of line for each arm, the
+    mean over seeds with its standard error.
+    """
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    engines = list(dict.fromkeys(engine for engine, _ in curves))
+    arms = list(dict.fromkeys(arm for _, arm in curves))
+    for (engine, arm), runs in curves.items():
+        steps = numpy.array(runs[0][0])
+        values = numpy.array([values for _, values in runs])
+        error = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else 0.0
+        color, line = f"C{engines.index(engine)}", LINES[arms.index(arm) % len(LINES)]
+        for axes, scale in zip(panels, (1.0, seconds[engine]), strict=True):
+            mean = values.mean(axis=0)
+            axes.plot(steps * scale, mean, line, color=color, label=f"{engine}, {arm}")
+            axes.fill_between(
+                steps * scale, mean - error, mean + error, color=color, alpha=0.12, linewidth=0
+            )
+    panels[0].set(xlabel="step (equal samples)", ylabel="avg@8")
+    panels[1].set(xlabel="seconds of the steps, one core each for learner and engine")
+    for axes in panels:
+        axes.grid(color="#e3e7ec")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(output, dpi=130)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
