@@ -44,6 +44,7 @@ READERS = {
     "plot_run": ([], []),
     "probe_power": (["table"], []),
     "quantize_checkpoint": ([], ["-o", "OUT", "--format", "int8"]),
+    "soak": ([], ["--work", "OUT"]),
     "study_ages": (["report"], ["--docs", "OUT"]),
     "study_discrepancy": (["report"], ["--docs", "OUT"]),
     "track_run": ([], ["wandb"]),
