@@ -130,7 +130,7 @@ def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -
     """Run all runs of a study that are not finished; after a failure the others still run.
 
     Args:
-        overrides: further settings of every run, `key=value`.
+        overrides: further settings of every run, `key=value`; they win.
         output: folder of the runs, see `run_dir_of`.
         jobs: number of concurrent runs.
     Raises:
@@ -162,7 +162,7 @@ def unfinished(
     pending = []
     shared = served_settings(study, engine, overrides)
     for _, arm, seed in replace(study, engines={engine: study.engines[engine]}).runs():
-        settings = [*overrides, *study.overrides(engine, arm, seed)]
+        settings = [*study.overrides(engine, arm, seed), *overrides]
         if is_finished(study.config, settings, run_dir_of(output, engine, arm, seed)):
             continue
         own = load_config(study.config, settings)
@@ -179,9 +179,11 @@ def served_settings(study: Study, engine: str, overrides: Sequence[str]) -> Conf
     """The settings that the servers of an engine are started with. They can send the heads of
     log-probs that the arms with score centering ask for.
     """
-    shared = [*overrides, *study.settings, *study.engines[engine]]
-    config = load_config(study.config, shared)
-    of_arms = [load_config(study.config, [*shared, *keys]) for keys in study.arms.values()]
+    shared = [*study.settings, *study.engines[engine]]
+    config = load_config(study.config, [*shared, *overrides])
+    of_arms = [
+        load_config(study.config, [*shared, *keys, *overrides]) for keys in study.arms.values()
+    ]
     centering = max(
         (each.objective.score_centering for each in of_arms), key=lambda each: each.num_requested
     )
@@ -209,7 +211,7 @@ def run_engine(
 
     def run(arm: str, seed: int) -> str | None:
         name, server = f"{engine}/{arm}/seed {seed}", free.get()
-        settings = [*overrides, *study.overrides(engine, arm, seed)]
+        settings = [*study.overrides(engine, arm, seed), *overrides]
         folder = run_dir_of(output, engine, arm, seed)
         try:
             if is_ending() or has_dead_engine.is_set():
