@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.study import study as plan
 from megatron_rl.study.study import Study, choose, load_studies, run_study, served_settings
@@ -87,6 +88,21 @@ def test_arms_share_their_engine() -> None:
 
 def fields_of(study: Study) -> dict[str, object]:
     return {name: getattr(study, name) for name in Study.__dataclass_fields__}
+
+
+def test_what_the_command_line_says_wins(
+    run_with: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_with(STUDY)
+    given: list[list[str]] = []
+    monkeypatch.setattr(
+        plan, "run_to_the_end", lambda _, settings, *__, **___: given.append(settings)
+    )
+    run_study(STUDY, ["loop.num_steps=7", "rollout.dtype=float32"], tmp_path, 1)
+    assert len(given) == len(STUDY.runs())
+    for settings in given:
+        config = load_config(STUDY.config, settings)
+        assert (config.loop.num_steps, config.rollout.dtype) == (7, "float32")
 
 
 def test_a_part_of_a_study() -> None:
