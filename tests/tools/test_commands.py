@@ -45,6 +45,7 @@ READERS = {
     "probe_power": (["table"], []),
     "quantize_checkpoint": ([], ["-o", "OUT", "--format", "int8"]),
     "soak": ([], ["--work", "OUT"]),
+    "stale_cache_gap": ([], ["--work", "OUT"]),
     "study_ages": (["report"], ["--docs", "OUT"]),
     "study_discrepancy": (["report"], ["--docs", "OUT"]),
     "track_run": ([], ["wandb"]),
