@@ -1,10 +1,10 @@
 """What sampling ahead costs in samples, and what it gains in seconds: avg@8 by max_policy_age.
 
-    python -m tools.study_ages time configs/studies/published_regime.yaml
-    python -m tools.study_ages report configs/studies/published_regime.yaml
+    python -m tools.study_ages time configs/studies/ages.yaml
+    python -m tools.study_ages report configs/studies/ages.yaml
 
-`time` measures the seconds of a step for every engine of the model `--model` (default 0.8m_ages) by
-a short run of its first arm, one after another, with one thread for the learner and one for the
+The engines of the study's file differ by age. `time` measures the seconds of a step with each by a
+short run of the first arm, one after another, with one thread for the learner and one for the
 engine. Nothing else may run meanwhile. It writes docs/<study>-seconds.csv.
 
 `report` reads these and the figures of `tools/study_discrepancy.py report`, draws avg@8 over
@@ -51,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=("time", "report"))
     parser.add_argument("study", type=Path, help="YAML file of the study")
-    parser.add_argument("--model", default="0.8m_ages", help="whose engines differ by age")
     parser.add_argument("--steps", type=int, default=30, help="of a run that is timed")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/ages"))
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the report")
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> None:
     """Time a step with every engine."""
-    study = study_of(options.study, options.model)
+    study = the_study(options.study)
     arm, seed = next(iter(study.arms)), study.seeds[0]
     timed = replace(study, seeds=(seed,), arms={arm: study.arms[arm]})
     settings = [f"loop.num_steps={options.steps}", "eval.every=0", "eval.at_start=false"]
@@ -85,7 +84,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Draw and print."""
-    study, name = study_of(options.study, options.model), name_of(options.study)
+    study, name = the_study(options.study), name_of(options.study)
     with (options.docs / f"{name}-seconds.csv").open(newline="") as file:
         seconds = {line["engine"]: float(line["seconds"]) for line in csv.DictReader(file)}
     curves = read_curves(options.docs / f"{name}.csv", study)
@@ -95,34 +94,34 @@ def report(options: argparse.Namespace) -> None:
     print(picture)
 
 
-def study_of(path: Path, model: str) -> Study:
-    """The part of a study for a model.
+def the_study(path: Path) -> Study:
+    """The only study of a file.
 
     Raises:
-        ConfigError: the file cannot be read, or has no such model.
+        ConfigError: the file cannot be read, or has several models.
     """
-    studies = {study.model: study for study in load_studies(path)}
-    if model not in studies:
-        raise ConfigError(f"--model: expected one of {', '.join(studies)}, got {model!r}")
-    return studies[model]
+    studies = load_studies(path)
+    if len(studies) > 1:
+        raise ConfigError(f"{path}: expected a study of one model, got {len(studies)} models")
+    return studies[0]
 
 
 def read_curves(path: Path, study: Study) -> dict[tuple[str, str], list[Curve]]:
     """avg@8 of every seed, by engine and arm.
 
     Raises:
-        DataError: the figures have no evaluation of this model.
+        DataError: the figures have no evaluation.
     """
     runs: dict[tuple[str, str, str], Curve] = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
-            engine = line["engine"].removeprefix(f"{study.model}-")
-            if line.get(AVERAGE) and line["engine"] != engine:
-                steps, values = runs.setdefault((engine, line["arm"], line["seed"]), ([], []))
+            if line.get(AVERAGE):
+                key = (line["engine"], line["arm"], line["seed"])
+                steps, values = runs.setdefault(key, ([], []))
                 steps.append(int(line["step"]))
                 values.append(float(line[AVERAGE]))
     if not runs:
-        raise DataError(f"{path}: expected evaluations of {study.model}, got none")
+        raise DataError(f"{path}: expected evaluations, got none")
     return {
         (engine, arm): [runs[key] for key in runs if key[:2] == (engine, arm)]
         for engine in study.engines

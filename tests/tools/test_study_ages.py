@@ -10,14 +10,13 @@ import pytest
 from tools import study_ages
 
 STUDY = """
-models:
-  small: {config: c.yaml, settings: []}
-  small_ages: {config: c.yaml, settings: [], engines: [age_0, age_1]}
+config: c.yaml
 settings: []
 seeds: [0, 1]
-engines: {fp8: [], age_0: [], age_1: []}
+engines: {age_0: [], age_1: []}
 arms: {grpo: [], dc_grpo: []}
 """
+MODELS = "models: {small: {config: c.yaml, settings: []}, large: {config: c.yaml, settings: []}}\n"
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def docs(tmp_path: Path) -> Path:
     with (tmp_path / "ages-study.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["engine", "arm", "seed", "step", "reward/mean", study_ages.AVERAGE])
-        for engine in ("small_ages-age_0", "small_ages-age_1", "small-fp8"):
+        for engine in ("age_0", "age_1"):
             for seed in (0, 1):
                 values = (0.2, "", 0.6 + 0.1 * seed)
                 for step, value in zip((0, 50, 100), values, strict=True):
@@ -38,8 +37,7 @@ def docs(tmp_path: Path) -> Path:
 
 def test_equal_samples_and_equal_seconds(docs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """After 50 s, age 0 is halfway: 0.2 to 0.6 gives 0.4, 0.2 to 0.7 gives 0.45."""
-    options = ["--model", "small_ages", "--docs", str(docs)]
-    assert study_ages.main(["report", str(docs / "ages.yaml"), *options]) == 0
+    assert study_ages.main(["report", str(docs / "ages.yaml"), "--docs", str(docs)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| engine | s a step | grpo, step 100 | grpo, 50 s |"
     assert lines[2] == "| age_0 | 1.00 | 0.65 ± 0.05 | 0.425 ± 0.02 |"
@@ -48,9 +46,10 @@ def test_equal_samples_and_equal_seconds(docs: Path, capsys: pytest.CaptureFixtu
     assert (docs / "ages-study-ages.png").stat().st_size > 10_000
 
 
-def test_a_model_that_the_study_lacks_is_one_line(
+def test_a_file_of_several_models_is_refused(
     docs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (docs / "ages.yaml").write_text(STUDY.replace("config: c.yaml\n", MODELS))
     for action in ("time", "report"):
-        assert study_ages.main([action, str(docs / "ages.yaml"), "--model", "large"]) == 1
-        assert "expected one of small, small_ages, got 'large'" in capsys.readouterr().err
+        assert study_ages.main([action, str(docs / "ages.yaml")]) == 1
+        assert "expected a study of one model, got 2 models" in capsys.readouterr().err
