@@ -1,13 +1,13 @@
 """Measures what a key-value cache of old weights does to the gap (sync.running_requests).
 
-    python -m tools.stale_cache_gap configs/quickstart.yaml --work DIR [key=value ...]
+    python -m tools.stale_cache_gap --work DIR [key=value ...]
 
-Trains twice with rollout.max_policy_age=1, once with `keep` and once with `recompute`, with an
-engine in float32, so that there is no other gap. Of the tokens that the engine sampled by the
-learner's weights, in responses that began under older ones, it prints the mean and the largest
+Trains the model of tools/bench_step.py, whose responses all have the same length, to write digits:
+with rollout.max_policy_age=1, once with `keep` and once with `recompute`, and with an engine in
+float32, so that there is no other gap. Of the tokens that the engine sampled by the learner's
+weights, in responses that began under older ones, it prints the mean and the largest
 |p_train - p_inf|: with `keep` their context is in the cache of the old weights. Beside it are the
 mean of the older tokens, which is the gap of age, and the seconds of a publication (medians).
-Responses should be longer than an update takes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,19 +27,20 @@ from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.tool import run_tool
 from megatron_rl.rollout.recording import read_recomputed, read_step
 from megatron_rl.study.runs import run_to_the_end
+from tools.bench_step import SETTINGS, write_model
 
 KINDS = ("keep", "recompute")
 HEADER = "| running requests | tokens after an update | mean | largest | older, mean | sync, s |"
-SETTINGS = (
-    "rollout.dtype=float32",
+NUM_TOKENS = 192
+OVERRIDES = (
     "rollout.max_policy_age=1",
     "rollout.keep_steps=0",
     "sync.probe_num_tokens=0",
-    "eval.every=0",
-    "eval.at_start=false",
-    "eval.at_end=false",
-    "checkpoint.every=0",
-    "checkpoint.save_hf=false",
+    # few sequences: to sample them takes longer than to train on them, so that updates meet them
+    "loop.num_steps=30",
+    "loop.prompts_per_step=4",
+    "loop.samples_per_prompt=4",
+    "learner.optimizer.learning_rate=1.0e-3",
 )
 
 
@@ -47,18 +49,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     options = parser.parse_intermixed_args(argv)  # settings come after the options
     return run_tool("stale_cache_gap", lambda: _measure(options))
 
 
+def share_of_digits(response: str, answer: str, metadata: dict[str, Any]) -> float:
+    """The reward: the share of the response's characters that are digits."""
+    return sum(map(str.isdigit, response)) / max(1, len(response))
+
+
 def _measure(options: argparse.Namespace) -> None:
+    options.work.mkdir(parents=True, exist_ok=True)
+    model, config = options.work / "model", options.work / "settings.yaml"
+    if not model.exists():
+        write_model(model)
+    settings = SETTINGS.format(model=model, tokens=NUM_TOKENS, threads=1)
+    reward = f"tools.stale_cache_gap:{share_of_digits.__name__}"
+    config.write_text(settings.replace("verifier: exact", f"verifier: {reward}"))
     lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|"]
     for kind in KINDS:
-        overrides = [*SETTINGS, f"sync.running_requests={kind}", *options.overrides]
-        run_dir = run_to_the_end(options.config, overrides, options.work / kind)
+        overrides = [*OVERRIDES, f"sync.running_requests={kind}", *options.overrides]
+        run_dir = run_to_the_end(config, overrides, options.work / kind)
         after, older = gaps_of(run_dir)
         metrics = read_metrics(run_dir / "metrics.jsonl")
         sync = statistics.median(line[SECONDS + "sync"] for line in metrics)

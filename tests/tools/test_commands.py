@@ -45,12 +45,15 @@ READERS = {
     "probe_power": (["table"], []),
     "quantize_checkpoint": ([], ["-o", "OUT", "--format", "int8"]),
     "soak": ([], ["--work", "OUT"]),
-    "stale_cache_gap": ([], ["--work", "OUT"]),
     "study_ages": (["report"], ["--docs", "OUT"]),
     "study_discrepancy": (["report"], ["--docs", "OUT"]),
     "track_run": ([], ["wandb"]),
 }
-WRITERS = {"make_tiny_model": [], "make_dapo_like": ["--different", "2", "--times", "1"]}
+WRITERS = {
+    "make_dapo_like": ([], ["--different", "2", "--times", "1"]),
+    "make_tiny_model": ([], []),
+    "stale_cache_gap": (["--work"], []),
+}
 
 
 def tell(
@@ -97,7 +100,9 @@ def test_a_place_that_cannot_be_written_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "file").write_text("hello")
-    line = tell(tool, [str(tmp_path / "file" / "below"), *WRITERS[tool]], capsys, monkeypatch)
+    before, behind = WRITERS[tool]
+    words = [*before, str(tmp_path / "file" / "below"), *behind]
+    line = tell(tool, words, capsys, monkeypatch)
     assert line.startswith(f"{tool}: {tmp_path / 'file'}")
     assert line.endswith(("Not a directory", "File exists")) or "Not a directory" in line
 
