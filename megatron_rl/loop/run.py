@@ -134,7 +134,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             engines.start_others(parallel)
         place = partial(_place, state, stopwatch)
         beats = Beats(run_dir, rank=parallel.rank, num_ranks=parallel.world_size, place=place)
-        progress.meet(stack.enter_context(beats).others)
+        progress.meet(stack.enter_context(beats))
         # Not after an error: the other ranks would see a closed connection and report that first.
         stack.push(lambda kind, *_: shut_down_parallel() if kind is None else None)
         resumption = verify_resumption(planned, checked.inputs, parallel)

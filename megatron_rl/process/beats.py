@@ -2,8 +2,8 @@
 that a rank that waits in vain for another one can say for which.
 
 A rank that is stopped or hangs in an extension leaves no sign any more; one that was killed has no
-process. The files are in the run's folder, which all hosts share; ages are differences of the file
-system's own times.
+process, and no last sign, which every other end leaves. The files are in the run's folder, which
+all hosts share; ages are differences of the file system's own times.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from megatron_rl.process.lifetime import register_cleanup, unregister_cleanup
 
 FOLDER = "ranks"  # below run_dir
 PERIOD_SECONDS = 2.0
@@ -50,10 +53,23 @@ class Beats:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._leave()
         self._thread.start()
+        register_cleanup(self._end)
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._has_ended.set()
+        unregister_cleanup(self._end)
+        self._end()
+
+    def killed(self) -> str:
+        """The ranks of this host that have ended without a last sign, and where they were."""
+        found = []
+        for rank in range(self._num_ranks):
+            with contextlib.suppress(OSError, ValueError):
+                sign = json.loads(self._path(rank).read_text())
+                is_here = sign["host"] == self._host
+                if is_here and not sign.get("is_last") and not _is_running(sign["pid"]):
+                    found.append(f"{_place_of(rank, sign)} has ended")
+        return "; ".join(found)
 
     def others(self) -> str:
         """The ranks that have ended or given no sign of life for a while, and where they were; if
@@ -70,7 +86,7 @@ class Beats:
             except (OSError, ValueError):
                 silent.append(f"rank {rank} has left no sign of life")
                 continue
-            where = f"rank {rank} on {sign['host']} (process {sign['pid']}, last {sign['place']})"
+            where = _place_of(rank, sign)
             if sign["host"] == self._host and not _is_running(sign["pid"]):
                 silent.append(f"{where} has ended")
             elif age > NUM_MISSED * self._period:
@@ -87,14 +103,28 @@ class Beats:
             with contextlib.suppress(OSError):  # a full disk is told by what needs it
                 self._leave()
 
-    def _leave(self) -> float:
+    def _end(self) -> None:
+        self._has_ended.set()
+        with contextlib.suppress(OSError):
+            self._leave(is_last=True)
+
+    def _leave(self, *, is_last: bool = False) -> float:
         """Write this rank's file; its time."""
         path = self._path(self._rank)
         partial = path.with_suffix(f".{threading.get_ident()}")
-        sign = {"pid": os.getpid(), "host": self._host, "place": self._place()}
+        sign = {
+            "pid": os.getpid(),
+            "host": self._host,
+            "place": self._place(),
+            "is_last": is_last,
+        }
         partial.write_text(json.dumps(sign))
         partial.replace(path)
         return path.stat().st_mtime
+
+
+def _place_of(rank: int, sign: dict[str, Any]) -> str:
+    return f"rank {rank} on {sign['host']} (process {sign['pid']}, last {sign['place']})"
 
 
 def _is_running(pid: int) -> bool:

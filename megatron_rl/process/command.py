@@ -36,6 +36,7 @@ from megatron_rl.errors import (
     RewardError,
     SyncError,
 )
+from megatron_rl.process.beats import Beats
 from megatron_rl.process.folder import (
     AGENT_VARIABLE,
     check_temporary_folder,
@@ -76,12 +77,16 @@ class Progress:
         self.describe: Callable[[], str] = lambda: "before the first step"
         # which other ranks have ended, are silent or are somewhere else; "" if nothing is known
         self.others: Callable[[], str] = lambda: ""
+        # which other ranks of this host were killed; "" if none is known
+        self.killed: Callable[[], str] = lambda: ""
         # whether the ranks have met: until then, another run may hold the folder
         self.has_met = False
 
-    def meet(self, others: Callable[[], str] = lambda: "") -> None:
+    def meet(self, beats: Beats | None = None) -> None:
         """Note that the ranks have met, and how the others are watched."""
-        self.others, self.has_met = others, True
+        self.has_met = True
+        if beats is not None:
+            self.others, self.killed = beats.others, beats.killed
 
 
 def run_command(
@@ -109,10 +114,9 @@ def run_command(
         die_with_parent()
     bind_forked_children()
     progress = Progress()
-    # A launcher stops the other ranks after the first failure, which has been told already.
-    watch_signals((lambda: _place_of_stop(progress)) if rank == 0 else None)
-    _quiet_libraries()
     folder: Path | None = None
+    watch_signals((lambda: _place_of_stop(progress, folder)) if rank == 0 else None)
+    _quiet_libraries()
     threading.excepthook = lambda raised: _end_after_thread(raised, folder)
 
     def dump_stacks() -> None:
@@ -170,8 +174,16 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _place_of_stop(progress: Progress) -> str:
+def _place_of_stop(progress: Progress, folder: Path | None) -> str:
+    """Where the run is stopped. "" if a launcher ends this rank after the failure of another one:
+    that one has told it, or was killed, which is told here.
+    """
     if has_failed():
+        return ""
+    if folder is not None and (killed := progress.killed()):
+        place, stacks = progress.describe(), _dump_stacks(folder, 0)
+        message = f"rank 0: another rank ended ({place}): {killed}; stacks in {stacks}"
+        _tell(message, folder, is_cause=False)
         return ""
     note_stop()
     return progress.describe()

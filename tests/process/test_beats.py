@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -48,6 +49,39 @@ def test_if_all_live_those_that_are_elsewhere_are_told(tmp_path: Path) -> None:
         assert own.others().endswith("last in step 3, phase save) is alive")
     names = sorted(path.name for path in (tmp_path / FOLDER).iterdir())
     assert names == [f"rank_{rank}.json" for rank in range(3)]  # nothing is left behind
+
+
+def test_a_rank_that_was_killed_is_told_from_one_that_ended(tmp_path: Path) -> None:
+    """Rank 1 was killed; rank 2 has ended by itself, or by a signal, which runs the cleanups."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from megatron_rl.process.beats import Beats
+from megatron_rl.process.lifetime import run_cleanups
+
+rank, ending = int(sys.argv[2]), sys.argv[3]
+with Beats(Path(sys.argv[1]), rank=rank, num_ranks=3, place=lambda: "in step 3, phase learner"):
+    if ending == "signal":
+        run_cleanups()
+        os._exit(143)
+    if ending == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+    def end(rank: int, ending: str) -> int:
+        command = [sys.executable, "-c", script, str(tmp_path), str(rank), ending]
+        with subprocess.Popen(command) as process:
+            process.wait()
+        return process.pid
+
+    with beats(tmp_path, 0) as own:
+        assert own.killed() == ""
+        for ending in ("by itself", "signal"):
+            end(2, ending)
+            assert own.killed() == "" and "has ended" in own.others()
+        killed = end(1, "kill")
+        place = f"(process {killed}, last in step 3, phase learner)"
+        assert own.killed() == f"rank 1 on {os.uname().nodename} {place} has ended"
 
 
 def test_a_single_rank_misses_nobody(tmp_path: Path) -> None:

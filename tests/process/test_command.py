@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,3 +56,35 @@ def test_nothing_to_do_is_no_failure(
         monkeypatch.setenv("RANK", rank)
         assert run_command("A test.", work, [str(path)]) == 0
     assert capsys.readouterr().out == "all 4 steps are done\n"
+
+
+@pytest.mark.parametrize("killed", ["rank 1 on here (process 7, last in step 3) has ended", ""])
+def test_a_stop_after_another_rank_was_killed_is_told_as_its_end(
+    killed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends the others, perhaps before one of them misses the rank in a collective."""
+    places: list[Callable[[], str]] = []
+    monkeypatch.setattr(command, "watch_signals", places.append)
+    for name in ("bind_forked_children", "_quiet_libraries"):
+        monkeypatch.setattr(command, name, lambda *_: None)
+    monkeypatch.setattr(command.threading, "excepthook", None)
+    monkeypatch.setenv("RANK", "0")
+    told: list[str] = []
+
+    def work(config: Any, progress: Any) -> None:
+        progress.describe = lambda: "in step 3, phase learner"
+        progress.meet(SimpleNamespace(others=lambda: "", killed=lambda: killed))
+        told.append(places[0]())
+
+    path = tmp_path / "a.yaml"
+    path.write_text(f"run_dir: {tmp_path / 'run'}")
+    assert run_command("A test.", work, [str(path)], folder_of=lambda c: Path(c.run_dir)) == 0
+    error = tmp_path / "run" / "error.txt"
+    if not killed:
+        assert told == ["in step 3, phase learner"] and not error.exists()
+        return
+    assert told == [""]
+    stacks = tmp_path / "run" / "logs" / "stacks_of_rank_0.txt"
+    line = f"rank 0: another rank ended (in step 3, phase learner): {killed}; stacks in {stacks}\n"
+    assert error.read_text() == capsys.readouterr().err == line
+    assert "test_command.py" in stacks.read_text()

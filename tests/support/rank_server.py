@@ -7,13 +7,12 @@ whole environment, the number of ranks, the file that takes their output, a time
 (see `wait_for`); it is answered when the last rank and everything that it started have ended:
 
     {"module": "megatron_rl.train", "arguments": ["config.yaml"], "environment": {...},
-     "num_ranks": 2, "log": "/tmp/log", "scratch": "/tmp/empty", "seconds": 240.0, "kill_when": "",
-     "patience": 0.0}
+     "num_ranks": 2, "log": "/tmp/log", "scratch": "/tmp/empty", "seconds": 240.0, "kill_when": ""}
     {"codes": [0, 0], "is_late": false, "left": []}
 
 A rank sees what torchrun tells its ranks, and runs the module as `__main__` to the interpreter's
-normal end. As with torchrun, the first failure ends the other ranks, here after `patience` seconds.
-`num_ranks` of 0 is one process that knows of no ranks.
+normal end. As with torchrun, the first failure ends the other ranks. `num_ranks` of 0 is one
+process that knows of no ranks.
 
 The server is a subreaper: what a rank leaves behind becomes its child. `left` are the command lines
 of what is still there LEFT_SECONDS after the last rank; it is killed.
@@ -97,8 +96,7 @@ def main() -> Request | None:
                 become(request, of_rank)
                 return request
             pids.append(pid)
-        limits = (request["seconds"], request["patience"])
-        codes, is_late = wait_for(pids, *limits, request["kill_when"])
+        codes, is_late = wait_for(pids, request["seconds"], request["kill_when"])
         answer = {"codes": codes, "is_late": is_late, "left": end_what_is_left()}
         print(json.dumps(answer), file=answers, flush=True)
     return None
@@ -160,18 +158,15 @@ def run(request: Request) -> NoReturn:
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
-def wait_for(
-    pids: list[int], seconds: float, patience: float, kill_when: str
-) -> tuple[list[int], bool]:
-    """Wait for the ranks, and end them: the others `patience` seconds after a failure, all when the
-    time is over or when the path `kill_when` exists.
+def wait_for(pids: list[int], seconds: float, kill_when: str) -> tuple[list[int], bool]:
+    """Wait for the ranks, and end them: the others after a failure, all when the time is over or
+    when the path `kill_when` exists.
 
     Returns:
         Their exit codes, minus the signal that ended one, and whether the time was over.
     """
     codes: dict[int, int] = {}
-    deadline, is_late, is_told = time.monotonic() + seconds, False, False
-    told_at: float | None = None  # when the others are told to end
+    deadline, is_late, has_failed = time.monotonic() + seconds, False, False
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes:
@@ -179,16 +174,14 @@ def wait_for(
                 if ended:
                     codes[pid] = os.waitstatus_to_exitcode(status)
         living = [pid for pid in pids if pid not in codes]
-        if told_at is None and any(codes.values()):
-            told_at = time.monotonic() + patience
-            deadline = min(deadline, told_at + TERM_SECONDS)
-        if told_at is not None and not is_told and time.monotonic() >= told_at:
-            is_told = True
+        if not has_failed and any(codes.values()):
+            has_failed = True
             send(signal.SIGTERM, living)
+            deadline = min(deadline, time.monotonic() + TERM_SECONDS)
         if kill_when and os.path.exists(kill_when):
             send(signal.SIGKILL, living)
         if time.monotonic() > deadline:
-            is_late = is_late or told_at is None
+            is_late = is_late or not has_failed
             send(signal.SIGKILL, living)
         time.sleep(POLL_SECONDS)
     return [codes[pid] for pid in pids], is_late

@@ -45,7 +45,6 @@ def run_module(
     timeout: float = RUN_SECONDS,
     variables: Mapping[str, str] | None = None,
     kill_when: Path | None = None,
-    patience: float = 0.0,
 ) -> FinishedRun:
     """`python -m module arguments` on so many ranks; 0: one process that knows of no ranks.
 
@@ -54,7 +53,6 @@ def run_module(
         timeout: seconds; then the ranks are killed.
         variables: added to the environment.
         kill_when: kill all ranks at once as soon as this path exists.
-        patience: seconds after the first failure until the other ranks are told to end.
 
     Raises:
         AssertionError: still running after `timeout`, or something was left running.
@@ -70,7 +68,6 @@ def run_module(
             "scratch": scratch,
             "seconds": timeout,
             "kill_when": str(kill_when or ""),
-            "patience": patience,
         }
         server = _server()
         assert server.stdin is not None and server.stdout is not None
