@@ -20,7 +20,6 @@ import csv
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -33,11 +32,13 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observe.console import SECONDS
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.tool import run_tool
-from megatron_rl.study.study import Study, load_studies, run_dir_of, run_study
+from megatron_rl.study.runs import run_to_the_end
+from megatron_rl.study.study import Study, load_studies, run_dir_of
 from tools.study_discrepancy import name_of, with_error
 
 PHASES = ("rollout", "reward", "learner", "sync")
 WARM_STEPS = 5
+NO_EVALUATIONS = ("eval.every=0", "eval.at_start=false", "eval.at_end=false")
 AVERAGE = "eval/avg_at_8"
 LINES = ("-", "--", ":", "-.")  # an arm each
 
@@ -63,16 +64,22 @@ def measure(options: argparse.Namespace) -> None:
     """Time a step with every engine."""
     study = the_study(options.study)
     arm, seed = next(iter(study.arms)), study.seeds[0]
-    timed = replace(study, seeds=(seed,), arms={arm: study.arms[arm]})
-    settings = [f"loop.num_steps={options.steps}", "eval.every=0", "eval.at_start=false"]
-    timed = replace(timed, settings=(*timed.settings, *settings, "eval.at_end=false"))
-    run_study(timed, [], options.output, jobs=1)
+    settings = (f"loop.num_steps={options.steps}", "rollout.num_threads=1", *NO_EVALUATIONS)
+    runs = {
+        engine: run_to_the_end(
+            study.config,
+            [*study.overrides(engine, arm, seed), *settings],
+            run_dir_of(options.output, engine, arm, seed),
+            num_threads=1,
+        )
+        for engine in study.engines
+    }
     path = options.docs / f"{name_of(options.study)}-seconds.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["engine", "seconds"])
-        for engine in study.engines:
-            lines = read_metrics(run_dir_of(options.output, engine, arm, seed) / "metrics.jsonl")
+        for engine, run_dir in runs.items():
+            lines = read_metrics(run_dir / "metrics.jsonl")
             seconds = [
                 sum(line.get(SECONDS + phase, 0.0) for phase in PHASES)
                 for line in lines
