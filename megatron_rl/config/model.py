@@ -64,8 +64,8 @@ class ModelConfig:
     path: str = ""
     dtype: DType = "float32"  # of the learner; with bfloat16 the main weights stay float32
     # activations that the backward pass computes again, to save memory. selective: those of
-    # attention and of dense feed-forward layers; full: of whole layers, of which only the input is
-    # kept
+    # attention and of feed-forward layers, dense and mixtures; full: of whole layers, of which only
+    # the input is kept
     activation_recomputation: ActivationRecomputation = "none"
     kernels: KernelConfig = field(default_factory=KernelConfig)
 

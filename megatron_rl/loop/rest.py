@@ -1,10 +1,10 @@
 """Engines and the learner take turns on the GPUs that they share (`rollout.placement=colocated`).
 
 While the learner works, engines sleep: their KV cache is freed and their weights are kept in the
-host's memory. While they are awake, the learner's gradients and its optimizer's state are in the
-host's memory (learner/model/offload.py); its weights stay, since they are published meanwhile. What
-reads or changes that state, an update, a checkpoint or an update that is taken back, is done while
-the engines sleep.
+host's memory. While they are awake, the learner's gradients are freed and its optimizer's state is
+in the host's memory (learner/model/offload.py); its weights stay, since they are published
+meanwhile. What reads or changes that state, an update, a checkpoint or an update that is taken
+back, is done while the engines sleep.
 
 An engine on CPUs has nothing to free, and stays awake; so does the learner's state.
 """

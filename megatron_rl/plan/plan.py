@@ -78,8 +78,8 @@ class MemoryPlan:
 
     @property
     def rollout(self) -> float:
-        """While the engines sample. The learner keeps its weights; gradients and the optimizer's
-        state are in host memory meanwhile if they take turns.
+        """While the engines sample. The learner keeps its weights; if they take turns, its
+        gradients are freed meanwhile and the optimizer's state is in host memory.
         """
         learner = self.learner.resting if self.sleeps else self.learner.resident
         return learner + (self.engine.total if self.engine else 0.0)
