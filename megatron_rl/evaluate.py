@@ -3,8 +3,9 @@ on the sets of a config, without a learner.
 
 The sets are those of `eval.sets`, and the held-out prompts of `data.tasks` if there are any. One
 process starts the engines (or takes those of `rollout.urls`, with the weights that they serve) and
-samples with the seeds that a training run uses. Everything is written to a new folder
-`<run_dir>/evaluations/<number>`: `results.json`, the settings, every sample, the engines' logs.
+samples with the environment and the seeds that a training run uses. Everything is written to a new
+folder `<run_dir>/evaluations/<number>`: `results.json`, the settings, every sample, the engines'
+logs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megatron_rl.engine.requests import EnginePool
 from megatron_rl.engine.server import check_given, given_addresses
 from megatron_rl.engine.start import start_engines_of
 from megatron_rl.errors import ConfigError, EngineError
+from megatron_rl.loop.environments import make_environment, single_turn
 from megatron_rl.loop.evaluate import Evaluator, evaluate_sets
 from megatron_rl.loop.expected import check_own_functions
 from megatron_rl.loop.preflight import (
@@ -51,7 +53,6 @@ from megatron_rl.reward.score import Scorer
 from megatron_rl.rollout.counted import CountedEpisodes
 from megatron_rl.rollout.environment import Environment, EpisodeRequest
 from megatron_rl.rollout.live import run_episodes
-from megatron_rl.rollout.single_turn import SingleTurn
 
 RESULTS = "results.json"
 # If the output is no terminal: seconds between two lines of progress, and columns of the table.
@@ -90,11 +91,12 @@ def evaluate(config: Config, progress: Progress) -> None:
         pool = _start_pool(
             config, folder, end_tokens(config.model.path, tokenizer, geometry.vocab_size), stack
         )
-        environment = SingleTurn(lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
         state = initial_state(config.objective.constraint)
-        state.published_version = served_version(pool, environment, sets[0].prompts[0])
+        state.published_version = served_version(pool, single_turn(tokenizer), sets[0].prompts[0])
         counted = CountedEpisodes(
-            environment, sum(len(each.prompts) for each in sets), watch.progress
+            make_environment(config, tokenizer, stack),
+            sum(len(each.prompts) for each in sets),
+            watch.progress,
         )
         progress.describe = lambda: f"{counted.num_done} of {counted.num_all} questions answered"
         watch.start_clock()  # the engines may have taken minutes to start

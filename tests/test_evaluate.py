@@ -15,6 +15,7 @@ from megatron_rl import evaluate as evaluate_module
 from megatron_rl.config import (
     Config,
     DataConfig,
+    EnvironmentConfig,
     EvalConfig,
     EvalSetConfig,
     ModelConfig,
@@ -25,14 +26,18 @@ from megatron_rl.config import (
     TaskConfig,
 )
 from megatron_rl.config.file import load_config
+from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError, EngineError
 from megatron_rl.evaluate import evaluate, new_folder
 from megatron_rl.process.command import Progress
 from megatron_rl.records import Score
 from megatron_rl.rollout.recording import read_step
+from tests.e2e.episode_tool import REPLY
 from tests.fakes.engine import FakeEngine
 from tests.fakes.engine_pool import FakePool
 from tests.fakes.groups import make_scores
+
+VOCABULARY = 128
 
 
 class FakeScorer:
@@ -132,6 +137,25 @@ def test_the_figures_are_printed_and_written(
     assert (probe.num_samples, probe.sampling.max_tokens) == (1, 1)
     assert [request.num_samples for request in asked] == [4] * 5 + [2] * 4
     assert len({request.seed for request in asked}) == 9
+
+
+def test_the_environment_of_a_run_is_that_of_its_evaluations(
+    started: dict[str, Any], config: Config
+) -> None:
+    """The tool replies to the first two turns; each of the fake engine's turns is only its end."""
+    started["pool"] = FakePool(end_probability=1.0)
+    environment = EnvironmentConfig(name="tests.e2e.episode_tool:reply", num_workers=1)
+    rollout = replace(config.rollout, environment=environment)
+    sets = [replace(config.eval.sets[0], num_rows=1, sampling=SamplingConfig(max_tokens=32))]
+    evaluate(replace(config, rollout=rollout, eval=replace(config.eval, sets=sets)), Progress())
+    folder = Path(config.run_dir) / "evaluations" / "0001"
+    [scored] = read_step(folder / "rollouts" / "sums", 0)
+    tokenizer = load_tokenizer(config.model.path, VOCABULARY)
+    num_prompt = len(scored.group.prompt.token_ids)
+    for each in scored.group.rollouts:
+        assert each.num_response_tokens == 3
+        replies = each.token_ids[num_prompt:][~each.loss_mask[num_prompt:]]
+        assert tokenizer.decode(replies).split() == [REPLY] * 2
 
 
 def test_a_set_that_could_not_be_scored_is_in_the_table_and_in_one_line(
