@@ -88,7 +88,7 @@ def publish_weights(
             if (has_changed or has_failed) and isinstance(link, EngineLink):
                 link.publisher.choose(urls)
             checksum, failure = _send(learner, link, version, config)
-            if failure := next(filter(None, learner.parallel.from_all_ranks(failure)), ""):
+            if failure := learner.parallel.first_problem(failure):
                 is_lost = crew.examine(urls)
                 # If all engines answer, one may have been started again by somebody else meanwhile;
                 # any other reason comes again.

@@ -109,9 +109,8 @@ def verify_resumption(resumption: Resumption, inputs: Inputs, parallel: Parallel
             return replace(resumption, lines=(*resumption.lines, line))
         # Dealt by name: the files of tensors of all ranks have about the same size.
         own = sorted(sums)[parallel.rank :: parallel.world_size]
-        problems = parallel.from_all_ranks(wrong_file(resumption.checkpoint, sums, own))
-        problem = next((each for each in problems if each is not None), None)
-        if problem is None:
+        problem = parallel.first_problem(wrong_file(resumption.checkpoint, sums, own) or "")
+        if not problem:
             num_bytes = sum((resumption.checkpoint / name).stat().st_size for name in sums)
             line = (
                 f"checkpoint {resumption.checkpoint.name}: {len(sums)} files, "

@@ -113,7 +113,7 @@ def test_other_ranks_give_their_shards_wait_and_probe() -> None:
     learner, state = FakeLearner(parallel=parallel), make_state()
     publish_weights(learner, None, probe, FakeCrew(), state, CONFIG, Phases())
     assert learner.log == ["give_tensors"]
-    assert parallel.log == ["from_all_ranks"]
+    assert parallel.log == ["first_problem"]
     assert probe.checked == [(5, "")]
     assert state.published_version == 5
 
