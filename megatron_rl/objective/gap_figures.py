@@ -2,7 +2,7 @@
 reduced over all ranks.
 
 discrepancy/mean, max, std                       of delta = |p_train - p_inf|; q50, q90, q99
-discrepancy/age_0/mean, ...                      delta by age of the sampling weights
+discrepancy/age_0/mean, ...                      delta by age of the sampling weights; its q50 ...
 discrepancy/position_1_to_3/mean, ...            by the token's number in its response, from 0
 discrepancy/rollout_probability_0.1_to_0.5/mean  by p_inf
 discrepancy/age/mean, max                        in training steps

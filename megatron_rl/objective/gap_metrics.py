@@ -108,7 +108,7 @@ def discrepancy_metrics(
         sums_of_tokens[tuple(of_tokens[0]).index(name)] for name in ("delta", "tokens")
     )
     return DiscrepancySum(total=total, num_tokens=num_tokens), {
-        "discrepancy": Histogram.of(delta, edges=HISTOGRAM_EDGES),
+        **_histograms(delta, bins[AGES]),
         **log_odds_metrics(recomputed, rollout),
         "discrepancy/gap": Figures(
             sum_names=(*of_tokens[0], *of_sequences[0], *grouped_names),
@@ -117,6 +117,15 @@ def discrepancy_metrics(
             maxima=torch.cat([_maxima(of_tokens[1]), _maxima(of_sequences[1])]),
             finish=finish,
         ),
+    }
+
+
+def _histograms(delta: torch.Tensor, age_bin: torch.Tensor) -> dict[str, Histogram]:
+    """Of all tokens, and of those of each age."""
+    of_ages = Histogram.of_groups(delta, age_bin, num_groups=len(AGES), edges=HISTOGRAM_EDGES)
+    counts = torch.stack([each.counts for each in of_ages]).sum(0)
+    return {"discrepancy": Histogram(edges=HISTOGRAM_EDGES, counts=counts)} | {
+        f"discrepancy/{age}": own for age, own in zip(AGES, of_ages, strict=True)
     }
 
 

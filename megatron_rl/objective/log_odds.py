@@ -56,13 +56,16 @@ def log_odds_metrics(
     """
     displacement = log_odds_displacement(recomputed_logprobs, rollout_logprobs)
     confidence = bins_of(rollout_logprobs.double().exp(), CONFIDENCE_EDGES)
-    size = len(EDGES) - 1
-    index = confidence * size + bins_of(displacement, EDGES[1:-1])
-    counts = displacement.new_zeros(len(CONFIDENCES) * size)
-    counts.index_add_(0, index, torch.ones_like(displacement))
+    histograms = Histogram.of_groups(
+        displacement,
+        confidence,
+        num_groups=len(CONFIDENCES),
+        edges=EDGES,
+        quantiles=QUANTILES,
+    )
     return {
-        f"discrepancy/{name}": Histogram(edges=EDGES, counts=of_bin, quantiles=QUANTILES)
-        for name, of_bin in zip(CONFIDENCES, counts.reshape(-1, size), strict=True)
+        f"discrepancy/{name}": histogram
+        for name, histogram in zip(CONFIDENCES, histograms, strict=True)
     }
 
 

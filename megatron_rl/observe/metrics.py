@@ -68,15 +68,29 @@ class Histogram:
     quantiles: tuple[float, ...] = field(default=(0.5, 0.9, 0.99))
 
     @classmethod
-    def of(cls, values: torch.Tensor, *, edges: tuple[float, ...]) -> Histogram:
-        """The histogram of `values` (any shape and float dtype, possibly empty)."""
+    def of_groups(
+        cls,
+        values: torch.Tensor,
+        groups: torch.Tensor,
+        *,
+        num_groups: int,
+        edges: tuple[float, ...],
+        quantiles: tuple[float, ...] = (0.5, 0.9, 0.99),
+    ) -> list[Histogram]:
+        """One histogram for each group of values.
+
+        Args:
+            values: [N] float, possibly empty.
+            groups: [N] int64, from 0 to num_groups - 1.
+        """
         inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=values.device)
-        bins = torch.bucketize(values.detach().reshape(-1).double(), inner, right=True)
-        counts = torch.zeros(len(edges) - 1, dtype=torch.float64, device=values.device)
+        bins = torch.bucketize(values.detach().double(), inner, right=True)
+        size = len(edges) - 1
+        counts = torch.zeros(num_groups * size, dtype=torch.float64, device=values.device)
         # bincount is not used: its length depends on the values, so the host would wait for the
         # device.
-        counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
-        return cls(edges=edges, counts=counts)
+        counts.index_add_(0, groups * size + bins, torch.ones_like(bins, dtype=torch.float64))
+        return [cls(edges=edges, counts=own, quantiles=quantiles) for own in counts.split(size)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

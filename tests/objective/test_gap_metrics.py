@@ -124,7 +124,11 @@ EXPECTED = {
     "log_perplexity_difference/max": 0.0,
 }
 RATIO_SHARES = {"ratio_below/mean", "ratio_above/mean", "ratio_outside/mean"}
-QUANTILES = {"q50", "q90", "q99"}
+QUANTILES = {
+    f"{of}{quantile}"
+    for of in ("", "age_0/", "age_1/", "age_2_plus/")
+    for quantile in ("q50", "q90", "q99")
+}
 # All tokens of HAND have p_inf 1/4.
 LOG_ODDS = {f"log_odds_0.1_to_0.5/q{quantile}" for quantile in (1, 25, 50, 75, 99)}
 KINDS = ("", "sequence_sum_", "sequence_mean_")  # of ratios
@@ -137,6 +141,19 @@ def test_numbers_worked_by_hand() -> None:
     # p_inf is the same for every token, so there is no correlation.
     others = {f"discrepancy/{name}" for name in RATIO_SHARES | QUANTILES | LOG_ODDS}
     assert set(figures) == {f"discrepancy/{name}" for name in EXPECTED} | others
+
+
+def test_the_quantiles_of_an_age_are_those_of_its_tokens() -> None:
+    """Each age has one token; the quantiles of all tokens are from the same counts."""
+    width = 10**0.1  # of a bin, ten a decade
+    metrics = metrics_of(**HAND)
+    figures = figures_of(metrics)
+    for age, delta in (("age_0", 1 / 4), ("age_1", 1 / 8), ("age_2_plus", 1 / 2)):
+        for quantile in ("q50", "q99"):
+            assert delta / width <= figures[f"discrepancy/{age}/{quantile}"] <= delta * width
+    assert 1 / 4 / width <= figures["discrepancy/q50"] <= 1 / 4 * width
+    counts = [metrics[f"discrepancy/{age}"].counts for age in ("age_0", "age_1", "age_2_plus")]
+    assert torch.equal(sum(counts), metrics["discrepancy"].counts)
 
 
 def test_the_sum_that_lambda_steps_on_is_that_of_the_metric_bit_for_bit() -> None:

@@ -29,6 +29,12 @@ def mean_and_max(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, 
     return {"x/mean": sums["x"] / sums["count"], "x/max": maxima["x"]}
 
 
+def histogram_of(values: torch.Tensor, *, edges: tuple[float, ...] = EDGES) -> Histogram:
+    groups = torch.zeros(len(values), dtype=torch.int64)
+    [histogram] = Histogram.of_groups(values, groups, num_groups=1, edges=edges)
+    return histogram
+
+
 def figures_of(values: torch.Tensor) -> Figures:
     largest = values.max().double() if len(values) else torch.tensor(-math.inf).double()
     return Figures(
@@ -48,12 +54,12 @@ def parts_of(values: torch.Tensor) -> dict:
         "a/sum": Sum(values.double().sum()),
         "a/max": Max(values.max() if has_values else float("-inf")),
         "a/min": Min(values.min() if has_values else float("inf")),
-        "a/histogram": Histogram.of(values, edges=EDGES),
+        "a/histogram": histogram_of(values),
         "a/figures": figures_of(values),
         "nobody/mean": Mean(sum=0.0, count=0),
         "nobody/max": Max(float("-inf")),
         "nobody/min": Min(float("inf")),
-        "nobody/histogram": Histogram.of(torch.zeros(0), edges=EDGES),
+        "nobody/histogram": histogram_of(torch.zeros(0)),
     }
 
 
@@ -106,7 +112,7 @@ def test_numbers_worked_by_hand():
         "b/mean": Mean(sum=3.0, count=4),
         "c/max": Max(torch.tensor(-1.5)),
         "c/min": Min(0.25),
-        "d/histogram": Histogram.of(torch.tensor([-3.0, 1.5, 1.5, 9.0]), edges=(0.0, 1.0, 2.0)),
+        "d/histogram": histogram_of(torch.tensor([-3.0, 1.5, 1.5, 9.0]), edges=(0.0, 1.0, 2.0)),
     }
     assert reduce(metrics, alone) == {
         "b/mean": 0.75,
@@ -119,6 +125,12 @@ def test_numbers_worked_by_hand():
     }
 
 
+def test_groups_have_histograms_of_their_own():
+    values, groups = torch.tensor([0.5, 1.5, 0.1, 0.2]), torch.tensor([0, 0, 2, 2])
+    found = Histogram.of_groups(values, groups, num_groups=3, edges=(0.0, 1.0, 2.0))
+    assert [each.counts.tolist() for each in found] == [[1, 1], [0, 0], [2, 0]]
+
+
 def test_what_nobody_has_is_left_out():
     reduced = reduce(parts_of(torch.zeros(0)), alone)
     assert reduced == {"a/sum": 0.0}
@@ -126,7 +138,7 @@ def test_what_nobody_has_is_left_out():
 
 def test_quantiles_are_right_up_to_the_width_of_a_bin():
     values = torch.cat(values_of("even"))
-    counts = Histogram.of(values, edges=EDGES).counts
+    counts = histogram_of(values).counts
     histogram = Histogram(edges=EDGES, counts=counts, quantiles=(0.25, 0.5, 0.999))
     reduced = reduce({"a/histogram": histogram}, alone)
     for name, quantile in (("a/q25", 0.25), ("a/q50", 0.5), ("a/q99.9", 0.999)):
