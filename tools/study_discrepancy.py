@@ -195,12 +195,12 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
 
 
 def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
-    """Write the report, and beside it one PNG per engine. Sections written by hand are kept: those
-    before "Runs" where they are, the others after the engines.
+    """Write the report, and beside it one PNG per engine. What was written by hand is kept: the
+    title and the sections before "Runs" where they are, the others after the engines.
     """
     name = name_of(study)
     path = docs / f"{name}.md"
-    before, after = kept_sections(path)
+    title, before, after = kept_sections(path)
     lines = [
         "## Runs",
         f"Made by `tools/study_discrepancy.py`: `run {study}`, then `report {study}`. Every figure",
@@ -215,7 +215,6 @@ def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
         draw(own, docs / f"{name}-{engine}.png", title=engine)
         lines += ["", f"## Engine: {engine}", "", *table_of(own), ""]
         lines.append(f"![curves]({name}-{engine}.png)")
-    title = "# Which correction helps when engine and learner disagree?"
     path.write_text("\n\n".join([title, *before, "\n".join(lines), *after]) + "\n")
     print(path)
 
@@ -225,20 +224,21 @@ def name_of(study: Path) -> str:
     return f"{study.stem.replace('_', '-')}-study"
 
 
-def kept_sections(path: Path) -> tuple[list[str], list[str]]:
-    """The sections of the last report that are written by hand: those before the section "Runs",
-    and the others.
+def kept_sections(path: Path) -> tuple[str, list[str], list[str]]:
+    """What is written by hand in the last report: the title, the sections before the section
+    "Runs", and the others.
     """
     before: list[str] = []
     after: list[str] = []
     kept = before
-    text = path.read_text() if path.is_file() else ""
-    for section in re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]:
+    text = path.read_text() if path.is_file() else f"# {path.stem}\n\n"
+    title, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    for section in sections:
         if section.startswith("## Runs\n"):
             kept = after
         elif not section.startswith("## Engine: "):
             kept.append(section.rstrip())
-    return before, after
+    return title.rstrip(), before, after
 
 
 def table_of(records: Sequence[Record]) -> list[str]:

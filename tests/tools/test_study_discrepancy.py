@@ -103,11 +103,13 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     page = docs / "discrepancy-study.md"
     opening = "## By hand\nBefore.\n\n## Runs\n"
     page.write_text(
-        report.replace("## Runs\n", opening) + "\n## Findings\nAfter.\n\n## Last\nEnd.\n"
+        report.replace("# discrepancy-study\n", "# A title\n").replace("## Runs\n", opening)
+        + "\n## Findings\nAfter.\n\n## Last\nEnd.\n"
     )
     written = page.read_text()
     assert main(command) == 0
     assert page.read_text() == written
+    assert written.startswith("# A title\n")
     assert written.index("Before.") < written.index("## Engine: bf16") < written.index("After.")
 
 
