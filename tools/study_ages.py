@@ -27,6 +27,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 import numpy
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observe.console import SECONDS
@@ -40,7 +41,6 @@ PHASES = ("rollout", "reward", "learner", "sync")
 WARM_STEPS = 5
 NO_EVALUATIONS = ("eval.every=0", "eval.at_start=false", "eval.at_end=false")
 AVERAGE = "eval/avg_at_8"
-LINES = ("-", "--", ":", "-.")  # an arm each
 
 Curve = tuple[list[int], list[float]]  # steps, and avg@8 after them
 
@@ -161,32 +161,39 @@ def table_of(
 def draw(
     curves: Mapping[tuple[str, str], Sequence[Curve]], seconds: Mapping[str, float], output: Path
 ) -> None:
-    """avg@8 over steps and over seconds: a colour for each engine, a kind of line for each arm, the
-    mean over seeds with its standard error.
+    """avg@8 over steps and over seconds: a row of panels for each arm, a colour for each engine,
+    the mean over seeds with its standard error.
     """
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     engines = list(dict.fromkeys(engine for engine, _ in curves))
     arms = list(dict.fromkeys(arm for _, arm in curves))
+    figure, grid = pyplot.subplots(
+        *(len(arms), 2), figsize=(10, 2.9 * len(arms)), sharex="col", sharey=True, squeeze=False
+    )
     for (engine, arm), runs in curves.items():
-        steps = numpy.array(runs[0][0])
-        values = numpy.array([values for _, values in runs])
-        error = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else 0.0
-        color, line = f"C{engines.index(engine)}", LINES[arms.index(arm) % len(LINES)]
-        for axes, scale in zip(panels, (1.0, seconds[engine]), strict=True):
-            mean = values.mean(axis=0)
-            axes.plot(steps * scale, mean, line, color=color, label=f"{engine}, {arm}")
-            axes.fill_between(
-                steps * scale, mean - error, mean + error, color=color, alpha=0.12, linewidth=0
-            )
-    panels[0].set(xlabel="step (equal samples)", ylabel="avg@8")
-    panels[1].set(xlabel="seconds of the steps, one core each for learner and engine")
-    for axes in panels:
-        axes.grid(color="#e3e7ec")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=8)
+        for axes, scale in zip(grid[arms.index(arm)], (1.0, seconds[engine]), strict=True):
+            draw_runs(axes, runs, scale, f"C{engines.index(engine)}", engine)
+    for arm, row in zip(arms, grid, strict=True):
+        row[0].set_title(arm, loc="left", fontsize=10)
+        row[0].set_ylabel("avg@8")
+        for axes in row:
+            axes.grid(color="#e3e7ec")
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    grid[-1, 0].set_xlabel("step: equal samples")
+    grid[-1, 1].set_xlabel("seconds, with a core each for learner and engine")
     figure.tight_layout()
     figure.savefig(output, dpi=130)
     pyplot.close(figure)
+
+
+def draw_runs(axes: Axes, runs: Sequence[Curve], scale: float, color: str, label: str) -> None:
+    """The mean and the standard error of runs that were evaluated after the same steps."""
+    steps = scale * numpy.array(runs[0][0])
+    values = numpy.array([values for _, values in runs])
+    error = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else 0.0
+    mean = values.mean(axis=0)
+    axes.plot(steps, mean, color=color, label=label)
+    axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
 
 
 if __name__ == "__main__":
