@@ -234,9 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _soak(options: argparse.Namespace) -> int:
     run_dir = options.work / "run"
     settings = [f"run_dir={run_dir}", *ENDLESS, *options.overrides]
-    parallel = load_config(options.config, settings).parallel
+    num_ranks = load_config(options.config, settings).parallel.replica_size
     command = [sys.executable, "-m", "megatron_rl.process.agent"]
-    command += [f"--nproc_per_node={parallel.tensor * parallel.pipeline * parallel.context}"]
+    command += [f"--nproc_per_node={num_ranks}"]
     command += ["-m", "megatron_rl.train", str(options.config), *settings]
     options.work.mkdir(parents=True, exist_ok=True)
     used = UsedPrompts(run_dir)

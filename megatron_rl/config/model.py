@@ -100,6 +100,11 @@ class ParallelConfig:
     # other ranks start engines, sample, score and evaluate
     timeout_seconds: float = 1800.0
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one replica of the model."""
+        return self.tensor * self.context * self.pipeline
+
     def __post_init__(self) -> None:
         at_least(
             1,

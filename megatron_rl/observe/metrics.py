@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 AllReduce = Callable[[torch.Tensor, str], torch.Tensor]
 """Takes a float64 tensor on the CPU and "sum" or "max", and returns it reduced over all ranks. It
 may overwrite its input, and moves it to the device that its process group needs."""
+
+QUANTILES = (0.5, 0.9, 0.99)  # of a histogram that does not name its own
 
 Number = float | torch.Tensor  # a 0-dim tensor stays on its device until `reduce`
 
@@ -65,7 +67,7 @@ class Histogram:
 
     edges: tuple[float, ...]  # [B+1] ascending, the same on every rank
     counts: torch.Tensor  # [B] float64
-    quantiles: tuple[float, ...] = field(default=(0.5, 0.9, 0.99))
+    quantiles: tuple[float, ...] = QUANTILES
 
     @classmethod
     def of_groups(
@@ -75,7 +77,7 @@ class Histogram:
         *,
         num_groups: int,
         edges: tuple[float, ...],
-        quantiles: tuple[float, ...] = (0.5, 0.9, 0.99),
+        quantiles: tuple[float, ...] = QUANTILES,
     ) -> list[Histogram]:
         """One histogram for each group of values.
 

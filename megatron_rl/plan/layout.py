@@ -106,7 +106,7 @@ def layout_of(config: Config, *, num_nodes: int, gpus_per_node: int) -> ClusterL
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
         context=parallel.context,
-        data=num_ranks // (parallel.tensor * parallel.context * parallel.pipeline),
+        data=num_ranks // parallel.replica_size,
         dtype=config.model.dtype,
         has_distributed_optimizer=config.learner.optimizer.distributed,
         virtual_pipeline=parallel.virtual_pipeline,

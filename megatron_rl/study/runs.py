@@ -84,7 +84,7 @@ def run_to_the_end(
     settings = load_config(config, [*overrides, f"run_dir={run_dir}"])
     if is_finished(config, overrides, run_dir):
         return run_dir
-    num_ranks = settings.parallel.tensor * settings.parallel.pipeline
+    num_ranks = settings.parallel.replica_size
     command = [sys.executable, "-m", "megatron_rl.process.agent"]
     command += ["--nproc_per_node", str(num_ranks), "-m", "megatron_rl.train", str(config)]
     command += [*overrides, f"run_dir={run_dir}"]

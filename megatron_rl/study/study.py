@@ -204,7 +204,7 @@ def run_engine(
         The names of the runs that failed; once a server has died, also of those not started.
     """
     config = served_settings(study, engine, overrides)
-    num_ranks = config.parallel.tensor * config.parallel.pipeline
+    num_ranks = config.parallel.replica_size
     num_threads = max(1, len(os.sched_getaffinity(0)) // (jobs * num_ranks))
     free: SimpleQueue[Engine] = SimpleQueue()
     has_dead_engine = threading.Event()

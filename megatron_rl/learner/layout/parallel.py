@@ -222,7 +222,7 @@ def check_world_size(config: ParallelConfig, world_size: int | None = None) -> i
     """
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    model_size = config.tensor * config.context * config.pipeline
+    model_size = config.replica_size
     if world_size % model_size:
         raise ConfigError(
             "parallel: expected a world size that is a multiple of tensor x context x pipeline = "
