@@ -33,10 +33,11 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observe.console import SECONDS
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.tool import run_tool
+from megatron_rl.study.figures import with_error
 from megatron_rl.study.runs import run_to_the_end
 from megatron_rl.study.study import Study, load_studies, run_dir_of
 from tools.bench_overlap import PHASES
-from tools.study_discrepancy import name_of, with_error
+from tools.study_discrepancy import name_of
 
 WARM_STEPS = 5
 NO_EVALUATIONS = ("eval.every=0", "eval.at_start=false", "eval.at_end=false")

@@ -9,8 +9,8 @@ started again; finished runs are not repeated, and a stopped one is resumed from
 the study has more_seeds, they are then run for the arms that are within two standard errors of the
 first arm, and for that one. A file with several models has all of it once for each.
 
-`report` writes discrepancy-study.md, one PNG per engine, and the raw figures of every step as CSV,
-from the runs that are finished; the names begin with that of the study's file.
+`report` writes discrepancy-study.md, PNGs of the curves of each engine, and the raw figures of
+every step as CSV, from the runs that are finished; the names begin with that of the study's file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -37,13 +36,23 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.lifetime import watch_signals
 from megatron_rl.process.tool import run_tool
+from megatron_rl.study.figures import (
+    Record,
+    above,
+    at_end,
+    at_same_entropy,
+    at_start,
+    is_close,
+    mean_after,
+    runs_of,
+    with_error,
+)
 from megatron_rl.study.runs import DONE_FILE
 from megatron_rl.study.study import Study, choose, load_studies, run_dir_of, run_study
 
-Record = dict[str, Any]
 LAST_STEPS = 10  # figures at the end of a run are means over so many steps
 PANELS = (  # of the curves: metric, label, steps of the moving mean, scale of the axis
-    ("reward/mean", "reward", 1, "linear"),
+    ("reward/mean", f"reward, last {LAST_STEPS} steps", LAST_STEPS, "linear"),
     (
         "discrepancy/mean",
         f"mean |p_train - p_inf|, last {LAST_STEPS} steps",
@@ -68,9 +77,7 @@ COLUMNS = (
     "learner/grad_norm",
     "speed/seconds/learner",
 )
-ENTROPY_WINDOW = 0.05  # largest relative difference between two "equal" entropies
-MIN_MATCHED = 3  # least number of steps for a comparison at equal entropy
-FIRST_STEPS = 10  # left out of it: with old rollouts the gap needs a few steps to build up
+ARMS_IN_PICTURE = 6  # with the first arm, which is in every picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,20 +147,6 @@ def run_all(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> 
             run_study(replace(part, seeds=study.more_seeds), overrides, output, jobs)
 
 
-def is_close(records: Sequence[Record], first: str, other: str) -> bool:
-    """Whether the avg@8 of two arms at the end differs by at most two standard errors of the
-    difference, over the seeds that are finished. With fewer than two seeds it is not known.
-    """
-    ends = [
-        [at_end(run, "eval/avg_at_8") for run in runs_of(records, arm)] for arm in (first, other)
-    ]
-    if min(len(each) for each in ends) < 2:
-        return False
-    difference = statistics.mean(ends[0]) - statistics.mean(ends[1])
-    variance = sum(statistics.variance(each) / len(each) for each in ends)
-    return abs(difference) <= 2 * math.sqrt(variance)
-
-
 def finished_curves(study: Study, output: Path) -> list[Record]:
     """One record per step of every finished run of a model: engine, arm, seed, step and metrics."""
     records: list[Record] = []
@@ -195,8 +188,8 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
 
 
 def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
-    """Write the report, and beside it one PNG per engine. What was written by hand is kept: the
-    title and the sections before "Runs" where they are, the others after the engines.
+    """Write the report, and beside it the PNGs of each engine. What was written by hand is kept:
+    the title and the sections before "Runs" where they are, the others after the engines.
     """
     name = name_of(study)
     path = docs / f"{name}.md"
@@ -212,11 +205,21 @@ def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
     ]
     for engine in dict.fromkeys(each["engine"] for each in records):
         own = [each for each in records if each["engine"] == engine]
-        draw(own, docs / f"{name}-{engine}.png", title=engine)
         lines += ["", f"## Engine: {engine}", "", *table_of(own), ""]
-        lines.append(f"![curves]({name}-{engine}.png)")
+        for number, part in enumerate(in_pictures(own), 1):
+            picture = f"{name}-{engine}.png" if number == 1 else f"{name}-{engine}-{number}.png"
+            draw(part, docs / picture, title=engine)
+            lines.append(f"![curves]({picture})")
     path.write_text("\n\n".join([title, *before, "\n".join(lines), *after]) + "\n")
     print(path)
+
+
+def in_pictures(records: Sequence[Record]) -> list[list[Record]]:
+    """The records of the arms that are drawn together: the first one, and some of the others."""
+    first, *others = dict.fromkeys(each["arm"] for each in records)
+    size = ARMS_IN_PICTURE - 1
+    groups = [others[start : start + size] for start in range(0, len(others), size)] or [[]]
+    return [[each for each in records if each["arm"] in (first, *group)] for group in groups]
 
 
 def name_of(study: Path) -> str:
@@ -245,13 +248,14 @@ def table_of(records: Sequence[Record]) -> list[str]:
     """A Markdown table with one row per arm."""
     last = max(each["step"] for each in records) - LAST_STEPS
     arms = list(dict.fromkeys(each["arm"] for each in records))
-    first = {run[0]["seed"]: run for run in runs_of(records, arms[0])}
+    baselines = {run[0]["seed"]: run for run in runs_of(records, arms[0])}
     columns: dict[str, Callable[[list[Record]], float]] = {
         "avg@8, end": lambda run: at_end(run, "eval/avg_at_8"),
+        f"above {arms[0]}": lambda run: above(run, baselines.get(run[0]["seed"])),
         "gain": lambda run: at_end(run, "eval/avg_at_8") - at_start(run, "eval/avg_at_8"),
         "discrepancy": lambda run: mean_after(run, "discrepancy/mean", last),
         f"{arms[0]}'s at this entropy": lambda run: at_same_entropy(
-            run, first.get(run[0]["seed"], []), last
+            run, baselines.get(run[0]["seed"], []), last
         ),
         "tolerance": lambda run: mean_after(run, "constraint/tolerance", last),
         "fixed gap, end": lambda run: at_end(run, "eval/fixed_gap/mean"),
@@ -267,62 +271,6 @@ def table_of(records: Sequence[Record]) -> list[str]:
         cells = [with_error([column(run) for run in runs]) for column in columns.values()]
         lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
-
-
-def at_same_entropy(run: Sequence[Record], other: Sequence[Record], last: int) -> float:
-    """The mean discrepancy of another run at the entropy that this run has at its end.
-
-    A sharper policy has a smaller gap for any objective, so gaps are compared at equal entropy.
-
-    Args:
-        run: its entropy is the mean over the steps after `last`.
-        other: a run with the same seed, of which the steps with this entropy are used, except for
-            the first ones.
-    Returns:
-        NaN if the other run has too few such steps.
-    """
-    entropy = mean_after(run, "loss/entropy/mean", last)
-    near = [
-        each["discrepancy/mean"]
-        for each in other
-        if each["step"] > FIRST_STEPS
-        and abs(each["loss/entropy/mean"] - entropy) <= ENTROPY_WINDOW * entropy
-    ]
-    return statistics.mean(near) if len(near) >= MIN_MATCHED else math.nan
-
-
-def runs_of(records: Sequence[Record], arm: str) -> list[list[Record]]:
-    """The records of an arm: one list per seed."""
-    of_arm = [each for each in records if each["arm"] == arm]
-    seeds = dict.fromkeys(each["seed"] for each in of_arm)
-    return [[each for each in of_arm if each["seed"] == seed] for seed in seeds]
-
-
-def at_start(run: Sequence[Record], key: str) -> float:
-    """The first value of a metric in a run; NaN if there is none."""
-    return next((each[key] for each in run if each.get(key) is not None), math.nan)
-
-
-def at_end(run: Sequence[Record], key: str) -> float:
-    """The last value of a metric in a run; NaN if there is none."""
-    return at_start(run[::-1], key)
-
-
-def mean_after(run: Sequence[Record], key: str, step: int) -> float:
-    """The mean of a metric over the steps after `step`; NaN if there is none."""
-    found = [each[key] for each in run if each["step"] > step and each.get(key) is not None]
-    return statistics.mean(found) if found else math.nan
-
-
-def with_error(values: Sequence[float]) -> str:
-    """The mean over seeds and its standard error, e.g. `0.801 ± 0.004`; NaN values are left out."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return ""
-    mean = statistics.mean(known)
-    if len(known) == 1:
-        return f"{mean:.3g}"
-    return f"{mean:.3g} ± {statistics.stdev(known) / math.sqrt(len(known)):.1g}"
 
 
 def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
