@@ -11,6 +11,7 @@ from megatron_rl.config.rollout import SamplingConfig
 from megatron_rl.config.rules import MAX_PROMPTS, at_least, at_most, join_choices, require
 from megatron_rl.records import MAX_SAMPLES
 
+FIXED_STEP = 1  # the step of eval.fixed_rollouts that is scored
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # part of a metric's key and of a folder's name
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from megatron_rl.config import ModelConfig, OptimizerConfig
-from megatron_rl.config.learner import MoeConfig
+from megatron_rl.config.learner import MoeConfig, OptimizerConfig
+from megatron_rl.config.model import ModelConfig
 from megatron_rl.errors import BrokenUpdateError, DivergenceError
 from megatron_rl.learner.batch.deal import pack_rows, split_by_sample
 from megatron_rl.learner.layout.parallel import Parallel
+from megatron_rl.learner.model.build import build_model
 from megatron_rl.learner.model.export import (
     full_tensors,
     owned_tensors,
@@ -23,8 +24,9 @@ from megatron_rl.learner.model.export import (
 )
 from megatron_rl.learner.model.implementations import describe_implementations
 from megatron_rl.learner.model.offload import OptimizerOffload
+from megatron_rl.learner.model.optimizer import build_optimizer
 from megatron_rl.learner.model.routing import BalanceScales
-from megatron_rl.learner.model.training_model import build_training_model
+from megatron_rl.learner.model.training_model import TrainingModel
 from megatron_rl.learner.passes.forward import (
     WHOLE,
     FullRow,
@@ -34,7 +36,6 @@ from megatron_rl.learner.passes.forward import (
     row_output,
     run_schedule,
 )
-from megatron_rl.learner.passes.frozen import FrozenPolicy
 from megatron_rl.learner.passes.router_memory import RouterMemory
 from megatron_rl.ops import kernels
 from megatron_rl.ops.broken_rows import check_broken_rows
@@ -62,7 +63,7 @@ class Learner:
         *,
         num_updates: int,
         temperature: float = 1.0,
-        reference_path: str = "",
+        reference: Callable[[Sequence[MicroBatch]], list[FullRow]] | None = None,
         truncation: Truncation = WHOLE,
         moe: MoeConfig | None = None,
     ) -> None:
@@ -70,29 +71,29 @@ class Learner:
         Args:
             num_updates: optimizer steps of the whole run, for a decaying learning rate.
             temperature: the policy's; the learner computes every log-prob at this temperature.
-            reference_path: checkpoint of a frozen reference policy; "" for none.
+            reference: the full log-probs of a frozen policy (`FrozenPolicy.full_logprobs`); None:
+                there is none.
             truncation: the policy's; recomputed and policy log-probs are computed over its support.
             moe: settings of the routers of a mixture of experts; None: the defaults.
+        Raises:
+            ConfigError: the model does not allow the layout or an option.
+            DataError: the checkpoint does not match the geometry.
         """
         self.geometry = geometry
         self.parallel = parallel
         self.temperature = temperature
         self.truncation = truncation
         self.moe = moe or MoeConfig()
-        self.trained = build_training_model(
-            model,
-            optimizer,
-            geometry,
-            parallel,
-            num_updates=num_updates,
-            has_routing_replay=self.moe.routing_replay != "none",
+        replays = self.moe.routing_replay != "none"
+        parts = build_model(model, geometry, parallel, optimizer, has_routing_replay=replays)
+        built, scheduler = build_optimizer(optimizer, parts, num_updates=num_updates)
+        self.trained = TrainingModel(
+            parallel=parallel, geometry=geometry, parts=parts, optimizer=built, scheduler=scheduler
         )
         self._routers = RouterMemory(geometry, parallel, self.moe)
         self.implementations = describe_implementations(model, optimizer)
         self._offloaded = OptimizerOffload(self.trained)
-        self._reference = None
-        if reference_path:
-            self._reference = FrozenPolicy(reference_path, model, parallel, temperature=temperature)
+        self._reference = reference
 
     @property
     def learning_rate(self) -> float:
@@ -163,7 +164,7 @@ class Learner:
 
     def reference_logprobs(self, rows: Sequence[MicroBatch]) -> list[FullRow]:
         """The full log-probs of the frozen reference policy; empty if there is no reference."""
-        return [] if self._reference is None else self._reference.full_logprobs(rows)
+        return [] if self._reference is None else self._reference(rows)
 
     def score_samples(
         self,

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config import Config
+from megatron_rl.config.evaluation import FIXED_STEP
 from megatron_rl.engine.requests import EnginePool
 from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.learner.learner import Learner
 from megatron_rl.loop.link import EngineLink
-from megatron_rl.loop.preflight import FIXED_STEP
 from megatron_rl.loop.restore import Restore, ask_engines, no_engines_to_restore
 from megatron_rl.objective.discrepancy import discrepancy
 from megatron_rl.observe.stopwatch import Phase

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_rl.config import Config, RewardTerm, RolloutConfig
+from megatron_rl.config.evaluation import FIXED_STEP
 from megatron_rl.data.end_tokens import end_tokens
 from megatron_rl.data.evaluation_sets import EvaluationSet, held_out_set, open_sets
 from megatron_rl.data.prompts import PromptStream
@@ -35,8 +36,6 @@ from megatron_rl.reward.registry import resolve_verifiers
 from megatron_rl.sync.transports.transport import has_many_sources, needs_gpus
 from megatron_rl.weights.agreement import check_checkpoint
 from megatron_rl.weights.geometry import Geometry, read_geometry
-
-FIXED_STEP = 1  # the step of eval.fixed_rollouts that is scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 Rank 0 publishes the weights, every rank of the first replica contributes its shards, and all ranks
 take part in the probe. With a transport that has many sources, the first rank of each pipeline
 stage sends the tensors of its stage; otherwise rank 0 sends all of them. No rank samples before
-`publish_weights` has returned on every rank.
+`Publication.publish` has returned on every rank.
 
 An engine that is lost on the way is left out, and the weights are sent again to the others. An
 update that fails with all engines alive is sent once more.
@@ -12,8 +12,7 @@ update that fails with all engines alive is sent once more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +23,7 @@ from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.loop.broken import check_weights
 from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.link import EngineLink, log_update
-from megatron_rl.loop.restore import Restore, no_engines_to_restore
+from megatron_rl.loop.restore import no_engines_to_restore
 from megatron_rl.loop.state import LoopState
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.sync.contribute import Contributor
@@ -34,104 +33,80 @@ from megatron_rl.sync.transports.transport import has_many_sources
 Probe = Callable[[int, str], dict[str, float] | None]
 
 
-def publication(
-    learner: Learner,
-    link: EngineLink | Contributor | None,
-    probe: Probe,
-    crew: Crew | None,
-    state: LoopState,
-    config: Config,
-    phase: Phase,
-) -> tuple[Callable[..., dict[str, float]], Restore]:
-    """`publish_weights` and `restore_engines` of a run; see there."""
-    publish = partial(publish_weights, learner, link, probe, crew, state, config, phase)
-    return publish, partial(restore_engines, crew=crew, publish=publish, state=state)
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """How this rank takes part in every publication of the weights."""
 
+    learner: Learner
+    # On rank 0; on the other sources of the weights their `Contributor`; None on every other rank.
+    link: EngineLink | Contributor | None
+    probe: Probe  # `ParityProbe.check`
+    crew: Crew | None  # None in a replay, which has no engines
+    state: LoopState
+    config: Config
+    phase: Phase
 
-def publish_weights(
-    learner: Learner,
-    link: EngineLink | Contributor | None,
-    probe: Probe,
-    crew: Crew | None,
-    state: LoopState,
-    config: Config,
-    phase: Phase,
-    *,
-    version: int | None = None,
-) -> dict[str, float]:
-    """Publish the learner's weights; a collective over all ranks.
+    def publish(self, version: int | None = None) -> dict[str, float]:
+        """Publish the learner's weights; a collective over all ranks.
 
-    Args:
-        link: on rank 0; on the other sources of the weights their `Contributor`; None on every
-            other rank.
-        probe: `ParityProbe.check`.
-        crew: None in a replay, which has no engines.
-        version: None: `state.step`.
+        Args:
+            version: None: the step's, `state.step`.
 
-    Returns:
-        The probe's figures, the same on every rank. Empty with `sync.probe_num_tokens=0`, or in a
-        replay.
+        Returns:
+            The probe's figures, the same on every rank. Empty with `sync.probe_num_tokens=0`, or in
+            a replay.
 
-    Raises:
-        SyncError: an engine did not receive the learner's weights, or does not serve them.
-        EngineError: too few engines are left.
-        DivergenceError: a weight is not finite; no engine was told anything.
-    """
-    if crew is None:
-        return {}
-    version = state.step if version is None else version
-    with phase("sync"):
-        check_weights(learner.weights_problem(), state, config)
-        has_failed = False
-        while True:
-            urls, has_changed = crew.gather()
-            if (has_changed or has_failed) and isinstance(link, EngineLink):
-                link.publisher.choose(urls)
-            checksum, failure = _send(learner, link, version, config)
-            if failure := learner.parallel.first_problem(failure):
-                is_lost = crew.examine(urls)
-                # If all engines answer, one may have been started again by somebody else meanwhile;
-                # any other reason comes again.
-                if has_failed and not is_lost:
-                    raise SyncError(failure)
-                has_failed = True
-                continue
-            crew.take_in(urls)
-            state.published_version = version
-            if not config.sync.probe_num_tokens:
-                return {}
-            figures = probe(version, checksum)
-            if figures is not None:
-                return figures
+        Raises:
+            SyncError: an engine did not receive the learner's weights, or does not serve them.
+            EngineError: too few engines are left.
+            DivergenceError: a weight is not finite; no engine was told anything.
+        """
+        if self.crew is None:
+            return {}
+        version = self.state.step if version is None else version
+        with self.phase("sync"):
+            check_weights(self.learner.weights_problem(), self.state, self.config)
+            has_failed = False
+            while True:
+                urls, has_changed = self.crew.gather()
+                if (has_changed or has_failed) and isinstance(self.link, EngineLink):
+                    self.link.publisher.choose(urls)
+                checksum, failure = _send(self.learner, self.link, version, self.config)
+                if failure := self.learner.parallel.first_problem(failure):
+                    is_lost = self.crew.examine(urls)
+                    # If all engines answer, one may have been started again by somebody else
+                    # meanwhile; any other reason comes again.
+                    if has_failed and not is_lost:
+                        raise SyncError(failure)
+                    has_failed = True
+                    continue
+                self.crew.take_in(urls)
+                self.state.published_version = version
+                if not self.config.sync.probe_num_tokens:
+                    return {}
+                figures = self.probe(version, checksum)
+                if figures is not None:
+                    return figures
 
+    def restore(self, shortage: str) -> bool:
+        """A `Restore`: wait for engines that are starting, and publish the present version to all.
 
-def restore_engines(
-    shortage: str,
-    *,
-    crew: Crew | None,
-    publish: Callable[..., dict[str, float]],
-    state: LoopState,
-) -> bool:
-    """A `Restore`: wait for engines that are starting, and publish the present version to all.
-
-    Args:
-        publish: `publish_weights` with all arguments but the version.
-
-    Raises:
-        EngineError: nobody starts an engine, or the learner has other weights than the engines.
-    """
-    if crew is None:
-        return no_engines_to_restore(shortage)
-    shortage = crew.agree(shortage)
-    if not shortage:
-        return False
-    if state.step - state.published_version > 1:
-        raise EngineError(
-            f"{shortage}; the learner's weights are newer than those of version "
-            f"{state.published_version} that the step needs: expected sync.every=1 to go on"
-        )
-    publish(version=state.published_version)
-    return True
+        Raises:
+            EngineError: nobody starts an engine, or the learner has other weights than the engines.
+        """
+        if self.crew is None:
+            return no_engines_to_restore(shortage)
+        shortage = self.crew.agree(shortage)
+        if not shortage:
+            return False
+        version = self.state.published_version
+        if self.state.step - version > 1:
+            raise EngineError(
+                f"{shortage}; the learner's weights are newer than those of version {version} that "
+                "the step needs: expected sync.every=1 to go on"
+            )
+        self.publish(version)
+        return True
 
 
 def _send(

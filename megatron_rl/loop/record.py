@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,12 +35,12 @@ from megatron_rl.weights.huggingface import write_checkpoint
 
 def record_rollouts(
     writer: RolloutWriter,
-    sampled: SampledStep,
-    rows: Iterable[RecomputedRow],
     parallel: Parallel,
-    step: int,
     config: Config,
     phase: Phase,
+    step: int,
+    sampled: SampledStep,
+    rows: Iterable[RecomputedRow],
 ) -> None:
     """Have every rollout of the step written, with the learner's log-probs if they were computed,
     while the loop goes on. A replay writes nothing.
@@ -72,65 +73,68 @@ def record_rollouts(
             writer.submit(step, write)
 
 
-def end_step(
-    learner: Learner,
-    state: LoopState,
-    config: Config,
-    inputs: Inputs,
-    source: RolloutSource | None,
-    writer: RolloutWriter,
-    checkpoints: CheckpointWriter,
-    say: Callable[[str], None],
-    phase: Phase,
-    asleep: Callable[[], AbstractContextManager[None]],
-    update: StepReport,
-) -> bool:
-    """Count the step that has just ended, if an update was left out, and write the checkpoints that
-    are due: the one to resume from, which may be completed in the next step, and the Hugging Face
-    checkpoint. Returns whether the run was asked to stop here, before its last step
-    (`loop/stop.py`); then the first of them is due. A collective over all ranks.
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """How a step ends on this rank: with the checkpoints that are due, and perhaps with the run."""
 
-    Args:
-        inputs: of `loop/inputs.py`, with which a resumed run compares its own.
-        source: on the heads of the replicas; None elsewhere.
-        writer: of the rollouts, which must be on disk before a checkpoint.
-        asleep: the context in which the optimizer's state is on the device (rest.py); a collective.
-        say: prints a line.
-    Raises:
-        DivergenceError: there are too many steps in a row without an update, or a weight is not
-            finite.
-        DataError: a checkpoint could not be written, of this or of an earlier step.
-    """
+    learner: Learner
+    state: LoopState
+    config: Config
+    inputs: Inputs  # of `loop/inputs.py`, with which a resumed run compares its own
+    source: RolloutSource | None  # on the heads of the replicas
+    writer: RolloutWriter  # of the rollouts, which must be on disk before a checkpoint
+    checkpoints: CheckpointWriter
+    say: Callable[[str], None]  # prints a line
+    phase: Phase
+    # the context in which the optimizer's state is on the device (rest.py); a collective
+    asleep: Callable[[], AbstractContextManager[None]]
 
-    def tell(written: Written | None) -> None:
+    def finish(self, update: StepReport) -> bool:
+        """Count the step if its update was left out, and write the checkpoints that are due: the
+        one to resume from, which may be completed in the next step, and the Hugging Face
+        checkpoint. Returns whether the run was asked to stop here, before its last step
+        (`loop/stop.py`); then the first of them is due. A collective over all ranks.
+
+        Raises:
+            DivergenceError: there are too many steps in a row without an update, or a weight is
+                not finite.
+            DataError: a checkpoint could not be written, of this or of an earlier step.
+        """
+        state, config = self.state, self.config
+        count_broken(state, update, config, self.say)
+        run_dir, is_last = Path(config.run_dir), state.step == config.loop.num_steps
+        is_stopping = not is_last and is_asked_to_stop(run_dir, self.learner.parallel)
+        self._tell(self.checkpoints.advance())
+        is_due, is_hf_due = should_save(config, state.step), should_save_hf(config, state.step)
+        is_due = is_due or is_stopping
+        if is_due or is_hf_due:
+            check_weights(self.learner.weights_problem(), state, config)
+        if is_due:
+            self._save()
+        if is_hf_due:
+            with self.phase("save"):
+                save_hf_checkpoint(self.learner, config, step=state.step)
+        if is_stopping or is_last:
+            with self.phase("checkpoint"):
+                self._tell(self.checkpoints.finish())
+        if is_stopping:
+            forget_request(run_dir, is_first=self.learner.parallel.rank == 0)
+            self.say(f"stopped after step {state.step}, as it was asked to")
+        return is_stopping
+
+    def _save(self) -> None:
+        """Begin the checkpoint to resume from."""
+        with self.phase("checkpoint"), self.asleep():
+            self.writer.wait()  # a run that resumes here finds the rollouts of every step
+            self._tell(self.checkpoints.finish())
+            if is_ahead(self.config):
+                save_ahead(self.source, self.state, self.config, self.learner.parallel)
+            run_state = {**self.state.state_dict(), "inputs": self.inputs}
+            self._tell(self.checkpoints.save(run_state, step=self.state.step))
+
+    def _tell(self, written: Written | None) -> None:
         if written is not None and written.number == 1:  # of this process
-            say(str(written))
-
-    count_broken(state, update, config, say)
-    run_dir, is_last = Path(config.run_dir), state.step == config.loop.num_steps
-    is_stopping = not is_last and is_asked_to_stop(run_dir, learner.parallel)
-    tell(checkpoints.advance())
-    is_due = is_stopping or should_save(config, state.step)
-    if is_due or should_save_hf(config, state.step):
-        check_weights(learner.weights_problem(), state, config)
-    if is_due:
-        with phase("checkpoint"), asleep():
-            writer.wait()  # a run that resumes here finds the rollouts of every step
-            tell(checkpoints.finish())
-            if is_ahead(config):
-                save_ahead(source, state, config, learner.parallel)
-            run_state = {**state.state_dict(), "inputs": inputs}
-            tell(checkpoints.save(run_state, step=state.step))
-    if should_save_hf(config, state.step):
-        with phase("save"):
-            save_hf_checkpoint(learner, config, step=state.step)
-    if is_stopping or is_last:
-        with phase("checkpoint"):
-            tell(checkpoints.finish())
-    if is_stopping:
-        forget_request(run_dir, is_first=learner.parallel.rank == 0)
-        say(f"stopped after step {state.step}, as it was asked to")
-    return is_stopping
+            self.say(str(written))
 
 
 def save_hf_checkpoint(learner: Learner, config: Config, *, step: int | None = None) -> Path:

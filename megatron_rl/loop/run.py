@@ -8,37 +8,35 @@ start first and load their model while the learner loads its own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_rl.config import Config, RewardTerm
+from megatron_rl.config import Config
 from megatron_rl.config.file import replaced_keys
 from megatron_rl.data.evaluation_sets import questions_of
 from megatron_rl.engine.address import EngineAddress
-from megatron_rl.engine.health import seconds_of_silence
 from megatron_rl.engine.load import EngineLoad
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.roster import Roster
 from megatron_rl.learner.layout.deterministic import use_deterministic_algorithms
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.build import DTYPES
 from megatron_rl.learner.model.checkpoint import load_checkpoint
 from megatron_rl.learner.model.checkpoint_files import FOLDER, latest_checkpoint
 from megatron_rl.learner.model.checkpoint_writer import CheckpointWriter
-from megatron_rl.loop.ahead import check_ledger, is_ahead
+from megatron_rl.learner.passes.frozen import FrozenPolicy
+from megatron_rl.loop.ahead import check_ledger
 from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.engines import RunEngines
 from megatron_rl.loop.environments import make_environment, single_turn
 from megatron_rl.loop.evaluate import Evaluator
 from megatron_rl.loop.expected import MAX_ANSWERS, check_own_functions, try_expected_answers
 from megatron_rl.loop.folder import SYNC_LOG, forget_later_steps, prepare_folder
-from megatron_rl.loop.inputs import Inputs
 from megatron_rl.loop.link import EngineLink
 from megatron_rl.loop.machine import Meter
+from megatron_rl.loop.parts import Run
 from megatron_rl.loop.preflight import Preflight, preflight, truncation_of
 from megatron_rl.loop.resume import (
     Resumption,
@@ -46,6 +44,7 @@ from megatron_rl.loop.resume import (
     plan_resumption,
     verify_resumption,
 )
+from megatron_rl.loop.senders import make_contributor, make_publisher
 from megatron_rl.loop.sources import replay_source, sampling_source
 from megatron_rl.loop.start_lines import starting_line
 from megatron_rl.loop.state import LoopState, initial_state
@@ -58,50 +57,6 @@ from megatron_rl.process.node import this_node
 from megatron_rl.reward.score import Scorer
 from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.rollout.writer import RolloutWriter
-from megatron_rl.sync.contribute import Contributor
-from megatron_rl.sync.publish import Publisher
-from megatron_rl.sync.sources import Sources
-from megatron_rl.sync.transports.transport import has_many_sources
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """The parts of a run on one rank; parts that this rank does not need are None.
-
-    Example: rank 1 of 2 with TP=2 holds `Run(config=Config(...), learner=Learner(...),
-    state=LoopState(...), recorder=Recorder(...), writer=RolloutWriter(...),
-    stopwatch=Stopwatch(...), verifiers={"chain_sum": (RewardTerm(verifier="exact"),)},
-    crew=Crew(...), inputs={...}, was_resumed=False, source=None, evaluator=None, link=None,
-    contributor=None, meter=Meter(...), scorer=None, checkpoints=CheckpointWriter(...))`.
-    """
-
-    config: Config
-    learner: Learner
-    state: LoopState
-    recorder: Recorder  # writes only on rank 0
-    writer: RolloutWriter  # writes on the ranks that hold rollouts or their log-probs
-    stopwatch: Stopwatch
-    # by the name of the task or file that prompts come from
-    verifiers: Mapping[str, tuple[RewardTerm, ...]]
-    crew: Crew | None  # on every rank, unless rollouts are replayed
-    inputs: Inputs  # are saved with every checkpoint
-    was_resumed: bool  # from a checkpoint
-    source: RolloutSource | None  # on the heads of the replicas
-    evaluator: Evaluator | None  # on the heads of the replicas, unless rollouts are replayed
-    link: EngineLink | None  # on rank 0, unless rollouts are replayed
-    contributor: Contributor | None  # on the other sources of the weights
-    meter: Meter  # of the machines' use
-    scorer: Scorer | None  # on the heads of the replicas, unless rollouts are replayed
-    checkpoints: CheckpointWriter
-
-    @property
-    def sender(self) -> EngineLink | Contributor | None:
-        """What this rank publishes weights with; None if it sends none."""
-        return self.link or self.contributor
-
-    def failure(self) -> str:
-        """What a verifier failed on last, on this rank; "" if nothing is known."""
-        return self.scorer.last_failure if self.scorer else ""
 
 
 @contextmanager
@@ -161,7 +116,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
         crew = None
         if not config.replay:
             crew = Crew(engines, addresses, roster, parallel, config.rollout, recorder.say)
-        contributor = None if link else _contributor(config, parallel, stack)
+        contributor = None if link else make_contributor(config, parallel, stack)
         meter = _meter(config, learner, addresses, stack)
         told = resumption.told(state.step, state.next_prompt)
         for line in (*told, *_parts_of(learner, config), *tried, *filter(None, [meter.omission])):
@@ -208,14 +163,18 @@ def _checkpoints(config: Config, learner: Learner) -> CheckpointWriter:
 
 
 def _build_learner(config: Config, checked: Preflight, parallel: Parallel) -> Learner:
+    path, temperature = config.objective.kl.reference, config.rollout.sampling.temperature
+    reference = None
+    if path:
+        reference = FrozenPolicy(path, config.model, parallel, temperature=temperature)
     return Learner(
         config.model,
         config.learner.optimizer,
         checked.geometry,
         parallel,
         num_updates=config.loop.num_steps * config.learner.mini_batches_per_step,
-        temperature=config.rollout.sampling.temperature,
-        reference_path=config.objective.kl.reference,
+        temperature=temperature,
+        reference=reference and reference.full_logprobs,
         truncation=truncation_of(config.rollout, parallel.device.type),
         moe=config.learner.moe,
     )
@@ -325,43 +284,14 @@ def _connect(
     if parallel.rank != 0:
         return source, evaluator, None
 
-    publisher = stack.enter_context(_publisher(config, addresses, parallel, roster))
     link = EngineLink(
-        publisher=publisher,
+        publisher=make_publisher(config, addresses, parallel, roster, stack),
         pool=pool,
         environment=single_turn(checked.tokenizer),  # of the parity probe
         prompts=checked.stream.prompts,
         log=Path(config.run_dir) / SYNC_LOG,
     )
     return source, evaluator, link
-
-
-def _publisher(
-    config: Config, addresses: Sequence[EngineAddress], parallel: Parallel, roster: Roster
-) -> Publisher:
-    health_timeout = config.rollout.health_timeout_seconds
-    return Publisher(
-        addresses,
-        config.sync,
-        wire_dtype=DTYPES[config.rollout.dtype],  # the engines'
-        sources=_sources(config, parallel),
-        drain_seconds=_drain_seconds(config),
-        silence_seconds=lambda url: seconds_of_silence(url, roster, health_timeout),
-        leave_out=roster.leave_out,
-    )
-
-
-def _sources(config: Config, parallel: Parallel) -> Sources | None:
-    """The ranks that send weights; None on a rank that sends none, and if rank 0 sends all."""
-    if not has_many_sources(config.sync.transport) or not parallel.is_weight_source:
-        return None
-    group = parallel.host.pp if parallel.pp_size > 1 else None
-    return Sources(group)
-
-
-def _drain_seconds(config: Config) -> float:
-    """The longest time until requests end that are in flight when weights are published."""
-    return config.rollout.request_timeout_seconds if is_ahead(config) else 0.0
 
 
 def _meter(
@@ -372,14 +302,6 @@ def _meter(
         load = stack.enter_context(EngineLoad(addresses))
     log = Path(config.run_dir) / SYNC_LOG
     return Meter(config, learner.geometry, learner.parallel, load, log)
-
-
-def _contributor(config: Config, parallel: Parallel, stack: ExitStack) -> Contributor | None:
-    sources = None if config.replay else _sources(config, parallel)
-    if sources is None:
-        return None
-    wire_dtype = DTYPES[config.rollout.dtype]  # the engines'
-    return stack.enter_context(Contributor(config.sync, sources=sources, wire_dtype=wire_dtype))
 
 
 def _describe(run_dir: Path, state: LoopState, stopwatch: Stopwatch) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
-from megatron_rl.config import RewardTerm
+from megatron_rl.config.data import RewardTerm
 from megatron_rl.reward.answers import expected_answer
 from megatron_rl.reward.numbers import Number, read_number
 

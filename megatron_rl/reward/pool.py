@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_rl.config import RewardConfig
+from megatron_rl.config.data import RewardConfig
 from megatron_rl.process.worker_process import (
     WorkerCrash,
     WorkerKilled,

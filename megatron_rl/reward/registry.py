@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_rl.config import QuestionsConfig, RewardTerm
 from megatron_rl.config.choices import GROUP_VERIFIERS, VERIFIERS
+from megatron_rl.config.data import QuestionsConfig, RewardTerm
 from megatron_rl.config.rules import is_import_path, join_choices
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import Score

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from megatron_rl.config import RewardConfig, RewardTerm
+from megatron_rl.config.data import RewardConfig, RewardTerm
 from megatron_rl.errors import ConfigError
 from megatron_rl.records import REWARD_ROUNDING, Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.reward.answers import without_unfinished_reasoning

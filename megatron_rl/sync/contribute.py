@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_rl.config import SyncConfig
+from megatron_rl.config.loop import SyncConfig
 from megatron_rl.errors import SourceLostError, SyncError
 from megatron_rl.sync.source import TensorSource, WeightStream
 from megatron_rl.sync.sources import Sources

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config import RolloutConfig
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.errors import SyncError
 from megatron_rl.records import MISSING_LOGPROB, Rollout, Sample
 from megatron_rl.sync.ratios import STANDARD_ERRORS, ratio

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from megatron_rl.config import SyncConfig
+from megatron_rl.config.loop import SyncConfig
 from megatron_rl.engine.address import EngineAddress
 from megatron_rl.engine.http import EngineControl
 from megatron_rl.errors import SilentEngineError, SourceLostError, SyncError

@@ -13,7 +13,7 @@ import pytest
 from megatron_rl.config import CheckpointConfig, Config, ConstraintConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.loop.broken import count_broken
-from megatron_rl.loop.record import end_step
+from megatron_rl.loop.record import StepEnd
 from megatron_rl.loop.state import initial_state
 from megatron_rl.records import StepReport
 from tests.fakes.learner import FakeLearner
@@ -70,7 +70,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     nothing: Any = None
     told = pytest.raises(DivergenceError, match=r"decoder\.bias, after step 2.*resume=never")
     with told if every or hf_every else contextlib.nullcontext():
-        end_step(
+        StepEnd(
             learner,
             state,
             config,
@@ -81,6 +81,5 @@ def test_weights_that_are_not_finite_are_not_saved(
             print,
             lambda name: contextlib.nullcontext(),
             contextlib.nullcontext,
-            SOUND,
-        )
+        ).finish(SOUND)
     assert saved == []

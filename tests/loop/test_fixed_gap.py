@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_rl.config import Config, EvalConfig
+from megatron_rl.config.evaluation import FIXED_STEP
 from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.loop.fixed_gap import gap_figures, measure_fixed_gap
-from megatron_rl.loop.preflight import FIXED_STEP
 from megatron_rl.rollout.recording import write_step
 from tests.fakes.engine_pool import FakePool
 from tests.fakes.groups import judged, make_group, make_rollout, scored

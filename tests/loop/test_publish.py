@@ -15,7 +15,7 @@ from megatron_rl.config import Config, SyncConfig
 from megatron_rl.errors import DivergenceError, EngineError, SourceLostError, SyncError
 from megatron_rl.loop.folder import cut_sync_log
 from megatron_rl.loop.link import EngineLink, log_update
-from megatron_rl.loop.publish import publish_weights, restore_engines
+from megatron_rl.loop.publish import Publication
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.sync.contribute import Contributor
@@ -98,7 +98,7 @@ class Phases:
 def test_rank_0_sends_and_probes(tmp_path: Path) -> None:
     learner, link, state, phases = FakeLearner(), make_link(tmp_path), make_state(), Phases()
     probe = FakeProbe()
-    figures = publish_weights(learner, link, probe, FakeCrew(), state, CONFIG, phases)
+    figures = Publication(learner, link, probe, FakeCrew(), state, CONFIG, phases).publish()
     assert link.publisher.sent == [(5, ["model.norm.weight"])]
     assert state.published_version == 5
     assert phases.names == ["sync"]
@@ -111,7 +111,7 @@ def test_rank_0_sends_and_probes(tmp_path: Path) -> None:
 def test_other_ranks_give_their_shards_wait_and_probe() -> None:
     parallel, probe = FakeParallel(rank=1, is_last_stage=False), FakeProbe()
     learner, state = FakeLearner(parallel=parallel), make_state()
-    publish_weights(learner, None, probe, FakeCrew(), state, CONFIG, Phases())
+    Publication(learner, None, probe, FakeCrew(), state, CONFIG, Phases()).publish()
     assert learner.log == ["give_tensors"]
     assert parallel.log == ["first_problem"]
     assert probe.checked == [(5, "")]
@@ -132,7 +132,7 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path: Path, step: int
     if step:
         told = r"decoder\.bias, after step 5; .* keep those of version 4; .* resume=.*/step_000004$"
     with pytest.raises(DivergenceError, match=told) as caught:
-        publish_weights(learner, link, FakeProbe(), crew, state, config, Phases())
+        Publication(learner, link, FakeProbe(), crew, state, config, Phases()).publish()
     assert "\n" not in str(caught.value)
     assert (crew.log, link.publisher.sent, learner.log) == ([], [], [])
 
@@ -141,14 +141,14 @@ def test_without_a_probe_nothing_is_sampled(tmp_path: Path) -> None:
     config = replace(CONFIG, sync=SyncConfig(probe_num_tokens=0))
     link, probe = make_link(tmp_path), FakeProbe()
     crew, state = FakeCrew(), make_state()
-    assert publish_weights(FakeLearner(), link, probe, crew, state, config, Phases()) == {}
+    assert Publication(FakeLearner(), link, probe, crew, state, config, Phases()).publish() == {}
     assert probe.checked == []
 
 
 def test_a_replay_publishes_nothing() -> None:
     learner, phases, state = FakeLearner(), Phases(), make_state()
     config = replace(CONFIG, replay="runs/a/rollouts")
-    assert publish_weights(learner, None, FakeProbe(), None, state, config, phases) == {}
+    assert Publication(learner, None, FakeProbe(), None, state, config, phases).publish() == {}
     assert (learner.log, phases.names, state.published_version) == ([], [], 4)
 
 
@@ -160,7 +160,7 @@ def test_a_lost_engine_is_left_out_and_the_update_is_sent_again(
     error = SyncError("engine http://two, send: no answer")
     link, crew = make_link(tmp_path, error, num_taken=num_taken), FakeCrew("a", "b", lost=["b"])
     learner, probe, state = FakeLearner(), FakeProbe(), make_state()
-    publish_weights(learner, link, probe, crew, state, CONFIG, Phases())
+    Publication(learner, link, probe, crew, state, CONFIG, Phases()).publish()
     assert crew.log == ["gather", "examine", "gather", "take in 1"]
     assert link.publisher.chosen == [("a",)]
     assert learner.log == ["full_tensors"] * 2
@@ -189,7 +189,7 @@ def test_with_many_sources_it_is_left_out_too(tmp_path: Path, is_first: bool) ->
         link = FakeContributor(SyncError("source 0 of the weights gave the update up"))
     learner = FakeLearner(parallel=FakeParallel(rank=0 if is_first else 1))
     crew, state = FakeCrew("a", "b", lost=["b"]), make_state()
-    publish_weights(learner, link, FakeProbe(), crew, state, config, Phases())
+    Publication(learner, link, FakeProbe(), crew, state, config, Phases()).publish()
     assert crew.log == ["gather", "examine", "gather", "take in 1"]
     assert learner.log == ["owned_tensors"] * 2
     sent = link.publisher.sent[0][1] if is_first else link.sent
@@ -201,7 +201,7 @@ def test_a_source_that_is_gone_is_an_error(tmp_path: Path) -> None:
     config = replace(CONFIG, sync=SyncConfig(transport="collective"))
     link, crew, learner = make_link(tmp_path, SourceLostError("gone")), FakeCrew("a"), FakeLearner()
     with pytest.raises(SourceLostError, match="gone"):
-        publish_weights(learner, link, FakeProbe(), crew, make_state(), config, Phases())
+        Publication(learner, link, FakeProbe(), crew, make_state(), config, Phases()).publish()
     assert (crew.log, learner.parallel.log) == (["gather"], [])
 
 
@@ -210,18 +210,18 @@ def test_an_update_that_fails_with_every_engine_alive_is_an_error(tmp_path: Path
     error = SyncError("engine a, worker 0: expected checksum 1, got 2")
     link = make_link(tmp_path, error, error)
     with pytest.raises(SyncError, match="expected checksum"):
-        publish_weights(FakeLearner(), link, FakeProbe(), crew, state, CONFIG, Phases())
+        Publication(FakeLearner(), link, FakeProbe(), crew, state, CONFIG, Phases()).publish()
     assert state.published_version == 4
     # Once is no error: somebody else may have started an engine again meanwhile.
     link = make_link(tmp_path, error)
-    publish_weights(FakeLearner(), link, FakeProbe(), FakeCrew("a"), state, CONFIG, Phases())
+    Publication(FakeLearner(), link, FakeProbe(), FakeCrew("a"), state, CONFIG, Phases()).publish()
     assert (state.published_version, link.publisher.chosen) == (5, [("a",)])
     state.published_version = 4
     # Every rank ends with it.
     parallel = FakeParallel(rank=1, other_values=["engine a, finish: no answer"])
     with pytest.raises(SyncError, match="finish: no answer"):
         learner = FakeLearner(parallel=parallel)
-        publish_weights(learner, None, FakeProbe(), FakeCrew("a"), state, CONFIG, Phases())
+        Publication(learner, None, FakeProbe(), FakeCrew("a"), state, CONFIG, Phases()).publish()
 
 
 def test_an_engine_that_is_lost_in_the_probe_has_all_published_again(tmp_path: Path) -> None:
@@ -230,31 +230,30 @@ def test_an_engine_that_is_lost_in_the_probe_has_all_published_again(tmp_path: P
     def probe(version: int, checksum: str) -> dict[str, float] | None:
         return next(answers)
 
-    figures = publish_weights(FakeLearner(), link, probe, crew, make_state(), CONFIG, Phases())
+    figures = Publication(
+        FakeLearner(), link, probe, crew, make_state(), CONFIG, Phases()
+    ).publish()
     assert figures == {"figure": 1.0}
     assert [version for version, _ in link.publisher.sent] == [5, 5]
 
 
-def test_engines_are_brought_back_with_the_version_that_the_step_needs() -> None:
-    published: list[int] = []
-
-    def publish(*, version: int) -> dict[str, float]:
-        published.append(version)
-        return {}
-
-    crew, state = FakeCrew(), make_state()
-    assert not restore_engines("", crew=crew, publish=publish, state=state)
-    assert published == []
-    assert restore_engines("none is left", crew=crew, publish=publish, state=state)
+def test_engines_are_brought_back_with_the_version_that_the_step_needs(tmp_path: Path) -> None:
+    crew, state, link = FakeCrew(), make_state(), make_link(tmp_path)
+    parts = (FakeLearner(), link, FakeProbe(), crew, state, CONFIG, Phases())
+    weights = Publication(*parts)
+    assert not weights.restore("")
+    assert link.publisher.sent == []
+    assert weights.restore("none is left")
     crew.shortage = "another rank has none"
-    assert restore_engines("", crew=crew, publish=publish, state=state)
-    assert published == [4, 4]
+    assert weights.restore("")
+    assert [version for version, _ in link.publisher.sent] == [4, 4]
     state.published_version = 3  # sync.every=2
     with pytest.raises(EngineError, match=r"none is left; .* version 3 .*sync\.every=1"):
-        restore_engines("none is left", crew=crew, publish=publish, state=state)
+        weights.restore("none is left")
+    replay = replace(weights, crew=None)
     with pytest.raises(EngineError, match="none is left"):
-        restore_engines("none is left", crew=None, publish=publish, state=state)
-    assert not restore_engines("", crew=None, publish=publish, state=state)
+        replay.restore("none is left")
+    assert not replay.restore("")
 
 
 def test_the_log_forgets_updates_that_are_published_again(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_rollouts_and_recomputed_logprobs_come_back(tmp_path: Path) -> None:
     sampled, rows = make_step()
     config = Config(run_dir=str(tmp_path))
     with RolloutWriter(tmp_path / "rollouts", keep=0) as writer:
-        record_rollouts(writer, sampled, rows, FakeParallel(), 3, config, phase)
+        record_rollouts(writer, FakeParallel(), config, phase, 3, sampled, rows)
     recorded = read_step(tmp_path / "rollouts", 3)
     assert [each.group for each in recorded] == [each.group for each in sampled.groups]
     assert [each.scores for each in recorded] == [each.scores for each in sampled.groups]
@@ -68,7 +68,7 @@ def test_each_rank_writes_what_it_holds(
     sampled, rows = make_step()
     with RolloutWriter(tmp_path / "rollouts", keep=0) as writer:
         config = Config(run_dir=str(tmp_path))
-        record_rollouts(writer, sampled, rows, parallel, 3, config, phase)
+        record_rollouts(writer, parallel, config, phase, 3, sampled, rows)
     found = {path.name.partition("rank0.")[2] for path in (tmp_path).rglob("step_*")}
     assert found == expected
 
@@ -77,5 +77,5 @@ def test_a_replay_records_nothing(tmp_path: Path) -> None:
     sampled, rows = make_step()
     config = Config(run_dir=str(tmp_path), replay="runs/a/rollouts")
     with RolloutWriter(tmp_path / "rollouts", keep=0) as writer:
-        record_rollouts(writer, sampled, rows, FakeParallel(), 3, config, phase)
+        record_rollouts(writer, FakeParallel(), config, phase, 3, sampled, rows)
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,9 @@ from megatron_rl.config import (
 from megatron_rl.errors import ConfigError, DataError, NothingToDo
 from megatron_rl.loop import engines as loop_engines
 from megatron_rl.loop import run as loop_run
+from megatron_rl.loop import senders as loop_senders
 from megatron_rl.loop.inputs import run_inputs
+from megatron_rl.loop.parts import Run
 from megatron_rl.loop.preflight import prepare_data
 from megatron_rl.loop.run import start_run
 from megatron_rl.loop.start_lines import starting_line
@@ -103,7 +105,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ),
     )
     monkeypatch.setattr(loop_run, "Scorer", note("scorer", FakeContext()))
-    monkeypatch.setattr(loop_run, "Publisher", FakeContext)
+    monkeypatch.setattr(loop_senders, "Publisher", FakeContext)
     return log
 
 
@@ -121,9 +123,7 @@ def make_config(folder: Path, model: Path, **changes: Any) -> Config:
     return replace(config, **({"rollout": rollout, "eval": evaluation} | changes))
 
 
-def start_as(
-    monkeypatch: pytest.MonkeyPatch, config: Config, parallel: RankParallel
-) -> loop_run.Run:
+def start_as(monkeypatch: pytest.MonkeyPatch, config: Config, parallel: RankParallel) -> Run:
     """Start and end at once; what was held in between."""
     monkeypatch.setenv("RANK", str(parallel.rank))
     monkeypatch.setattr(loop_run, "initialize_parallel", lambda *_, **__: parallel)

@@ -1,5 +1,5 @@
 """[imports megatron] Context parallelism: several ranks share each row. The only module that knows
-how a row is divided.
+how a row is divided, also by sequence parallelism.
 
 Every sequence of a row is cut into 2 x CP equal pieces, and rank r of the CP ranks holds the pieces
 r and 2 CP - 1 - r of each (Liu et al. 2023, arXiv 2310.01889, with the balanced order of
@@ -39,10 +39,22 @@ class RowShare:
     offset: torch.Tensor  # the piece's first position in the sequence
     place: torch.Tensor  # the piece's first position among this rank's own
     length: torch.Tensor  # positions, with padding
+    # the tensor-parallel ranks that divide these positions among them (sequence parallelism) where
+    # no layer needs them together, as in the routers of experts; None: each of them has all
+    dividing: dist.ProcessGroup | None = None
 
     def select(self, values: torch.Tensor) -> torch.Tensor:
         """This rank's part of the row's values: [T, ...] to [T / CP, ...]."""
         return values if self.group is None else values.index_select(0, self.own)
+
+    def select_divided(self, values: torch.Tensor) -> torch.Tensor:
+        """The part of the row's values that this rank has under sequence parallelism too: [T, ...]
+        to [T / CP / TP, ...].
+        """
+        own = self.select(values)
+        if self.dividing is None:
+            return own
+        return own.chunk(self.dividing.size())[self.dividing.rank()]
 
     def whole(self, values: torch.Tensor) -> torch.Tensor:
         """The row's values, from those that the ranks have for their own positions: [T / CP, ...]
@@ -65,7 +77,10 @@ class RowShare:
 
 
 def row_share(
-    borders: torch.Tensor, num_sequences: int, group: dist.ProcessGroup | None
+    borders: torch.Tensor,
+    num_sequences: int,
+    group: dist.ProcessGroup | None,
+    dividing: dist.ProcessGroup | None = None,
 ) -> RowShare:
     """This rank's share of a row.
 
@@ -75,6 +90,7 @@ def row_share(
             of 2 x CP.
         num_sequences: S.
         group: the ranks that share the row; None, or a group of one rank: this rank alone.
+        dividing: as in `RowShare`.
     """
     borders = borders.long()
     starts, lengths = borders[:-1], borders[1:] - borders[:-1]
@@ -89,6 +105,7 @@ def row_share(
             offset=torch.zeros_like(numbers),
             place=starts[:num_sequences],
             length=lengths[:num_sequences],
+            dividing=dividing,
         )
     size, rank = group.size(), group.rank()
     pieces = lengths // (2 * size)  # the length of each sequence's pieces
@@ -111,6 +128,7 @@ def row_share(
         offset=number * length,
         place=place,
         length=length,
+        dividing=dividing,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.overrides import TorchFunctionMode
 
-from megatron_rl.config import ModelConfig
+from megatron_rl.config.model import ModelConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.build import empty_parts, transformer_config
 from megatron_rl.weights.geometry import Geometry

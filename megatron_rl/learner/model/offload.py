@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_rl.learner.model.optimizer import chained_optimizers
+from megatron_rl.learner.model.optimizer_parts import chained_optimizers
 from megatron_rl.learner.model.training_model import TrainingModel
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_rl.config.learner import OptimizerConfig
 from megatron_rl.learner.model.adam import use_adam
 from megatron_rl.learner.model.implementations import adam_of
+from megatron_rl.learner.model.optimizer_parts import chained_optimizers
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -69,11 +70,3 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
-
-
-def chained_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that Megatron has chained, each of which holds parameters of its own; stubs,
-    which hold none, are left out.
-    """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.learner.model.optimizer import chained_optimizers
+from megatron_rl.learner.model.optimizer_parts import chained_optimizers
 
 LOAD_BYTES = 2**30  # of host memory that a load takes at a time
 KEYS = ("param", "exp_avg", "exp_avg_sq")  # a float32 main weight and its moments

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.learner.model.optimizer import chained_optimizers
+from megatron_rl.learner.model.optimizer_parts import chained_optimizers
 from megatron_rl.learner.model.training_model import TrainingModel
 
 

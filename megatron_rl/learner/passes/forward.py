@@ -99,7 +99,8 @@ class LossTerms:
 
 def share_of_row(row: MicroBatch, parallel: Parallel) -> RowShare:
     """The positions of the row that this rank computes."""
-    return row_share(_borders(row), row.cu_seqlens.numel() - 1, parallel.cp_group)
+    dividing = parallel.tp_group if parallel.layout.sequence_parallel else None
+    return row_share(_borders(row), row.cu_seqlens.numel() - 1, parallel.cp_group, dividing)
 
 
 def _borders(row: MicroBatch) -> torch.Tensor:
@@ -295,7 +296,7 @@ def run_schedule(
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    routing = routing or PassRouting(parallel=parallel)
+    routing = routing or PassRouting()
 
     def forward_step(
         numbered_rows: Any, stage: torch.nn.Module

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_rl.config import ModelConfig
+from megatron_rl.config.model import ModelConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.build import DTYPES, build_parts, transformer_config
 from megatron_rl.learner.passes.forward import WHOLE, FullRow, RowOutput, evaluate_rows

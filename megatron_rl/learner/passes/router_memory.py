@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.distributed as dist
+
 from megatron_rl.config.learner import MoeConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.routing import BalanceScales, RouterStatistics, Routes
-from megatron_rl.learner.passes.row_routing import PassRouting, router_metrics
+from megatron_rl.learner.passes.row_routing import PassRouting
 from megatron_rl.records import MicroBatch
 from megatron_rl.weights.geometry import Geometry
 
@@ -43,7 +46,6 @@ class RouterMemory:
             recorded = {index: {} for index in range(len(rows))}
             self._recorded |= {id(row): recorded[index] for index, row in enumerate(rows)}
         return PassRouting(
-            parallel=self._parallel,
             recorded=recorded,
             follows_rollouts=self._follows_rollouts,
         )
@@ -55,7 +57,6 @@ class RouterMemory:
         known = ((index, self._recorded.pop(id(row), None)) for index, row in enumerate(rows))
         routes = {index: of_row for index, of_row in known if of_row is not None}
         return PassRouting(
-            parallel=self._parallel,
             scales=balance,
             statistics=self._statistics,
             routes=routes,
@@ -71,4 +72,33 @@ class RouterMemory:
             return {}
         found, self._statistics = self._statistics, self._no_statistics()
         num_chosen = self._geometry.experts.num_chosen
-        return router_metrics(found, self._parallel, num_chosen=num_chosen)
+        return _metrics_of(found, self._parallel, num_chosen=num_chosen)
+
+
+def _metrics_of(
+    statistics: RouterStatistics, parallel: Parallel, *, num_chosen: int
+) -> dict[str, float]:
+    """The metrics of a step's updates, the same on every rank. A collective over all ranks.
+
+    Every layer is on one pipeline rank, and every token is counted by one of the ranks that share
+    its row, so sums over all ranks are those of the model.
+    """
+    found = torch.cat([statistics.loads, statistics.sums], 1).cpu()
+    dist.all_reduce(found, group=parallel.host.world)
+    loads, sums = found[:, :-6], found[:, -6:]
+    num_tokens, num_sequences = sums[0, 0], sums[0, 1]
+    if num_tokens == 0:
+        return {}
+    sent = num_chosen * num_tokens
+    shares = loads / loads.sum(1, keepdim=True).clamp(min=1)
+    means = {
+        "router/entropy/mean": sums[:, 2] / num_tokens,
+        "router/margin/mean": sums[:, 3] / num_tokens,
+        "router/z_loss/mean": sums[:, 4] / num_tokens,
+        "router/load_balancing_loss/mean": sums[:, 5] / num_sequences,
+    }
+    return {name: values.mean().item() for name, values in means.items()} | {
+        "router/load/max": shares.max().item(),
+        "router/load/min": shares.min().item(),
+        "router/dropped/mean": (1.0 - loads.sum(1) / sent).mean().item(),
+    }

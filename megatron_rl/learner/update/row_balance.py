@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rl.config import ObjectiveConfig
 from megatron_rl.config.learner import MoeConfig
+from megatron_rl.config.objective import ObjectiveConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.model.routing import BalanceScales
 from megatron_rl.learner.update.row_correction import correct_row

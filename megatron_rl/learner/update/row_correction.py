@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config import ImportanceConfig, ObjectiveConfig
+from megatron_rl.config.correction import ImportanceConfig
+from megatron_rl.config.objective import ObjectiveConfig
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.update.row_penalty import penalised_part, signal_of
 from megatron_rl.objective.importance import cis_bound, importance_weights, weight_mean

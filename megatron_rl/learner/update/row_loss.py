@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_rl.config import ObjectiveConfig
+from megatron_rl.config.objective import ObjectiveConfig
 from megatron_rl.errors import DivergenceError
 from megatron_rl.learner.passes.forward import LossTerms, RowOutput
 from megatron_rl.learner.update.row_centering import center_row

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config import ConstraintConfig
+from megatron_rl.config.objective import ConstraintConfig
 from megatron_rl.objective.constraint import gated_discrepancy, shape_advantages
 from megatron_rl.objective.discrepancy import DiscrepancySum, constrained_signal
 from megatron_rl.objective.penalty import differentiable_penalty

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_rl.config import ConstraintConfig, ObjectiveConfig
+from megatron_rl.config.objective import ConstraintConfig, ObjectiveConfig
 from megatron_rl.errors import BrokenUpdateError, DivergenceError
 from megatron_rl.learner.layout.parallel import Parallel
 from megatron_rl.learner.learner import Learner

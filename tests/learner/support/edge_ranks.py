@@ -31,7 +31,7 @@ from megatron_rl.config.presets import PRESETS
 from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.optimizer import chained_optimizers
+from megatron_rl.learner.model.optimizer_parts import chained_optimizers
 from megatron_rl.learner.model.restore_point import RestorePoint
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable

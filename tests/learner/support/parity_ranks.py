@@ -30,7 +30,7 @@ from megatron_rl.learner.layout.cpu_device import run_on_cpu
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
 from megatron_rl.learner.model.build import build_model, held_parameters, tensor_place
-from megatron_rl.learner.model.optimizer import chained_optimizers
+from megatron_rl.learner.model.optimizer_parts import chained_optimizers
 from megatron_rl.learner.passes.forward import RowOutput, row_output, run_schedule
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.objective.constraint import DualVariable

@@ -32,6 +32,7 @@ from megatron_rl.learner.batch.deal import deal_batch
 from megatron_rl.learner.batch.packing import fill, pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
+from megatron_rl.learner.passes.frozen import FrozenPolicy
 from megatron_rl.learner.update.step import train_step
 from megatron_rl.loop.state import initial_state
 from megatron_rl.records import RecomputedRow, StepReport, TrainBatch
@@ -206,15 +207,19 @@ def run_case(
             normalize=case.normalize,
             constraint=ConstraintConfig(initial=DUAL_VALUE, tolerance=TOLERANCE),
         )
+    model_config = ModelConfig(path=str(model), activation_recomputation=recomputation)
+    reference = None
+    if config.kl.reference:
+        reference = FrozenPolicy(config.kl.reference, model_config, parallel, temperature=1.0)
     learner = Learner(
-        ModelConfig(path=str(model), activation_recomputation=recomputation),
+        model_config,
         OptimizerConfig(
             learning_rate=1.0, epsilon=1.0, clip_grad=0.0, distributed=case.is_distributed
         ),
         read_geometry(model),
         parallel,
         num_updates=2,
-        reference_path=config.kl.reference,
+        reference=reference and reference.full_logprobs,
         moe=moe,
     )
     batch = deal(case, rollouts, parallel, has_heads=has_heads)

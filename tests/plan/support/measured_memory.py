@@ -34,7 +34,7 @@ from megatron_rl.learner import learner as learner_module
 from megatron_rl.learner.batch.packing import pack
 from megatron_rl.learner.layout.parallel import Parallel, initialize_parallel, shut_down_parallel
 from megatron_rl.learner.learner import Learner
-from megatron_rl.learner.model.optimizer import chained_optimizers
+from megatron_rl.learner.model.optimizer_parts import chained_optimizers
 from megatron_rl.learner.passes.forward import LossTerms, RowOutput
 from megatron_rl.plan.layout import layout_of
 from megatron_rl.plan.memory import learner_memory
