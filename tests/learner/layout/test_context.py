@@ -61,6 +61,26 @@ def test_one_rank_has_the_row() -> None:
     assert (share.place.tolist(), share.length.tolist()) == ([0, 3], [3, 5])
 
 
+def test_sequence_parallelism_divides_a_share_again() -> None:
+    """Of 12 positions, 6 on each of two context ranks, 3 on each of two tensor-parallel ones."""
+    borders = torch.tensor([0, 4, 12])
+    kept = [
+        row_share(borders, 2, group_of(rank, 2), group_of(part, 2)).select_divided(
+            torch.arange(12) * 10
+        )
+        for rank in range(2)
+        for part in range(2)
+    ]
+    assert [each.tolist() for each in kept] == [
+        [0, 30, 40],
+        [50, 100, 110],
+        [10, 20, 60],
+        [70, 80, 90],
+    ]
+    values = torch.arange(12.0)
+    assert row_share(borders, 2, None).select_divided(values) is values
+
+
 def _whole(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     share = row_share(torch.tensor([0, 4, 12]), 2, torch.distributed.group.WORLD)
     own = share.own.double().requires_grad_()
