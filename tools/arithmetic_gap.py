@@ -1,11 +1,11 @@
 """Measures how much the arithmetic of a log-prob alone changes it, from the same logits.
 
-    python tools/arithmetic_gap.py configs/quickstart.yaml parallel.tensor=1 \\
-        run_dir=runs/arithmetic replay=runs/quickstart/rollouts
+    python tools/arithmetic_gap.py configs/quickstart.yaml run_dir=runs/arithmetic \\
+        replay=runs/quickstart/rollouts
 
-Computes the learner's logits for the recorded tokens of step 1 in one process, and compares the
-aligned log-prob with torch's log_softmax in float32 and in BF16. Prints one JSON line for each of
-the two, with the mean and the largest |p - p_aligned|:
+Computes the learner's logits for the recorded tokens of step 1, in one process whatever layout the
+config has, and compares the aligned log-prob with torch's log_softmax in float32 and in BF16.
+Prints one JSON line for each of the two, with the mean and the largest |p - p_aligned|:
 `{"way": "log_softmax in float32", "mean": 2e-8, "largest": 1e-7, "num_tokens": 3072}`.
 """
 
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ParallelConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.learner.batch.deal import pack_rows, unscored_samples
 from megatron_rl.learner.layout.parallel import initialize_parallel, shut_down_parallel
@@ -35,14 +36,11 @@ def compare(config: Config, progress: Progress) -> None:
     """Run one forward pass over the recorded step and print the gaps.
 
     Raises:
-        ConfigError: there are no recorded rollouts, or there is more than one rank.
+        ConfigError: there are no recorded rollouts.
     """
-    if not config.replay or config.parallel.tensor * config.parallel.pipeline > 1:
-        raise ConfigError(
-            "arithmetic_gap: expected replay=<a run's rollouts/> and one rank (parallel.tensor=1 "
-            f"parallel.pipeline=1), got replay={config.replay!r}, "
-            f"{config.parallel.tensor} x {config.parallel.pipeline}"
-        )
+    if not config.replay:
+        raise ConfigError("arithmetic_gap: expected replay=<a run's rollouts/>, got none")
+    config = replace(config, parallel=ParallelConfig())  # one rank
     geometry, _, _ = prepare_data(config)
     parallel = initialize_parallel(config.parallel, seed=config.loop.seed)
     learner = Learner(config.model, config.learner.optimizer, geometry, parallel, num_updates=1)

@@ -5,10 +5,10 @@ such as a quantised one (tools/quantize_checkpoint.py).
         run_dir=runs/gap
 
 Starts one engine from the checkpoint, samples the prompts of one step from the whole distribution,
-and computes the learner's log-probs of the same tokens at `model.path`, in one process. Nothing is
-trained, and no weights are sent. Writes `<run_dir>/rollouts` as a run does for its first step, and
-prints the mean and the largest |p_train - p_inf|: tools/explain_discrepancy.py --checkpoint
-compares several checkpoints.
+and computes the learner's log-probs of the same tokens at `model.path`, in one process, whatever
+layout the config has. Nothing is trained, and no weights are sent. Writes `<run_dir>/rollouts` as a
+run does for its first step, and prints the mean and the largest |p_train - p_inf|:
+tools/explain_discrepancy.py --checkpoint compares several checkpoints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ParallelConfig
 from megatron_rl.data.end_tokens import end_tokens
 from megatron_rl.engine.pool import HttpEnginePool
 from megatron_rl.engine.server import start_engines
@@ -63,13 +63,12 @@ def measure(config: Config, _progress: Progress, *, checkpoint: Path | None) -> 
     """Sample, compute, write and print; see the docstring of this module.
 
     Raises:
-        ConfigError: there is no checkpoint, or there is more than one rank.
+        ConfigError: there is no checkpoint.
         EngineError: the engine does not load the checkpoint.
     """
     if checkpoint is None or not (checkpoint / "config.json").is_file():
         raise ConfigError(f"--checkpoint: expected a folder with config.json, got {checkpoint}")
-    if config.parallel.tensor * config.parallel.pipeline > 1:
-        raise ConfigError("parallel: expected one rank, set parallel.tensor=1 parallel.pipeline=1")
+    config = replace(config, parallel=ParallelConfig())  # one rank
     geometry, tokenizer, stream = prepare_data(config)
     prompts = stream.prompts(0, config.loop.prompts_per_step)
     environment = SingleTurn(lambda ids: tokenizer.decode(ids, skip_special_tokens=True))

@@ -224,14 +224,13 @@ def of_checkpoints(
     if len(set(names)) < len(names):
         raise ConfigError(f"--checkpoint: expected folders of different names, got {names}")
     tool = Path(__file__).with_name("checkpoint_gap.py")
-    settings = [*overrides, "parallel.tensor=1", "parallel.pipeline=1"]
     gaps = []
     for name, path in zip(["the learner's", *names], [own, *checkpoints], strict=True):
         print(f"{name}: {path}", file=sys.stderr, flush=True)
         run_dir = output / ("checkpoint" if path is own else f"checkpoint_{name}")
         command = [sys.executable, str(tool), config_path, "--checkpoint", str(path)]
         found = subprocess.run(
-            [*command, *settings, f"run_dir={run_dir}"], capture_output=True, text=True
+            [*command, *overrides, f"run_dir={run_dir}"], capture_output=True, text=True
         )
         if found.returncode == 0:
             gaps.append(measure(run_dir / "rollouts", 1, name))
@@ -246,11 +245,9 @@ def of_checkpoints(
 def compare_arithmetic(config_path: str, overrides: Sequence[str], run_dir: Path) -> None:
     """Print how other ways to compute log-probs differ, from the logits of a run's first step."""
     tool = Path(__file__).with_name("arithmetic_gap.py")
-    command = [sys.executable, str(tool), config_path, *overrides, "parallel.tensor=1"]
-    command += ["parallel.pipeline=1", f"replay={run_dir / 'rollouts'}"]
-    found = subprocess.run(
-        [*command, f"run_dir={run_dir / 'arithmetic'}"], capture_output=True, text=True
-    )
+    command = [sys.executable, str(tool), config_path, *overrides]
+    command += [f"replay={run_dir / 'rollouts'}", f"run_dir={run_dir / 'arithmetic'}"]
+    found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode != 0:
         raise EngineError(f"{tool.name}: expected figures, got {found.stderr.strip()}")
     for line in found.stdout.splitlines():
