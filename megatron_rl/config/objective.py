@@ -75,6 +75,9 @@ class ConstraintConfig:
     reference_tolerance: float | None = None
     minimum: float = 0.0
     maximum: float = 10.0
+    # after a step lambda is at most that with which the step's penalty would have been this share
+    # of the mean |A|, as far as minimum allows; null: no such bound
+    max_penalty_share: float | None = None
     # a line in the console if lambda has been at its maximum for so many steps, or has grown for so
     # many while the gap did not fall (objective/dual_watch.py); 0: never
     warn_after_steps: int = 20
@@ -106,6 +109,8 @@ class ConstraintConfig:
             )
         else:
             self._check_tolerance(self.tolerance)
+        if self.max_penalty_share is not None:
+            above_zero(max_penalty_share=self.max_penalty_share)
         if self.reference_tolerance is not None:
             above_zero(reference_tolerance=self.reference_tolerance)
         require(

@@ -114,9 +114,12 @@ class DualVariable:
         """The coefficient of the next batch's penalty: lambda, or 0 at rest."""
         return 0.0 if self.is_at_rest else self.value
 
-    def update(self, mean_discrepancy: float) -> float:
+    def update(self, mean_discrepancy: float, *, ceiling: float = math.inf) -> float:
         """Take one dual step with the global batch's mean gap, or, at rest, one step of the
         calibration. Returns the new lambda.
+
+        Args:
+            ceiling: a further upper bound, of this step alone; it gives way to the lower bound.
 
         Raises:
             DivergenceError: the mean is not finite; lambda is unchanged.
@@ -137,9 +140,11 @@ class DualVariable:
         if self.num_updates < self.warmup_steps:
             rate *= self.num_updates / self.warmup_steps
         before = self.value
-        self.value = self._project(before + rate * (mean_discrepancy - self.tolerance))
+        maximum = max(min(self.maximum, ceiling), self.minimum)
+        moved = before + rate * (mean_discrepancy - self.tolerance)
+        self.value = min(max(moved, self.minimum), maximum)
         if self.watch is not None:
-            self.watch.add(before, self.value, gap=mean_discrepancy, maximum=self.maximum)
+            self.watch.add(before, self.value, gap=mean_discrepancy, maximum=maximum)
         return self.value
 
     def warning(self) -> str | None:
@@ -180,7 +185,7 @@ class DualVariable:
         if self.watch is not None:
             self.watch.load_state_dict(state.get("watch"))
         self.num_updates = int(state.get("num_updates", 0))
-        self.value = self._project(value)
+        self.value = min(max(value, self.minimum), self.maximum)
 
     def _adopt(self, calibration: CalibratedTolerance, tolerance: float) -> float:
         """Take over a calibrated tolerance; return the factor of lambda."""
@@ -200,9 +205,6 @@ class DualVariable:
             maximum * factor,
         )
         return factor
-
-    def _project(self, value: float) -> float:
-        return min(max(value, self.minimum), self.maximum)
 
     def __repr__(self) -> str:
         return (

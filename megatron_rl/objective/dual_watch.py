@@ -98,7 +98,7 @@ class DualWatch:
                 f"{self.num_at_maximum} steps, and the gap is still above the tolerance of "
                 f"{tolerance:.3g}: the penalty cannot close this gap, and at this bound it may "
                 f"outweigh the reward (constraint/penalty_share/mean); {_CHANGE}, and lower "
-                "objective.constraint.maximum"
+                "objective.constraint.maximum or max_penalty_share"
             )
         if self.is_without_effect and self.num_growing % self.num_steps == 0:
             first, second = self._halves()
@@ -108,7 +108,7 @@ class DualWatch:
                 f"of {statistics.fmean(first):.3g} and {statistics.fmean(second):.3g}, tolerance "
                 f"{tolerance:.3g}): the penalty does not act on this gap, and will outweigh the "
                 f"reward as lambda goes on; {_CHANGE}, or bound lambda by "
-                "objective.constraint.maximum"
+                "objective.constraint.max_penalty_share"
             )
         return None
 

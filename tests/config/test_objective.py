@@ -195,6 +195,10 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
             ["preset=dc_grpo_penalty", "constraint.measure=ratio", "constraint.max_discrepancy=2"],
             "constraint.max_discrepancy: expected at most 1, got 2",
         ),
+        (
+            ["constraint.max_penalty_share=0"],
+            "constraint.max_penalty_share: expected above 0, got 0",
+        ),
         (["constraint.max_discrepancy=2"], "constraint.max_discrepancy: expected at most 1, got 2"),
         (["constraint.max_discrepancy=0"], "constraint.max_discrepancy: expected above 0, got 0"),
         (

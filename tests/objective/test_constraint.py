@@ -32,6 +32,14 @@ def test_projection_at_both_ends():
     assert dual.update(0.0) == 9.0
 
 
+def test_the_ceiling_of_a_step_bounds_lambda_in_this_step_alone():
+    dual = DualVariable(1.0, tolerance=0.0, minimum=0.25, maximum=2.0)
+    assert dual.update(0.5, ceiling=1.25) == 1.25
+    assert dual.update(0.5) == 1.75
+    assert dual.update(0.5, ceiling=9.0) == 2.0
+    assert dual.update(0.5, ceiling=0.125) == 0.25  # it gives way to the lower bound
+
+
 def test_equal_engines_only_let_lambda_fall():
     logprobs = torch.tensor([-0.3, -7.0, 0.0])
     delta = discrepancy(logprobs, logprobs)

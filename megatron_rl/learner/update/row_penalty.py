@@ -17,6 +17,8 @@ from megatron_rl.objective.penalty import differentiable_penalty
 from megatron_rl.observe.metrics import Mean, Metric
 from megatron_rl.records import RecomputedRow
 
+UNIT_SHARE = "constraint/unit_penalty_share/mean"  # the metric that max_penalty_share bounds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPenalty:
@@ -76,14 +78,15 @@ def penalise(
     penalised = penalised_part(gap, constraint, tolerance=tolerance)
     metrics: dict[str, Metric] = {}
     if constraint.enabled:
-        penalty = dual_value * penalised.detach()[kept].double()
+        of_tokens = penalised.detach()[kept].double()
+        total = of_tokens.sum()
+        all_advantages = micro_batch.advantages[kept].double().abs().sum()
         metrics = {
-            "constraint/penalty/mean": Mean(sum=penalty.sum(), count=penalty.numel()),
+            "constraint/penalty/mean": Mean(sum=dual_value * total, count=of_tokens.numel()),
             # The sum of lambda * delta, without the baseline, divided by the sum of |A|: the
-            # weight of the constraint relative to the reward.
-            "constraint/penalty_share/mean": Mean(
-                sum=penalty.sum(), count=micro_batch.advantages[kept].double().abs().sum()
-            ),
+            # weight of the constraint relative to the reward; and what it is for a lambda of 1.
+            "constraint/penalty_share/mean": Mean(sum=dual_value * total, count=all_advantages),
+            UNIT_SHARE: Mean(sum=total, count=all_advantages),
         }
     if not is_shaped:
         term = dual_value * penalised

@@ -15,6 +15,7 @@ the last pipeline stage to the others, so that lambda is the same on every rank.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,6 +41,7 @@ from megatron_rl.learner.update.row_loss import (
     UpdateRow,
     dropped_results,
 )
+from megatron_rl.learner.update.row_penalty import UNIT_SHARE
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.objective.discrepancy import DiscrepancySum
 from megatron_rl.observe.metrics import merge, reduce
@@ -119,7 +121,7 @@ def train_step(
         metrics["constraint/next_lambda"] = dual.effective_value if is_enabled else 0.0
     else:
         of_rows, gap = _over_all_ranks(results, learner.parallel)
-        metrics |= of_rows | _dual_step(dual, gap, config.constraint)
+        metrics |= of_rows | _dual_step(dual, gap, config.constraint, of_rows.get(UNIT_SHARE))
     report = StepReport(step=step, dual_value=dual.value, metrics=metrics, problem=problem)
     return report, () if problem else tuple(row.recomputed for row in results)
 
@@ -249,16 +251,22 @@ def _update_rows(
 
 
 def _dual_step(
-    dual: DualVariable, gap: DiscrepancySum, constraint: ConstraintConfig
+    dual: DualVariable,
+    gap: DiscrepancySum,
+    constraint: ConstraintConfig,
+    unit_share: float | None,
 ) -> dict[str, float]:
     """Update lambda, or calibrate its tolerance; return the metrics of both. The tolerance of
     another signal than the discrepancy has another name, because it cannot be compared with
     `discrepancy/mean`.
+
+    Args:
+        unit_share: the step's penalty for a lambda of 1, as a share of |A|; None or NaN: unknown.
     """
     is_enabled = constraint.enabled
     if is_enabled:
         # The mean is NaN if the batch has no sampled token; the dual step then raises an error.
-        dual.update(gap.mean)
+        dual.update(gap.mean, ceiling=_ceiling(constraint.max_penalty_share, unit_share))
     metrics = {"constraint/next_lambda": dual.effective_value if is_enabled else 0.0}
     if dual.calibration is not None:
         metrics["constraint/is_at_rest"] = float(dual.is_at_rest)
@@ -269,6 +277,13 @@ def _dual_step(
     if is_enabled and dual.watch is not None:
         metrics |= dual.watch.metrics()
     return metrics
+
+
+def _ceiling(max_share: float | None, unit_share: float | None) -> float:
+    """The lambda with which the step's penalty is `max_share` of |A|; infinite without a bound."""
+    if max_share is None or unit_share is None or not unit_share > 0:
+        return math.inf
+    return max_share / unit_share
 
 
 def _over_all_ranks(

@@ -14,7 +14,13 @@ import torch
 
 from megatron_rl.config import ConstraintConfig
 from megatron_rl.config.choices import Measure, Penalty
-from megatron_rl.learner.update.row_penalty import RowPenalty, constrained_sum, penalise, signal_of
+from megatron_rl.learner.update.row_penalty import (
+    UNIT_SHARE,
+    RowPenalty,
+    constrained_sum,
+    penalise,
+    signal_of,
+)
 from megatron_rl.objective.discrepancy import DiscrepancySum
 from megatron_rl.observe.metrics import reduce
 
@@ -68,6 +74,7 @@ def test_every_signal_shapes(measure, signal):
     assert metrics["constraint/penalty/mean"] == pytest.approx(0.4 * sum(signal) / 3, rel=1e-6)
     share = metrics["constraint/penalty_share/mean"]
     assert share == pytest.approx(0.4 * sum(signal) / 4, rel=1e-6)
+    assert metrics[UNIT_SHARE] == pytest.approx(sum(signal) / 4, rel=1e-6)
     # Counted from 0.1, and beyond 0.1 with at most 0.15.
     advantages = penalise_row(constraint, baseline=0.1).advantages[:3].tolist()
     assert advantages == close(1 - 0.4 * (first - 0.1), 1.04, -2 - 0.4 * (last - 0.1))
