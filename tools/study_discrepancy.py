@@ -43,6 +43,7 @@ from megatron_rl.study.figures import (
     at_same_entropy,
     at_start,
     is_close,
+    late_reward,
     mean_after,
     runs_of,
     with_error,
@@ -198,7 +199,7 @@ def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
         "## Runs",
         f"Made by `tools/study_discrepancy.py`: `run {study}`, then `report {study}`. Every figure",
         f"is a mean over seeds with its standard error, taken over the last {LAST_STEPS} steps "
-        'except where the column says "end";',
+        'except where the column says "end" or "last third"; "above" compares runs of one seed;',
         "seconds are over all steps, and only comparable with each other, because runs shared the "
         "machine. Raw figures of every step:",
         f"[{name}.csv]({name}.csv).",
@@ -250,8 +251,9 @@ def table_of(records: Sequence[Record]) -> list[str]:
     arms = list(dict.fromkeys(each["arm"] for each in records))
     baselines = {run[0]["seed"]: run for run in runs_of(records, arms[0])}
     columns: dict[str, Callable[[list[Record]], float]] = {
-        "avg@8, end": lambda run: at_end(run, "eval/avg_at_8"),
+        "reward, last third": late_reward,
         f"above {arms[0]}": lambda run: above(run, baselines.get(run[0]["seed"])),
+        "avg@8, end": lambda run: at_end(run, "eval/avg_at_8"),
         "gain": lambda run: at_end(run, "eval/avg_at_8") - at_start(run, "eval/avg_at_8"),
         "discrepancy": lambda run: mean_after(run, "discrepancy/mean", last),
         f"{arms[0]}'s at this entropy": lambda run: at_same_entropy(

@@ -6,12 +6,19 @@ import math
 
 import pytest
 
-from megatron_rl.study.figures import FIRST_STEPS, above, at_same_entropy, is_close, with_error
+from megatron_rl.study.figures import (
+    FIRST_STEPS,
+    above,
+    at_same_entropy,
+    is_close,
+    late_reward,
+    with_error,
+)
 
 
-def run_of(arm: str, seed: int, *averages: float) -> list[dict[str, object]]:
-    places = enumerate(averages)
-    return [{"arm": arm, "seed": seed, "step": n, "eval/avg_at_8": each} for n, each in places]
+def run_of(arm: str, seed: int, *rewards: float) -> list[dict[str, object]]:
+    steps = enumerate(rewards)
+    return [{"arm": arm, "seed": seed, "step": n, "reward/mean": each} for n, each in steps]
 
 
 def test_runs_are_compared_where_their_entropy_is_the_same() -> None:
@@ -25,6 +32,11 @@ def test_runs_are_compared_where_their_entropy_is_the_same() -> None:
     assert math.isnan(at_same_entropy(run, early + others[:3], 0))
 
 
+def test_the_late_reward_is_that_of_the_last_third() -> None:
+    """Steps 0 to 6, of which 5 and 6 are the last third of six."""
+    assert late_reward(run_of("grpo", 0, 9, 9, 9, 9, 9, 0.5, 0.7)) == pytest.approx(0.6)
+
+
 def test_arms_are_compared_seed_by_seed() -> None:
     baseline = run_of("grpo", 0, 0.4, 0.5)
     assert above(run_of("tis", 0, 0.4, 0.8), baseline) == pytest.approx(0.3)
@@ -33,11 +45,15 @@ def test_arms_are_compared_seed_by_seed() -> None:
 
 
 def test_arms_are_close_within_two_standard_errors() -> None:
-    """Ends of 0.6 and 0.8 have a standard error of 0.1."""
-    runs = [*run_of("grpo", 0, 0.6), *run_of("grpo", 1, 0.8)]
-    assert is_close([*runs, *run_of("tis", 0, 0.89), *run_of("tis", 1, 0.89)], "grpo", "tis")
-    assert not is_close([*runs, *run_of("tis", 0, 0.91), *run_of("tis", 1, 0.91)], "grpo", "tis")
-    assert not is_close([*runs, *run_of("tis", 0, 0.7)], "grpo", "tis")  # one seed tells nothing
+    """Rewards of 0.6 and 0.8 have a standard error of 0.1."""
+    runs = [*run_of("grpo", 0, 0, 0.6), *run_of("grpo", 1, 0, 0.8)]
+
+    def others(reward: float, num_seeds: int = 2) -> list[dict[str, object]]:
+        return [step for seed in range(num_seeds) for step in run_of("tis", seed, 0, reward)]
+
+    assert is_close([*runs, *others(0.89)], "grpo", "tis")
+    assert not is_close([*runs, *others(0.91)], "grpo", "tis")
+    assert not is_close([*runs, *others(0.7, num_seeds=1)], "grpo", "tis")  # that tells nothing
 
 
 def test_a_mean_and_its_standard_error() -> None:

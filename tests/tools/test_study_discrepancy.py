@@ -31,7 +31,8 @@ def write_run(folder: Path, *, end: float, entropy: float = 0.3) -> None:
     (folder / DONE_FILE).write_text("{}")
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(3):
-            record = {"step": step, "reward/mean": 0.5, "discrepancy/mean": 0.002 * step}
+            reward = 0.4 if step == 0 else end
+            record = {"step": step, "reward/mean": reward, "discrepancy/mean": 0.002 * step}
             record |= {"constraint/penalty_share/mean": 0.25, "loss/entropy/mean": entropy}
             record |= {"eval/avg_at_8": 0.4 if step == 0 else end} if step != 1 else {}
             file.write(json.dumps(record) + "\n")
@@ -88,10 +89,10 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     report = (docs / "discrepancy-study.md").read_text()
     [line] = [line for line in report.splitlines() if line.startswith("| grpo | 2 |")]
     # Steps 0 to 2 have gaps of 0, 0.002 and 0.004.
-    assert line.startswith("| grpo | 2 | 0.7 ± 0.1 |  | 0.3 ± 0.1 | 0.002 ± 0 |  |")
+    assert line.startswith("| grpo | 2 | 0.7 ± 0.1 |  | 0.7 ± 0.1 | 0.3 ± 0.1 | 0.002 ± 0 |  |")
     assert "| 0.25 ± 0 |" in line
     # GRPO never had the entropy that this arm ends with, after its first steps.
-    assert "| dc_grpo | 1 | 0.9 | 0.3 | 0.5 | 0.002 |  |" in report
+    assert "| dc_grpo | 1 | 0.9 | 0.3 | 0.9 | 0.5 | 0.002 |  |" in report
     assert "## Engine: int4" not in report
     assert (docs / "discrepancy-study-bf16.png").stat().st_size > 10_000
     with (docs / "discrepancy-study.csv").open() as file:
