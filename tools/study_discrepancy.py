@@ -52,18 +52,14 @@ from megatron_rl.study.runs import DONE_FILE
 from megatron_rl.study.study import Study, choose, load_studies, run_dir_of, run_study
 
 LAST_STEPS = 10  # figures at the end of a run are means over so many steps
+OVER = f"last {LAST_STEPS} steps"
 PANELS = (  # of the curves: metric, label, steps of the moving mean, scale of the axis
-    ("reward/mean", f"reward, last {LAST_STEPS} steps", LAST_STEPS, "linear"),
-    (
-        "discrepancy/mean",
-        f"mean |p_train - p_inf|, last {LAST_STEPS} steps",
-        LAST_STEPS,
-        "linear",
-    ),
+    ("reward/mean", f"reward, {OVER}", LAST_STEPS, "linear"),
+    ("discrepancy/mean", f"mean |p_train - p_inf|, {OVER}", LAST_STEPS, "linear"),
     ("constraint/lambda", "lambda", 1, "linear"),
-    ("loss/entropy/mean", "entropy, nats", 1, "linear"),
-    ("learner/grad_norm", "gradient norm", 1, "log"),
-    ("discrepancy/kl_k3/mean", f"KL (k3), nats, last {LAST_STEPS} steps", LAST_STEPS, "log"),
+    ("loss/entropy/mean", f"entropy, nats, {OVER}", LAST_STEPS, "linear"),
+    ("learner/grad_norm", f"gradient norm, {OVER}", LAST_STEPS, "log"),
+    ("discrepancy/kl_k3/mean", f"KL (k3), nats, {OVER}", LAST_STEPS, "log"),
 )
 
 # Metrics that the CSV has for every step; it has evaluations for the steps that made one.
