@@ -110,10 +110,6 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "dual_grpo": {"constraint": {**_SHAPING, "fixed_lambda": 1.0}},
     "dc_grpo_centered": {"constraint": {**_SHAPING, "baseline": "batch"}},
     "dc_grpo_penalty": {"constraint": {**_SHAPING, "penalty": "differentiable"}},
-    # the bound of docs/bounded-study.md
-    "dc_grpo_bounded_penalty": {
-        "constraint": {**_SHAPING, "penalty": "differentiable", "max_penalty_share": 0.15}
-    },
     # its App. B: the penalties of its theory, estimated on the engine's tokens
     "dc_grpo_squared_difference": {"constraint": {**_SHAPING, "penalty": "squared_difference"}},
     "dc_grpo_squared_ratio": {"constraint": {**_SHAPING, "penalty": "squared_ratio"}},

@@ -33,7 +33,6 @@ FIGURES = {
     "dc_grpo": "constraint/penalty/mean",
     "dc_grpo_centered": "constraint/penalty/mean",
     "dc_grpo_penalty": "constraint/penalty/mean",
-    "dc_grpo_bounded_penalty": "constraint/unit_penalty_share/mean",
     "dc_grpo_squared_difference": "constraint/penalty/mean",
     "dc_grpo_squared_ratio": "constraint/penalty/mean",
     "dc_grpo_squared_log_ratio": "constraint/penalty/mean",
