@@ -56,6 +56,7 @@ from megatron_rl.process.told import has_failed, is_first_to_fail, note_stop, te
 
 USER_ERRORS = (ConfigError, DataError, EngineError, SyncError, DivergenceError, RewardError)
 ERROR_FILE = "error.txt"
+_ENDING = threading.Lock()  # held by the thread that ends this process
 COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
 LOST_PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
@@ -146,8 +147,7 @@ def run_command(
         if is_of_peer and folder is not None:
             message += f"; stacks in {_dump_stacks(folder, rank)}"
         # Of a rank that ended without a word only the agent's report says how.
-        _tell(message, folder, is_cause=not is_of_peer and _is_for_user(error))
-        _leave(1)
+        _end(message, folder, is_cause=not is_of_peer and _is_for_user(error))
     return 0
 
 
@@ -228,8 +228,7 @@ def _end_after_thread(raised: threading.ExceptHookArgs, folder: Path | None) -> 
     if error is None or not disk_problem(error):
         threading.__excepthook__(raised)
         return
-    _tell(_message(error, int(os.environ.get("RANK", "0"))), folder, is_cause=True)
-    _leave(1)
+    _end(_message(error, int(os.environ.get("RANK", "0"))), folder, is_cause=True)
 
 
 def _peer_error(error: BaseException | None, pattern: re.Pattern[str]) -> str:
@@ -252,6 +251,15 @@ def _dump_stacks(folder: Path, rank: int) -> Path:
             file.flush()
             faulthandler.dump_traceback(file)
     return path
+
+
+def _end(message: str, folder: Path | None, *, is_cause: bool) -> None:
+    """Tell the message and end, in the first thread that fails. A full disk fails several at once;
+    the others wait here for the end.
+    """
+    with _ENDING:
+        _tell(message, folder, is_cause=is_cause)
+        _leave(1)
 
 
 def _leave(code: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +41,35 @@ def test_a_wrong_command_line_is_one_line_of_one_rank(
         assert ended.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert expected in line and line.endswith("config [key=value ...]")
+
+
+TWO_FAILURES = """
+import errno, os, sys, threading, time
+from megatron_rl.process.command import run_command
+from megatron_rl.process.lifetime import register_cleanup
+
+def fail(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full")
+
+def work(config, progress):
+    register_cleanup(lambda: time.sleep(2))  # of the thread that ends the process
+    threading.Thread(target=fail).start()
+    fail()
+
+sys.exit(run_command("A test.", work, [sys.argv[1]]))
+"""
+
+
+def test_two_threads_on_a_full_disk_tell_it_once(tmp_path: Path) -> None:
+    """The second one fails while the first is ending the process."""
+    path = tmp_path / "a.yaml"
+    path.write_text("{}")
+    command_line = [sys.executable, "-c", TWO_FAILURES, str(path)]
+    ended = subprocess.run(command_line, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == [
+        "OSError: /full: No space left on device; free some space there"
+    ]
 
 
 def test_nothing_to_do_is_no_failure(
