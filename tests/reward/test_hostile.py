@@ -160,7 +160,7 @@ def score(scorer: Scorer, asked: list[tuple[str, str, str]]) -> list[Score]:
 def check_hostile(
     asked: list[tuple[str, str, str]], verifiers: dict[str, str], seconds: list[float]
 ) -> None:
-    """Every answer within its limit, none right, and afterwards all workers and nothing else."""
+    """Every answer within its limit, none right, and afterwards workers and nothing else."""
     before = set(descendants_of(os.getpid()))
     config = RewardConfig(num_workers=NUM_WORKERS, timeout_seconds=LIMIT_SECONDS, memory_gib=1.0)
     with Scorer(config, verifiers) as scorer:
@@ -173,7 +173,10 @@ def check_hostile(
         sound = score(scorer, [("own", "7", "7"), ("numeric", "\\boxed{7}", "7")] * NUM_WORKERS)
         assert [each.reward for each in sound] == [1.0] * 2 * NUM_WORKERS
         workers = set(descendants_of(os.getpid())) - before
-        assert len(workers) == NUM_WORKERS, [psutil.Process(pid).cmdline() for pid in workers]
+        # A process that ended is started again with the next question of its thread, if it gets one.
+        told = [psutil.Process(pid).cmdline() for pid in workers]
+        assert 1 <= len(workers) <= NUM_WORKERS, told
+        assert all("megatron_rl.reward.worker" in each for each in told)
     assert set(descendants_of(os.getpid())) <= before
     assert marked() == []  # also of those that left their session
 
