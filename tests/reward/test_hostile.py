@@ -173,7 +173,7 @@ def check_hostile(
         sound = score(scorer, [("own", "7", "7"), ("numeric", "\\boxed{7}", "7")] * NUM_WORKERS)
         assert [each.reward for each in sound] == [1.0] * 2 * NUM_WORKERS
         workers = set(descendants_of(os.getpid())) - before
-        # A process that ended is started again with the next question of its thread, if it gets one.
+        # One that ended is started again with the next question of its thread, if it gets one.
         told = [psutil.Process(pid).cmdline() for pid in workers]
         assert 1 <= len(workers) <= NUM_WORKERS, told
         assert all("megatron_rl.reward.worker" in each for each in told)
