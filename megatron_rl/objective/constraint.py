@@ -140,10 +140,9 @@ class DualVariable:
         if self.num_updates < self.warmup_steps:
             rate *= self.num_updates / self.warmup_steps
         before = self.value
-        maximum = max(min(self.maximum, ceiling), self.minimum)
-        moved = before + rate * (mean_discrepancy - self.tolerance)
-        self.value = min(max(moved, self.minimum), maximum)
+        self.value = self._project(before + rate * (mean_discrepancy - self.tolerance), ceiling)
         if self.watch is not None:
+            maximum = self._project(math.inf, ceiling)
             self.watch.add(before, self.value, gap=mean_discrepancy, maximum=maximum)
         return self.value
 
@@ -185,7 +184,7 @@ class DualVariable:
         if self.watch is not None:
             self.watch.load_state_dict(state.get("watch"))
         self.num_updates = int(state.get("num_updates", 0))
-        self.value = min(max(value, self.minimum), self.maximum)
+        self.value = self._project(value)
 
     def _adopt(self, calibration: CalibratedTolerance, tolerance: float) -> float:
         """Take over a calibrated tolerance; return the factor of lambda."""
@@ -205,6 +204,9 @@ class DualVariable:
             maximum * factor,
         )
         return factor
+
+    def _project(self, value: float, ceiling: float = math.inf) -> float:
+        return max(min(value, self.maximum, ceiling), self.minimum)
 
     def __repr__(self) -> str:
         return (
