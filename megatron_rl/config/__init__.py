@@ -123,6 +123,9 @@ class Config:
         _check_ahead(self.rollout, self.sync, self.objective.acceptance)
         if self.objective.acceptance.enabled:
             _check_acceptance(self.replay, self.rollout.sampling, self.sync)
+        constraint = self.objective.constraint
+        if constraint.enabled and constraint.tolerance_above == "fresh_gap":
+            _check_fresh_gap(self.replay, self.sync)
 
 
 def _check_publications(
@@ -265,6 +268,20 @@ def _check_ahead(rollout: RolloutConfig, sync: SyncConfig, acceptance: Acceptanc
         age == 0 or not acceptance.enabled,
         f"objective.acceptance.enabled: expected false with {key}={age}, since rollouts would be "
         "sampled by an update that is taken back, got true",
+    )
+
+
+def _check_fresh_gap(replay: str, sync: SyncConfig) -> None:
+    """The gap of fresh weights is measured by the parity probe."""
+    key = "objective.constraint.tolerance_above"
+    require(
+        not replay,
+        f"{key}: expected zero in a replay, which has no engines to measure a gap, got fresh_gap",
+    )
+    require(
+        sync.probe_num_tokens > 0,
+        f"{key}: expected zero with sync.probe_num_tokens=0, since the parity probe measures the "
+        "gap, got fresh_gap",
     )
 
 

@@ -81,6 +81,7 @@ Penalty = Literal["shaping", DifferentiablePenalty]
 SQUARED_PENALTIES = get_args(SquaredPenalty)
 Gate = Literal["batch", "mean", "token"]
 Baseline = Literal["none", "batch"]
+ToleranceAbove = Literal["zero", "fresh_gap"]
 ImportanceMode = Literal["truncate", "mask", "cis"]
 # The value that a bound applies to: a token's, or the sum, mean or maximum over a sequence.
 ImportanceLevel = Literal["token", "sequence_sum", "sequence_mean"]

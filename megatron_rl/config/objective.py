@@ -20,6 +20,7 @@ from megatron_rl.config.choices import (
     Normalize,
     OldPolicy,
     Penalty,
+    ToleranceAbove,
 )
 from megatron_rl.config.correction import (
     ImportanceConfig,
@@ -66,6 +67,10 @@ class ConstraintConfig:
     # a number; or auto: measured over the first tolerance_steps steps, in which nothing is
     # penalised
     tolerance: float | str = 0.0037
+    # fresh_gap: the tolerance counts from the gap of rollouts of the current weights, which the
+    # parity probe measures after each publication (the mean of the last 10), so that lambda follows
+    # the gap of age alone (objective/fresh_gap.py)
+    tolerance_above: ToleranceAbove = "zero"
     tolerance_steps: int = 10
     tolerance_slack: float = 2.0  # standard errors above the measured mean
     tolerance_factor: float = 1.0  # of the measured tolerance; below 1 the gap is to shrink
@@ -106,6 +111,11 @@ class ConstraintConfig:
             require(
                 self.tolerance == "auto",
                 f"tolerance: expected a number or auto, got {self.tolerance!r}",
+            )
+            require(
+                self.tolerance_above == "zero",
+                "tolerance: expected a number with tolerance_above=fresh_gap, got auto, which "
+                "measures the whole gap of the first steps",
             )
         else:
             self._check_tolerance(self.tolerance)

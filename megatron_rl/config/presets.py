@@ -110,6 +110,10 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "dual_grpo": {"constraint": {**_SHAPING, "fixed_lambda": 1.0}},
     "dc_grpo_centered": {"constraint": {**_SHAPING, "baseline": "batch"}},
     "dc_grpo_penalty": {"constraint": {**_SHAPING, "penalty": "differentiable"}},
+    # the same, on the part of the gap that comes from age
+    "dc_grpo_age_penalty": {
+        "constraint": {**_SHAPING, "penalty": "differentiable", "tolerance_above": "fresh_gap"},
+    },
     # its App. B: the penalties of its theory, estimated on the engine's tokens
     "dc_grpo_squared_difference": {"constraint": {**_SHAPING, "penalty": "squared_difference"}},
     "dc_grpo_squared_ratio": {"constraint": {**_SHAPING, "penalty": "squared_ratio"}},

@@ -24,6 +24,8 @@ from megatron_rl.errors import EnginesLostError, SyncError
 from megatron_rl.learner.batch.deal import unscored_samples
 from megatron_rl.learner.learner import Learner
 from megatron_rl.loop.link import EngineLink
+from megatron_rl.objective.discrepancy import constrained_signal
+from megatron_rl.objective.fresh_gap import FRESH_GAP
 from megatron_rl.records import Sample
 from megatron_rl.rollout.live import sample_groups
 from megatron_rl.rollout.seeds import sampling_seed
@@ -116,7 +118,7 @@ class ParityProbe:
             findings = self._find(version, pairs, self._learned(more), scores, has_new_bytes)
         if findings.complaint:
             raise SyncError(findings.complaint)
-        self._adapt(samples)
+        self._adapt(samples[: PROMPTS * len(urls)])
         self._checksum = checksum
         new = given_tokens(samples[: PROMPTS * len(urls)])
         self._given = [replace(sample, sample_index=OLD) for sample in new]
@@ -197,7 +199,12 @@ class ParityProbe:
         return samples
 
     def _adapt(self, samples: Sequence[Sample]) -> None:
-        """Ask for as many prompts next time as would have been enough now."""
+        """Ask for as many prompts next time as would have been enough now.
+
+        Args:
+            samples: the first ones, which do not depend on the update before: so a resumed run,
+                which begins with its last publication, asks for as many as without the stop.
+        """
         if samples:
             enough = math.ceil(self._config.sync.probe_num_tokens / _tokens_per_sample(samples))
             self._num_prompts = min(max(PROMPTS, enough), MAX_PROMPTS)
@@ -269,7 +276,8 @@ class ParityProbe:
                 ]
                 is_doubtful = bool(complaints) or any(each.is_above for each in gaps.values())
                 findings = Findings(
-                    figures=figures_of(gaps.values(), changes.values()),
+                    figures=figures_of(gaps.values(), changes.values())
+                    | {FRESH_GAP: self._fresh_gap(pairs)},
                     complaint=complaints[0] if complaints else "",
                     is_doubtful=is_doubtful,
                 )
@@ -279,6 +287,15 @@ class ParityProbe:
 
     def _gaps(self, version: int, pairs: Pairs) -> dict[str, ParityReport]:
         return compare_engines(pairs, urls=self._urls, version=version, precisions=self._precisions)
+
+    def _fresh_gap(self, pairs: Pairs) -> float:
+        """The mean of the constrained signal over the tokens of all engines."""
+        measure, signals = self._config.objective.constraint.measure, []
+        for sample, learned in sorted(pairs, key=lambda pair: pair[0].prompt_index):
+            mask = torch.from_numpy(sample.rollout.loss_mask)
+            served = torch.from_numpy(sample.rollout.rollout_logprobs)[mask]
+            signals.append(constrained_signal(learned[mask], served, measure=measure))
+        return float(torch.cat(signals).double().mean())
 
     def _changes(
         self, scores: dict[tuple[int, int], Scores], has_new_bytes: bool

@@ -25,6 +25,7 @@ from megatron_rl.loop.crew import Crew
 from megatron_rl.loop.link import EngineLink, log_update
 from megatron_rl.loop.restore import no_engines_to_restore
 from megatron_rl.loop.state import LoopState
+from megatron_rl.objective.fresh_gap import FRESH_GAP
 from megatron_rl.observe.stopwatch import Phase
 from megatron_rl.sync.contribute import Contributor
 from megatron_rl.sync.source import WeightStream, weight_stream
@@ -86,6 +87,8 @@ class Publication:
                     return {}
                 figures = self.probe(version, checksum)
                 if figures is not None:
+                    if self.state.dual.fresh_gap is not None:
+                        self.state.dual.fresh_gap.add(figures[FRESH_GAP], version)
                     return figures
 
     def restore(self, shortage: str) -> bool:

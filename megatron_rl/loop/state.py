@@ -11,6 +11,7 @@ from typing import Any
 from megatron_rl.config import ConstraintConfig
 from megatron_rl.objective.constraint import DualVariable
 from megatron_rl.objective.dual_watch import DualWatch
+from megatron_rl.objective.fresh_gap import FreshGap
 from megatron_rl.objective.tolerance import CalibratedTolerance
 from megatron_rl.rollout.ledger import Ledger
 
@@ -73,11 +74,11 @@ def initial_state(config: ConstraintConfig) -> LoopState:
             config.tolerance_steps, config.tolerance_slack, config.tolerance_factor
         )
         tolerance = 0.0  # a placeholder until it is calibrated
+    is_above_fresh = config.enabled and config.tolerance_above == "fresh_gap"
+    fresh_gap = FreshGap() if is_above_fresh else None
     if config.fixed_lambda is not None:
-        value = config.fixed_lambda
-        return LoopState(
-            dual=DualVariable(value, 0.0, tolerance, value, value, calibration=calibration)
-        )
+        value, measured = config.fixed_lambda, {"calibration": calibration, "fresh_gap": fresh_gap}
+        return LoopState(dual=DualVariable(value, 0.0, tolerance, value, value, **measured))
     is_constant = config.learning_rate == 0 or config.minimum == config.maximum
     should_watch = config.warn_after_steps > 0 and not is_constant
     return LoopState(
@@ -90,6 +91,7 @@ def initial_state(config: ConstraintConfig) -> LoopState:
             warmup_steps=config.warmup_steps,
             calibration=calibration,
             reference_tolerance=config.reference_tolerance,
+            fresh_gap=fresh_gap,
             watch=DualWatch(config.warn_after_steps) if should_watch else None,
         )
     )

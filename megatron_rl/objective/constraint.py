@@ -30,6 +30,7 @@ import torch
 from megatron_rl.config.choices import Gate
 from megatron_rl.errors import ConfigError, DataError, DivergenceError
 from megatron_rl.objective.dual_watch import DualWatch
+from megatron_rl.objective.fresh_gap import FreshGap
 from megatron_rl.objective.tolerance import CalibratedTolerance
 
 GATES = get_args(Gate)
@@ -55,6 +56,7 @@ class DualVariable:
         warmup_steps: int = 0,
         calibration: CalibratedTolerance | None = None,
         reference_tolerance: float | None = None,
+        fresh_gap: FreshGap | None = None,
         watch: DualWatch | None = None,
     ) -> None:
         """
@@ -69,6 +71,7 @@ class DualVariable:
                 has measured one, lambda and its bounds are multiplied by reference / measured, and
                 eta by the square of it, so that lambda * gap moves as it would there. None: they
                 are taken as they are.
+            fresh_gap: the tolerance counts from it; None: from 0.
             watch: counts the steps in which the constraint has no effect; None: nothing does.
 
         Raises:
@@ -94,15 +97,21 @@ class DualVariable:
             )
         self.value = float(value)
         self.learning_rate = float(learning_rate)
-        self.tolerance = float(tolerance)
+        self.margin = float(tolerance)  # the tolerance, without the gap of fresh weights
         self.minimum = float(minimum)
         self.maximum = float(maximum)
         self._given = (self.learning_rate, self.minimum, self.maximum)
         self.warmup_steps = warmup_steps
         self.calibration = calibration
         self.reference_tolerance = reference_tolerance
+        self.fresh_gap = fresh_gap
         self.watch = watch
         self.num_updates = 0  # dual steps so far, without the updates at rest
+
+    @property
+    def tolerance(self) -> float:
+        """The mean of the signal that is allowed in the next step."""
+        return self.margin if self.fresh_gap is None else self.margin + self.fresh_gap.value
 
     @property
     def is_at_rest(self) -> bool:
@@ -155,6 +164,8 @@ class DualVariable:
         state: dict[str, Any] = {"value": self.value, "num_updates": self.num_updates}
         if self.calibration is not None:
             state["tolerance"] = self.calibration.state_dict()
+        if self.fresh_gap is not None:
+            state["fresh_gap"] = self.fresh_gap.state_dict()
         if self.watch is not None:
             state["watch"] = self.watch.state_dict()
         return state
@@ -181,6 +192,8 @@ class DualVariable:
             self.calibration.load_state_dict(state.get("tolerance"))
             if self.calibration.value is not None:
                 self._adopt(self.calibration, self.calibration.value)
+        if self.fresh_gap is not None:
+            self.fresh_gap.load_state_dict(state.get("fresh_gap"))
         if self.watch is not None:
             self.watch.load_state_dict(state.get("watch"))
         self.num_updates = int(state.get("num_updates", 0))
@@ -188,7 +201,7 @@ class DualVariable:
 
     def _adopt(self, calibration: CalibratedTolerance, tolerance: float) -> float:
         """Take over a calibrated tolerance; return the factor of lambda."""
-        self.tolerance = tolerance
+        self.margin = tolerance
         if self.reference_tolerance is None:
             return 1.0
         if calibration.measured == 0:
@@ -211,7 +224,7 @@ class DualVariable:
     def __repr__(self) -> str:
         return (
             f"DualVariable(value={self.value}, learning_rate={self.learning_rate}, "
-            f"tolerance={self.tolerance}, minimum={self.minimum}, maximum={self.maximum})"
+            f"tolerance={self.margin}, minimum={self.minimum}, maximum={self.maximum})"
         )
 
 

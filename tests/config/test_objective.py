@@ -138,6 +138,11 @@ def test_dr_grpo_divides_by_the_longest_response(empty):
         ),
         (["constraint.tolerance=often"], "constraint.tolerance: expected a number or auto, got"),
         (["constraint.tolerance=2"], "tolerance: expected a difference of probabilities in [0, 1]"),
+        (
+            ["preset=dc_grpo_age_penalty", "constraint.tolerance=auto"],
+            "constraint.tolerance: expected a number with tolerance_above=fresh_gap, got auto",
+        ),
+        (["constraint.tolerance_above=age"], "tolerance_above: expected zero or fresh_gap, got"),
         (["constraint.tolerance_steps=1"], "constraint.tolerance_steps: expected at least 2, got"),
         (
             ["constraint.warn_after_steps=3"],

@@ -11,6 +11,7 @@ from megatron_rl.config import (
     AcceptanceConfig,
     CheckpointConfig,
     Config,
+    ConstraintConfig,
     EvalConfig,
     LearnerConfig,
     LoopConfig,
@@ -113,6 +114,23 @@ def test_rollouts_ahead_need_a_publication_in_every_step(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Config(**{"loop": LoopConfig(num_steps=20), "eval": EvalConfig(every=0), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"replay": "runs/old/rollouts"}, "expected zero in a replay, which has no engines to mea"),
+        ({"sync": SyncConfig(probe_num_tokens=0)}, "expected zero with sync.probe_num_tokens=0"),
+    ],
+)
+def test_the_gap_of_fresh_weights_needs_the_parity_probe(
+    changes: dict[str, Any], message: str
+) -> None:
+    constraint = ConstraintConfig(tolerance_above="fresh_gap")
+    with pytest.raises(ConfigError, match=f"objective.constraint.tolerance_above: {message}"):
+        Config(objective=ObjectiveConfig(constraint=constraint), **changes)
+    disabled = replace(constraint, enabled=False)
+    Config(objective=ObjectiveConfig(constraint=disabled), **changes)
 
 
 @pytest.mark.parametrize(

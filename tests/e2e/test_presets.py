@@ -33,6 +33,7 @@ FIGURES = {
     "dc_grpo": "constraint/penalty/mean",
     "dc_grpo_centered": "constraint/penalty/mean",
     "dc_grpo_penalty": "constraint/penalty/mean",
+    "dc_grpo_age_penalty": "constraint/penalty/mean",
     "dc_grpo_squared_difference": "constraint/penalty/mean",
     "dc_grpo_squared_ratio": "constraint/penalty/mean",
     "dc_grpo_squared_log_ratio": "constraint/penalty/mean",
@@ -40,11 +41,12 @@ FIGURES = {
     "dc_grpo_score_centering": "score_centering/size/mean",
 }
 # Bounds for thousands of tokens and a gap of rounding, not for thirty and a gap of noise; and heads
-# as they are recorded. A replay has no engine that could score an update; test_acceptance.py has
-# one.
+# as they are recorded. A replay has no engine that could score an update (test_acceptance.py has
+# one), or whose gap could be measured (test_stale_rollouts.py).
 HEADS = [f"objective.score_centering.num_logprobs={NUM_HEAD}"]
 CHANGES = {
     "mipu": ["objective.acceptance.enabled=false"],
+    "dc_grpo_age_penalty": ["objective.constraint.tolerance_above=zero"],
     "geometric_rejection": ["objective.rejection.upper=1.2", "objective.rejection.lower=0.8"],
     "k3_rejection": ["objective.rejection.upper=0.05"],
     "score_centering": HEADS,
@@ -143,6 +145,8 @@ def test_a_run_says_which_keys_replace_those_of_its_preset(
         "objective.rejection.lower: 0.8 replaces 0.999 of objective.preset=geometric_rejection",
         "objective.rejection.upper: 1.2 replaces 1.001 of objective.preset=geometric_rejection",
         "objective.rejection.upper: 0.05 replaces 0.01 of objective.preset=k3_rejection",
+        "objective.constraint.tolerance_above: zero replaces fresh_gap of "
+        "objective.preset=dc_grpo_age_penalty",
     ]
 
 

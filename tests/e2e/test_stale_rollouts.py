@@ -1,5 +1,5 @@
-"""Weights published every third step: rollouts are 0, 1 and 2 steps old, and a run that is stopped
-goes on with the weights that the engine served.
+"""Weights published every third step: rollouts are 0, 1 and 2 steps old, a run that is stopped goes
+on with the weights that the engine served, and the tolerance counts from the gap of fresh weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tests.support.served_engine import ServedEngine
 EVERY = 3
 FRESH_MAX = 1e-5  # of the discrepancy, with a float32 engine that serves the learner's weights
 STALE_MEAN = 1e-4
+TOLERANCE = 1e-3
 
 
 def test_rollouts_are_as_old_as_the_weights(
@@ -23,6 +24,7 @@ def test_rollouts_are_as_old_as_the_weights(
         tmp_path,
         sync={"every": EVERY},
         checkpoint={"every": EVERY, "save_hf": False},
+        objective={"constraint": {"tolerance": TOLERANCE, "tolerance_above": "fresh_gap"}},
         rollout={"sampling": {"max_tokens": 20}},
         loop={"prompts_per_step": 4, "samples_per_prompt": 4},
     )
@@ -55,3 +57,6 @@ def test_rollouts_are_as_old_as_the_weights(
             assert line["discrepancy/max"] <= FRESH_MAX
         else:
             assert line["discrepancy/mean"] >= STALE_MEAN
+        measured = [metrics[at]["sync/fresh_gap/mean"] for at in probed if at < step]
+        assert 0 < line["constraint/fresh_gap"] == sum(measured) / len(measured) < FRESH_MAX
+        assert line["constraint/tolerance"] == TOLERANCE + line["constraint/fresh_gap"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rl.config import Config, SamplingConfig, SyncConfig
+from megatron_rl.config import Config, ConstraintConfig, SamplingConfig, SyncConfig
 from megatron_rl.errors import EnginesLostError, SyncError
 from megatron_rl.loop.parity import MAX_PROMPTS, MORE, PROMPTS, Findings, ParityProbe, given_tokens
 from megatron_rl.records import Rollout, Sample
@@ -56,6 +56,7 @@ def test_the_figures_of_an_update() -> None:
         "sync/probe_gap/standard_error",
         "sync/probe_relative_logprob_gap/max",
         "sync/probe_tokens/min",
+        "sync/fresh_gap/mean",
     }
     world.update()
     figures = probe.check(1, "1")
@@ -69,6 +70,35 @@ def test_the_figures_of_an_update() -> None:
     assert figures["sync/probe_engine_change/rms"] == pytest.approx(
         figures["sync/probe_learner_change/rms"]
     )
+
+
+def test_the_gap_of_fresh_weights_is_that_of_all_engines_in_the_unit_of_the_constraint() -> None:
+    world = World(ONE, TWO, rounding=0.005)
+    figures = probe_of(world, dtype="bfloat16").check(0, "0")
+    assert 0 < figures["sync/fresh_gap/mean"] <= figures["sync/probe_gap/mean"]  # of the worse one
+    constraint = ConstraintConfig(measure="log_ratio")
+    config = replace(CONFIG, objective=replace(CONFIG.objective, constraint=constraint))
+    config = replace(config, rollout=replace(CONFIG.rollout, dtype="bfloat16"))
+    other = World(ONE, TWO, rounding=0.005)
+    found = ParityProbe(WorldLearner(other), other.link(), config).check(0, "0")
+    assert found["sync/probe_gap/mean"] == figures["sync/probe_gap/mean"]
+    assert found["sync/fresh_gap/mean"] > figures["sync/fresh_gap/mean"]  # p < 1
+
+
+def test_a_resumed_probe_measures_what_the_other_one_would_have() -> None:
+    """It begins with the publication that the stopped one ended with."""
+    worlds, found = (World(ONE, length=2), World(ONE, length=2)), []
+    whole = probe_of(worlds[0])
+    whole.check(0, "0")
+    for world, probe in zip(worlds, (whole, probe_of(worlds[1])), strict=True):
+        world.update()
+        world.length = 3
+        probe.check(1, "1")
+        world.update()
+        world.asked.clear()
+        probe.check(2, "2")
+        found.append([prompt.index for prompt, _ in world.asked])
+    assert found[0] == found[1]
 
 
 def test_an_update_that_changes_nothing_says_nothing() -> None:

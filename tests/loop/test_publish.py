@@ -18,6 +18,7 @@ from megatron_rl.loop.link import EngineLink, log_update
 from megatron_rl.loop.publish import Publication
 from megatron_rl.loop.state import LoopState
 from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.objective.fresh_gap import FreshGap
 from megatron_rl.sync.contribute import Contributor
 from megatron_rl.sync.publish import PublishReport
 from megatron_rl.sync.source import WeightStream
@@ -28,6 +29,7 @@ from tests.fakes.groups import make_prompt
 from tests.fakes.learner import FakeLearner, FakeParallel
 
 CONFIG = Config()
+FIGURES = {"sync/probe_gap/mean": 0.25, "sync/fresh_gap/mean": 0.125}
 
 
 def report_of(version: int) -> PublishReport:
@@ -69,7 +71,7 @@ class FakeProbe:
 
     def __call__(self, version: int, checksum: str) -> dict[str, float]:
         self.checked.append((version, checksum))
-        return {"sync/probe_gap/mean": 0.25}
+        return dict(FIGURES)
 
 
 def make_link(folder: Path, *errors: SyncError, num_taken: int = 0) -> EngineLink:
@@ -103,9 +105,18 @@ def test_rank_0_sends_and_probes(tmp_path: Path) -> None:
     assert state.published_version == 5
     assert phases.names == ["sync"]
     assert probe.checked == [(5, "9c")]
-    assert figures == {"sync/probe_gap/mean": 0.25}
+    assert figures == FIGURES
     [line] = [json.loads(each) for each in link.log.read_text().splitlines()]
     assert (line["version"], line["published"]) == (5, "9c")
+
+
+def test_the_tolerance_counts_from_the_gap_of_the_published_weights(tmp_path: Path) -> None:
+    learner, link, state = FakeLearner(), make_link(tmp_path), make_state()
+    state.dual = DualVariable(0.1, tolerance=0.5, fresh_gap=FreshGap())
+    publication = Publication(learner, link, FakeProbe(), FakeCrew(), state, CONFIG, Phases())
+    publication.publish()
+    assert state.dual.tolerance == 0.625
+    assert state.dual.fresh_gap.state_dict() == {"gaps": [0.125], "version": 5}
 
 
 def test_other_ranks_give_their_shards_wait_and_probe() -> None:

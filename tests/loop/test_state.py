@@ -44,6 +44,18 @@ def test_the_settings_of_a_calibrated_tolerance_and_of_the_warning_are_used() ->
     assert lines[:4] == [None] * 4 and "each of the last 5 steps" in lines[4]
 
 
+def test_the_gap_of_fresh_weights_belongs_to_an_enabled_constraint() -> None:
+    settings = {"tolerance_above": "fresh_gap", "tolerance": 0.25}
+    assert initial_state(ConstraintConfig(enabled=False, **settings)).dual.fresh_gap is None
+    for constraint in (
+        ConstraintConfig(**settings),
+        ConstraintConfig(fixed_lambda=1.0, **settings),
+    ):
+        dual = initial_state(constraint).dual
+        dual.fresh_gap.add(0.5, version=0)
+        assert dual.tolerance == 0.75
+
+
 def test_a_fixed_lambda_stays() -> None:
     settings = {"tolerance": "auto", "tolerance_steps": 2, "reference_tolerance": 0.01}
     dual = initial_state(ConstraintConfig(fixed_lambda=12.0, initial=0.3, **settings)).dual

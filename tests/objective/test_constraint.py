@@ -28,7 +28,7 @@ def test_projection_at_both_ends():
     dual = DualVariable(9.9, learning_rate=2.0, tolerance=0.0)
     assert dual.update(0.9) == 10.0
     # From the bound it comes back at once: what was cut off is not remembered.
-    dual.tolerance = 0.5
+    dual.margin = 0.5
     assert dual.update(0.0) == 9.0
 
 

@@ -64,6 +64,7 @@ EXPECTED = {
     # The mean delta is 0.85 / 4 = 0.2125, so A' is higher by 0.085.
     "dc_grpo_centered": ((1.24 * 0.885 + 0.6 * 0.965) / 2 - 1.1 * 1.935 + 1.1 * 0.585, 3),
     "dc_grpo_penalty": (PPO - 0.4 * ((0.68 + 0.38) / 2 + 0.005 + 0.05), 3),
+    "dc_grpo_age_penalty": (PPO - 0.4 * ((0.68 + 0.38) / 2 + 0.005 + 0.05), 3),  # at one lambda
     "dc_grpo_squared_difference": (
         PPO - 0.4 * ((0.68**2 + 0.38**2) / 2 + 0.005**2 + 0.05**2),
         3,
