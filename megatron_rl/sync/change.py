@@ -76,7 +76,8 @@ class ChangeReport:
             f"{self.learner_change:.2g} (root of the mean square over {self.num_tokens} tokens of "
             f"{self.num_sequences} sequences), got {self.engine_change:.2g}; the ratio of the "
             f"squares is {self.ratio:.2g} +- {self.standard_error:.2g}, certainly below "
-            f"{STALE_RATIO}: the engine serves the weights of an earlier update"
+            f"{STALE_RATIO}: the engine serves the weights of an earlier update, or its precision "
+            "(rollout.dtype, rollout.quantization) does not follow the learner's policy at all"
         )
 
 
