@@ -18,9 +18,9 @@ from typing import Any
 from megatron_rl.errors import ConfigError
 
 _CHANGE = (
-    "raise objective.constraint.tolerance above the gap (auto measures it), or make the gap "
-    "smaller (a finer rollout.quantization.format, weights that are published more often, a lower "
-    "learning rate)"
+    "raise objective.constraint.tolerance above the gap (auto measures it), count it from the gap "
+    "of fresh weights (tolerance_above=fresh_gap), or make the gap smaller (a finer "
+    "rollout.quantization.format, weights that are published more often, a lower learning rate)"
 )
 
 
