@@ -61,6 +61,7 @@ def train(config: Config, progress: Progress) -> None:
                         should_recompute=config.learner.recompute == "always",
                     )
             state.next_prompt += sampled.num_prompts
+            warning = state.dual.warning()  # of this step's tolerance: a publication may change it
             parity = phases.publish() if should_publish(config, step) else {}
             parity |= phases.acceptance.decide(sampled)
             phases.record(step, sampled, rows)
@@ -68,7 +69,6 @@ def train(config: Config, progress: Progress) -> None:
             if should_evaluate(config, step):
                 evaluated = phases.evaluate() | phases.fixed_gap()
             # Before the checkpoint: a resumed run removes the lines of the steps that it repeats.
-            warning = state.dual.warning()
             told = (update.metrics, parity, evaluated)
             phases.report(step, *told, sampled=sampled, warning=warning)
             if phases.end(update):

@@ -102,7 +102,7 @@ def _show(options: argparse.Namespace, console: Console) -> None:
     constraint = config.objective.constraint
     if constraint.measure != "probability":
         constraint = ConstraintConfig()
-    tolerance = tolerance_of(constraint.tolerance, options.run_dir)
+    tolerance = tolerance_of(constraint, options.run_dir)
     should_color = console.is_terminal and not options.no_color
     console.print(f"step {step}: {len(samples)} of {total} samples")
     if not any(token.p_recomputed is not None for sample in samples for token in sample.tokens):
@@ -130,21 +130,23 @@ def samples_folder(run_dir: Path, evaluation: str | None) -> Path:
     return (of_run if of_run.is_dir() else folder) / evaluation
 
 
-def tolerance_of(setting: float | str, run_dir: Path) -> float:
+def tolerance_of(constraint: ConstraintConfig, run_dir: Path) -> float:
     """The tolerance of the run; if it was measured, the last value in its metrics.
 
     Raises:
         DataError: the tolerance is measured, and no line of metrics has it.
     """
-    if not isinstance(setting, str):
+    setting, is_above = constraint.tolerance, constraint.tolerance_above
+    if not isinstance(setting, str) and (is_above == "zero" or not constraint.enabled):
         return setting
     path, key = run_dir / "metrics.jsonl", "constraint/tolerance"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     measured = [line[key] for line in lines if key in line]
     if not measured:
         raise DataError(
-            f"{path}: expected a line with {key}, got none: objective.constraint.tolerance=auto is "
-            "measured over the first objective.constraint.tolerance_steps steps"
+            f"{path}: expected a line with {key}, got none: the run measures its tolerance "
+            "(objective.constraint.tolerance=auto over the first tolerance_steps steps, "
+            "tolerance_above=fresh_gap in every step)"
         )
     return measured[-1]
 

@@ -125,7 +125,9 @@ class Config:
             _check_acceptance(self.replay, self.rollout.sampling, self.sync)
         constraint = self.objective.constraint
         if constraint.enabled and constraint.tolerance_above == "fresh_gap":
-            _check_fresh_gap(self.replay, self.sync)
+            _check_fresh_gap(
+                self.replay, self.sync, self.rollout.sampling, self.objective, self.learner
+            )
 
 
 def _check_publications(
@@ -271,8 +273,14 @@ def _check_ahead(rollout: RolloutConfig, sync: SyncConfig, acceptance: Acceptanc
     )
 
 
-def _check_fresh_gap(replay: str, sync: SyncConfig) -> None:
-    """The gap of fresh weights is measured by the parity probe."""
+def _check_fresh_gap(
+    replay: str,
+    sync: SyncConfig,
+    sampling: SamplingConfig,
+    objective: ObjectiveConfig,
+    learner: LearnerConfig,
+) -> None:
+    """The parity probe must be able to measure the gap of fresh weights, as the one of a step."""
     key = "objective.constraint.tolerance_above"
     require(
         not replay,
@@ -282,6 +290,22 @@ def _check_fresh_gap(replay: str, sync: SyncConfig) -> None:
         sync.probe_num_tokens > 0,
         f"{key}: expected zero with sync.probe_num_tokens=0, since the parity probe measures the "
         "gap, got fresh_gap",
+    )
+    require(
+        (sampling.top_p, sampling.top_k, sampling.min_p) == (1, 0, 0),
+        f"{key}: expected zero with a truncated rollout.sampling, since the parity probe measures "
+        f"the gap over the whole distribution, got fresh_gap with top_p={sampling.top_p:g}, "
+        f"top_k={sampling.top_k}, min_p={sampling.min_p:g}",
+    )
+    require(
+        learner.moe.routing_replay != "rollout",
+        f"{key}: expected zero with learner.moe.routing_replay=rollout, since the parity probe "
+        "measures the gap with the learner's own routes, got fresh_gap",
+    )
+    require(
+        not objective.acceptance.enabled,
+        f"{key}: expected zero with objective.acceptance.enabled=true, since the gap would be that "
+        "of weights that are taken back, got fresh_gap",
     )
 
 

@@ -67,8 +67,8 @@ class ConstraintConfig:
     # a number; or auto: measured over the first tolerance_steps steps, in which nothing is
     # penalised
     tolerance: float | str = 0.0037
-    # fresh_gap: the tolerance counts from the gap of rollouts of the current weights, which the
-    # parity probe measures after each publication (the mean of the last 10), so that lambda follows
+    # fresh_gap: the tolerance counts from the gap of rollouts of weights that were just published.
+    # The parity probe measures it (the mean of the last 10 publications), so that lambda follows
     # the gap of age alone (objective/fresh_gap.py)
     tolerance_above: ToleranceAbove = "zero"
     tolerance_steps: int = 10

@@ -202,8 +202,9 @@ class ParityProbe:
         """Ask for as many prompts next time as would have been enough now.
 
         Args:
-            samples: the first ones, which do not depend on the update before: so a resumed run,
-                which begins with its last publication, asks for as many as without the stop.
+            samples: the first `PROMPTS` of each engine. A resumed run's first probe has these in
+                common with the probe of the run that was not stopped, but not how many more it
+                asks for.
         """
         if samples:
             enough = math.ceil(self._config.sync.probe_num_tokens / _tokens_per_sample(samples))
@@ -293,7 +294,7 @@ class ParityProbe:
         measure, signals = self._config.objective.constraint.measure, []
         for sample, learned in sorted(pairs, key=lambda pair: pair[0].prompt_index):
             mask = torch.from_numpy(sample.rollout.loss_mask)
-            served = torch.from_numpy(sample.rollout.rollout_logprobs)[mask]
+            served = torch.from_numpy(sample.rollout.rollout_logprobs).float()[mask]
             signals.append(constrained_signal(learned[mask], served, measure=measure))
         return float(torch.cat(signals).double().mean())
 

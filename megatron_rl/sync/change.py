@@ -77,7 +77,7 @@ class ChangeReport:
             f"{self.num_sequences} sequences), got {self.engine_change:.2g}; the ratio of the "
             f"squares is {self.ratio:.2g} +- {self.standard_error:.2g}, certainly below "
             f"{STALE_RATIO}: the engine serves the weights of an earlier update, or its precision "
-            "(rollout.dtype, rollout.quantization) does not follow the learner's policy at all"
+            "(rollout.dtype, rollout.quantization) is too coarse to follow the learner"
         )
 
 

@@ -21,6 +21,7 @@ from megatron_rl.config import (
     SamplingConfig,
     SyncConfig,
 )
+from megatron_rl.config.learner import MoeConfig
 from megatron_rl.errors import ConfigError
 
 
@@ -121,6 +122,14 @@ def test_rollouts_ahead_need_a_publication_in_every_step(
     [
         ({"replay": "runs/old/rollouts"}, "expected zero in a replay, which has no engines to mea"),
         ({"sync": SyncConfig(probe_num_tokens=0)}, "expected zero with sync.probe_num_tokens=0"),
+        (
+            {"rollout": RolloutConfig(sampling=SamplingConfig(top_p=0.9))},
+            "expected zero with a truncated rollout.sampling, .* with top_p=0.9",
+        ),
+        (
+            {"learner": LearnerConfig(moe=MoeConfig(routing_replay="rollout"))},
+            "expected zero with learner.moe.routing_replay=rollout",
+        ),
     ],
 )
 def test_the_gap_of_fresh_weights_needs_the_parity_probe(
@@ -131,6 +140,13 @@ def test_the_gap_of_fresh_weights_needs_the_parity_probe(
         Config(objective=ObjectiveConfig(constraint=constraint), **changes)
     disabled = replace(constraint, enabled=False)
     Config(objective=ObjectiveConfig(constraint=disabled), **changes)
+
+
+def test_the_gap_of_weights_that_are_taken_back_is_not_measured() -> None:
+    constraint = ConstraintConfig(tolerance_above="fresh_gap")
+    acceptance = AcceptanceConfig(enabled=True)
+    with pytest.raises(ConfigError, match=r"expected zero with objective\.acceptance\.enabled"):
+        Config(objective=ObjectiveConfig(constraint=constraint, acceptance=acceptance))
 
 
 @pytest.mark.parametrize(

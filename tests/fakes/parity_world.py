@@ -54,6 +54,7 @@ class World:
         self.version, self.weights = 0, 0.0
         self.served = dict.fromkeys(self.urls, 0.0)
         self.of_even_tokens = dict(self.served)
+        self.lengths: dict[int, int] = {}  # of responses whose length is another, by prompt
         self.gaps: dict[int, float] = {}  # added to the log-probs of samples, by prompt
         self.asked: list[tuple[Prompt, EpisodeRequest]] = []
         self.pool = WorldPool(self)
@@ -90,7 +91,8 @@ class World:
         url = engine_of(self.urls, prompt.index)
         number = prompt.index % self.num_prompts if self.num_prompts else prompt.index
         prompt_ids = (5 * np.arange(self.prompt_length) ** 2 + 11 * number) % 98
-        count = min(self.length, request.sampling.max_tokens)
+        length = self.lengths.get(prompt.index, self.length)
+        count = min(length, request.sampling.max_tokens)
         drawn = (6 + 11 * number + request.seed % 97 + np.zeros(count, dtype=int)) % 98
         token_ids = np.concatenate([prompt_ids, drawn])
         mask = np.arange(len(token_ids)) >= self.prompt_length

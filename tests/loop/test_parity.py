@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_rl.config import Config, ConstraintConfig, SamplingConfig, SyncConfig
+from megatron_rl.config.choices import Measure
 from megatron_rl.errors import EnginesLostError, SyncError
 from megatron_rl.loop.parity import MAX_PROMPTS, MORE, PROMPTS, Findings, ParityProbe, given_tokens
 from megatron_rl.records import Rollout, Sample
@@ -72,32 +73,35 @@ def test_the_figures_of_an_update() -> None:
     )
 
 
-def test_the_gap_of_fresh_weights_is_that_of_all_engines_in_the_unit_of_the_constraint() -> None:
-    world = World(ONE, TWO, rounding=0.005)
-    figures = probe_of(world, dtype="bfloat16").check(0, "0")
-    assert 0 < figures["sync/fresh_gap/mean"] <= figures["sync/probe_gap/mean"]  # of the worse one
-    constraint = ConstraintConfig(measure="log_ratio")
-    config = replace(CONFIG, objective=replace(CONFIG.objective, constraint=constraint))
-    config = replace(config, rollout=replace(CONFIG.rollout, dtype="bfloat16"))
-    other = World(ONE, TWO, rounding=0.005)
-    found = ParityProbe(WorldLearner(other), other.link(), config).check(0, "0")
-    assert found["sync/probe_gap/mean"] == figures["sync/probe_gap/mean"]
-    assert found["sync/fresh_gap/mean"] > figures["sync/fresh_gap/mean"]  # p < 1
+@pytest.mark.parametrize("measure", ["probability", "log_ratio"])
+def test_the_gap_of_fresh_weights_is_that_of_all_engines_in_the_unit_of_the_constraint(
+    measure: Measure,
+) -> None:
+    world = World(ONE, TWO)
+    world.gaps = dict.fromkeys(range(1, 100, 2), 0.02)  # all of engine TWO
+    objective = replace(CONFIG.objective, constraint=ConstraintConfig(measure=measure))
+    rollout = replace(CONFIG.rollout, dtype="bfloat16")
+    config = replace(CONFIG, objective=objective, rollout=rollout)
+    figures = ParityProbe(WorldLearner(world), world.link(), config).check(0, "0")
+    of_two = figures["sync/probe_gap/mean"] if measure == "probability" else 0.02
+    assert figures["sync/fresh_gap/mean"] == pytest.approx(of_two / 2, rel=1e-5)
 
 
 def test_a_resumed_probe_measures_what_the_other_one_would_have() -> None:
     """It begins with the publication that the stopped one ended with."""
-    worlds, found = (World(ONE, length=2), World(ONE, length=2)), []
-    whole = probe_of(worlds[0])
-    whole.check(0, "0")
-    for world, probe in zip(worlds, (whole, probe_of(worlds[1])), strict=True):
+    whole, resumed = World(length=1, rounding=0.005), World(length=1, rounding=0.005)
+    for world in (whole, resumed):  # the further prompts have other lengths than the first ones
+        world.lengths = dict.fromkeys(range(PROMPTS, 100), 3)
+    probe = probe_of(whole, dtype="bfloat16")
+    probe.check(0, "0")
+    found = []
+    for world, each in ((whole, probe), (resumed, probe_of(resumed, dtype="bfloat16"))):
         world.update()
-        world.length = 3
-        probe.check(1, "1")
+        each.check(1, "1")
         world.update()
         world.asked.clear()
-        probe.check(2, "2")
-        found.append([prompt.index for prompt, _ in world.asked])
+        figures = each.check(2, "2")
+        found.append((figures["sync/fresh_gap/mean"], len(world.asked)))
     assert found[0] == found[1]
 
 
@@ -158,6 +162,7 @@ def test_above_the_bound_by_chance_it_asks_again_and_passes() -> None:
     figures = probe_of(world, dtype="bfloat16").check(0, "0")
     assert figures["sync/probe_tokens/min"] == 48 * (1 + MORE)
     assert 1e-4 < figures["sync/probe_gap/mean"] < 0.015
+    assert figures["sync/fresh_gap/mean"] > 0.015  # of the tokens that every probe asks for
     assert len(world.asked) == PROMPTS * (1 + MORE)
     assert len({prompt.index for prompt, _ in world.asked}) == len(world.asked)
 

@@ -88,6 +88,12 @@ def make_state() -> LoopState:
     return LoopState(dual=DualVariable(0.1), step=5, published_version=4)
 
 
+def make_measured_state() -> LoopState:
+    """Whose tolerance of 0.5 counts from the gap of fresh weights."""
+    dual = DualVariable(0.1, tolerance=0.5, fresh_gap=FreshGap())
+    return LoopState(dual=dual, step=5, published_version=4)
+
+
 class Phases:
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -111,8 +117,7 @@ def test_rank_0_sends_and_probes(tmp_path: Path) -> None:
 
 
 def test_the_tolerance_counts_from_the_gap_of_the_published_weights(tmp_path: Path) -> None:
-    learner, link, state = FakeLearner(), make_link(tmp_path), make_state()
-    state.dual = DualVariable(0.1, tolerance=0.5, fresh_gap=FreshGap())
+    learner, link, state = FakeLearner(), make_link(tmp_path), make_measured_state()
     publication = Publication(learner, link, FakeProbe(), FakeCrew(), state, CONFIG, Phases())
     publication.publish()
     assert state.dual.tolerance == 0.625
@@ -236,20 +241,20 @@ def test_an_update_that_fails_with_every_engine_alive_is_an_error(tmp_path: Path
 
 
 def test_an_engine_that_is_lost_in_the_probe_has_all_published_again(tmp_path: Path) -> None:
-    link, crew, answers = make_link(tmp_path), FakeCrew("a", "b"), iter([None, {"figure": 1.0}])
+    link, crew, answers = make_link(tmp_path), FakeCrew("a", "b"), iter([None, FIGURES])
+    state = make_measured_state()
 
     def probe(version: int, checksum: str) -> dict[str, float] | None:
         return next(answers)
 
-    figures = Publication(
-        FakeLearner(), link, probe, crew, make_state(), CONFIG, Phases()
-    ).publish()
-    assert figures == {"figure": 1.0}
+    figures = Publication(FakeLearner(), link, probe, crew, state, CONFIG, Phases()).publish()
+    assert figures == FIGURES
+    assert state.dual.fresh_gap.state_dict() == {"gaps": [0.125], "version": 5}
     assert [version for version, _ in link.publisher.sent] == [5, 5]
 
 
 def test_engines_are_brought_back_with_the_version_that_the_step_needs(tmp_path: Path) -> None:
-    crew, state, link = FakeCrew(), make_state(), make_link(tmp_path)
+    crew, state, link = FakeCrew(), make_measured_state(), make_link(tmp_path)
     parts = (FakeLearner(), link, FakeProbe(), crew, state, CONFIG, Phases())
     weights = Publication(*parts)
     assert not weights.restore("")
@@ -258,6 +263,7 @@ def test_engines_are_brought_back_with_the_version_that_the_step_needs(tmp_path:
     crew.shortage = "another rank has none"
     assert weights.restore("")
     assert [version for version, _ in link.publisher.sent] == [4, 4]
+    assert state.dual.fresh_gap.state_dict() == {"gaps": [0.125], "version": 4}
     state.published_version = 3  # sync.every=2
     with pytest.raises(EngineError, match=r"none is left; .* version 3 .*sync\.every=1"):
         weights.restore("none is left")

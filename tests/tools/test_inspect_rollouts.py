@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_rl.config import Config, ModelConfig
+from megatron_rl.config import Config, ConstraintConfig, ModelConfig
 from megatron_rl.config.file import load_config, save_config
 from megatron_rl.errors import DataError
 from megatron_rl.records import JudgedGroup, Prompt, Rollout, RolloutGroup, Score
@@ -167,9 +167,13 @@ def test_what_is_missing_is_named(run_dir, inspect, tmp_path):
 
 
 def test_a_measured_tolerance_is_read_from_the_metrics(tmp_path):
-    assert inspect_rollouts.tolerance_of(0.004, tmp_path) == 0.004
-    with pytest.raises(DataError, match="constraint/tolerance"):
-        inspect_rollouts.tolerance_of("auto", tmp_path)
+    above = ConstraintConfig(tolerance=0.004, tolerance_above="fresh_gap")
+    for given in (ConstraintConfig(tolerance=0.004), replace(above, enabled=False)):
+        assert inspect_rollouts.tolerance_of(given, tmp_path) == 0.004
+    measured = (ConstraintConfig(tolerance="auto"), above)
+    for each in measured:
+        with pytest.raises(DataError, match="constraint/tolerance"):
+            inspect_rollouts.tolerance_of(each, tmp_path)
     lines = ('{"step": 1}', '{"step": 2, "constraint/tolerance": 0.0031}')
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert inspect_rollouts.tolerance_of("auto", tmp_path) == 0.0031
+    assert [inspect_rollouts.tolerance_of(each, tmp_path) for each in measured] == [0.0031] * 2

@@ -274,8 +274,8 @@ def _dual_step(
         is_discrepancy = constraint.measure == "probability"
         prefix = "constraint" if is_discrepancy else "constraint/signal"
         metrics[f"{prefix}/tolerance"] = dual.tolerance
-    if dual.fresh_gap is not None:
-        metrics["constraint/fresh_gap"] = dual.fresh_gap.value
+        if dual.fresh_gap is not None:
+            metrics[f"{prefix}/fresh_gap"] = dual.fresh_gap.value
     if is_enabled and dual.watch is not None:
         metrics |= dual.watch.metrics()
     return metrics
