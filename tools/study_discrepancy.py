@@ -23,6 +23,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -51,6 +52,7 @@ from megatron_rl.study.figures import (
 from megatron_rl.study.runs import DONE_FILE
 from megatron_rl.study.study import Study, choose, load_studies, run_dir_of, run_study
 
+TOLERANCE = "constraint/tolerance"
 LAST_STEPS = 10  # figures at the end of a run are means over so many steps
 OVER = f"last {LAST_STEPS} steps"
 PANELS = (  # of the curves: metric, label, steps of the moving mean, scale of the axis
@@ -67,7 +69,7 @@ COLUMNS = (
     "reward/mean",
     "discrepancy/mean",
     "discrepancy/kl_k3/mean",
-    "constraint/tolerance",
+    TOLERANCE,
     "constraint/lambda",
     "constraint/penalty_share/mean",
     "loss/entropy/mean",
@@ -255,7 +257,7 @@ def table_of(records: Sequence[Record]) -> list[str]:
         f"{arms[0]}'s at this entropy": lambda run: at_same_entropy(
             run, baselines.get(run[0]["seed"], []), last
         ),
-        "tolerance": lambda run: mean_after(run, "constraint/tolerance", last),
+        "tolerance": lambda run: mean_after(run, TOLERANCE, last),
         "fixed gap, end": lambda run: at_end(run, "eval/fixed_gap/mean"),
         "entropy": lambda run: mean_after(run, "loss/entropy/mean", last),
         "lambda, end": lambda run: at_end(run, "constraint/lambda"),
@@ -283,9 +285,8 @@ def draw(records: Sequence[Record], path: Path, *, title: str) -> None:
         axes.set_yscale(scale if math.isfinite(axes.dataLim.minposy) else "linear")
         axes.grid(color="#e3e7ec")
         axes.spines[["top", "right"]].set_visible(False)
-    tolerance = [each for each in records if each.get("constraint/tolerance") is not None]
-    if tolerance:
-        grid.flat[1].axhline(tolerance[-1]["constraint/tolerance"], color="black", linestyle=":")
+    for number, arm in enumerate(arms):
+        draw_tolerance(grid.flat[1], runs_of(records, arm), f"C{number}")
     grid.flat[0].legend(frameon=False, fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("step")
@@ -310,6 +311,16 @@ def draw_arm(
     axes.plot(steps, [statistics.mean(by_step[s]) for s in steps], color=color, label=label)
     low, high = ([pick(by_step[s]) for s in steps] for pick in (min, max))
     axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def draw_tolerance(axes: Axes, runs: Sequence[Sequence[Record]], color: str) -> None:
+    """Draw the tolerance of an arm with a penalty as a dotted line: the mean over seeds."""
+    by_step: dict[int, list[float]] = {}
+    for each in chain.from_iterable(runs):
+        if None not in (each.get("constraint/penalty_share/mean"), each.get(TOLERANCE)):
+            by_step.setdefault(each["step"], []).append(each[TOLERANCE])
+    steps = sorted(by_step)
+    axes.plot(steps, [statistics.mean(by_step[s]) for s in steps], color=color, linestyle=":")
 
 
 if __name__ == "__main__":
