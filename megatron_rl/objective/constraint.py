@@ -228,6 +228,23 @@ class DualVariable:
         )
 
 
+def penalty_ceiling(max_share: float | None, unit_share: float | None) -> float:
+    """The lambda with which the penalty of a step would have been a share of the mean |A|.
+
+    Args:
+        max_share: the share; None: there is no bound.
+        unit_share: the step's penalty for a lambda of 1 as a share of its mean |A|; None or NaN:
+            every advantage is 0, or no token was kept.
+
+    Returns:
+        Infinite without a bound or a penalty; 0 if there is no |A| to be a share of.
+    """
+    if max_share is None or unit_share == 0:
+        return math.inf
+    is_unknown = unit_share is None or math.isnan(unit_share)
+    return 0.0 if is_unknown else max_share / unit_share
+
+
 def shape_advantages(
     advantages: torch.Tensor, discrepancy: torch.Tensor, dual_value: float
 ) -> torch.Tensor:

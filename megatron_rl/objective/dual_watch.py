@@ -48,7 +48,8 @@ class DualWatch:
         Args:
             before, after: lambda. gap: the mean of the constrained signal. maximum: lambda's bound.
         """
-        self.num_at_maximum = self.num_at_maximum + 1 if after >= maximum else 0
+        is_held = after >= maximum > 0.0  # at a bound of 0 there is nothing to hold back
+        self.num_at_maximum = self.num_at_maximum + 1 if is_held else 0
         if after > before:
             self.num_growing += 1
             self._grown = [*self._grown, (before, gap)][-self.num_steps :]

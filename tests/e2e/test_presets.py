@@ -53,10 +53,11 @@ CHANGES = {
     "score_centering_tis": HEADS,
     "dc_grpo_score_centering": HEADS,
 }
-# What no preset has: a reference policy, entropy, a measured tolerance, mini-batches.
+# What no preset has: a reference policy, entropy, a measured tolerance, a bound, mini-batches.
 COMBINED = [
     "objective.constraint.tolerance=auto",
     "objective.constraint.tolerance_steps=2",
+    "objective.constraint.max_penalty_share=0.001",
     "objective.importance.batch_normalize=true",
     "objective.rejection.opsm_threshold=0.0001",
     "objective.entropy_coefficient=0.01",
@@ -164,4 +165,6 @@ def test_combinations_with_the_constraint_and_a_reference(
     assert second["constraint/is_at_rest"] == 0 and second["constraint/tolerance"] > 0
     assert [line["constraint/lambda"] for line in (first, second, third)] == [0.0, 0.0, 0.1]
     assert third["constraint/tolerance"] == second["constraint/tolerance"]
+    bound = 0.001 / third["constraint/unit_penalty_share/mean"]
+    assert 0 < third["constraint/next_lambda"] == pytest.approx(bound)
     assert third["reference/kl_k3/mean"] > first["reference/kl_k3/mean"] >= 0

@@ -7,6 +7,7 @@ from megatron_rl.errors import ConfigError, DataError, DivergenceError
 from megatron_rl.objective.constraint import (
     DualVariable,
     gated_discrepancy,
+    penalty_ceiling,
     shape_advantages,
 )
 from megatron_rl.objective.discrepancy import discrepancy
@@ -38,6 +39,15 @@ def test_the_ceiling_of_a_step_bounds_lambda_in_this_step_alone():
     assert dual.update(0.5) == 1.75
     assert dual.update(0.5, ceiling=9.0) == 2.0
     assert dual.update(0.5, ceiling=0.125) == 0.25  # it gives way to the lower bound
+
+
+def test_the_ceiling_is_a_share_of_the_advantages():
+    assert penalty_ceiling(0.02, 0.5) == 0.04
+    assert penalty_ceiling(None, 0.5) == penalty_ceiling(0.02, 0.0) == math.inf
+    # Where every advantage is 0 any penalty is all that moves the weights.
+    assert penalty_ceiling(0.02, None) == penalty_ceiling(0.02, math.nan) == 0.0
+    dual = DualVariable(0.5, tolerance=0.0)
+    assert dual.update(0.25, ceiling=penalty_ceiling(0.02, math.nan)) == 0.0
 
 
 def test_equal_engines_only_let_lambda_fall():

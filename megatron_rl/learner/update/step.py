@@ -15,7 +15,6 @@ the last pipeline stage to the others, so that lambda is the same on every rank.
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,7 +41,7 @@ from megatron_rl.learner.update.row_loss import (
     dropped_results,
 )
 from megatron_rl.learner.update.row_penalty import UNIT_SHARE
-from megatron_rl.objective.constraint import DualVariable
+from megatron_rl.objective.constraint import DualVariable, penalty_ceiling
 from megatron_rl.objective.discrepancy import DiscrepancySum
 from megatron_rl.observe.metrics import merge, reduce
 from megatron_rl.records import MicroBatch, RecomputedRow, StepReport, TrainBatch
@@ -266,7 +265,7 @@ def _dual_step(
     is_enabled = constraint.enabled
     if is_enabled:
         # The mean is NaN if the batch has no sampled token; the dual step then raises an error.
-        dual.update(gap.mean, ceiling=_ceiling(constraint.max_penalty_share, unit_share))
+        dual.update(gap.mean, ceiling=penalty_ceiling(constraint.max_penalty_share, unit_share))
     metrics = {"constraint/next_lambda": dual.effective_value if is_enabled else 0.0}
     if dual.calibration is not None:
         metrics["constraint/is_at_rest"] = float(dual.is_at_rest)
@@ -279,13 +278,6 @@ def _dual_step(
     if is_enabled and dual.watch is not None:
         metrics |= dual.watch.metrics()
     return metrics
-
-
-def _ceiling(max_share: float | None, unit_share: float | None) -> float:
-    """The lambda with which the step's penalty is `max_share` of |A|; infinite without a bound."""
-    if max_share is None or unit_share is None or not unit_share > 0:
-        return math.inf
-    return max_share / unit_share
 
 
 def _over_all_ranks(
