@@ -57,7 +57,7 @@ CHANGES = {
 COMBINED = [
     "objective.constraint.tolerance=auto",
     "objective.constraint.tolerance_steps=2",
-    "objective.constraint.max_penalty_share=0.001",
+    "objective.constraint.max_penalty_share=0.0003",
     "objective.importance.batch_normalize=true",
     "objective.rejection.opsm_threshold=0.0001",
     "objective.entropy_coefficient=0.01",
@@ -146,7 +146,7 @@ def test_a_run_says_which_keys_replace_those_of_its_preset(
         "objective.rejection.lower: 0.8 replaces 0.999 of objective.preset=geometric_rejection",
         "objective.rejection.upper: 1.2 replaces 1.001 of objective.preset=geometric_rejection",
         "objective.rejection.upper: 0.05 replaces 0.01 of objective.preset=k3_rejection",
-        "objective.constraint.tolerance_above: zero replaces fresh_gap of "
+        "objective.constraint.tolerance_above: 'zero' replaces 'fresh_gap' of "
         "objective.preset=dc_grpo_age_penalty",
     ]
 
@@ -165,6 +165,6 @@ def test_combinations_with_the_constraint_and_a_reference(
     assert second["constraint/is_at_rest"] == 0 and second["constraint/tolerance"] > 0
     assert [line["constraint/lambda"] for line in (first, second, third)] == [0.0, 0.0, 0.1]
     assert third["constraint/tolerance"] == second["constraint/tolerance"]
-    bound = 0.001 / third["constraint/unit_penalty_share/mean"]
+    bound = 0.0003 / third["constraint/unit_penalty_share/mean"]
     assert 0 < third["constraint/next_lambda"] == pytest.approx(bound)
     assert third["reference/kl_k3/mean"] > first["reference/kl_k3/mean"] >= 0
