@@ -292,10 +292,10 @@ def _check_fresh_gap(
         "gap, got fresh_gap",
     )
     require(
-        (sampling.top_p, sampling.top_k, sampling.min_p) == (1, 0, 0),
+        not sampling.is_truncated,
         f"{key}: expected zero with a truncated rollout.sampling, since the parity probe measures "
-        f"the gap over the whole distribution, got fresh_gap with top_p={sampling.top_p:g}, "
-        f"top_k={sampling.top_k}, min_p={sampling.min_p:g}",
+        f"the gap over the whole distribution, got fresh_gap with "
+        f"{sampling.truncation_text}",
     )
     require(
         learner.moe.routing_replay != "rollout",
@@ -323,8 +323,7 @@ def _check_acceptance(replay: str, sampling: SamplingConfig, sync: SyncConfig) -
     )
     # An engine scores given tokens over the whole vocabulary at temperature 1.
     require(
-        (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1, 1, 0, 0),
+        sampling.temperature == 1 and not sampling.is_truncated,
         f"{key}: expected rollout.sampling with temperature=1 and nothing truncated, got "
-        f"temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, top_k={sampling.top_k}, "
-        f"min_p={sampling.min_p:g}",
+        f"temperature={sampling.temperature:g}, {sampling.truncation_text}",
     )

@@ -71,6 +71,16 @@ class SamplingConfig:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether tokens of low probability are left out."""
+        return (self.top_p, self.top_k, self.min_p) != (1, 0, 0)
+
+    @property
+    def truncation_text(self) -> str:
+        """The settings behind `is_truncated`, for messages."""
+        return f"top_p={self.top_p:g}, top_k={self.top_k}, min_p={self.min_p:g}"
+
     def __post_init__(self) -> None:
         above_zero(temperature=self.temperature, repetition_penalty=self.repetition_penalty)
         at_least(1, max_tokens=self.max_tokens)

@@ -291,11 +291,10 @@ def check_fixed_rollouts(config: Config) -> None:
             f"{FIXED_STEP}, {first.name} is not there"
         )
     # An engine scores given tokens over the whole vocabulary at temperature 1.
-    if sampling.temperature != 1 or truncation_of(config.rollout, "cpu").is_active:
+    if sampling.temperature != 1 or sampling.is_truncated:
         raise ConfigError(
             "eval.fixed_rollouts: expected rollout.sampling with temperature=1 and nothing "
-            f"truncated, got temperature={sampling.temperature:g}, top_p={sampling.top_p:g}, "
-            f"top_k={sampling.top_k}, min_p={sampling.min_p:g}"
+            f"truncated, got temperature={sampling.temperature:g}, {sampling.truncation_text}"
         )
 
 
