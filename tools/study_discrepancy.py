@@ -11,6 +11,9 @@ first arm, and for that one. A file with several models has all of it once for e
 
 `report` writes discrepancy-study.md, PNGs of the curves of each engine, and the raw figures of
 every step as CSV, from the runs that are finished; the names begin with that of the study's file.
+
+With `--continue-report` the runs of the last report's CSV count as finished, for both actions: the
+rest of a study can be run on another machine, without the folders of the first runs.
 """
 
 from __future__ import annotations
@@ -76,6 +79,9 @@ COLUMNS = (
     "learner/grad_norm",
     "speed/seconds/learner",
 )
+PLACE = ("engine", "arm", "seed")  # of a run; first columns of the CSV
+Curves = dict[tuple[str, str, int], list[Record]]  # engine, arm and seed of a run -> its steps
+
 ARMS_IN_PICTURE = 6  # with the first arm, which is in every picture
 
 
@@ -95,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", help="only these, a,b,... (default all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the report")
+    parser.add_argument(
+        "--continue-report",
+        action="store_true",
+        help="runs whose figures are in the last report count as finished",
+    )
     options = parser.parse_intermixed_args(arguments)
     watch_signals(lambda: "finished runs are kept")
     return run_tool("study_discrepancy", lambda: _study(options))
@@ -102,13 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _study(options: argparse.Namespace) -> None:
     studies = chosen(options)
+    path = options.docs / f"{name_of(options.study)}.csv"
+    reported = read_report(path) if options.continue_report else {}
     if options.action == "run":
         for study in studies:
-            run_all(study, options.overrides, options.output / study.model, options.jobs)
+            output = options.output / study.model
+            run_all(study, options.overrides, output, options.jobs, of_model(reported, study))
     else:
-        curves = read_curves(studies, options.output)
+        curves = read_curves(studies, options.output, reported)
         options.docs.mkdir(parents=True, exist_ok=True)
-        write_csv(curves, options.docs / f"{name_of(options.study)}.csv")
+        write_csv(curves, path)
         write_report(curves, options.docs, options.study)
 
 
@@ -127,37 +141,49 @@ def chosen(options: argparse.Namespace) -> list[Study]:
     return [choose(each, options.engines, options.arms) for each in studies if each.model in wanted]
 
 
-def run_all(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> None:
+def run_all(
+    study: Study, overrides: Sequence[str], output: Path, jobs: int, reported: Curves
+) -> None:
     """Run a study, and then its more_seeds for the arms that are close to the first one.
 
+    Args:
+        reported: runs that are not repeated.
     Raises:
         ConfigError, EngineError: see `run_study`.
     """
-    run_study(study, overrides, output, jobs)
+    run_study(study, overrides, output, jobs, known=reported)
     if not study.more_seeds:
         return
     for engine in study.engines:
-        records = finished_curves(replace(study, engines={engine: ()}), output)
+        records = finished_curves(replace(study, engines={engine: ()}), output, reported)
         first, *others = study.arms
         close = [arm for arm in others if is_close(records, first, arm)]
         if close:
             print(f"{engine}: seeds {study.more_seeds} for {first}, {', '.join(close)}", flush=True)
             part = choose(study, engine, ",".join([first, *close]))
-            run_study(replace(part, seeds=study.more_seeds), overrides, output, jobs)
+            run_study(
+                replace(part, seeds=study.more_seeds), overrides, output, jobs, known=reported
+            )
 
 
-def finished_curves(study: Study, output: Path) -> list[Record]:
-    """One record per step of every finished run of a model: engine, arm, seed, step and metrics."""
+def finished_curves(study: Study, output: Path, reported: Curves) -> list[Record]:
+    """One record per step of every finished run of a model: engine, arm, seed, step and metrics.
+
+    Args:
+        reported: runs that are finished too; a folder in `output` is preferred.
+    """
     records: list[Record] = []
-    for engine, arm, seed in replace(study, seeds=study.seeds + study.more_seeds).runs():
-        folder = run_dir_of(output, engine, arm, seed)
+    for run in replace(study, seeds=study.seeds + study.more_seeds).runs():
+        folder = run_dir_of(output, *run)
         if (folder / DONE_FILE).is_file():
-            place = {"engine": engine, "arm": arm, "seed": seed}
+            place = dict(zip(PLACE, run, strict=True))
             records += [place | record for record in read_metrics(folder / "metrics.jsonl")]
+        else:
+            records += reported.get(run, [])
     return records
 
 
-def read_curves(studies: Sequence[Study], output: Path) -> list[Record]:
+def read_curves(studies: Sequence[Study], output: Path, reported: Curves) -> list[Record]:
     """The records of every finished run of all models; an engine is named after its model too.
 
     Raises:
@@ -165,19 +191,54 @@ def read_curves(studies: Sequence[Study], output: Path) -> list[Record]:
     """
     records: list[Record] = []
     for study in studies:
-        prefix = f"{study.model}-" if study.model else ""
-        found = finished_curves(study, output / study.model)
-        records += [each | {"engine": prefix + each["engine"]} for each in found]
+        found = finished_curves(study, output / study.model, of_model(reported, study))
+        records += [each | {"engine": prefix_of(study) + each["engine"]} for each in found]
     if not records:
         raise DataError(f"{output}: expected finished runs, got none; call with run first")
     return records
+
+
+def read_report(path: Path) -> Curves:
+    """The runs of the CSV of a report, with its names of engines and its figures.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    curves: Curves = {}
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                run = (row.pop("engine"), row.pop("arm"), int(row.pop("seed")))
+                record: Record = dict(zip(PLACE, run, strict=True), step=int(row.pop("step")))
+                record |= {key: float(figure) for key, figure in row.items() if figure}
+                curves.setdefault(run, []).append(record)
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path}: expected the CSV of a report, got {error!r}; call without --continue-report"
+        ) from error
+    return curves
+
+
+def of_model(reported: Curves, study: Study) -> Curves:
+    """The runs of one model, with the names that its engines have in the study's file."""
+    own = {prefix_of(study) + engine: engine for engine in study.engines}
+    return {
+        (own[engine], arm, seed): [each | {"engine": own[engine]} for each in records]
+        for (engine, arm, seed), records in reported.items()
+        if engine in own
+    }
+
+
+def prefix_of(study: Study) -> str:
+    """What the names of a model's engines begin with in the report."""
+    return f"{study.model}-" if study.model else ""
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """Write one line per step: COLUMNS, and avg@k and the fixed rollouts' figures if evaluated."""
     wanted = ("eval/avg", "eval/fixed")
     evaluations = sorted({key for each in records for key in each if key.startswith(wanted)})
-    fields = ["engine", "arm", "seed", "step", *COLUMNS, *evaluations]
+    fields = [*PLACE, "step", *COLUMNS, *evaluations]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

@@ -75,15 +75,16 @@ class Hints:
         if sign == _UNFORMATTED:
             return (
                 f"hint: the verifiers found an answer in no response of {of_steps}, and mean "
-                f"reward {_shown(reward)} teaches nothing; {_FORM_CAUSES}; {look}"
+                f"reward {_shown(reward)} teaches nothing{_alone(metrics)}; {_FORM_CAUSES}; {look}"
             )
         return (
             f"hint: 0 of {self._num_groups[sign]} groups of {steps} had a signal, all responses to "
             f"a prompt earned the same (mean reward {_shown(reward)}, {_shown(formatted)} of the "
-            f"responses with an answer): at no learning rate does the reward change a weight; "
-            f"{_easier_or_harder(reward)}, a verifier or expected answers that do not tell right "
-            "from wrong (data.tasks[].verifier, answer_column), a prompt that does not ask for the "
-            "form that the verifier reads (data.tasks[].template), or too few samples of a prompt "
+            f"responses with an answer): at no learning rate does the reward change a weight"
+            f"{_alone(metrics)}; {_easier_or_harder(reward)}, a verifier or expected answers that "
+            "do not tell right from wrong (data.tasks[].verifier, answer_column), a prompt that "
+            "does not ask for the form that the verifier reads (data.tasks[].template), or too few "
+            "samples of a prompt "
             f"(loop.samples_per_prompt={self._config.loop.samples_per_prompt}); {look}"
         )
 
@@ -150,6 +151,18 @@ def evaluation_hints(metrics: Mapping[str, float | None], run_dir: Path) -> list
 
 def _inspect(run_dir: Path) -> str:
     return f"python tools/inspect_rollouts.py {run_dir}"
+
+
+def _alone(metrics: Mapping[str, float | None]) -> str:
+    """What the constraint does meanwhile, if its lambda is not 0."""
+    value = metrics.get("constraint/lambda")
+    if not value:
+        return ""
+    return (
+        f", and the constraint, with a lambda of {value:.3g}, is the only gradient, which can "
+        "destroy the policy (docs/no-reward-study.md; objective.preset=dc_grpo_age_penalty or "
+        "loop.dynamic_sampling.enabled=true)"
+    )
 
 
 def _easier_or_harder(reward: float | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,20 +126,34 @@ def choose(study: Study, engines: str | None, arms: str | None) -> Study:
     )
 
 
-def run_study(study: Study, overrides: Sequence[str], output: Path, jobs: int) -> None:
+def run_study(
+    study: Study,
+    overrides: Sequence[str],
+    output: Path,
+    jobs: int,
+    known: Container[tuple[str, str, int]] = (),
+) -> None:
     """Run all runs of a study that are not finished; after a failure the others still run.
 
     Args:
         overrides: further settings of every run, `key=value`; they win.
         output: folder of the runs, see `run_dir_of`.
         jobs: number of concurrent runs.
+        known: engine, arm and seed of runs that count as finished without a folder.
     Raises:
         ConfigError: settings cannot be loaded or do not match; raised before anything runs.
         EngineError: runs failed; raised at the end, with their names.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs: expected at least 1, got {jobs}")
-    pending = {engine: unfinished(study, engine, overrides, output) for engine in study.engines}
+    pending = {
+        engine: [
+            (arm, seed)
+            for arm, seed in unfinished(study, engine, overrides, output)
+            if (engine, arm, seed) not in known
+        ]
+        for engine in study.engines
+    }
     failed = [
         name
         for engine, runs in pending.items()

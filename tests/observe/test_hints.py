@@ -52,6 +52,14 @@ def test_no_group_with_a_signal_is_told_once_after_five_steps() -> None:
     assert [line is not None for line in told_by(*[step_of()] * 40)].count(True) == 1
 
 
+@pytest.mark.parametrize("signs", [{}, {"formatted": 0.0}])
+def test_a_constraint_that_acts_alone_is_named(signs: dict[str, float]) -> None:
+    for value, is_named in ((0.25, True), (0.0, False), (None, False)):
+        step = step_of(**signs) | {"constraint/lambda": value}
+        line = told_by(*[step] * NUM_STEPS)[-1]
+        assert line is not None and ("a lambda of 0.25, is the only gradient" in line) is is_named
+
+
 def test_prompts_that_all_are_solved_are_too_easy() -> None:
     line = told_by(*[step_of(reward=1.0)] * NUM_STEPS)[-1]
     assert line is not None and "mean reward 1," in line and "too easy" in line

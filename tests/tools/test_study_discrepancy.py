@@ -10,6 +10,7 @@ import pytest
 from megatron_rl.config.file import load_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.observe.run_log import read_metrics
+from megatron_rl.study import study as study_runs
 from megatron_rl.study.runs import DONE_FILE
 from megatron_rl.study.study import load_studies, run_dir_of, served_settings
 from tools import study_discrepancy
@@ -129,7 +130,7 @@ def test_arms_close_to_the_first_one_get_more_seeds(tmp_path, monkeypatch):
     }
     ran = []
 
-    def run(study, overrides, output, jobs):
+    def run(study, overrides, output, jobs, known):
         ran.append((list(study.arms), study.seeds))
         for engine, arm, seed in study.runs():
             write_run(run_dir_of(output, engine, arm, seed), end=[*ends[arm]][seed % 2])
@@ -155,6 +156,42 @@ def test_the_engines_of_several_models_have_their_own_tables(tmp_path, capsys):
     assert (tmp_path / "two-study-b-bf16.png").is_file()
     assert main([*options, "--docs", str(tmp_path), "--models", "c"]) == 1
     assert "--models: expected some of a, b, got 'c'" in capsys.readouterr().err
+
+
+def test_a_study_goes_on_from_its_last_report(tmp_path, monkeypatch, capsys):
+    """The first machine's runs are in the report alone; the second one runs what they lack."""
+    models = "models: {a: {config: x, settings: []}}"
+    (tmp_path / "two.yaml").write_text(STUDY.replace("config: configs/quickstart.yaml", models))
+    first, second = tmp_path / "first", tmp_path / "second"
+    for engine, arm in product(("bf16", "int4"), ("grpo", "dc_grpo")):
+        write_run(run_dir_of(first / "a", engine, arm, 0), end=0.5)
+    options = [str(tmp_path / "two.yaml"), "--docs", str(tmp_path)]
+    assert main(["report", *options, "-o", str(first)]) == 0
+    csv_of_the_first = (tmp_path / "two-study.csv").read_text()
+
+    ran = []
+    monkeypatch.setattr(
+        study_runs, "unfinished", lambda study, engine, *_: [("grpo", 0), ("grpo", 1)]
+    )
+    monkeypatch.setattr(
+        study_runs, "run_engine", lambda _, engine, runs, *__: ran.append(runs) or []
+    )
+    going_on = [*options, "-o", str(second), "--continue-report"]
+    assert main(["run", *going_on]) == 0
+    assert ran == [[("grpo", 1)], [("grpo", 1)]]
+
+    assert main(["report", *going_on]) == 0  # with nothing new, the same report
+    assert (tmp_path / "two-study.csv").read_text() == csv_of_the_first
+    write_run(run_dir_of(second / "a", "bf16", "grpo", 0), end=0.9)  # preferred to the report's
+    write_run(run_dir_of(second / "a", "bf16", "grpo", 1), end=0.7)
+    assert main(["report", *going_on]) == 0
+    report = (tmp_path / "two-study.md").read_text()
+    assert "| grpo | 2 | 0.8 ± 0.1 |" in report and "| dc_grpo | 1 | 0.5 |" in report
+    assert report.index("## Engine: a-bf16") < report.index("## Engine: a-int4")
+
+    (tmp_path / "two-study.csv").write_text("a,b\n1,2\n")
+    assert main(["report", *going_on]) == 1
+    assert "two-study.csv: expected the CSV of a report" in capsys.readouterr().err
 
 
 def test_a_picture_has_the_baseline_and_at_most_five_others():
