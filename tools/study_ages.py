@@ -33,6 +33,7 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observe.console import SECONDS
 from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.tool import run_tool
+from megatron_rl.study.curves import read_csv
 from megatron_rl.study.figures import with_error
 from megatron_rl.study.runs import run_to_the_end
 from megatron_rl.study.study import Study, load_studies, run_dir_of
@@ -118,16 +119,14 @@ def read_curves(path: Path, study: Study) -> dict[tuple[str, str], list[Curve]]:
     """avg@8 of every seed, by engine and arm.
 
     Raises:
-        DataError: the figures have no evaluation.
+        DataError: the figures cannot be read, or have no evaluation.
     """
-    runs: dict[tuple[str, str, str], Curve] = {}
-    with path.open(newline="") as file:
-        for line in csv.DictReader(file):
-            if line.get(AVERAGE):
-                key = (line["engine"], line["arm"], line["seed"])
-                steps, values = runs.setdefault(key, ([], []))
-                steps.append(int(line["step"]))
-                values.append(float(line[AVERAGE]))
+    runs: dict[tuple[str, str, int], Curve] = {}
+    for run, records in read_csv(path).items():
+        evaluated = [each for each in records if AVERAGE in each]
+        if evaluated:
+            steps, values = ([each[key] for each in evaluated] for key in ("step", AVERAGE))
+            runs[run] = (steps, values)
     if not runs:
         raise DataError(f"{path}: expected evaluations, got none")
     return {

@@ -19,7 +19,6 @@ rest of a study can be run on another machine, without the folders of the first 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import re
 import statistics
@@ -37,9 +36,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.lifetime import watch_signals
 from megatron_rl.process.tool import run_tool
+from megatron_rl.study.curves import Curves, finished_curves, read_csv, write_csv
 from megatron_rl.study.figures import (
     Record,
     above,
@@ -52,8 +51,7 @@ from megatron_rl.study.figures import (
     runs_of,
     with_error,
 )
-from megatron_rl.study.runs import DONE_FILE
-from megatron_rl.study.study import Study, choose, load_studies, run_dir_of, run_study
+from megatron_rl.study.study import Study, choose, load_studies, run_study
 
 TOLERANCE = "constraint/tolerance"
 LAST_STEPS = 10  # figures at the end of a run are means over so many steps
@@ -66,22 +64,6 @@ PANELS = (  # of the curves: metric, label, steps of the moving mean, scale of t
     ("learner/grad_norm", f"gradient norm, {OVER}", LAST_STEPS, "log"),
     ("discrepancy/kl_k3/mean", f"KL (k3), nats, {OVER}", LAST_STEPS, "log"),
 )
-
-# Metrics that the CSV has for every step; it has evaluations for the steps that made one.
-COLUMNS = (
-    "reward/mean",
-    "discrepancy/mean",
-    "discrepancy/kl_k3/mean",
-    TOLERANCE,
-    "constraint/lambda",
-    "constraint/penalty_share/mean",
-    "loss/entropy/mean",
-    "learner/grad_norm",
-    "speed/seconds/learner",
-)
-PLACE = ("engine", "arm", "seed")  # of a run; first columns of the CSV
-Curves = dict[tuple[str, str, int], list[Record]]  # engine, arm and seed of a run -> its steps
-
 ARMS_IN_PICTURE = 6  # with the first arm, which is in every picture
 
 
@@ -114,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _study(options: argparse.Namespace) -> None:
     studies = chosen(options)
     path = options.docs / f"{name_of(options.study)}.csv"
-    reported = read_report(path) if options.continue_report else {}
+    reported = read_csv(path) if options.continue_report else {}
     if options.action == "run":
         for study in studies:
             output = options.output / study.model
@@ -166,23 +148,6 @@ def run_all(
             )
 
 
-def finished_curves(study: Study, output: Path, reported: Curves) -> list[Record]:
-    """One record per step of every finished run of a model: engine, arm, seed, step and metrics.
-
-    Args:
-        reported: runs that are finished too; a folder in `output` is preferred.
-    """
-    records: list[Record] = []
-    for run in replace(study, seeds=study.seeds + study.more_seeds).runs():
-        folder = run_dir_of(output, *run)
-        if (folder / DONE_FILE).is_file():
-            place = dict(zip(PLACE, run, strict=True))
-            records += [place | record for record in read_metrics(folder / "metrics.jsonl")]
-        else:
-            records += reported.get(run, [])
-    return records
-
-
 def read_curves(studies: Sequence[Study], output: Path, reported: Curves) -> list[Record]:
     """The records of every finished run of all models; an engine is named after its model too.
 
@@ -198,27 +163,6 @@ def read_curves(studies: Sequence[Study], output: Path, reported: Curves) -> lis
     return records
 
 
-def read_report(path: Path) -> Curves:
-    """The runs of the CSV of a report, with its names of engines and its figures.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    curves: Curves = {}
-    try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                run = (row.pop("engine"), row.pop("arm"), int(row.pop("seed")))
-                record: Record = dict(zip(PLACE, run, strict=True), step=int(row.pop("step")))
-                record |= {key: float(figure) for key, figure in row.items() if figure}
-                curves.setdefault(run, []).append(record)
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(
-            f"{path}: expected the CSV of a report, got {error!r}; call without --continue-report"
-        ) from error
-    return curves
-
-
 def of_model(reported: Curves, study: Study) -> Curves:
     """The runs of one model, with the names that its engines have in the study's file."""
     own = {prefix_of(study) + engine: engine for engine in study.engines}
@@ -232,19 +176,6 @@ def of_model(reported: Curves, study: Study) -> Curves:
 def prefix_of(study: Study) -> str:
     """What the names of a model's engines begin with in the report."""
     return f"{study.model}-" if study.model else ""
-
-
-def write_csv(records: Sequence[Record], path: Path) -> None:
-    """Write one line per step: COLUMNS, and avg@k and the fixed rollouts' figures if evaluated."""
-    wanted = ("eval/avg", "eval/fixed")
-    evaluations = sorted({key for each in records for key in each if key.startswith(wanted)})
-    fields = [*PLACE, "step", *COLUMNS, *evaluations]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for each in records:
-            row = {key: f"{each[key]:.6g}" for key in each if isinstance(each[key], float)}
-            writer.writerow(each | row)
 
 
 def write_report(records: Sequence[Record], docs: Path, study: Path) -> None:
