@@ -43,16 +43,23 @@ class Resumption:
     changes: tuple[str, ...] = ()  # a line for each setting that differs from the checkpoint's
     lines: tuple[str, ...] = ()  # on the checkpoints, for the user
 
-    def told(self, step: int, next_prompt: int) -> list[str]:
+    def told(self, step: int, next_prompt: int, tolerance: float | None = None) -> list[str]:
         """All lines for the user: on the checkpoints, where the run goes on, and what has changed.
 
         Args:
             step: the last one that is done. next_prompt: the first one that is not used.
+            tolerance: of the constraint, if the first steps have measured it.
         """
         if self.checkpoint is None:
             return [*self.lines]
         place = f"resumed after step {step}, at prompt {next_prompt}, from {self.checkpoint}"
-        return [*self.lines, place, *(f"changed since then: {line}" for line in self.changes)]
+        lines = [*self.lines, place, *(f"changed since then: {line}" for line in self.changes)]
+        if self.changes and tolerance is not None:
+            lines.append(
+                f"kept: the tolerance of {tolerance:.3g}, which was measured before these changes "
+                "(objective.constraint.tolerance=auto; only a new run_dir measures it anew)"
+            )
+        return lines
 
 
 def plan_resumption(config: Config, inputs: Inputs) -> Resumption:

@@ -140,3 +140,11 @@ def test_never_and_nothing(config: Config, tmp_path: Path) -> None:
     empty = replace(config, run_dir=str(tmp_path / "empty"))
     assert plan_resumption(empty, {}) == Resumption()
     assert plan_resumption(replace(empty, resume="never"), {}) == Resumption()
+
+
+def test_a_measured_tolerance_that_outlives_a_change_is_told(config: Config) -> None:
+    changed = plan_resumption(config, {})
+    assert changed.told(6, 9)[-1] == "changed since then: a setting"
+    assert "kept: the tolerance of 0.0079, which was measured" in changed.told(6, 9, 0.0079)[-1]
+    same = replace(changed, changes=())
+    assert same.told(6, 9, 0.0079) == same.told(6, 9)
