@@ -84,7 +84,7 @@ def train_step(
         other stages).
     """
     is_enabled = config.constraint.enabled
-    dual_value = dual.effective_value if is_enabled else 0.0
+    dual_value = _dual_value(dual, batch, config.constraint, learner.parallel)
     is_separate = should_recompute or _needs_separate_pass(learner, batch, config)
     mini_batches, dropped, of_passes = _passes(learner, batch, is_separate)
     results: list[RowResult] = []
@@ -123,6 +123,23 @@ def train_step(
         metrics |= of_rows | _dual_step(dual, gap, config.constraint, of_rows.get(UNIT_SHARE))
     report = StepReport(step=step, dual_value=dual.value, metrics=metrics, problem=problem)
     return report, () if problem else tuple(row.recomputed for row in results)
+
+
+def _dual_value(
+    dual: DualVariable, batch: TrainBatch, constraint: ConstraintConfig, parallel: Parallel
+) -> float:
+    """Lambda in this step: 0 without a constraint, and if its penalty may only be a share of
+    advantages that are all 0.
+    """
+    if not constraint.enabled:
+        return 0.0
+    if constraint.max_penalty_share is not None:
+        rows = chain.from_iterable(batch.mini_batches)
+        largest = [row.advantages.where(row.loss_mask, 0.0).abs().max() for row in rows]
+        own = torch.stack([each.cpu().double() for each in largest] or [torch.tensor(0.0).double()])
+        if parallel.batch_reducer()(own.max(), "max") == 0:
+            return 0.0
+    return dual.effective_value
 
 
 def _passes(

@@ -182,6 +182,32 @@ def skipped(learner: Learner, other: Learner, rollouts: Path) -> dict[str, Any]:
         "of_other": of_other.metrics,
         "dual": (dual.value, dual_of_other.value),
     }
+    found["without advantages"] = without_advantages(learner, other, rollouts)
+    return found
+
+
+def without_advantages(learner: Learner, other: Learner, rollouts: Path) -> dict[str, Any]:
+    """What a batch without a single advantage does to a learner whose penalty is bounded, beside
+    `other`, which has no constraint; and what it does without the bound.
+    """
+    samples = recorded.read_samples(rollouts, 4, learner.parallel)
+    samples = [replace(each, advantage=0.0) for each in samples]
+    constraint = ObjectiveConfig().constraint
+    bounded, off, free = (
+        ObjectiveConfig(constraint=replace(constraint, **changes))
+        for changes in ({"max_penalty_share": 0.1}, {"enabled": False}, {})
+    )
+    dual = DualVariable(0.5)
+    report = step(learner, samples, dual, bounded, num_mini_batches=2)
+    step(other, samples, DualVariable(0.5), off, num_mini_batches=2)
+    found = {
+        "is_equal": is_equal(state_of(learner), state_of(other)),
+        "metrics": report.metrics,
+        "dual": dual.value,
+    }
+    step(learner, samples, DualVariable(0.5), free, num_mini_batches=2)
+    step(other, samples, DualVariable(0.5), off, num_mini_batches=2)
+    found["is_equal_without_bound"] = is_equal(state_of(learner), state_of(other))
     return found
 
 

@@ -83,6 +83,16 @@ def test_a_step_is_what_its_mini_batches_with_tokens_make_of_it(
         assert mixed["dual"][0] == mixed["dual"][1]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bounded_penalty_is_0_where_every_advantage_is(
+    name: str, edge_outcomes: dict[str, list[Any]]
+) -> None:
+    for of_rank in edge_outcomes[name]:
+        found = of_rank["without advantages"]
+        assert found["is_equal"] and not found["is_equal_without_bound"]
+        assert found["metrics"]["constraint/lambda"] == found["dual"] == 0
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_beside_a_rank_without_a_kept_token(
     preset: str, edge_outcomes: dict[str, list[Any]]
