@@ -22,7 +22,7 @@ from megatron_rl.engine.roster import Roster
 from megatron_rl.engine.routing import CHECK_SECONDS, RoutedSampler, Router
 from megatron_rl.errors import EngineError
 
-TELL_SECONDS = 60.0  # between lines that say what is waited for
+TELL_SECONDS = 60.0  # of silence before a line that says what is waited for, and between two
 MAX_NAMES = 20  # of requests in such a line
 
 T = TypeVar("T")
@@ -186,13 +186,15 @@ class HttpEnginePool:
                 await asyncio.gather(results, *tasks, *watchers, return_exceptions=True)
 
     async def _watch_number(self, sampler: RoutedSampler) -> None:
-        """Raise EnginesLostError as soon as too few engines serve; say what is waited for."""
+        """Raise EnginesLostError as soon as too few engines serve; say what is waited for if an
+        engine is silent.
+        """
         begin = told = time.monotonic()
         while True:
             self._roster.check_enough()
             await asyncio.sleep(CHECK_SECONDS)
             now = time.monotonic()
-            if now - told >= TELL_SECONDS:
+            if now - told >= TELL_SECONDS and self._roster.is_any_silent(TELL_SECONDS):
                 told = now
                 logger.warning(
                     "waited %.0f s for %s; %s",

@@ -126,6 +126,15 @@ class Roster:
         with self._lock:
             return url in self._last
 
+    def is_any_silent(self, seconds: float) -> bool:
+        """Whether an engine that serves has answered nothing for so long, or nothing at all."""
+        now = self._clock()
+        with self._lock:
+            serving = [url for url in self.urls if url not in self._lost]
+            return any(
+                url not in self._last or now - self._last[url][0] >= seconds for url in serving
+            )
+
     def last_answers(self) -> str:
         """What each engine answered last, in one line."""
         now = self._clock()

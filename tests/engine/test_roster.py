@@ -61,3 +61,16 @@ def test_what_each_engine_answered_last() -> None:
     roster.leave_out("a", "a died")
     roster.take_in("a")  # another process
     assert not roster.has_answered("a")
+
+
+def test_an_engine_that_serves_and_answers_nothing_is_silent() -> None:
+    now = 100.0
+    roster = Roster(["a", "b"], clock=lambda: now)
+    roster.note_answer("a", "prompt 12")
+    assert roster.is_any_silent(60.0)  # b
+    roster.leave_out("b", "b died")
+    assert not roster.is_any_silent(60.0)
+    now = 160.0
+    assert roster.is_any_silent(60.0)
+    roster.note_answer("a", "prompt 13")
+    assert not roster.is_any_silent(60.0)
