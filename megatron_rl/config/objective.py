@@ -81,8 +81,8 @@ class ConstraintConfig:
     minimum: float = 0.0
     maximum: float = 10.0
     # after a step lambda is at most that with which the step's penalty would have been this share
-    # of the mean |A|, as far as minimum allows, and it is 0 in and after a step of which no
-    # advantage differs from 0; null: no such bound
+    # of the mean |A|, as far as minimum allows; in and after a step of which no advantage differs
+    # from 0 it is minimum; null: no such bound
     max_penalty_share: float | None = None
     # a line in the console if lambda has been at its maximum for so many steps, or has grown for so
     # many while the gap did not fall (objective/dual_watch.py); 0: never

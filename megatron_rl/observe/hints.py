@@ -159,7 +159,7 @@ def _alone(metrics: Mapping[str, float | None]) -> str:
     if not value:
         return ""
     return (
-        f", and the constraint, with a lambda of {value:.3g}, is the only gradient, which can "
+        f", and the constraint, with a lambda of {value:.3g}, acts without one, which can "
         "destroy the policy (docs/no-reward-study.md; objective.preset=dc_grpo_age_penalty or "
         "loop.dynamic_sampling.enabled=true)"
     )

@@ -57,7 +57,7 @@ def test_a_constraint_that_acts_alone_is_named(signs: dict[str, float]) -> None:
     for value, is_named in ((0.25, True), (0.0, False), (None, False)):
         step = step_of(**signs) | {"constraint/lambda": value}
         line = told_by(*[step] * NUM_STEPS)[-1]
-        assert line is not None and ("a lambda of 0.25, is the only gradient" in line) is is_named
+        assert line is not None and ("a lambda of 0.25, acts without one" in line) is is_named
 
 
 def test_prompts_that_all_are_solved_are_too_easy() -> None:

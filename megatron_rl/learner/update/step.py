@@ -128,18 +128,18 @@ def train_step(
 def _dual_value(
     dual: DualVariable, batch: TrainBatch, constraint: ConstraintConfig, parallel: Parallel
 ) -> float:
-    """Lambda in this step: 0 without a constraint, and if its penalty may only be a share of
-    advantages that are all 0.
+    """Lambda in this step: 0 without a constraint, and its lower bound if the penalty may only be a
+    share of advantages that are all 0.
     """
     if not constraint.enabled:
         return 0.0
-    if constraint.max_penalty_share is not None:
-        rows = chain.from_iterable(batch.mini_batches)
-        largest = [row.advantages.where(row.loss_mask, 0.0).abs().max() for row in rows]
-        own = torch.stack([each.cpu().double() for each in largest] or [torch.tensor(0.0).double()])
-        if parallel.batch_reducer()(own.max(), "max") == 0:
-            return 0.0
-    return dual.effective_value
+    if constraint.max_penalty_share is None:
+        return dual.effective_value
+    rows = chain.from_iterable(batch.mini_batches)
+    largest = [row.advantages.where(row.loss_mask, 0.0).abs().max().cpu() for row in rows]
+    own = torch.stack([torch.zeros(()), *largest]).max().double()
+    has_advantage = bool(parallel.batch_reducer()(own, "max") > 0)
+    return dual.effective_value if has_advantage else min(dual.effective_value, dual.minimum)
 
 
 def _passes(
