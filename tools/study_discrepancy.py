@@ -25,7 +25,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -308,9 +307,13 @@ def draw_arm(
 def draw_tolerance(axes: Axes, runs: Sequence[Sequence[Record]], color: str) -> None:
     """Draw the tolerance of an arm with a penalty as a dotted line: the mean over seeds."""
     by_step: dict[int, list[float]] = {}
-    for each in chain.from_iterable(runs):
-        if None not in (each.get("constraint/penalty_share/mean"), each.get(TOLERANCE)):
-            by_step.setdefault(each["step"], []).append(each[TOLERANCE])
+    for run in runs:
+        # A step without advantages has no share, but its run has.
+        if all(each.get("constraint/penalty_share/mean") is None for each in run):
+            continue
+        for each in run:
+            if each.get(TOLERANCE) is not None:
+                by_step.setdefault(each["step"], []).append(each[TOLERANCE])
     steps = sorted(by_step)
     axes.plot(steps, [statistics.mean(by_step[s]) for s in steps], color=color, linestyle=":")
 
