@@ -35,9 +35,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.process.lifetime import watch_signals
 from megatron_rl.process.tool import run_tool
-from megatron_rl.study.curves import Curves, finished_curves, read_csv, write_csv
+from megatron_rl.study.curves import PLACE, Curves, read_csv, write_csv
 from megatron_rl.study.figures import (
     Record,
     above,
@@ -50,7 +51,8 @@ from megatron_rl.study.figures import (
     runs_of,
     with_error,
 )
-from megatron_rl.study.study import Study, choose, load_studies, run_study
+from megatron_rl.study.runs import DONE_FILE
+from megatron_rl.study.study import Study, choose, load_studies, run_dir_of, run_study
 
 TOLERANCE = "constraint/tolerance"
 LAST_STEPS = 10  # figures at the end of a run are means over so many steps
@@ -145,6 +147,23 @@ def run_all(
             run_study(
                 replace(part, seeds=study.more_seeds), overrides, output, jobs, known=reported
             )
+
+
+def finished_curves(study: Study, output: Path, reported: Curves) -> list[Record]:
+    """One record per step of every finished run of a model: engine, arm, seed, step and metrics.
+
+    Args:
+        reported: runs that are finished too; a folder in `output` is preferred.
+    """
+    records: list[Record] = []
+    for run in replace(study, seeds=study.seeds + study.more_seeds).runs():
+        folder = run_dir_of(output, *run)
+        if (folder / DONE_FILE).is_file():
+            place = dict(zip(PLACE, run, strict=True))
+            records += [place | record for record in read_metrics(folder / "metrics.jsonl")]
+        else:
+            records += reported.get(run, [])
+    return records
 
 
 def read_curves(studies: Sequence[Study], output: Path, reported: Curves) -> list[Record]:

@@ -118,9 +118,7 @@ def start_run(config: Config, progress: Progress) -> Iterator[Run]:
             crew = Crew(engines, addresses, roster, parallel, config.rollout, recorder.say)
         contributor = None if link else make_contributor(config, parallel, stack)
         meter = _meter(config, learner, addresses, stack)
-        calibration = state.dual.calibration
-        measured = None if calibration is None else calibration.value
-        told = resumption.told(state.step, state.next_prompt, measured)
+        told = resumption.told(state.step, state.next_prompt, state.dual.calibrated_tolerance)
         for line in (*told, *_parts_of(learner, config), *tried, *filter(None, [meter.omission])):
             recorder.say(line)
         yield Run(

@@ -114,6 +114,11 @@ class DualVariable:
         return self.margin if self.fresh_gap is None else self.margin + self.fresh_gap.value
 
     @property
+    def calibrated_tolerance(self) -> float | None:
+        """The tolerance that the first steps have measured; None: not yet, or it was given."""
+        return None if self.calibration is None else self.calibration.value
+
+    @property
     def is_at_rest(self) -> bool:
         """Whether the tolerance is still being calibrated."""
         return self.calibration is not None and self.calibration.value is None

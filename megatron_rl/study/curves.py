@@ -1,19 +1,13 @@
-"""The figures of every step of a study's runs: from their folders, and from and to the CSV of a
-report.
-"""
+"""The figures of every step of a study's runs, as the CSV of its report."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.errors import DataError
-from megatron_rl.observe.run_log import read_metrics
 from megatron_rl.study.figures import Record
-from megatron_rl.study.runs import DONE_FILE
-from megatron_rl.study.study import Study, run_dir_of
 
 PLACE = ("engine", "arm", "seed")  # of a run; first columns of the CSV
 Curves = Mapping[tuple[str, str, int], Sequence[Record]]  # of a run's PLACE: its steps
@@ -30,23 +24,6 @@ COLUMNS = (
     "learner/grad_norm",
     "speed/seconds/learner",
 )
-
-
-def finished_curves(study: Study, output: Path, reported: Curves) -> list[Record]:
-    """One record per step of every finished run of a model: engine, arm, seed, step and metrics.
-
-    Args:
-        reported: runs that are finished too; a folder in `output` is preferred.
-    """
-    records: list[Record] = []
-    for run in replace(study, seeds=study.seeds + study.more_seeds).runs():
-        folder = run_dir_of(output, *run)
-        if (folder / DONE_FILE).is_file():
-            place = dict(zip(PLACE, run, strict=True))
-            records += [place | record for record in read_metrics(folder / "metrics.jsonl")]
-        else:
-            records += reported.get(run, [])
-    return records
 
 
 def read_csv(path: Path) -> Curves:

@@ -1,4 +1,4 @@
-"""The figures of a study's runs, as records and as the CSV of a report."""
+"""The figures of a study's runs, as records and as the CSV of its report."""
 
 from pathlib import Path
 
