@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lowest", type=float, help="mean reward; default: all above 0")
     parser.add_argument("--highest", type=float, help="mean reward; default: all below 1")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new JSONL file")
-    return run_tool("select_prompts", lambda: _select(parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
+    return run_tool("select_prompts", lambda: _select(options))
 
 
 def _select(options: argparse.Namespace) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_rl.records import JudgedGroup, Prompt, Rollout, RolloutGroup, Score
 from megatron_rl.rollout.recording import write_step
+from tests.fakes.groups import judged, scored
 from tools.select_prompts import main
 
 # By prompt: the rewards of its responses; None could not be scored.
@@ -20,14 +20,6 @@ REWARDS: dict[str, tuple[float | None, ...]] = {
     "always": (1.0, 1.0),
     "unknown": (None, None),
 }
-ROLLOUT = Rollout(
-    token_ids=(1, 5, 2),
-    loss_mask=(False, True, True),
-    rollout_logprobs=(0.0, math.log(0.5), math.log(0.9)),
-    weight_versions=(-1, 0, 0),
-    finish_reason="stop",
-    text="5",
-)
 
 
 @pytest.fixture
@@ -35,23 +27,9 @@ def evaluation(tmp_path: Path) -> Path:
     """The folder of an evaluation without a run."""
     groups = []
     for index, (text, rewards) in enumerate(REWARDS.items()):
-        num = len(rewards)
-        prompt = Prompt(index=index, source="sums", text=text, token_ids=(1,), answer=text.upper())
-        scores = tuple(
-            Score(
-                reward=reward or 0.0, is_formatted=True, failure=None if reward is not None else "x"
-            )
-            for reward in rewards
-        )
-        group = JudgedGroup(
-            group=RolloutGroup(prompt=prompt, rollouts=(ROLLOUT,) * num),
-            scores=scores,
-            overlong_penalties=(0.0,) * num,
-            advantages=(0.0,) * num,
-            is_kept=(True,) * num,
-            has_signal=True,
-        )
-        groups.append(group)
+        group = judged(scored(index, *rewards))
+        prompt = replace(group.group.prompt, text=text, answer=text.upper())
+        groups.append(replace(group, group=replace(group.group, prompt=prompt)))
     write_step(tmp_path / "rollouts" / "maths", 0, 0, groups, num_ranks=1)
     return tmp_path
 
